@@ -1,0 +1,169 @@
+"""Presets by name or by file, overrides, and the JSON form of a config."""
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import pathlib
+import pkgutil
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import configs.presets
+from configs.errors import VqbeamError
+from configs.schema import SECTIONS, Config
+
+
+def preset_names() -> list[str]:
+    """Returns the names of the built-in presets, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(configs.presets.__path__))
+
+
+def load_preset(name: str) -> Config:
+    """Returns the config of a built-in preset, or of the user's own preset file.
+
+    Args:
+        name: A name from `preset_names()`, or the path of a Python file that sets `CONFIG`.
+
+    Raises:
+        VqbeamError: There is no such preset, or the file does not set `CONFIG` to a `Config`.
+    """
+    module = _preset_module(name)
+    config = getattr(module, "CONFIG", None)
+    if not isinstance(config, Config):
+        raise VqbeamError(f"preset {name!r} does not set CONFIG to a configs.Config")
+    return config
+
+
+def preset_summary(name: str) -> str:
+    """Returns the first line of a preset's docstring."""
+    return (_preset_module(name).__doc__ or "").strip().partition("\n")[0]
+
+
+def _preset_module(name: str) -> types.ModuleType:
+    if name in preset_names():
+        return importlib.import_module(f"configs.presets.{name}")
+    path = pathlib.Path(name)
+    if path.suffix != ".py":
+        close = difflib.get_close_matches(name, preset_names(), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(preset_names())}"
+        raise VqbeamError(f"no preset is named {name!r}; {hint} (or give the path of a .py file)")
+    if not path.is_file():
+        raise VqbeamError(f"there is no preset file {name!r}; check the path")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except VqbeamError:
+        raise
+    except Exception as error:
+        raise VqbeamError(f"preset file {name!r} does not load: {error!r}") from error
+    return module
+
+
+def field_types() -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Yields `(dotted name, field, type)` for every field that a run can set.
+
+    `seed` comes first; the type of an optional field is the type of its value.
+    """
+    yield "seed", next(f for f in dataclasses.fields(Config) if f.name == "seed"), int
+    for section, cls in SECTIONS.items():
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            union = [t for t in typing.get_args(hints[field.name]) if t is not type(None)]
+            yield f"{section}.{field.name}", field, union[0] if union else hints[field.name]
+
+
+def override(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns `config` with the fields named by dotted path set to new values.
+
+    Args:
+        config: The config to start from; it is not changed.
+        values: For example `{"vqvae.num_codes": 1024, "seed": 1}`.
+
+    Raises:
+        VqbeamError: A value is out of its field's range.
+    """
+    by_section: dict[str, dict[str, Any]] = {}
+    top = {}
+    for name, value in values.items():
+        section, _, field = name.rpartition(".")
+        if section:
+            by_section.setdefault(section, {})[field] = value
+        else:
+            top[name] = value
+    sections = {
+        section: dataclasses.replace(getattr(config, section), **fields)
+        for section, fields in by_section.items()
+    }
+    return dataclasses.replace(config, **top, **sections)
+
+
+def smoke(config: Config) -> Config:
+    """Returns `config` shrunk to run in seconds, its kind of data and networks kept."""
+    return override(
+        config,
+        {
+            "data.max_images": min(config.data.max_images or 64, 64),
+            "data.images_per_shard": 48,
+            "vqvae.num_codes": min(config.vqvae.num_codes, 32),
+            "vqvae.width": 8,
+            "vqvae.residual_layers": 1,
+            "vqvae.residual_width": 4,
+            "vqvae.batch_size": 16,
+            "vqvae.steps": 4,
+            "vqvae.steps_per_epoch": 2,
+            "encode.batch_size": 16,
+            "prior.layers": 1,
+            "prior.width": 16,
+            "prior.heads": 2,
+            "prior.batch_size": 16,
+            "prior.steps": 4,
+            "prior.steps_per_epoch": 2,
+            "prior.warmup_steps": 1,
+            "sample.num": 8,
+            "sample.batch_size": 8,
+        },
+    )
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Returns the config as nested dictionaries, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Returns the config that `to_dict` was given.
+
+    Raises:
+        VqbeamError: A field is missing or unknown, or out of its range.
+    """
+    try:
+        sections = {name: cls(**values[name]) for name, cls in SECTIONS.items()}
+        rest = {name: value for name, value in values.items() if name not in SECTIONS}
+        return Config(**rest, **sections)
+    except (KeyError, TypeError) as error:
+        raise VqbeamError(
+            f"the stored config does not fit this version of vqbeam ({error}); "
+            "use the version that wrote it"
+        ) from error
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Returns a line such as `vqvae.num_codes: 512 → 1024` for every field that differs."""
+    before, after = _flat(old), _flat(new)
+    return [
+        f"{name}: {before[name]} → {after[name]}" for name in before if before[name] != after[name]
+    ]
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    flat = {}
+    for name, value in to_dict(config).items():
+        if name in SECTIONS:
+            flat |= {f"{name}.{field}": v for field, v in value.items()}
+        else:
+            flat[name] = value
+    return flat

@@ -1,0 +1,37 @@
+"""CIFAR-10: 60,000 photographs, 32×32, in 10 classes; for a 2-core CPU.
+
+TFDS downloads it (160 MB).
+"""
+
+from configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig
+
+CONFIG = Config(
+    name="cifar10",
+    data=DataConfig(source="tfds:cifar10", height=32, width=32, channels=3),
+    vqvae=VQVAEConfig(
+        num_codes=512,  # van den Oord et al. 2017, section 4.1, as the width, blocks and β
+        code_dim=64,
+        downsampling=4,  # an 8×8 grid
+        width=128,
+        residual_layers=2,
+        residual_width=32,
+        batch_size=64,
+        steps=8000,  # 10 passes over the 50,000 training images
+        steps_per_epoch=500,
+        learning_rate=1e-3,
+        dtype="mixed_bfloat16",
+    ),
+    encode=EncodeConfig(batch_size=256),
+    prior=PriorConfig(
+        layers=6,
+        width=256,
+        heads=8,
+        batch_size=64,
+        steps=3500,  # 4.5 passes: more than half an hour on two cores
+        steps_per_epoch=500,
+        learning_rate=8e-4,
+        warmup_steps=300,
+        dtype="mixed_bfloat16",
+    ),
+    sample=SampleConfig(num=80, temperature=0.95, guidance=2.0, batch_size=80),
+)

@@ -1,0 +1,35 @@
+"""Letters A to Z in many fonts and colours, drawn by vqbeam: the quickstart, no download.
+
+Needs nothing but the machine it runs on.
+"""
+
+from configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig
+
+CONFIG = Config(
+    name="glyphs",
+    data=DataConfig(source="glyphs", height=32, width=32, channels=3),
+    vqvae=VQVAEConfig(
+        num_codes=256,  # letters are few strokes: more codes cost the prior and gain little
+        code_dim=32,
+        downsampling=4,  # an 8×8 grid: a stroke is about one code wide
+        width=64,  # half the classic width, a quarter of the time
+        residual_layers=2,
+        residual_width=32,
+        batch_size=64,
+        steps=2000,
+        steps_per_epoch=500,
+        learning_rate=1e-3,  # a short schedule that decays to 5% of it
+    ),
+    encode=EncodeConfig(batch_size=256),
+    prior=PriorConfig(
+        layers=4,
+        width=192,
+        heads=6,
+        batch_size=64,
+        steps=1500,
+        steps_per_epoch=500,
+        learning_rate=1e-3,
+        warmup_steps=100,
+    ),
+    sample=SampleConfig(num=104, temperature=0.9, guidance=1.5, batch_size=104),
+)

@@ -1,0 +1,157 @@
+"""Stage 3 of the pipeline: every prepared image to a grid of codes."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import apache_beam as beam
+import keras
+import numpy as np
+from apache_beam.metrics import Metrics
+from apache_beam.utils.shared import Shared
+
+from configs import Config
+from pipelines.progress import advance
+from pipelines.shards import (
+    ShardReport,
+    remove_leftovers,
+    write_dataset_metadata,
+    write_shard_once,
+)
+from vqvae.compilation import compile_function
+from vqvae.metrics import perplexity
+from vqvae.records import (
+    CODES_VERSION,
+    Shard,
+    code_dtype,
+    code_features,
+    damaged_records,
+    label_names,
+    open_dataset,
+    read_split,
+    serialize,
+)
+from vqvae.run_folder import RunFolder
+from vqvae.training import MODEL_FILE, load_vqvae
+
+STAGE = "encode"
+DATASET = "codes"
+_model = Shared()
+
+
+class EncodeImages(beam.PTransform):
+    """From the path of a run to the same path, once all its images are encoded.
+
+    One element is one shard; the model is loaded once by each process, and pixels never travel.
+    """
+
+    def expand(self, runs):
+        """Builds the steps."""
+        return (
+            runs
+            | "ListShards" >> beam.FlatMap(_image_shards)
+            | beam.Reshuffle()
+            | "EncodeShard" >> beam.MapTuple(encode_shard)
+            | beam.combiners.ToList()
+            | "FinishCodes" >> beam.Map(finish_codes)
+        )
+
+
+class ImageShard(NamedTuple):
+    """A shard to encode: the images [first, last) of its split, of `total` in all splits."""
+
+    shard: Shard
+    first: int
+    last: int
+    total: int
+
+
+def _image_shards(run_path: str) -> Iterator[tuple[str, ImageShard]]:
+    run = RunFolder(run_path)
+    run.require("prepare")
+    run.begin(STAGE)
+    splits = open_dataset(run.folder("prepare")).info.splits
+    for split in splits.values():
+        bounds = np.cumsum([0, *split.shard_lengths])
+        for index, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            shard = Shard(DATASET, split.name, index, len(split.shard_lengths))
+            yield run_path, ImageShard(shard, int(first), int(last), splits.total_num_examples)
+
+
+def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
+    """Encodes one shard of images and writes it as one shard of `DIR/codes`."""
+    run = RunFolder(run_path)
+    config = run.load_config()
+    builder = open_dataset(run.folder("prepare"))
+    features = code_features(config.grid, config.vqvae.num_codes, label_names(builder))
+    encode = _load_encoder(run)
+
+    def records(facts):
+        counts = np.zeros(config.vqvae.num_codes, np.int64)
+        images = read_split(builder, part.shard.split, first=part.first, last=part.last)
+        batches = images.batch(config.encode.batch_size).prefetch(2)
+        with damaged_records(run.folder("prepare")):
+            for batch in batches.as_numpy_iterator():
+                codes = _encode_padded(encode, batch.pop("image"), config)
+                counts += np.bincount(codes.ravel(), minlength=len(counts))
+                advance(STAGE, len(codes), part.total)
+                for i, grid in enumerate(codes):
+                    rest = {name: values[i] for name, values in batch.items()}
+                    yield serialize(features, {"codes": grid, **rest})
+        facts["code_counts"] = counts.tolist()
+
+    report = write_shard_once(run, STAGE, part.shard, records)
+    Metrics.counter("vqbeam", "images_encoded").inc(report.records)
+    return run_path, report
+
+
+def finish_codes(shards: Sequence[tuple[str, ShardReport]]) -> str:
+    """Makes a dataset of the shards, with codebook use; returns the run's path."""
+    run = RunFolder(shards[0][0])
+    config = run.load_config()
+    reports = [report for _, report in shards]
+    names = label_names(open_dataset(run.folder("prepare")))
+    files, counts = write_dataset_metadata(
+        run,
+        STAGE,
+        reports,
+        code_features(config.grid, config.vqvae.num_codes, names),
+        version=CODES_VERSION,
+        description=f"Code grids of {config.data.source}, K = {config.vqvae.num_codes}.",
+    )
+    remove_leftovers(run, STAGE, files)
+    use = np.sum([report.facts["code_counts"] for report in reports], axis=0)
+    run.finish(
+        STAGE,
+        files,
+        counts=counts,
+        label_names=names,
+        perplexity=perplexity(use),
+        codes_used=int(np.count_nonzero(use)),
+    )
+    return str(run.root)
+
+
+def _load_encoder(run: RunFolder):
+    manifest = (run.folder("train-vqvae") / MODEL_FILE).read_bytes()
+
+    def load():
+        model = load_vqvae(run)
+        return _Encoder(compile_function(model.encode, model.variables, jit=False))
+
+    return _model.acquire(load, tag=hashlib.sha256(manifest).hexdigest()).function
+
+
+class _Encoder:
+    """Holds the compiled function: `Shared` keeps weak references, which functions refuse."""
+
+    def __init__(self, function):
+        self.function = function
+
+
+def _encode_padded(encode, images: np.ndarray, config: Config) -> np.ndarray:
+    """Encodes a batch padded to the full size: one shape to compile, one result for an image."""
+    short = config.encode.batch_size - len(images)
+    padded = np.pad(images, ((0, short), (0, 0), (0, 0), (0, 0)))
+    codes = keras.ops.convert_to_numpy(encode(padded))[: len(images)]
+    return codes.astype(code_dtype(config.vqvae.num_codes))

@@ -1,0 +1,121 @@
+"""A folder of image files as a dataset: which files it holds, their classes and splits."""
+
+import dataclasses
+import hashlib
+
+from etils import epath
+
+from configs import VqbeamError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+
+NO_LABEL = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderListing:
+    """The images of a folder, by split.
+
+    Attributes:
+        splits: For "train" and "validation" the images as `(key, label)`. A key is a path
+            relative to the folder, with "/" between its parts. A label is an index into
+            `label_names`, or `NO_LABEL` where there are none.
+        label_names: The names of the subfolders, sorted; empty if the images lie in the folder
+            itself.
+    """
+
+    splits: dict[str, list[tuple[str, int]]]
+    label_names: tuple[str, ...]
+
+
+def list_folder(path: str, *, validation_share: float, max_images: int | None) -> FolderListing:
+    """Lists the images of a folder, in which each subfolder is a class, if it has any.
+
+    An image is a file with one of `SUFFIXES`, in upper or lower case. Files and folders whose
+    name starts with "." do not count, and links to folders are not followed. A class may have
+    subfolders of its own.
+
+    The split of an image follows from its key alone, so that it stays when others are added,
+    with one exception: a split that would get no image, though there are two or more and
+    `validation_share` is above 0, gets the one whose hash is nearest to it.
+
+    Args:
+        path: The folder; local, or any that `etils.epath` can read, such as gs://.
+        validation_share: Share of the images to hold out, from 0 to below 1.
+        max_images: Limit on the images of each split; None for no limit.
+
+    Raises:
+        VqbeamError: There is no such folder, it cannot be read, it holds no image, it has
+            images both at the top and in subfolders, or a file name is not UTF-8.
+    """
+    folder = epath.Path(path).expanduser()
+    if not folder.is_dir():
+        raise VqbeamError(f"there is no folder {path!r}; check the path in data.source")
+    keys = _image_keys(folder)
+    if not keys:
+        raise VqbeamError(
+            f"the folder {path!r} holds no image; a file counts whose name ends in one of "
+            f"{' '.join(SUFFIXES)}"
+        )
+    label_names = _label_names(path, keys)
+    labels = {name: label for label, name in enumerate(label_names)}
+    splits = {
+        name: [(key, labels.get(key.partition("/")[0], NO_LABEL)) for key in members[:max_images]]
+        for name, members in _split(keys, validation_share).items()
+    }
+    return FolderListing(splits=splits, label_names=label_names)
+
+
+def _image_keys(folder: epath.Path) -> list[str]:
+    keys = []
+    for directory, _, names in folder.walk(on_error=_refuse):
+        place = directory.relative_to(folder)
+        for name in names:
+            key = (place / name).as_posix()
+            hidden = any(part.startswith(".") for part in key.split("/"))
+            if key.lower().endswith(SUFFIXES) and not hidden:
+                keys.append(_check_text(key))
+    return keys
+
+
+def _check_text(key: str) -> str:
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise VqbeamError(f"the file name {key!r} is not valid UTF-8; rename it") from None
+    return key
+
+
+def _refuse(error: OSError) -> None:
+    # A folder left out in silence would change the dataset.
+    raise VqbeamError(f"a folder of images cannot be read ({error}); mend its permissions")
+
+
+def _label_names(path: str, keys: list[str]) -> tuple[str, ...]:
+    """Returns the sorted first parts of the keys, or nothing if all images lie at the top."""
+    top = [key for key in keys if "/" not in key]
+    if not top:
+        return tuple(sorted({key.partition("/")[0] for key in keys}))
+    if len(top) < len(keys):
+        raise VqbeamError(
+            f"the folder {path!r} has {len(top)} images at the top (such as {min(top)!r}) and "
+            f"{len(keys) - len(top)} in subfolders; put all in subfolders, one for each class, "
+            "or all at the top"
+        )
+    return ()
+
+
+def _split(keys: list[str], validation_share: float) -> dict[str, list[str]]:
+    # Ordered by hash, any prefix of a split is a fair draw from all classes, whereas sorted
+    # paths would let max_images, or the first shards, see only the first classes.
+    ordered = sorted(keys, key=lambda key: (_hash(key), key))
+    count = sum(_hash(key) < validation_share for key in keys)
+    if validation_share > 0:
+        count = min(max(count, 1), len(keys) - 1)
+    return {"train": ordered[count:], "validation": ordered[:count]}
+
+
+def _hash(key: str) -> float:
+    """Returns a number in [0, 1) that depends on the key alone, on every machine."""
+    digest = hashlib.blake2b(key.encode(), digest_size=6).digest()
+    return int.from_bytes(digest) / 2**48

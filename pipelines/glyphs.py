@@ -1,0 +1,154 @@
+"""A made dataset of letters: real images to train on where nothing can be downloaded."""
+
+import functools
+import math
+import pathlib
+
+import apache_beam as beam
+import matplotlib
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image, ImageDraw, ImageFont
+
+SIZE = 32
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+# The text faces that matplotlib ships. Its other fonts hold mathematical symbols.
+FONTS = (
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-BoldOblique",
+    "DejaVuSans-Oblique",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSansMono-BoldOblique",
+    "DejaVuSansMono-Oblique",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSerif-BoldItalic",
+    "DejaVuSerif-Italic",
+    "STIXGeneral",
+    "STIXGeneralBol",
+    "STIXGeneralBolIta",
+    "STIXGeneralItalic",
+    "cmb10",
+    "cmr10",
+    "cmss10",
+    "cmti10",
+    "cmtt10",
+)
+
+_OVERSAMPLING = 4
+_MASK_SIDE = SIZE * _OVERSAMPLING  # pixels of a mask's longer side
+# Pixels of a letter's longer side in an image. A square of 26, turned by 15 degrees, still fits.
+_MIN_SIDE, _MAX_SIDE = 20.0, 26.0
+_MAX_ANGLE = math.radians(15)
+_MAX_SHIFT = 3.0
+_MIN_CONTRAST = 90.0  # difference in brightness, of 255
+_LUMA = np.array([0.299, 0.587, 0.114])  # brightness of red, green and blue (BT.601)
+
+
+class Glyphs(tfds.core.GeneratorBasedBuilder):
+    """Capital letters in many fonts, colours and poses: [32, 32, 3] uint8 with a label A to Z.
+
+    Drawn, not downloaded; each class has the same number of images in each split.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First version."}
+    SEED = 0
+    COUNTS = {"train": 26_000, "test": 2_600}
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Capital letters in many fonts, colours and poses.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="png"),
+                    "label": tfds.features.ClassLabel(names=list(LETTERS)),
+                }
+            ),
+            supervised_keys=("image", "label"),
+        )
+
+    def _split_generators(self, dl_manager):
+        # No index serves twice, so that no image is in two splits.
+        splits, start = {}, 0
+        for name, count in self.COUNTS.items():
+            splits[name] = self._generate_examples(start, start + count)
+            start += count
+        return splits
+
+    def _generate_examples(self, start: int, stop: int) -> beam.PTransform:
+        return beam.Create(range(start, stop)) | beam.Map(_example, seed=self.SEED)
+
+
+def _example(index: int, seed: int) -> tuple[int, dict]:
+    image, label = draw_glyph(seed, index)
+    return index, {"image": image, "label": label}
+
+
+def draw_glyph(seed: int, index: int) -> tuple[np.ndarray, int]:
+    """Draws one letter; the same arguments always give the same image.
+
+    Args:
+        seed: Names the series of images, from 0.
+        index: Position in the series, from 0. The letter is `LETTERS[index % 26]`, so that any
+            26 images in a row hold each letter once.
+
+    Returns:
+        The image, uint8 [32, 32, 3], and its label, 0 for A to 25 for Z.
+    """
+    label = index % len(LETTERS)
+    # Keyed by the pair itself, so that no image depends on how many were drawn before it.
+    rng = np.random.Generator(np.random.Philox(key=[seed, index]))
+    mask = _letter_mask(FONTS[rng.integers(len(FONTS))], LETTERS[label])
+    coverage = _pose(mask, rng)[..., None]
+    background, ink = _colours(rng)
+    return np.rint(background + coverage * (ink - background)).astype(np.uint8), label
+
+
+@functools.cache
+def _letter_mask(font: str, letter: str) -> Image.Image:
+    """Returns the letter, white on black (mode L), cut to its edges and one size for all."""
+    path = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf")
+    # The basic layout is in every build of Pillow, so that all machines draw the same.
+    face = ImageFont.truetype(path, _MASK_SIDE, layout_engine=ImageFont.Layout.BASIC)
+    left, top, right, bottom = face.getbbox(letter)
+    mask = Image.new("L", (right - left, bottom - top))
+    ImageDraw.Draw(mask).text((-left, -top), letter, fill=255, font=face)
+    scale = _MASK_SIDE / max(mask.size)
+    return mask.resize([round(side * scale) for side in mask.size], Image.Resampling.LANCZOS)
+
+
+def _pose(mask: Image.Image, rng: np.random.Generator) -> np.ndarray:
+    """Returns the letter scaled, turned and shifted, as coverage in [0, 1], [SIZE, SIZE]."""
+    angle = rng.uniform(-_MAX_ANGLE, _MAX_ANGLE)
+    scale = rng.uniform(_MIN_SIDE, _MAX_SIDE) / _MASK_SIDE
+    cos, sin = math.cos(angle), math.sin(angle)
+    width, height = mask.width * scale, mask.height * scale
+    # What turning leaves free on each side bounds the shift, so that no letter is cut off.
+    x = SIZE / 2 + _shift(width * cos + height * abs(sin), rng)
+    y = SIZE / 2 + _shift(width * abs(sin) + height * cos, rng)
+    # Image.transform maps a pixel of the result to the place in the mask that it shows.
+    a, b = cos / scale / _OVERSAMPLING, sin / scale / _OVERSAMPLING
+    x, y = x * _OVERSAMPLING, y * _OVERSAMPLING
+    affine = (a, b, mask.width / 2 - a * x - b * y, -b, a, mask.height / 2 + b * x - a * y)
+    side = SIZE * _OVERSAMPLING
+    method = Image.Transform.AFFINE
+    posed = mask.transform((side, side), method, affine, Image.Resampling.BILINEAR)
+    return np.asarray(posed.reduce(_OVERSAMPLING), np.float64) / 255
+
+
+def _shift(extent: float, rng: np.random.Generator) -> float:
+    limit = min((SIZE - extent) / 2, _MAX_SHIFT)
+    return rng.uniform(-limit, limit)
+
+
+def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Returns two RGB colours, float64 [3] in [0, 255], that differ enough in brightness."""
+    while True:
+        background, ink = rng.uniform(0, 255, (2, 3))
+        if abs((background - ink) @ _LUMA) >= _MIN_CONTRAST:
+            return background, ink

@@ -1,0 +1,32 @@
+"""Held-out images of a run above their reconstructions."""
+
+import numpy as np
+from etils import epath
+
+from configs import VqbeamError
+from vqvae.figures import reconstruction_figure, save_png
+from vqvae.records import damaged_records, open_dataset, read_split
+from vqvae.run_folder import RunFolder
+from vqvae.training import load_vqvae, reconstruct as reconstruct_images
+
+
+def reconstruct(run_dir: str, output: str, num: int = 16) -> None:
+    """Draws the first `num` images of the validation split above their reconstructions.
+
+    Raises:
+        VqbeamError: The run has no trained VQ-VAE, or `output` does not end in .png.
+    """
+    path = epath.Path(output)
+    if path.suffix != ".png":
+        raise VqbeamError(f"--output is {output!r}; give a name that ends in .png")
+    run = RunFolder(run_dir)
+    run.load_config()
+    model = load_vqvae(run)
+    run.require("prepare")
+    builder = open_dataset(run.folder("prepare"))
+    size = builder.info.splits["validation"].num_examples
+    with damaged_records(run.folder("prepare")):
+        examples = read_split(builder, "validation", last=min(num, size))
+        images = np.stack([example["image"] for example in examples.as_numpy_iterator()])
+    save_png(reconstruction_figure(images, reconstruct_images(model, images)), path)
+    print(f"{len(images)} originals above their reconstructions: {path}")

@@ -1,0 +1,92 @@
+"""The stages of a run as one Beam pipeline; what is done already is not done again."""
+
+import time
+from collections.abc import Sequence
+
+from configs import Config
+from vqvae.run_folder import STAGES, RunFolder
+
+
+def run_stages(
+    config: Config, run_dir: str, stages: Sequence[str], beam_args: Sequence[str]
+) -> None:
+    """Runs stages of a run, one after the other, as one pipeline.
+
+    Args:
+        config: The run's config; stored in the folder by the first call, checked by later ones.
+        run_dir: The run's folder.
+        stages: Names from `STAGES`, in their order.
+        beam_args: Beam's own options, such as `["--runner=FnApiRunner"]`.
+
+    Raises:
+        VqbeamError: The folder holds another run, an earlier stage is missing, or a stage failed
+            for a reason that the user can mend.
+    """
+    run = RunFolder(run_dir)
+    run.start(config)
+    start = time.monotonic()
+    pending = _pending(run, stages)
+    for stage in stages:
+        if stage not in pending:
+            print(f"{stage}: done already, in {run.folder(stage)}")
+    if pending:
+        _run_pipeline(run, config, pending, beam_args)
+        print(f"{' → '.join(pending)}: done in {_duration(time.monotonic() - start)}")
+    for line in _closing_lines(run, stages):
+        print(line)
+
+
+def _pending(run: RunFolder, stages: Sequence[str]) -> list[str]:
+    """Returns the stages to do: those not done, and all after them that read what they write."""
+    pending: list[str] = []
+    for stage in stages:
+        sources = STAGES[stage][1]
+        for source in sources:
+            if source not in pending:
+                run.require(source)
+        if not run.is_done(stage) or any(source in pending for source in sources):
+            pending.append(stage)
+    return pending
+
+
+def _run_pipeline(
+    run: RunFolder, config: Config, stages: Sequence[str], beam_args: Sequence[str]
+) -> None:
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+
+    from pipelines.stages import transform
+
+    options = PipelineOptions(list(beam_args))
+    gpu_hint = "Dataflow" in (options.view_as(StandardOptions).runner or "")
+    if "prepare" in stages:
+        from pipelines.sources import prepare_source
+
+        prepare_source(config.data, beam_args)
+    with beam.Pipeline(options=options) as pipeline:
+        runs = pipeline | beam.Create([str(run.root)])
+        for stage in stages:
+            runs = runs | stage >> transform(stage, gpu_hint)
+
+
+def _closing_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:
+    """Returns what was written where, and what to type next."""
+    lines = []
+    if "prepare" in stages:
+        images = run.manifest("prepare")
+        counts = ", ".join(f"{count:,} {split}" for split, count in images["counts"].items())
+        lines.append(f"images: {counts}, in {run.folder('prepare')}")
+        if images["failed"]:
+            letters = run.folder("prepare") / "dead_letters.jsonl"
+            lines.append(f"{images['failed']} images could not be decoded; they are in {letters}")
+    if "sample" in stages:
+        lines.append(f"new images: {run.folder('sample') / 'samples.png'}")
+        lines.append(f"next: vqbeam sample {run.root} --output samples.png")
+    else:
+        lines.append(f"written to {run.folder(stages[-1])}; next: vqbeam inspect {run.root}")
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

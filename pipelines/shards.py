@@ -1,0 +1,111 @@
+"""Datasets written shard by shard, by workers that may die, repeat themselves or start again."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from configs import VqbeamError
+from vqvae.records import Shard, write_metadata, write_shard
+from vqvae.run_folder import RunFolder, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardReport:
+    """What became of one shard: its records, its bytes, and what was seen while writing it."""
+
+    shard: Shard
+    records: int
+    bytes: int
+    facts: dict[str, Any]
+
+
+def write_shard_once(
+    run: RunFolder, stage: str, shard: Shard, records: Callable[[dict], Iterator[bytes]]
+) -> ShardReport:
+    """Writes a shard, or returns the report of the one that an earlier attempt has completed.
+
+    The report is written after the shard, and both are renamed into place: a worker killed at any
+    moment leaves either a shard with its report or work to be done again.
+
+    Args:
+        run: The run.
+        stage: The stage whose folder gets the shard.
+        shard: Which one.
+        records: Yields the serialized records; puts what it sees into the dictionary it is given.
+    """
+    folder = run.folder(stage)
+    path = folder / shard.filename
+    report_path = _reports_folder(run, stage) / f"{shard.filename}.json"
+    if report_path.exists():
+        report = _read_report(report_path)
+        if path.exists() and path.stat().length == report.bytes:
+            return report
+    report_path.parent.mkdir(parents=True, exist_ok=True)
+    facts: dict[str, Any] = {}
+    count = 0
+
+    def counted():
+        nonlocal count
+        for record in records(facts):
+            count += 1
+            yield record
+
+    size = write_shard(path, counted())
+    report = ShardReport(shard, count, size, facts)
+    write_json(report_path, dataclasses.asdict(report))
+    return report
+
+
+def write_dataset_metadata(
+    run: RunFolder,
+    stage: str,
+    reports: Sequence[ShardReport],
+    features: Any,
+    *,
+    version: str,
+    description: str,
+) -> tuple[list[epath.Path], dict[str, int]]:
+    """Makes a TFDS dataset of the shards that were reported.
+
+    Returns:
+        Every file of the dataset, and the number of records in each split.
+
+    Raises:
+        VqbeamError: A shard was not reported.
+    """
+    folder = run.folder(stage)
+    splits: dict[str, list[ShardReport]] = {}
+    for report in sorted(reports, key=lambda report: report.shard):
+        splits.setdefault(report.shard.split, []).append(report)
+    for split, of_split in splits.items():
+        found = [report.shard.index for report in of_split]
+        if found != list(range(of_split[0].shard.count)):
+            raise VqbeamError(
+                f"{folder} has shards {found} of {of_split[0].shard.count} of split {split}; "
+                "run the same command again"
+            )
+    sizes = {s: [(r.records, r.bytes) for r in of_split] for s, of_split in splits.items()}
+    files = write_metadata(folder, features, sizes, version=version, description=description)
+    files += [folder / report.shard.filename for report in reports]
+    counts = {split: sum(r.records for r in of_split) for split, of_split in splits.items()}
+    return files, counts
+
+
+def remove_leftovers(run: RunFolder, stage: str, keep: Sequence[epath.Path]) -> None:
+    """Removes from a stage's folder the reports, and all that killed or older attempts left."""
+    kept = {path.name for path in keep}
+    for path in run.folder(stage).iterdir():
+        if path.name not in kept:
+            path.rmtree() if path.is_dir() else path.unlink()
+
+
+def _reports_folder(run: RunFolder, stage: str) -> epath.Path:
+    return run.folder(stage) / f".reports-{run.fingerprint(stage)}"
+
+
+def _read_report(path: epath.Path) -> ShardReport:
+    values = json.loads(path.read_text())
+    return ShardReport(**{**values, "shard": Shard(*values["shard"])})

@@ -1,0 +1,169 @@
+"""Where images come from: TFDS datasets (glyphs among them) and folders of files."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import importlib_resources  # noqa: F401  (TFDS needs it and does not bring it)
+import tensorflow_datasets as tfds
+from etils import epath
+
+from configs import DataConfig, VqbeamError
+from pipelines.folder import list_folder
+from vqvae.records import Shard
+
+DATASET = "images"
+
+
+class RawImage(NamedTuple):
+    """An image as its source has it: key, encoded bytes, label (−1 for none)."""
+
+    key: str
+    data: bytes
+    label: int
+
+
+class Unit(NamedTuple):
+    """The part of a source that becomes one shard.
+
+    Attributes:
+        shard: The shard to write.
+        images: The range of numbers in a TFDS split, or (key, label) of each file of a folder.
+        label_names: The classes of the source; empty where it has none.
+        total: Images in the whole source, for progress.
+    """
+
+    shard: Shard
+    images: Sequence[Any]
+    label_names: tuple[str, ...]
+    total: int
+
+
+def prepare_source(data: DataConfig, beam_args: Sequence[str]) -> None:
+    """Has TFDS download and prepare its dataset, where that was not done yet.
+
+    Raises:
+        VqbeamError: There is no such dataset, or it cannot be had; the message says what to do.
+    """
+    if data.source.startswith("folder:"):
+        return
+    builder = _builder(data)
+    if builder.is_prepared():
+        return
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    print(
+        f"{builder.info.full_name} is not in {builder.data_dir} yet: TFDS prepares it", flush=True
+    )
+    config = tfds.download.DownloadConfig(
+        beam_options=PipelineOptions(list(beam_args)),
+        manual_dir=data.manual_dir,
+        try_download_gcs=False,
+    )
+    try:
+        builder.download_and_prepare(download_config=config)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise VqbeamError(
+            f"TFDS could not prepare {builder.info.full_name} ({reason}); where its host cannot "
+            "be reached, prepare it elsewhere and give its folder by --data.data-dir"
+        ) from error
+
+
+def plan(data: DataConfig) -> list[Unit]:
+    """Divides a source into units of `data.images_per_shard` images.
+
+    Raises:
+        VqbeamError: The source is not there, holds no image, or lacks a split or feature.
+    """
+    if data.source.startswith("folder:"):
+        listing = list_folder(
+            data.source.removeprefix("folder:"),
+            validation_share=data.validation_share,
+            max_images=data.max_images,
+        )
+        return _units(data, listing.splits, listing.label_names)
+    info = _builder(data).info
+    splits = {}
+    for split, theirs in (("train", data.train_split), ("validation", data.validation_split)):
+        if theirs not in info.splits:
+            raise VqbeamError(
+                f"{info.full_name} has no split {theirs!r}; set data.{split}_split to one of "
+                f"{', '.join(info.splits)}"
+            )
+        size = info.splits[theirs].num_examples
+        splits[split] = range(min(size, data.max_images or size))
+    return _units(data, splits, _tfds_label_names(data, info))
+
+
+def read_unit(data: DataConfig, unit: Unit) -> Iterator[RawImage]:
+    """Yields the images of a unit, always in the same order, not yet decoded."""
+    if data.source.startswith("folder:"):
+        root = epath.Path(data.source.removeprefix("folder:"))
+        for key, label in unit.images:
+            yield RawImage(key, (root / key).read_bytes(), label)
+        return
+    yield from _read_tfds(data, unit)
+
+
+def _units(
+    data: DataConfig, splits: dict[str, Sequence[Any]], label_names: tuple[str, ...]
+) -> list[Unit]:
+    total = sum(len(images) for images in splits.values())
+    units = []
+    for split, images in splits.items():
+        firsts = range(0, len(images), data.images_per_shard)
+        for index, first in enumerate(firsts):
+            shard = Shard(DATASET, split, index, len(firsts))
+            images_of_shard = images[first : first + data.images_per_shard]
+            units.append(Unit(shard, images_of_shard, label_names, total))
+    return units
+
+
+def _builder(data: DataConfig):
+    options = {"data_dir": data.data_dir} if data.data_dir else {}
+    if data.source == "glyphs":
+        from pipelines.glyphs import Glyphs
+
+        return Glyphs(**options)
+    name = data.source.removeprefix("tfds:")
+    try:
+        return tfds.builder(name, **options)
+    except tfds.core.DatasetNotFoundError as error:
+        hint = next((line for line in str(error).splitlines() if "Did you mean" in line), "")
+        raise VqbeamError(
+            f"TFDS has no dataset {name!r}; {hint.strip() or 'see tfds.list_builders()'}"
+        ) from error
+    except (ValueError, AssertionError) as error:
+        raise VqbeamError(f"TFDS refuses {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def _tfds_label_names(data: DataConfig, info) -> tuple[str, ...]:
+    if data.image_key not in info.features:
+        raise VqbeamError(
+            f"{info.full_name} has no feature {data.image_key!r}; set data.image_key to one of "
+            f"{', '.join(info.features)}"
+        )
+    label = info.features[data.label_key] if data.label_key in info.features else None
+    return tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
+
+
+def _read_tfds(data: DataConfig, unit: Unit) -> Iterator[RawImage]:
+    """Reads a slice of a split, images as their encoded bytes.
+
+    `tfds.beam.ReadFromTFDS` reads the same files, one worker a file, but leaves the examples of a
+    one-file dataset in no particular place: putting them in order would shuffle pixels.
+    """
+    builder = _builder(data)
+    theirs = data.train_split if unit.shard.split == "train" else data.validation_split
+    bounds = unit.images[0], unit.images[-1] + 1
+    examples = builder.as_dataset(
+        split=tfds.core.ReadInstruction(theirs, from_=bounds[0], to=bounds[1], unit="abs"),
+        decoders={data.image_key: tfds.decode.SkipDecoding()},
+        read_config=tfds.ReadConfig(
+            add_tfds_id=True, interleave_cycle_length=1, try_autocache=False
+        ),
+    )
+    for example in examples.as_numpy_iterator():
+        label = int(example[data.label_key]) if unit.label_names else -1
+        yield RawImage(os.fsdecode(example["tfds_id"]), example[data.image_key], label)

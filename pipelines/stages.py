@@ -1,0 +1,53 @@
+"""The Beam transform of each stage: from the path of a run to the same path, the stage done."""
+
+import apache_beam as beam
+
+from pipelines.encode import EncodeImages
+from pipelines.prepare import PrepareImages
+
+# What a Dataflow worker that trains is given. Other runners, the local ones above all, start a
+# set of processes for each distinct hint and cannot honour it: only Dataflow gets it.
+GPU_HINTS = {"accelerator": "type:nvidia-l4;count:1;install-nvidia-driver", "min_ram": "16GB"}
+
+
+def transform(stage: str, gpu_hint: bool) -> beam.PTransform:
+    """Returns the transform of a stage.
+
+    Args:
+        stage: A name from `STAGES`.
+        gpu_hint: Whether to ask the runner for a GPU where the stage trains.
+    """
+    hints = GPU_HINTS if gpu_hint else {}
+    match stage:
+        case "prepare":
+            return PrepareImages()
+        case "train-vqvae":
+            return beam.Map(_train_vqvae).with_resource_hints(**hints)
+        case "encode":
+            return EncodeImages()
+        case "train-prior":
+            return beam.Map(_train_prior).with_resource_hints(**hints)
+        case "sample":
+            return beam.Map(_sample)
+    raise ValueError(stage)
+
+
+def _train_vqvae(run_path: str) -> str:
+    from vqvae.training import train_vqvae
+
+    train_vqvae(run_path)
+    return run_path
+
+
+def _train_prior(run_path: str) -> str:
+    from prior.training import train_prior
+
+    train_prior(run_path)
+    return run_path
+
+
+def _sample(run_path: str) -> str:
+    from pipelines.sample import sample_stage
+
+    sample_stage(run_path)
+    return run_path

@@ -1,0 +1,1 @@
+"""Stage 2: code grids to new code grids."""

@@ -1,0 +1,162 @@
+"""Trains the prior of a run on its code grids."""
+
+import math
+import time
+
+import keras
+import tensorflow as tf
+
+from configs import Config
+from prior.transformer import CodePrior
+from vqvae.fitting import ReseedDropout, fit, load_model, save_model
+from vqvae.records import (
+    damaged_records,
+    label_names,
+    open_dataset,
+    read_split,
+    training_batches,
+)
+from vqvae.run_folder import RunFolder
+from vqvae.training import MODEL_FILE, check_fits
+
+STAGE = "train-prior"
+
+
+def train_prior(run_path: str) -> dict:
+    """Trains the prior of a run, from its last checkpoint where there is one.
+
+    Writes `model.keras`, TensorBoard logs and the manifest. A finished stage is left as it is.
+
+    Returns:
+        The stage's manifest, with the measures over the whole validation split.
+
+    Raises:
+        VqbeamError: The codes are not there or damaged, or training diverged.
+    """
+    run = RunFolder(run_path)
+    if run.is_done(STAGE):
+        return run.manifest(STAGE)
+    codes = run.require("encode")
+    config = run.load_config()
+    start = time.monotonic()
+    with damaged_records(run.folder("encode")):
+        model = build_prior(config, num_labels=len(codes["label_names"]))
+        history = _fit(model, run, config, codes)
+        measures = evaluate(model, _validation(run, config), config)
+    path = run.folder(STAGE) / MODEL_FILE
+    save_model(model, path)
+    return run.finish(
+        STAGE,
+        [path],
+        measures=measures,
+        history=history,
+        label_names=codes["label_names"],
+        parameters=model.count_params(),
+        seconds=round(time.monotonic() - start, 1),
+    )
+
+
+def build_prior(config: Config, *, num_labels: int) -> CodePrior:
+    """Returns an untrained prior for a run whose data have `num_labels` classes, or none."""
+    # One up, since Dataset.shuffle takes no tensor as its seed where the global seed is zero.
+    keras.utils.set_random_seed(config.seed + 1)
+    return CodePrior(
+        num_codes=config.vqvae.num_codes,
+        grid=config.grid,
+        num_labels=num_labels,
+        layers=config.prior.layers,
+        width=config.prior.width,
+        heads=config.prior.heads,
+        dropout=config.prior.dropout,
+        dtype=config.prior.dtype,
+    )
+
+
+def load_prior(run: RunFolder) -> CodePrior:
+    """Returns the trained prior of a run.
+
+    Raises:
+        VqbeamError: It is not trained, or the model is not that of the run's config.
+    """
+    run.require(STAGE)
+    path = run.folder(STAGE) / MODEL_FILE
+    model = load_model(path)
+    check_fits(model, run.load_config(), path)
+    return model
+
+
+def evaluate(model: CodePrior, batches, config: Config) -> dict[str, float]:
+    """Measures a compiled prior on batches of grids and labels.
+
+    Returns:
+        `nats_per_code`, the mean cross-entropy, and `bits_per_dim`, the same information spread
+        over the H·W·C numbers of an image. It counts the codes alone, not what the decoder loses.
+    """
+    nats = float(model.evaluate(batches, return_dict=True, verbose=0)["loss"])
+    bits = nats * math.prod(config.grid) / math.log(2)
+    return {"nats_per_code": nats, "bits_per_dim": bits / math.prod(config.image_shape)}
+
+
+def _fit(model: CodePrior, run: RunFolder, config: Config, codes: dict) -> list[dict]:
+    settings = config.prior
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0 if settings.warmup_steps else settings.learning_rate,
+        max(1, settings.steps - settings.warmup_steps),
+        warmup_target=settings.learning_rate if settings.warmup_steps else None,
+        warmup_steps=settings.warmup_steps,
+    )
+    optimizer = keras.optimizers.AdamW(
+        schedule, weight_decay=settings.weight_decay, beta_2=0.95, global_clipnorm=1.0
+    )
+    optimizer.exclude_from_weight_decay(var_names=["scale", "embeddings"])
+    model.compile(optimizer)
+    return fit(
+        model,
+        batches=lambda first_step: _training(run, config, codes, model, first_step),
+        validation=_validation(run, config, limit=2048),
+        folder=run.folder(STAGE),
+        fingerprint=run.fingerprint(STAGE),
+        steps=settings.steps,
+        steps_per_epoch=settings.steps_per_epoch,
+        batch_size=settings.batch_size,
+        title="train prior",
+        callbacks=[ReseedDropout(config.seed)],
+    )
+
+
+def _training(run: RunFolder, config: Config, codes: dict, model: CodePrior, first_step: int):
+    """Returns endless batches in which a share of the labels is replaced by the null class."""
+    batch_size = config.prior.batch_size
+    batches = training_batches(
+        _examples(run, "train"),
+        size=codes["counts"]["train"],
+        batch_size=batch_size,
+        first_step=first_step,
+        seed=config.seed,
+    )
+
+    def drop_labels(step, batch):
+        numbers = tf.random.stateless_uniform([batch_size], [config.seed, step])
+        dropped = numbers < config.prior.label_dropout
+        labels = tf.where(dropped, model.null_label, batch["labels"])
+        return {**batch, "labels": labels}
+
+    return batches.enumerate(first_step).map(drop_labels).prefetch(4)
+
+
+def _validation(run: RunFolder, config: Config, limit: int | None = None):
+    size = open_dataset(run.folder("encode")).info.splits["validation"].num_examples
+    return _examples(run, "validation", last=min(size, limit or size)).batch(
+        config.prior.batch_size
+    )
+
+
+def _examples(run: RunFolder, split: str, last: int | None = None):
+    builder = open_dataset(run.folder("encode"))
+    labelled = bool(label_names(builder))
+
+    def to_inputs(example):
+        label = tf.cast(example["label"], tf.int32) if labelled else tf.constant(-1)
+        return {"codes": tf.cast(example["codes"], tf.int32), "labels": label}
+
+    return read_split(builder, split, last=last).map(to_inputs, num_parallel_calls=2)

@@ -1,0 +1,158 @@
+import os
+
+import pytest
+
+from configs import VqbeamError
+from pipelines import folder
+
+
+def _fill(root, keys):
+    for key in keys:
+        path = root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def _list(root, validation_share=0.25, max_images=None):
+    return folder.list_folder(str(root), validation_share=validation_share, max_images=max_images)
+
+
+def _keys(listing, split):
+    return [key for key, _ in listing.splits[split]]
+
+
+def test_subfolders_are_classes(tmp_path):
+    _fill(tmp_path, ["dog/1.png", "cat/deep/2.JPG", "cat/3.webp", "ant/4.tiff"])
+    listing = _list(tmp_path, validation_share=0)
+    assert listing.label_names == ("ant", "cat", "dog")
+    assert dict(listing.splits["train"]) == {
+        "ant/4.tiff": 0,
+        "cat/3.webp": 1,
+        "cat/deep/2.JPG": 1,
+        "dog/1.png": 2,
+    }
+    assert listing.splits["validation"] == []
+
+
+def test_flat_folder_has_no_labels(tmp_path):
+    _fill(tmp_path, ["1.png", "2.Jpeg"])
+    listing = _list(tmp_path, validation_share=0)
+    assert listing.label_names == ()
+    assert dict(listing.splits["train"]) == {"1.png": folder.NO_LABEL, "2.Jpeg": folder.NO_LABEL}
+
+
+def test_only_visible_images_count(tmp_path):
+    _fill(
+        tmp_path, ["a/1.png", "a/.2.png", ".b/3.png", "a/.c/4.png", "a/5.txt", "a/png", "note.md"]
+    )
+    assert _keys(_list(tmp_path, validation_share=0), "train") == ["a/1.png"]
+
+
+@pytest.mark.parametrize("suffix", folder.SUFFIXES)
+def test_every_suffix_counts_in_both_cases(tmp_path, suffix):
+    _fill(tmp_path, ["1" + suffix, "2" + suffix.upper()])
+    assert len(_list(tmp_path, validation_share=0).splits["train"]) == 2
+
+
+def test_splits_have_their_shares_and_share_nothing(tmp_path):
+    keys = [f"{index}.png" for index in range(2000)]
+    _fill(tmp_path, keys)
+    listing = _list(tmp_path)
+    train, validation = _keys(listing, "train"), _keys(listing, "validation")
+    assert sorted(train + validation) == sorted(keys)
+    # Four standard deviations of a binomial: 4 · sqrt(2000 · 0.25 · 0.75) = 77.
+    assert abs(len(validation) - 500) < 77
+
+
+def test_split_and_order_never_change(tmp_path):
+    # By hashlib.blake2b(key, digest_size=6): 2.png 0.119, 4.png 0.137, ..., 7.png 0.915.
+    _fill(tmp_path, [f"{index}.png" for index in range(8)])
+    listing = _list(tmp_path, 0.25)
+    assert _keys(listing, "validation") == ["2.png", "4.png", "6.png"]
+    assert _keys(listing, "train") == ["0.png", "1.png", "3.png", "5.png", "7.png"]
+
+
+def test_adding_images_moves_none(tmp_path):
+    _fill(tmp_path, [f"{index}.png" for index in range(200)])
+    before = _list(tmp_path)
+    _fill(tmp_path, [f"{index}.png" for index in range(200, 400)])
+    after = _list(tmp_path)
+    for split in ("train", "validation"):
+        old = set(_keys(before, split))
+        # Neither the split nor the order of the old images changes.
+        assert [key for key in _keys(after, split) if key in old] == _keys(before, split)
+
+
+def test_any_prefix_is_a_fair_mixture(tmp_path):
+    _fill(tmp_path, [f"{name}/{index}.png" for name in "abcd" for index in range(250)])
+    labels = [label for _, label in _list(tmp_path, 0.1, max_images=200).splits["train"]]
+    assert len(labels) == 200
+    assert all(30 <= labels.count(label) <= 70 for label in range(4))
+
+
+def test_max_images_limits_each_split_to_its_first(tmp_path):
+    _fill(tmp_path, [f"{index}.png" for index in range(100)])
+    everything, some = _list(tmp_path), _list(tmp_path, max_images=5)
+    for split in ("train", "validation"):
+        assert some.splits[split] == everything.splits[split][:5]
+        assert len(some.splits[split]) == 5
+
+
+@pytest.mark.parametrize("share", [0.001, 0.9])
+@pytest.mark.parametrize("count", [2, 3])
+def test_both_splits_get_an_image(tmp_path, share, count):
+    for trial in range(20):
+        _fill(tmp_path / str(trial), [f"{trial}-{index}.png" for index in range(count)])
+        splits = _list(tmp_path / str(trial), share).splits
+        assert splits["train"] and splits["validation"]
+
+
+def test_a_single_image_is_for_training(tmp_path):
+    for trial in range(20):
+        _fill(tmp_path / str(trial), [f"{trial}.png"])
+        splits = _list(tmp_path / str(trial), 0.9).splits
+        assert len(splits["train"]) == 1 and not splits["validation"]
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(VqbeamError, match="there is no folder '.*missing'"):
+        _list(tmp_path / "missing")
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    _fill(tmp_path, ["1.png"])
+    with pytest.raises(VqbeamError, match="there is no folder"):
+        _list(tmp_path / "1.png")
+
+
+def test_folder_without_images(tmp_path):
+    _fill(tmp_path, ["a/1.txt", ".2.png"])
+    with pytest.raises(VqbeamError, match=r"holds no image; .* \.jpg \.jpeg \.png"):
+        _list(tmp_path)
+
+
+def test_images_at_the_top_and_in_subfolders(tmp_path):
+    _fill(tmp_path, ["1.png", "a/2.png", "b/3.png"])
+    with pytest.raises(VqbeamError, match=r"1 images at the top \(such as '1.png'\) and 2 in subf"):
+        _list(tmp_path)
+
+
+def test_unreadable_subfolder_is_not_left_out(tmp_path, monkeypatch):
+    _fill(tmp_path, ["a/1.png", "b/2.png"])
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(VqbeamError, match="cannot be read .*Permission denied"):
+        _list(tmp_path)
+
+
+def test_name_that_is_not_utf8(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.png", "wb"):
+        pass
+    with pytest.raises(VqbeamError, match="not valid UTF-8; rename it"):
+        _list(tmp_path)

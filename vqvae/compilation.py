@@ -1,0 +1,58 @@
+"""Compiles functions that read model weights, alike on TensorFlow and JAX."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from configs import VqbeamError
+
+
+def compile_function(
+    function: Callable[..., Any], variables: Sequence[keras.Variable], *, jit: bool
+) -> Callable[..., Any]:
+    """Returns a compiled form of a function that reads Keras variables and changes none.
+
+    The weights stay inputs of the compiled program: a value assigned to one of `variables` later
+    on is seen by the next call, and nothing is compiled anew.
+
+    Args:
+        function: Takes tensors, and returns a tensor or a nest of tensors. It is traced once for
+            each combination of shapes and dtypes.
+        variables: Every variable that `function` reads.
+        jit: Whether TensorFlow compiles the graph with XLA, which pays where a function is called
+            often or holds a loop. JAX always does.
+
+    Returns:
+        A function of the same tensors. Give it NumPy arrays or tensors, not Python numbers: on
+        TensorFlow each new Python number is compiled anew. `keras.ops.convert_to_numpy` takes
+        what it returns.
+
+    Raises:
+        VqbeamError: The Keras backend is neither TensorFlow nor JAX.
+    """
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=jit, reduce_retracing=False, autograph=False)
+    if backend == "jax":
+        return _jit_with_weights(function, list(variables))
+    raise VqbeamError(f"KERAS_BACKEND is {backend!r}; set it to tensorflow or jax")
+
+
+def _jit_with_weights(
+    function: Callable[..., Any], variables: list[keras.Variable]
+) -> Callable[..., Any]:
+    import jax
+
+    # `jax.jit` copies what a function closes over into the program: weights go in as an argument.
+    @jax.jit
+    def pure(values, *tensors):
+        with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
+            return function(*tensors)
+
+    def compiled(*tensors):
+        return pure([variable.value for variable in variables], *tensors)
+
+    return compiled

@@ -1,0 +1,102 @@
+"""Pictures of images: originals above reconstructions, and samples under their labels."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from vqvae.run_folder import write_bytes
+
+_MARGIN = 4
+_SMALLEST_TILE = 64
+
+
+def reconstruction_figure(originals: np.ndarray, reconstructions: np.ndarray) -> Image.Image:
+    """Draws each original above its reconstruction; both uint8 [N, H, W, C]."""
+    columns = min(len(originals), 16)
+    rows = []
+    for first in range(0, len(originals), columns):
+        rows += [originals[first : first + columns], reconstructions[first : first + columns]]
+    return _grid(rows, headings=None)
+
+
+def label_figure(images: np.ndarray, headings: Sequence[str] | None) -> Image.Image:
+    """Draws images in columns, one column for each label, with the label above it.
+
+    Args:
+        images: uint8 [N, H, W, C].
+        headings: The label of each image; None for a plain grid.
+    """
+    if headings is None:
+        columns = math.ceil(math.sqrt(len(images)))
+        return _grid([images[i : i + columns] for i in range(0, len(images), columns)], None)
+    by_label: dict[str, list[np.ndarray]] = {}
+    for image, heading in zip(images, headings, strict=True):
+        by_label.setdefault(heading, []).append(image)
+    names = list(by_label)
+    # As few bands as keep the picture under about 13 columns, and these of equal width.
+    bands = math.ceil(len(names) / 13)
+    width = math.ceil(len(names) / bands)
+    return _stack([_band(by_label, names[i : i + width]) for i in range(0, len(names), width)])
+
+
+def save_png(figure: Image.Image, path: epath.Path, text: Mapping[str, str] | None = None) -> None:
+    """Writes a PNG whole or not at all, with `text` in its text chunks."""
+    info = PngImagePlugin.PngInfo()
+    for name, value in (text or {}).items():
+        info.add_itxt(name, value)
+    buffer = io.BytesIO()
+    figure.save(buffer, "PNG", pnginfo=info)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, buffer.getvalue())
+
+
+def _band(by_label: Mapping[str, list[np.ndarray]], names: Sequence[str]) -> Image.Image:
+    depth = max(len(by_label[name]) for name in names)
+    blank = np.full_like(by_label[names[0]][0], 255)
+    rows = [
+        np.stack([by_label[name][row] if row < len(by_label[name]) else blank for name in names])
+        for row in range(depth)
+    ]
+    return _grid(rows, headings=names)
+
+
+def _grid(rows: Sequence[np.ndarray], headings: Sequence[str] | None) -> Image.Image:
+    height, width = rows[0].shape[1:3]
+    scale = max(1, math.ceil(_SMALLEST_TILE / width))
+    step_x, step_y = width * scale + _MARGIN, height * scale + _MARGIN
+    top = _MARGIN + (16 if headings else 0)
+    size = (step_x * max(map(len, rows)) + _MARGIN, top + step_y * len(rows))
+    figure = Image.new("RGB", size, "white")
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            tile = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+            tile = tile.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            figure.paste(tile, (_MARGIN + column * step_x, top + row * step_y))
+    if headings:
+        _write_headings(figure, headings, step_x)
+    return figure
+
+
+def _write_headings(figure: Image.Image, headings: Sequence[str], step_x: int) -> None:
+    draw = ImageDraw.Draw(figure)
+    for column, heading in enumerate(headings):
+        size = 14
+        while size > 7 and draw.textlength(heading, ImageFont.load_default(size)) > step_x - 2:
+            size -= 1
+        centre = (_MARGIN + column * step_x + (step_x - _MARGIN) / 2, _MARGIN + 7)
+        draw.text(centre, heading, "black", ImageFont.load_default(size), anchor="mm")
+
+
+def _stack(bands: Sequence[Image.Image]) -> Image.Image:
+    figure = Image.new(
+        "RGB", (max(b.width for b in bands), sum(b.height for b in bands) + _MARGIN), "white"
+    )
+    top = 0
+    for band in bands:
+        figure.paste(band, (0, top))
+        top += band.height
+    return figure

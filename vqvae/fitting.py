@@ -1,0 +1,197 @@
+"""The training loop that both stages share: Keras `fit`, with checkpoints that resume."""
+
+import json
+import math
+import pathlib
+import tempfile
+from collections.abc import Callable, Sequence
+
+import keras
+import numpy as np
+from etils import epath
+
+from configs import VqbeamError
+from vqvae.progress import FitProgress
+from vqvae.run_folder import write_bytes, write_json
+
+
+def fit(
+    model: keras.Model,
+    *,
+    batches: Callable,
+    validation,
+    folder: epath.Path,
+    fingerprint: str,
+    steps: int,
+    steps_per_epoch: int,
+    batch_size: int,
+    title: str,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+) -> list[dict[str, float]]:
+    """Trains a compiled model to a number of steps, from its last checkpoint where it has one.
+
+    A run that was killed and started again ends with the weights of an unbroken one: the model's
+    and the optimizer's state come from the checkpoint, and the batches go on where they were.
+
+    Args:
+        model: Compiled and built.
+        batches: Function from a step number to the endless dataset that begins with its batch.
+        validation: Dataset evaluated after each epoch.
+        folder: Gets `checkpoints/`, `history.json` and TensorBoard's `logs/`.
+        fingerprint: Hash of what the training reads; checkpoints with another are set aside.
+        steps: Training steps in all.
+        steps_per_epoch: Steps between checkpoints.
+        batch_size: Images in a batch, for the progress bar.
+        title: What the progress bar calls it.
+        callbacks: Further callbacks.
+
+    Returns:
+        A dictionary of measures for each epoch, those before the last start included.
+
+    Raises:
+        VqbeamError: The loss is no longer a finite number.
+    """
+    checkpoints = Checkpoints(folder, fingerprint)
+    first_epoch = checkpoints.restore(model)
+    epochs = math.ceil(steps / steps_per_epoch)
+    if first_epoch < epochs:
+        first_step = first_epoch * steps_per_epoch
+        model.fit(
+            batches(first_step),
+            initial_epoch=first_epoch,
+            epochs=epochs,
+            steps_per_epoch=min(steps, steps_per_epoch),
+            validation_data=validation,
+            verbose=0,
+            callbacks=[
+                StopOnNaN(),
+                keras.callbacks.TensorBoard(str(folder / "logs"), write_graph=False),
+                FitProgress(
+                    title,
+                    steps=epochs * steps_per_epoch,
+                    first_step=first_step,
+                    batch_size=batch_size,
+                ),
+                *callbacks,
+                checkpoints,
+            ],
+        )
+    return checkpoints.history
+
+
+class StopOnNaN(keras.callbacks.Callback):
+    """Ends training with one clear line when the loss is no longer finite."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Checks the loss."""
+        if not math.isfinite(logs["loss"]):
+            raise VqbeamError(
+                f"the loss became {logs['loss']} at batch {batch} of this epoch; start a new run "
+                "with a lower learning rate, or with dtype float32"
+            )
+
+
+class ReseedDropout(keras.callbacks.Callback):
+    """Gives dropout random numbers that depend on the seed and the epoch alone.
+
+    Keras does not save the state of its random generators with the weights; without this, a
+    resumed run would drop other units than an unbroken one.
+
+    Args:
+        seed: Any integer.
+    """
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.seed = seed
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Sets the state of every generator in the model."""
+        states = [v for v in self.model.non_trainable_variables if "seed_generator" in v.path]
+        for index, state in enumerate(states):
+            numbers = np.random.SeedSequence([self.seed, epoch, index]).generate_state(2)
+            state.assign(numbers.astype(state.dtype))
+
+
+class Checkpoints(keras.callbacks.Callback):
+    """Keeps the state after each epoch, in files that are either whole or absent.
+
+    Keras's own BackupAndRestore writes the weights and the epoch one after the other, so that a
+    kill between the two trains an epoch twice; here the epoch is in the file's name.
+
+    Args:
+        folder: Gets `checkpoints/epoch-NNNNN.weights.h5` and `history.json`.
+        fingerprint: Checkpoints made under another one are not restored.
+
+    Attributes:
+        history: One dictionary of measures an epoch.
+    """
+
+    kept = 2
+
+    def __init__(self, folder: epath.Path, fingerprint: str):
+        super().__init__()
+        self.folder = folder / "checkpoints" / fingerprint
+        self.history_file = self.folder / "history.json"
+        self.history: list[dict[str, float]] = []
+
+    def restore(self, model: keras.Model) -> int:
+        """Loads the last whole checkpoint into `model`; returns the number of epochs behind it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.parent.iterdir():
+            if stale != self.folder:
+                stale.rmtree()
+        found = sorted(self.folder.glob("epoch-*.weights.h5"))
+        if not found:
+            return 0
+        model.optimizer.build(model.trainable_variables)
+        with tempfile.TemporaryDirectory() as local:
+            copy = pathlib.Path(local) / found[-1].name
+            copy.write_bytes(found[-1].read_bytes())
+            try:
+                model.load_weights(copy)
+            except ValueError as error:
+                raise VqbeamError(
+                    f"{found[-1]} does not fit the model of this run; delete "
+                    f"{self.folder.parent} to train anew"
+                ) from error
+        epoch = int(found[-1].name.split(".")[0].removeprefix("epoch-"))
+        self.history = json.loads(self.history_file.read_text())[:epoch]
+        return epoch
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Saves model, optimizer and history."""
+        self.history.append({name: float(value) for name, value in logs.items()})
+        write_json(self.history_file, self.history)
+        with tempfile.TemporaryDirectory() as local:
+            weights = pathlib.Path(local) / "model.weights.h5"
+            self.model.save_weights(weights)
+            write_bytes(self.folder / f"epoch-{epoch + 1:05d}.weights.h5", weights.read_bytes())
+        for old in sorted(self.folder.glob("epoch-*.weights.h5"))[: -self.kept]:
+            old.unlink()
+
+
+def save_model(model: keras.Model, path: epath.Path) -> None:
+    """Writes a model as one .keras file, whole or not at all."""
+    with tempfile.TemporaryDirectory() as local:
+        file = pathlib.Path(local) / "model.keras"
+        model.save(file)
+        write_bytes(path, file.read_bytes())
+
+
+def load_model(path: epath.Path) -> keras.Model:
+    """Reads a model that `save_model` wrote; no code stored in the file is ever run.
+
+    Raises:
+        VqbeamError: The file is damaged.
+    """
+    with tempfile.TemporaryDirectory() as local:
+        file = pathlib.Path(local) / path.name
+        file.write_bytes(path.read_bytes())
+        try:
+            return keras.saving.load_model(file, compile=False, safe_mode=True)
+        except (ValueError, OSError, KeyError) as error:
+            raise VqbeamError(
+                f"{path} is not a model that this version of vqbeam reads; delete "
+                f"{path.parent} and train again"
+            ) from error

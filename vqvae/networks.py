@@ -1,0 +1,90 @@
+"""Encoder and decoder: strided convolutions around a stack of residual blocks."""
+
+import functools
+
+import keras
+from keras import layers
+
+
+@keras.saving.register_keras_serializable("vqbeam")
+class ResidualBlock(layers.Layer):
+    """x + conv1×1(relu(conv3×3(relu(x)))), the block of van den Oord et al. 2017, section 4.1.
+
+    Args:
+        width: Channels of input and output.
+        hidden: Channels between the two convolutions.
+    """
+
+    def __init__(self, width, hidden, **kwargs):
+        super().__init__(**kwargs)
+        self.width = width
+        self.hidden = hidden
+        dtype = self.dtype_policy
+        self.conv_in = layers.Conv2D(hidden, 3, padding="same", use_bias=False, dtype=dtype)
+        self.conv_out = layers.Conv2D(width, 1, use_bias=False, dtype=dtype)
+
+    def build(self, input_shape):
+        """Builds both convolutions."""
+        self.conv_in.build(input_shape)
+        self.conv_out.build((*input_shape[:-1], self.hidden))
+
+    def call(self, x):
+        """Maps [B, H, W, width] to the same shape."""
+        h = self.conv_in(keras.ops.relu(x))
+        return x + self.conv_out(keras.ops.relu(h))
+
+    def get_config(self):
+        """Returns the constructor's arguments."""
+        return {**super().get_config(), "width": self.width, "hidden": self.hidden}
+
+
+def build_encoder(
+    image_shape, *, code_dim, downsampling, width, residual_layers, residual_width, dtype
+) -> keras.Model:
+    """Returns the network from images [B, H, W, C] to [B, H/f, W/f, code_dim].
+
+    Args:
+        image_shape: (H, W, C); H and W are multiples of `downsampling`.
+        code_dim: Channels of the output.
+        downsampling: The factor f, a power of two; one strided convolution for each doubling.
+        width: Channels of the residual stack; convolutions before the last doubling have half.
+        residual_layers: Number of residual blocks.
+        residual_width: Channels inside a block.
+        dtype: Keras dtype policy of all layers.
+    """
+    images = keras.Input(image_shape)
+    conv = functools.partial(layers.Conv2D, padding="same", dtype=dtype)
+    x = images
+    doublings = downsampling.bit_length() - 1
+    for i in range(doublings):
+        channels = width if i == doublings - 1 else width // 2
+        x = conv(channels, 4, strides=2, activation="relu")(x)
+    x = conv(width, 3)(x)
+    x = _residual_stack(x, width, residual_layers, residual_width, dtype)
+    return keras.Model(images, conv(code_dim, 1)(x), name="encoder")
+
+
+def build_decoder(
+    image_shape, *, code_dim, downsampling, width, residual_layers, residual_width, dtype
+) -> keras.Model:
+    """Returns the network from [B, H/f, W/f, code_dim] to images [B, H, W, C] float32.
+
+    The mirror of `build_encoder`; the same arguments.
+    """
+    height, image_width, channels = image_shape
+    latents = keras.Input((height // downsampling, image_width // downsampling, code_dim))
+    upsample = functools.partial(
+        layers.Conv2DTranspose, kernel_size=4, strides=2, padding="same", dtype=dtype
+    )
+    x = layers.Conv2D(width, 3, padding="same", dtype=dtype)(latents)
+    x = _residual_stack(x, width, residual_layers, residual_width, dtype)
+    for _ in range(downsampling.bit_length() - 2):
+        x = upsample(width // 2, activation="relu")(x)
+    images = layers.Activation("linear", dtype="float32")(upsample(channels)(x))
+    return keras.Model(latents, images, name="decoder")
+
+
+def _residual_stack(x, width, residual_layers, residual_width, dtype):
+    for _ in range(residual_layers):
+        x = ResidualBlock(width, residual_width, dtype=dtype)(x)
+    return layers.ReLU(dtype=dtype)(x)

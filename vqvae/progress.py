@@ -1,0 +1,46 @@
+"""Progress that a person sees: a bar with images per second and, in training, the loss."""
+
+import sys
+
+import keras
+import tqdm
+
+
+def progress_bar(title: str, total: int, *, initial: int = 0) -> tqdm.tqdm:
+    """Returns a bar that counts images; on a terminal it moves, in a log file it says little."""
+    return tqdm.tqdm(
+        desc=f"{title:<12}",
+        total=total,
+        initial=initial,
+        unit=" images",
+        mininterval=0.2 if sys.stderr.isatty() else 20,
+        dynamic_ncols=True,
+        bar_format="{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}"
+        " [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+    )
+
+
+class FitProgress(keras.callbacks.Callback):
+    """Shows one bar over the whole of `fit`.
+
+    Args:
+        title: What is trained.
+        steps: Steps in all.
+        first_step: Step at which this call of `fit` begins.
+        batch_size: Images in a step.
+    """
+
+    def __init__(self, title: str, *, steps: int, first_step: int, batch_size: int):
+        super().__init__()
+        self.batch_size = batch_size
+        self.bar = progress_bar(title, steps * batch_size, initial=first_step * batch_size)
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Moves the bar by one batch."""
+        self.bar.update(self.batch_size)
+        if batch % 10 == 0:
+            self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
+
+    def on_train_end(self, logs=None):
+        """Closes the bar."""
+        self.bar.close()

@@ -1,0 +1,198 @@
+"""The two record formats, images and code grids, as datasets that TFDS reads without vqbeam.
+
+Written by `pipelines`, read by training: the only description of either format is here.
+
+    images: image uint8 [H, W, C] as PNG, key string, and label where the source has classes
+    codes:  codes uint16 or uint32 [h, w], key string, and label likewise
+
+`key` names an image in its source: TFDS's id of the example, or the path below the folder.
+"""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import importlib_resources  # noqa: F401  (TFDS needs it and does not bring it)
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from etils import epath
+
+from configs import VqbeamError
+
+IMAGES_VERSION = "1.0.0"
+CODES_VERSION = "1.0.0"
+
+
+class Shard(NamedTuple):
+    """One file of a dataset: the `index`-th of `count` files of `split`."""
+
+    dataset: str
+    split: str
+    index: int
+    count: int
+
+    @property
+    def filename(self) -> str:
+        """The name by which TFDS finds it."""
+        return f"{self.dataset}-{self.split}.tfrecord-{self.index:05d}-of-{self.count:05d}"
+
+
+def image_features(image_shape: Sequence[int], label_names: Sequence[str]) -> Any:
+    """Returns the TFDS features of an image record; no names, no label."""
+    image = tfds.features.Image(shape=tuple(image_shape), dtype=np.uint8, encoding_format="png")
+    return _features({"image": image}, label_names)
+
+
+def code_features(grid: Sequence[int], num_codes: int, label_names: Sequence[str]) -> Any:
+    """Returns the TFDS features of a code record, in the smallest dtype that holds K codes."""
+    tensor = tfds.features.Tensor(shape=tuple(grid), dtype=code_dtype(num_codes))
+    return _features({"codes": tensor}, label_names)
+
+
+def code_dtype(num_codes: int) -> type[np.unsignedinteger]:
+    """Returns the NumPy type in which codes below K are stored."""
+    return np.uint16 if num_codes <= 2**16 else np.uint32
+
+
+def _features(content: dict[str, Any], label_names: Sequence[str]) -> Any:
+    if label_names:
+        content["label"] = tfds.features.ClassLabel(names=list(label_names))
+    return tfds.features.FeaturesDict({**content, "key": tfds.features.Text()})
+
+
+def serialize(features: Any, example: dict[str, Any]) -> bytes:
+    """Returns the record of an example, the same bytes for the same example."""
+    return features.serialize_example(features.encode_example(example))
+
+
+def write_shard(path: epath.Path, records: Iterable[bytes]) -> int:
+    """Writes a TFRecord file whole or not at all; returns its size in bytes.
+
+    The temporary name begins with a dot, so that nothing takes it for a shard, and is unique, so
+    that two workers given the same shard do not meet in it.
+    """
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    with tf.io.TFRecordWriter(os.fspath(temporary)) as writer:
+        for record in records:
+            writer.write(record)
+    size = temporary.stat().length
+    temporary.replace(path)
+    return size
+
+
+def write_metadata(
+    folder: epath.Path,
+    features: Any,
+    splits: dict[str, list[tuple[int, int]]],
+    *,
+    version: str,
+    description: str,
+) -> list[epath.Path]:
+    """Writes the files that make a folder of shards a TFDS dataset.
+
+    Args:
+        folder: Holds the shards.
+        features: What a record holds.
+        splits: For each split the records and bytes of each shard, in order.
+        version: Version of the record format.
+        description: What TFDS tells of the dataset.
+
+    Returns:
+        The files written.
+    """
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=folder.name, filetype_suffix="tfrecord"
+    )
+    infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[records for records, _ in shards],
+            num_bytes=sum(size for _, size in shards),
+            filename_template=template.replace(split=split),
+        )
+        for split, shards in splits.items()
+    ]
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=features,
+        split_infos=infos,
+        version=version,
+        description=description,
+        check_data=False,
+    )
+    return [path for path in folder.iterdir() if path.suffix in (".json", ".txt")]
+
+
+def open_dataset(folder: epath.Path) -> Any:
+    """Returns the TFDS builder of a prepared folder."""
+    return tfds.builder_from_directory(os.fspath(folder))
+
+
+def label_names(builder: Any) -> tuple[str, ...]:
+    """Returns the class names of a dataset; empty where it has no classes."""
+    features = builder.info.features
+    return tuple(features["label"].names) if "label" in features else ()
+
+
+def read_split(builder: Any, split: str, *, first: int = 0, last: int | None = None):
+    """Returns the examples of a split in the order in which they lie on disk.
+
+    Args:
+        builder: From `open_dataset`.
+        split: Name of the split.
+        first: Number of the first example.
+        last: Number of the example after the last one; None for all.
+
+    Returns:
+        A tf.data.Dataset of the dictionaries described at the top of this file.
+    """
+    instruction = tfds.core.ReadInstruction(split, from_=first, to=last, unit="abs")
+    config = tfds.ReadConfig(
+        interleave_cycle_length=1, try_autocache=False, enable_ordering_guard=True
+    )
+    return builder.as_dataset(split=instruction, shuffle_files=False, read_config=config)
+
+
+def training_batches(dataset, *, size: int, batch_size: int, first_step: int, seed: int):
+    """Returns endless shuffled batches, beginning with that of `first_step`.
+
+    The order is a function of the seed alone: pass p over the data is shuffled with seed + p, and
+    batches run across passes. To begin in the middle skips part of one pass and reads no other.
+
+    Args:
+        dataset: tf.data.Dataset of `size` examples.
+        size: Number of examples.
+        batch_size: Examples in a batch.
+        first_step: Number of the first batch.
+        seed: Of the shuffle.
+    """
+    first_pass, offset = divmod(first_step * batch_size, size)
+    # Tens of thousands of small images are shuffled as a whole, large ones within 512 MB.
+    example_bytes = sum(
+        spec.shape.num_elements() * spec.dtype.size
+        for spec in tf.nest.flatten(dataset.element_spec)
+        if spec.shape.is_fully_defined() and spec.dtype != tf.string
+    )
+    buffer = min(size, max(batch_size, 2**29 // example_bytes))
+
+    def shuffled(index):
+        return dataset.shuffle(buffer, seed=seed + index, reshuffle_each_iteration=False)
+
+    passes = tf.data.Dataset.range(first_pass, np.iinfo(np.int64).max)
+    examples = passes.flat_map(shuffled).skip(offset)
+    return examples.batch(batch_size, drop_remainder=True)
+
+
+@contextlib.contextmanager
+def damaged_records(folder: epath.Path):
+    """Turns TensorFlow's error for a damaged record into one line that names the folder."""
+    try:
+        yield
+    except tf.errors.DataLossError as error:
+        raise VqbeamError(
+            f"a record in {folder} is damaged ({error.message.splitlines()[0]}); delete {folder} "
+            "and run the stage that writes it again"
+        ) from error

@@ -1,0 +1,177 @@
+"""One run, one folder: where each stage writes, and how it is known to be done.
+
+    DIR/config.json   the run's config
+    DIR/images/       prepare       TFDS dataset of uint8 images
+    DIR/vqvae/        train-vqvae   model, checkpoints, logs
+    DIR/codes/        encode        TFDS dataset of code grids
+    DIR/prior/        train-prior   model, checkpoints, logs
+    DIR/samples/      sample        new images
+
+A stage writes its manifest last: what it read (by hash), what it wrote (by size), and what it
+measured. A stage whose manifest fits its inputs is done; anything else is not, whatever files lie
+in its folder.
+"""
+
+import hashlib
+import json
+import uuid
+from typing import Any
+
+import importlib_resources  # noqa: F401  (etils needs it and does not bring it)
+from etils import epath
+
+from configs import Config, VqbeamError, differences, from_dict, to_dict
+
+# Each stage's folder and the stages that it reads, in the order in which they run.
+STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "prepare": ("images", ()),
+    "train-vqvae": ("vqvae", ("prepare",)),
+    "encode": ("codes", ("prepare", "train-vqvae")),
+    "train-prior": ("prior", ("encode",)),
+    "sample": ("samples", ("train-vqvae", "train-prior")),
+}
+MANIFEST = "manifest.json"
+_CONFIG = "config.json"
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: A local path or any that etils.epath knows, such as gs://BUCKET/NAME.
+    """
+
+    def __init__(self, path: epath.PathLike):
+        self.root = epath.Path(path)
+
+    def folder(self, stage: str) -> epath.Path:
+        """Returns the folder that a stage writes."""
+        return self.root / STAGES[stage][0]
+
+    def start(self, config: Config) -> None:
+        """Makes the folder and stores the config; a folder of another config is refused.
+
+        Raises:
+            VqbeamError: The folder holds a run with another config, or is not writable.
+        """
+        if (self.root / _CONFIG).exists():
+            if changed := differences(self.load_config(), config):
+                raise VqbeamError(
+                    f"{self.root} holds a run with another config ({'; '.join(changed)}); "
+                    "choose another --run-dir, or the settings of that run"
+                )
+            return
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            write_json(self.root / _CONFIG, to_dict(config))
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            raise VqbeamError(
+                f"cannot write to {self.root} ({error.strerror}); choose another --run-dir"
+            ) from error
+
+    def load_config(self) -> Config:
+        """Returns the run's config.
+
+        Raises:
+            VqbeamError: There is no run in the folder.
+        """
+        path = self.root / _CONFIG
+        if not path.exists():
+            raise VqbeamError(f"{self.root} is not a run folder: it has no {_CONFIG}")
+        return from_dict(_read_json(path))
+
+    def manifest(self, stage: str) -> dict[str, Any] | None:
+        """Returns what a stage has written of itself, or None where it has not ended."""
+        path = self.folder(stage) / MANIFEST
+        return _read_json(path) if path.exists() else None
+
+    def is_done(self, stage: str) -> bool:
+        """Tells whether a stage has ended, on the inputs that are there now.
+
+        Raises:
+            VqbeamError: It has ended, but one of its files is missing or has another size.
+        """
+        manifest = self.manifest(stage)
+        if manifest is None or manifest["inputs"] != self._input_hashes(stage):
+            return False
+        self._check_outputs(stage, manifest)
+        return all(self.is_done(source) for source in STAGES[stage][1])
+
+    def require(self, stage: str) -> dict[str, Any]:
+        """Returns the manifest of a stage that must be done.
+
+        Raises:
+            VqbeamError: It is not done, or its files are damaged.
+        """
+        manifest = self.manifest(stage)
+        if manifest is None:
+            raise VqbeamError(
+                f"{self.root} has no finished {stage} stage; run vqbeam {stage} PRESET "
+                f"--run-dir {self.root} first"
+            )
+        self._check_outputs(stage, manifest)
+        return manifest
+
+    def fingerprint(self, stage: str) -> str:
+        """Returns a hash of all that a stage reads, to tell stale partial work from good."""
+        inputs = json.dumps([stage, to_dict(self.load_config()), self._input_hashes(stage)])
+        return hashlib.sha256(inputs.encode()).hexdigest()[:16]
+
+    def begin(self, stage: str) -> None:
+        """Makes a stage's folder and declares the stage not done."""
+        self.folder(stage).mkdir(parents=True, exist_ok=True)
+        (self.folder(stage) / MANIFEST).unlink(missing_ok=True)
+
+    def finish(self, stage: str, outputs: list[epath.Path], **facts: Any) -> dict[str, Any]:
+        """Writes a stage's manifest, which declares it done.
+
+        Args:
+            stage: The stage.
+            outputs: The files that belong to the result; each must lie in the stage's folder.
+            **facts: What else is worth keeping: counts, measures, seconds.
+        """
+        folder = self.folder(stage)
+        manifest = {
+            "stage": stage,
+            "inputs": self._input_hashes(stage),
+            "outputs": {str(path.relative_to(folder)): path.stat().length for path in outputs},
+            **facts,
+        }
+        write_json(folder / MANIFEST, manifest)
+        return manifest
+
+    def _input_hashes(self, stage: str) -> dict[str, str | None]:
+        paths = {source: self.folder(source) / MANIFEST for source in STAGES[stage][1]}
+        return {
+            source: hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+            for source, path in paths.items()
+        }
+
+    def _check_outputs(self, stage: str, manifest: dict[str, Any]) -> None:
+        for name, size in manifest["outputs"].items():
+            path = self.folder(stage) / name
+            found = path.stat().length if path.exists() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+                raise VqbeamError(
+                    f"{path} {state}; delete {self.folder(stage)} and run vqbeam {stage} again"
+                )
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Writes JSON to a temporary name and renames it, so that no reader sees half a file."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: epath.Path, data: bytes) -> None:
+    """Writes a file to a temporary name and renames it, so that no reader sees half of it."""
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def _read_json(path: epath.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise VqbeamError(f"{path} is not valid JSON ({error}); it was changed by hand") from error

@@ -110,6 +110,12 @@ class VQVAEConfig(_Section):
         choices=("ema", "gradient"),
     )
     ema_decay: float = _field("decay of the moving averages", 0.99, minimum=0, maximum=0.99999)
+    restart_below: float = _field(
+        "move codes used less than this share of the mean onto data; 0 for never (ema only)",
+        0.03,
+        minimum=0,
+        maximum=0.9,
+    )
     batch_size: int = _field("images in a training batch", 64, minimum=1)
     steps: int = _field("training steps in all", 10_000, minimum=1)
     steps_per_epoch: int = _field("steps between checkpoints", 500, minimum=1)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, get_args
 
 import configs
-from configs import SECTIONS, Config, SampleConfig, VqbeamError
+from configs import SECTIONS, SampleConfig, VqbeamError
 
 STAGES = ("prepare", "train-vqvae", "encode", "train-prior", "sample")
 
@@ -42,7 +42,7 @@ example:
 _BEAM_HELP = """\
 Beam options:
   Every option of Apache Beam is passed on to Beam, for example
-    --direct_num_workers 4 --direct_running_mode multi_processing
+    --direct_num_workers 4 --direct_running_mode multi_threading
     --runner DataflowRunner --project P --region R --temp_location gs://BUCKET/tmp
   Without --runner the work is done on this machine, by Beam's FnApiRunner.
 
@@ -102,7 +102,8 @@ def _parse_stages(verb: str, words: Sequence[str]) -> dict[str, Any]:
     rest = "PRESET --run-dir DIR [--smoke] [--SECTION.FIELD VALUE ...] [Beam options]"
     parser = _Parser(verb, rest, epilog=_BEAM_HELP.format(verb=verb))
     parser.add("PRESET", _text, "a name from `vqbeam presets`, or a .py file that sets CONFIG")
-    parser.add("--run-dir", _text, "the run's folder, which may be gs://...", required=True)
+    folder = "the run's folder, which may be gs://..."
+    parser.add("--run-dir", _text, folder, metavar="DIR", required=True)
     parser.add_argument(
         "--smoke", dest="--smoke", action="store_true", help="shrink the preset to run in seconds"
     )
@@ -122,14 +123,15 @@ def _parse_stages(verb: str, words: Sequence[str]) -> dict[str, Any]:
         "config": _in_range(lambda: configs.override(config, values), flags),
         "run_dir": given["--run-dir"],
         "stages": STAGES if verb == "run" else (verb,),
-        "beam_args": _with_runner(given["beam_args"]),
+        "beam_args": _with_runner(given.get("beam_args", [])),
     }
 
 
 def _parse_sample(words: Sequence[str]) -> dict[str, Any]:
     parser = _Parser("sample", "DIR [options]")
     parser.add("DIR", _text, "the run's folder")
-    parser.add("--output", _text, ".png: a labelled grid; .npz: arrays; else a folder of PNGs")
+    forms = "a .png (labelled grid), a .npz (arrays) or a folder (unset: samples.png)"
+    parser.add("--output", _text, forms, metavar="PATH")
     parser.add(
         "--label",
         _text,
@@ -181,7 +183,7 @@ class _Parser(argparse.ArgumentParser):
         summary = VERBS.get(verb, "")
         super().__init__(
             prog=f"vqbeam {verb}".strip(),
-            usage=f"vqbeam {verb} {usage}".rstrip(),
+            usage=" ".join(filter(None, ("vqbeam", verb, usage))),
             **{"description": f"{summary[:1].upper()}{summary[1:]}."} | texts,
             formatter_class=_formatter,
             allow_abbrev=False,
@@ -192,13 +194,226 @@ class _Parser(argparse.ArgumentParser):
             "--version", action="version", version=_version(), help="show the version and exit"
         )
 
-    def add(
-        self, name: str, convert: Callable[[str], Any], help: str, group: Any = None, **options: Any
-    ) -> None:
-        """Adds a flag or positional; it is in `parse_words`'s answer, by its name, if given."""
-        convert, metavar = _KINDS.get(convert, (convert, None))
+    def add(self, name: str, kind: Any, help: str, group: Any = None, **options: Any) -> None:
+        """Adds a positional or a flag; `parse_words` answers with it by its name, if given."""
         if name.startswith("-"):
-            options = {"dest": name, "default": argparse.SUPPRESS, "metavar": metavar} | options
-        (group or self).add_argument(
-            name, type=convert, help=help.replace("%", "%%"), **options
+            options = {"dest": name, "default": argparse.SUPPRESS} | options
+        convert, metavar = _KINDS.get(kind, (kind, None))
+        options = {"type": convert, "metavar": metavar, "help": help.replace("%", "%%")} | options
+        (group or self).add_argument(name, **options)
+
+    def add_fields(self, section: str, prefix: str, group: Any) -> dict[str, str]:
+        """Adds a flag for each field of a config section; returns them by dotted name."""
+        flags = {}
+        for name, field, kind in configs.field_types():
+            if name.startswith(f"{section}."):
+                flags[name] = prefix + field.name.replace("_", "-")
+                choices = field.metadata["choices"]
+                metavar = f"{{{','.join(choices)}}}" if choices else _KINDS[kind][1]
+                convert = _optional(kind) if _takes_none(field) else kind
+                self.add(flags[name], convert, _field_help(field), group, metavar=metavar)
+        return flags
+
+    def parse_words(self, words: Sequence[str], beam: bool = False) -> dict[str, Any]:
+        """Returns what the words set, by name; with `beam`, Beam's flags under "beam_args"."""
+        words = self._spelled(words)
+        unknown = self._unknown_flags(words)
+        if unknown and beam:
+            _add_beam_flags(self)
+            words = self._spelled(words)
+            unknown = self._unknown_flags(words)
+        if unknown:
+            hint = _flag_hint(unknown[0], self.flags) or f"see {self.prog} --help"
+            raise UsageError(f"vqbeam: unknown flag {unknown[0]}; {hint}")
+        given, stray = self.parse_known_args(words)
+        if stray:
+            self.error(f"unexpected argument {stray[0]!r}")
+        return vars(given)
+
+    @property
+    def flags(self) -> list[str]:
+        return list(self._option_string_actions)
+
+    def _spelled(self, words: Sequence[str]) -> list[str]:
+        """Returns the words with dashes and underscores in flags as they are registered."""
+        registered = {flag.replace("_", "-"): flag for flag in self.flags}
+        spelled = []
+        for word in words:
+            flag = _flag(word)
+            known = registered.get(flag.replace("_", "-"), flag)
+            spelled.append(known + word[len(flag) :])
+        return spelled
+
+    def _unknown_flags(self, words: Sequence[str]) -> list[str]:
+        return [_flag(word) for word in words if _flag(word) and _flag(word) not in self.flags]
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ")
+        message = message.replace("the following arguments are required:", "missing")
+        message = re.sub(r"expected (one|at least one) argument$", "needs a value", message)
+        raise UsageError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def _top_parser() -> _Parser:
+    verbs = "\n".join(f"  {verb:<13} {summary}" for verb, summary in VERBS.items())
+    return _Parser("", "VERB ...", description=_TOP_DESCRIPTION.format(verbs=verbs))
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=100)
+
+
+def _version() -> str:
+    try:
+        return f"vqbeam {importlib.metadata.version('vqbeam')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "vqbeam (not installed)"
+
+
+def _flag(word: str) -> str:
+    """Returns the flag that a word of the command line sets; empty if it is none."""
+    is_flag = word.startswith("-") and not re.fullmatch(r"-+|-[\d.].*", word)
+    return word.partition("=")[0] if is_flag else ""
+
+
+def _flag_hint(flag: str, known: Iterable[str]) -> str:
+    spelled = {name.replace("_", "-"): name for name in known}
+    wanted = "--" + flag.strip("-").replace("_", "-").lower()
+    fields = [name for name in spelled if name.endswith("." + wanted.strip("-"))]
+    close = fields or difflib.get_close_matches(wanted, spelled, n=1)
+    return f"did you mean {' or '.join(spelled[name] for name in close)}?" if close else ""
+
+
+def _takes_none(field: dataclasses.Field) -> bool:
+    return type(None) in get_args(field.type)
+
+
+def _field_help(field: dataclasses.Field) -> str:
+    limits = field.metadata
+    low, high = (
+        f"{limits[key]:,}" if limits[key] is not None else "" for key in ("minimum", "maximum")
+    )
+    span = f"{low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}"
+    notes = [span] if low or high else []
+    if _takes_none(field):
+        notes.append('or "none"')
+    return field.metadata["help"] + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _in_range(build: Callable[[], Any], flags: Mapping[str, str]) -> Any:
+    """Returns `build()`; what it says of a field, it says of the flag that sets the field."""
+    try:
+        return build()
+    except VqbeamError as error:
+        message = re.sub(r"[a-z]+\.[a-z_]+", lambda name: flags.get(name[0], name[0]), str(error))
+        raise VqbeamError(message) from None
+
+
+def _text(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _count(text: str) -> int:
+    if _whole(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return number
+
+
+def _optional(kind: type) -> Callable[[str], Any]:
+    convert = _KINDS[kind][0]
+    return lambda text: None if text == "none" else convert(text)
+
+
+_KINDS = {int: (_whole, "N"), float: (_number, "X"), str: (_text, "TEXT")}
+
+
+def _add_beam_flags(parser: _Parser) -> None:
+    """Adds Beam's own flags to a parser, which passes them on as text, in `beam_args`."""
+    for action in _beam_actions():
+        flags = [flag for flag in action.option_strings if flag not in parser.flags]
+        if flags:
+            parser.add_argument(
+                *flags,
+                dest="beam_args",
+                default=argparse.SUPPRESS,
+                action=_PassOn,
+                nargs=action.nargs,
+                type=_runner if "--runner" in flags else _as_given(action.type or str),
+                choices=action.choices,
+            )
+
+
+def _beam_actions() -> list[argparse.Action]:
+    from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
+
+    # An option class of an extension may repeat a flag of Beam's: the later one counts.
+    beam = _BeamArgumentParser(add_help=False, conflict_handler="resolve")
+    classes = PipelineOptions.__subclasses__()
+    while classes:
+        options = classes.pop(0)
+        options._add_argparse_args(beam)
+        classes += options.__subclasses__()
+    return beam._actions
+
+
+class _PassOn(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        word = f"{option_string}={values}" if isinstance(values, str) else option_string
+        namespace.beam_args = [*getattr(namespace, "beam_args", []), word]
+
+
+def _as_given(convert: Callable[[str], Any]) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        try:
+            convert(text)
+        except (TypeError, ValueError):
+            raise argparse.ArgumentTypeError(f"Beam does not take {text!r} here") from None
+        return text
+
+    return check
+
+
+def _runner(name: str) -> str:
+    """Checks the name of a runner, for which Beam would end with a traceback."""
+    from apache_beam.options.pipeline_options import StandardOptions
+    from apache_beam.runners.runner import create_runner
+
+    if "dask" in name.lower():
+        raise argparse.ArgumentTypeError(
+            "Beam's DaskRunner drops data without a word (seen in 2.77); use another runner"
         )
+    try:
+        create_runner(name)
+    except ValueError:
+        known = {known.lower(): known for known in StandardOptions.KNOWN_RUNNER_NAMES}
+        close = difflib.get_close_matches(f"{name.lower().removesuffix('runner')}runner", known, 1)
+        hint = f"did you mean {known[close[0]]}?" if close else "for one, FnApiRunner"
+        raise argparse.ArgumentTypeError(f"there is no runner {name!r}; {hint}") from None
+    except (ImportError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(f"{name!r} does not load: {error}") from None
+    return name
+
+
+def _with_runner(beam_args: Sequence[str]) -> list[str]:
+    if any(word.startswith("--runner=") for word in beam_args):
+        return list(beam_args)
+    return ["--runner=FnApiRunner", *beam_args]

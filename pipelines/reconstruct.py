@@ -7,7 +7,8 @@ from configs import VqbeamError
 from vqvae.figures import reconstruction_figure, save_png
 from vqvae.records import damaged_records, open_dataset, read_split
 from vqvae.run_folder import RunFolder
-from vqvae.training import load_vqvae, reconstruct as reconstruct_images
+from vqvae.training import load_vqvae
+from vqvae.training import reconstruct as reconstruct_images
 
 
 def reconstruct(run_dir: str, output: str, num: int = 16) -> None:

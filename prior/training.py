@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from configs import Config
 from prior.transformer import CodePrior
-from vqvae.fitting import ReseedDropout, fit, load_model, save_model
+from vqvae.fitting import fit, load_model, save_model
 from vqvae.records import (
     damaged_records,
     label_names,
@@ -120,7 +120,7 @@ def _fit(model: CodePrior, run: RunFolder, config: Config, codes: dict) -> list[
         steps_per_epoch=settings.steps_per_epoch,
         batch_size=settings.batch_size,
         title="train prior",
-        callbacks=[ReseedDropout(config.seed)],
+        seed=config.seed,
     )
 
 

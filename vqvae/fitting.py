@@ -26,6 +26,7 @@ def fit(
     steps_per_epoch: int,
     batch_size: int,
     title: str,
+    seed: int,
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> list[dict[str, float]]:
     """Trains a compiled model to a number of steps, from its last checkpoint where it has one.
@@ -43,6 +44,7 @@ def fit(
         steps_per_epoch: Steps between checkpoints.
         batch_size: Images in a batch, for the progress bar.
         title: What the progress bar calls it.
+        seed: Of the random numbers that layers draw.
         callbacks: Further callbacks.
 
     Returns:
@@ -65,6 +67,7 @@ def fit(
             verbose=0,
             callbacks=[
                 StopOnNaN(),
+                Reseed(seed),
                 keras.callbacks.TensorBoard(str(folder / "logs"), write_graph=False),
                 FitProgress(
                     title,
@@ -91,8 +94,8 @@ class StopOnNaN(keras.callbacks.Callback):
             )
 
 
-class ReseedDropout(keras.callbacks.Callback):
-    """Gives dropout random numbers that depend on the seed and the epoch alone.
+class Reseed(keras.callbacks.Callback):
+    """Gives the model's layers random numbers that depend on the seed and the epoch alone.
 
     Keras does not save the state of its random generators with the weights; without this, a
     resumed run would drop other units than an unbroken one.

@@ -31,6 +31,7 @@ class VQVAE(keras.Model):
         commitment: The weight β.
         codebook_update: "ema" or "gradient".
         ema_decay: Decay of the moving averages.
+        restart_below: See VectorQuantizer.
         data_variance: Variance of the training pixels on [−1, 1].
     """
 
@@ -47,6 +48,7 @@ class VQVAE(keras.Model):
         commitment=0.25,
         codebook_update="ema",
         ema_decay=0.99,
+        restart_below=0.0,
         data_variance=1.0,
         **kwargs,
     ):
@@ -65,6 +67,7 @@ class VQVAE(keras.Model):
             "commitment": commitment,
             "codebook_update": codebook_update,
             "ema_decay": ema_decay,
+            "restart_below": restart_below,
             "data_variance": data_variance,
         }
         self.image_shape = tuple(image_shape)
@@ -73,7 +76,9 @@ class VQVAE(keras.Model):
         self.commitment = commitment
         self.data_variance = data_variance
         self.encoder = build_encoder(self.image_shape, **network, dtype=self.dtype_policy)
-        self.quantizer = VectorQuantizer(num_codes, code_dim, codebook_update, ema_decay)
+        self.quantizer = VectorQuantizer(
+            num_codes, code_dim, codebook_update, ema_decay, restart_below
+        )
         self.decoder = build_decoder(self.image_shape, **network, dtype=self.dtype_policy)
         self.trackers = {
             name: keras.metrics.Mean(name=name)
@@ -160,6 +165,7 @@ def build_model(config: Config, *, data_variance: float) -> VQVAE:
         commitment=settings.commitment,
         codebook_update=settings.codebook_update,
         ema_decay=settings.ema_decay,
+        restart_below=settings.restart_below,
         data_variance=data_variance,
         dtype=settings.dtype,
     )

@@ -58,6 +58,10 @@ class VectorQuantizer(keras.layers.Layer):
       their sum; the code becomes the ratio. Both start at zero, so the factor by which a moving
       average is biased cancels, and a code that no vector of the batch chose stays where it is.
 
+    In the second way, codes that hardly any vector chooses are moved onto vectors of the batch
+    (Williams et al. 2020, https://arxiv.org/abs/2002.08111, section 3.2). At the first step that
+    is most of them, so that the codebook begins among the data.
+
     Distances, averages and losses are computed in float32 whatever the dtype of the input:
     bfloat16 has too few digits to tell near codes apart.
 
@@ -66,6 +70,8 @@ class VectorQuantizer(keras.layers.Layer):
         code_dim: Length D of a vector; the last axis of the input.
         update: "ema" or "gradient".
         decay: Decay of the moving averages and of the usage tracker, in [0, 1).
+        restart_below: A code is moved when its usage is below this share of the mean usage, in
+            [0, 1); 0 for never. Has no effect on a codebook that learns by gradient.
 
     Attributes:
         codebook: [K, D] float32.
@@ -76,7 +82,7 @@ class VectorQuantizer(keras.layers.Layer):
     # Keeps a code that was chosen by next to nothing from dividing by next to nothing.
     epsilon = 1e-5
 
-    def __init__(self, num_codes, code_dim, update="ema", decay=0.99, **kwargs):
+    def __init__(self, num_codes, code_dim, update="ema", decay=0.99, restart_below=0.0, **kwargs):
         super().__init__(**{**kwargs, "dtype": "float32"})
         if update not in ("ema", "gradient"):
             raise ValueError(f"update is {update!r}; choose 'ema' or 'gradient'")
@@ -84,6 +90,8 @@ class VectorQuantizer(keras.layers.Layer):
         self.code_dim = code_dim
         self.update = update
         self.decay = decay
+        self.restart_below = restart_below
+        self.seed_generator = keras.random.SeedGenerator(0)
 
     def build(self, input_shape):
         """Creates the codebook and the averages; the last axis must be `code_dim`."""
@@ -140,6 +148,8 @@ class VectorQuantizer(keras.layers.Layer):
         if self.update == "ema":
             sums = ops.segment_sum(vectors, codes, num_segments=self.num_codes)
             self._move_codebook(counts, sums)
+            if self.restart_below > 0:
+                self._restart_codes(vectors)
 
     def _move_codebook(self, counts, sums):
         ema_counts = self.decay * self.ema_counts + (1.0 - self.decay) * counts
@@ -153,6 +163,20 @@ class VectorQuantizer(keras.layers.Layer):
         self.ema_counts.assign(ema_counts)
         self.ema_sums.assign(ema_sums)
 
+    def _restart_codes(self, vectors):
+        """Moves neglected codes onto vectors of the batch: place, averages and usage together."""
+        mean_usage, mean_count = ops.mean(self.usage), ops.mean(self.ema_counts)
+        neglected = self.usage < self.restart_below * mean_usage
+        size = ops.shape(vectors)[0]
+        draws = keras.random.uniform((self.num_codes,), seed=self.seed_generator)
+        places = ops.minimum(ops.cast(draws * ops.cast(size, "float32"), "int32"), size - 1)
+        drawn = ops.take(vectors, places, axis=0)
+        rows = neglected[:, None]
+        self.codebook.assign(ops.where(rows, drawn, self.codebook))
+        self.ema_sums.assign(ops.where(rows, drawn * mean_count, self.ema_sums))
+        self.ema_counts.assign(ops.where(neglected, mean_count, self.ema_counts))
+        self.usage.assign(ops.where(neglected, mean_usage, self.usage))
+
     def get_config(self):
         """Returns the constructor's arguments."""
         return {
@@ -161,4 +185,5 @@ class VectorQuantizer(keras.layers.Layer):
             "code_dim": self.code_dim,
             "update": self.update,
             "decay": self.decay,
+            "restart_below": self.restart_below,
         }

@@ -135,6 +135,7 @@ def _fit(run: RunFolder, config: Config, images: dict) -> tuple[VQVAE, list[dict
         steps_per_epoch=settings.steps_per_epoch,
         batch_size=settings.batch_size,
         title="train vqvae",
+        seed=config.seed,
         callbacks=[ReconstructionImages(run, _figure_images(run))],
     )
     return model, history

@@ -1,0 +1,107 @@
+"""What is in a run, as a page of text."""
+
+from etils import epath
+
+from vqvae.run_folder import MANIFEST, STAGES, RunFolder
+
+
+def describe(run_dir: str) -> str:
+    """Returns the stages of a run with their state, size and measures.
+
+    Raises:
+        VqbeamError: There is no run in the folder.
+    """
+    run = RunFolder(run_dir)
+    config = run.load_config()
+    height, width, channels = config.image_shape
+    rows, columns = config.grid
+    lines = [
+        f"run      {run.root}",
+        f"preset   {config.name}, seed {config.seed}",
+        f"data     {config.data.source}, {height}×{width}×{channels}",
+        f"codes    grid {rows}×{columns}, K = {config.vqvae.num_codes}, "
+        f"D = {config.vqvae.code_dim}, codebook by {config.vqvae.codebook_update}",
+    ]
+    for stage, (folder, _) in STAGES.items():
+        lines += ["", f"{stage:<12} {_state(run, stage)}"]
+        lines += [f"  {line}" for line in _facts(run, stage)]
+        if (run.root / folder).exists():
+            lines.append(f"  {run.root / folder}, {_bytes(_size(run.root / folder))}")
+    return "\n".join(lines)
+
+
+def _state(run: RunFolder, stage: str) -> str:
+    manifest = run.manifest(stage)
+    if manifest is None:
+        checkpoints = sorted(run.folder(stage).glob("checkpoints/*/epoch-*.weights.h5"))
+        if checkpoints:
+            epochs = int(checkpoints[-1].name[len("epoch-") :].split(".")[0])
+            return f"begun, {epochs} epochs done"
+        return "begun" if run.folder(stage).exists() else "not begun"
+    if not run.is_done(stage):
+        return "stale: made from inputs that have changed since"
+    seconds = manifest.get("seconds")
+    return f"done in {_duration(seconds)}" if seconds is not None else "done"
+
+
+def _facts(run: RunFolder, stage: str) -> list[str]:
+    manifest = run.manifest(stage)
+    if manifest is None:
+        return []
+    match stage:
+        case "prepare":
+            classes = len(manifest["label_names"])
+            return [
+                _counts(manifest["counts"], "images"),
+                f"{classes} classes" if classes else "no classes",
+                f"{manifest['failed']} images could not be decoded",
+            ]
+        case "train-vqvae":
+            m = manifest["measures"]
+            return [
+                f"{manifest['parameters']:,} parameters",
+                f"held-out reconstruction: MSE {m['mse']:.1f} of 255², PSNR {m['psnr']:.2f} dB, "
+                f"{m['reconstruction']:.4f} of the variance",
+                f"held-out codebook use: perplexity {m['perplexity']:.0f}, "
+                f"{m['codes_used']:.0%} of codes",
+            ]
+        case "encode":
+            return [
+                _counts(manifest["counts"], "grids"),
+                f"codebook use: perplexity {manifest['perplexity']:.0f}, "
+                f"{manifest['codes_used']} codes",
+            ]
+        case "train-prior":
+            m = manifest["measures"]
+            return [
+                f"{manifest['parameters']:,} parameters",
+                f"held-out: {m['nats_per_code']:.3f} nats per code, "
+                f"{m['bits_per_dim']:.4f} bits per dimension",
+            ]
+    return [", ".join(f"{name} {value}" for name, value in manifest["settings"].items())]
+
+
+def _counts(counts: dict[str, int], what: str) -> str:
+    parts = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    return f"{sum(counts.values()):,} {what}: {parts}"
+
+
+def _size(folder: epath.Path) -> int:
+    return sum(
+        _size(path) if path.is_dir() else path.stat().length
+        for path in folder.iterdir()
+        if path.name != MANIFEST
+    )
+
+
+def _bytes(size: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

@@ -1,0 +1,33 @@
+"""Packages vqbeam; the pinned versions are in constraints.txt."""
+
+import setuptools
+
+setuptools.setup(
+    name="vqbeam",
+    version="0.1.0",
+    description="Two-stage image generation, from a laptop to a cluster: VQ-VAE, prior and Beam",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["configs", "configs.presets", "vqvae", "prior", "pipelines"],
+    install_requires=[
+        "apache-beam>=2.77",
+        "etils[epath]",
+        "importlib_resources",  # tensorflow-datasets imports it and does not declare it
+        "keras>=3.15",
+        "keras-nlp>=0.32",
+        "matplotlib",
+        "numpy",
+        "pillow",
+        "tensorboard",
+        "tensorflow>=2.21",
+        "tensorflow-datasets>=4.9.10",
+        "tqdm",
+    ],
+    extras_require={
+        "gcp": ["apache-beam[gcp]>=2.77"],
+        "test": ["jax", "pytest", "ruff"],
+    },
+    entry_points={"console_scripts": ["vqbeam = pipelines.cli:main"]},
+)

@@ -1,0 +1,186 @@
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from prior.rotary import BASE, rotary_tables, rotate
+from prior.transformer import Block, CodePrior
+
+# A grid of one code has nothing to attend to but itself.
+pytestmark = pytest.mark.filterwarnings("ignore:You are using a softmax over axis")
+
+K, GRID, LABELS = 11, (3, 4), 5
+T = math.prod(GRID)
+
+
+def build(perturbed=True, **changes):
+    """A small prior; perturbed, its head gives every code a logit of its own."""
+    keras.utils.set_random_seed(0)
+    arguments = dict(num_codes=K, grid=GRID, num_labels=LABELS, layers=2, width=16, heads=2)
+    model = CodePrior(**(arguments | changes))
+    if perturbed:
+        model.head.kernel.assign(np.random.default_rng(0).normal(size=model.head.kernel.shape))
+    return model
+
+
+def examples(size=4, seed=0):
+    random = np.random.default_rng(seed)
+    codes = random.integers(K, size=(size, *GRID), dtype="int32")
+    return {"codes": codes, "labels": random.integers(LABELS, size=size, dtype="int32")}
+
+
+def logits(model, inputs):
+    return ops.convert_to_numpy(model(inputs))
+
+
+def compiled(model, learning_rate=1e-2):
+    model.compile(keras.optimizers.Adam(learning_rate))
+    return model
+
+
+def batches(size=32, batch_size=16, seed=0):
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices(examples(size, seed)).batch(batch_size)
+
+
+def test_untrained_loss_is_log_k():
+    model = compiled(build(perturbed=False))
+    assert model.evaluate(batches(), verbose=0) == pytest.approx(math.log(K), rel=1e-5)
+    np.testing.assert_array_equal(logits(model, examples()), np.zeros((4, T, K)))
+
+
+def test_loss_is_mean_nats_per_code():
+    model, inputs = compiled(build(dropout=0.5)), examples(32)
+    scores = logits(model, inputs).astype("float64")
+    log_probabilities = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    codes = inputs["codes"].reshape(32, T, 1)
+    expected = -np.take_along_axis(log_probabilities, codes, -1).mean()
+    assert model.evaluate(batches(), verbose=0) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("t", [0, 1, T - 2, T - 1])
+def test_a_code_changes_only_later_logits(t):
+    model, inputs = build(), examples()
+    before = logits(model, inputs)
+    inputs["codes"].reshape(-1, T)[:, t] = (inputs["codes"].reshape(-1, T)[:, t] + 1) % K
+    change = np.abs(logits(model, inputs) - before).max((0, 2))
+    assert np.all(change[: t + 1] == 0) and np.all(change[t + 1 :] > 1e-5)
+
+
+def test_first_logits_depend_on_the_label_only():
+    model = build()
+    inputs = examples(LABELS) | {"labels": np.arange(LABELS)}
+    first = logits(model, inputs)[:, 0]
+    np.testing.assert_allclose(
+        logits(model, inputs | {"codes": inputs["codes"] * 0})[:, 0], first, atol=1e-6
+    )
+    assert len(np.unique(first.round(4), axis=0)) == LABELS
+
+
+def test_missing_label_is_the_null_class():
+    model, inputs = build(), examples()
+    assert model.null_label == LABELS
+    missing, null = (logits(model, inputs | {"labels": np.full(4, n)}) for n in (-1, LABELS))
+    np.testing.assert_array_equal(missing, null)
+
+
+@pytest.mark.parametrize("grid", [GRID, (1, 1)])
+def test_steps_give_the_logits_of_the_whole_sequence(grid):
+    model = build(grid=grid)
+    random = np.random.default_rng(0)
+    inputs = {"codes": random.integers(K, size=(3, *grid)), "labels": np.array([0, 2, 5])}
+    whole = logits(model, inputs)
+    codes = inputs["codes"].reshape(3, -1)
+    x, caches = model.embed_labels(inputs["labels"]), model.empty_caches(3, codes.shape[1])
+    for position in range(codes.shape[1]):
+        step, caches = model.step(x, caches, position)
+        np.testing.assert_allclose(ops.convert_to_numpy(step), whole[:, position], atol=1e-4)
+        x = model.embed_codes(codes[:, position : position + 1])
+
+
+def test_a_longer_cache_gives_the_same_step():
+    model = build()
+    x = model.embed_labels(np.array([1]))
+    steps = [model.step(x, model.empty_caches(1, length), 0)[0] for length in (1, T, 50)]
+    for step in steps[1:]:
+        np.testing.assert_allclose(*map(ops.convert_to_numpy, (step, steps[0])), atol=1e-5)
+
+
+def test_rotary_tables_against_complex_numbers():
+    cos, sin = rotary_tables(GRID, 8)
+    assert cos.shape == (T, 4) and cos.dtype == sin.dtype == np.float32
+    x = np.random.default_rng(0).normal(size=(T, 8)).astype("float32")
+    rotated = ops.convert_to_numpy(rotate(x, cos, sin))
+    np.testing.assert_array_equal(rotated[0], x[0])  # The class token is not rotated.
+    for p in range(1, T):
+        row, column = divmod(p - 1, GRID[1])
+        angles = np.array([row, row / BASE**0.5, column, column / BASE**0.5])
+        turned = (x[p, :4] + 1j * x[p, 4:]) * np.exp(1j * angles)
+        expected = np.concatenate([turned.real, turned.imag])
+        np.testing.assert_allclose(rotated[p], expected, atol=1e-5)
+
+
+def test_rotated_products_depend_on_the_distance_only():
+    cos, sin = rotary_tables((4, 4), 16)
+    random = np.random.default_rng(0)
+    query, key = (np.tile(random.normal(size=16).astype("float32"), (16, 1)) for _ in "qk")
+    query, key = (ops.convert_to_numpy(rotate(x, cos, sin)) for x in (query, key))
+    products = query @ key.T
+    # Input 1 + 4·row + column holds the code at (row, column).
+    assert products[1 + 4, 1] == pytest.approx(products[1 + 4 * 2 + 1, 1 + 4 + 1], abs=1e-5)
+    assert products[1 + 6, 1] == pytest.approx(products[1 + 11, 1 + 5], abs=1e-5)
+    assert products[1 + 1, 1] != pytest.approx(products[1 + 4, 1], abs=1e-3)
+
+
+def test_block_against_numpy():
+    keras.utils.set_random_seed(1)
+    block = Block((2, 2), width=8, heads=2)
+    x = np.random.default_rng(1).normal(size=(1, 4, 8)).astype("float32")
+    y = ops.convert_to_numpy(block(x))
+    layers = block.qkv, block.attention_output, block.gate_and_up, block.down
+    qkv, out, gate_and_up, down = (ops.convert_to_numpy(layer.kernel.value) for layer in layers)
+
+    def norm(v):
+        return v / np.sqrt((v**2).mean(-1, keepdims=True) + 1e-6)
+
+    cos, sin = rotary_tables((2, 2), 4)
+    query, key, value = np.split(norm(x[0]) @ qkv, 3, axis=-1)
+    heads = []
+    for head in (slice(0, 4), slice(4, 8)):
+        q, k = (ops.convert_to_numpy(rotate(v[:, head], cos, sin)) for v in (query, key))
+        scores = np.where(np.tri(4), np.exp(q @ k.T / 2), 0)
+        heads.append(scores / scores.sum(-1, keepdims=True) @ value[:, head])
+    middle = x[0] + np.concatenate(heads, -1) @ out
+    gate, up = np.split(norm(middle) @ gate_and_up, 2, axis=-1)
+    expected = middle + (gate / (1 + np.exp(-gate)) * up) @ down
+    np.testing.assert_allclose(y[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_a_few_steps_lower_the_loss(dtype):
+    model = compiled(build(perturbed=False, dropout=0.1, dtype=dtype))
+    assert model(examples()).dtype == "float32"
+    history = model.fit(
+        batches(16).repeat(30), verbose=0, epochs=2, steps_per_epoch=15, shuffle=False
+    )
+    first, last = history.history["loss"]
+    assert last < first < math.log(K) + 0.1
+    assert model.evaluate(batches(16), verbose=0) < math.log(K) - 0.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_a_saved_model_loads_the_same(tmp_path, dtype):
+    model = build(num_labels=0, dropout=0.2, dtype=dtype)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.get_config() == model.get_config()
+    inputs = examples() | {"labels": np.full(4, -1)}
+    np.testing.assert_array_equal(logits(loaded, inputs), logits(model, inputs))
+
+
+def test_block_config_round_trips():
+    block = Block(GRID, width=16, heads=2, dropout=0.1)
+    assert Block.from_config(block.get_config()).get_config() == block.get_config()

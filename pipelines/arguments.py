@@ -11,6 +11,7 @@ from typing import Any, NoReturn, get_args
 
 import configs
 from configs import SECTIONS, SampleConfig, VqbeamError
+from pipelines.beam_flags import add_beam_flags, with_runner
 
 STAGES = ("prepare", "train-vqvae", "encode", "train-prior", "sample")
 
@@ -123,7 +124,7 @@ def _parse_stages(verb: str, words: Sequence[str]) -> dict[str, Any]:
         "config": _in_range(lambda: configs.override(config, values), flags),
         "run_dir": given["--run-dir"],
         "stages": STAGES if verb == "run" else (verb,),
-        "beam_args": _with_runner(given.get("beam_args", [])),
+        "beam_args": with_runner(given.get("beam_args", [])),
     }
 
 
@@ -219,7 +220,7 @@ class _Parser(argparse.ArgumentParser):
         words = self._spelled(words)
         unknown = self._unknown_flags(words)
         if unknown and beam:
-            _add_beam_flags(self)
+            add_beam_flags(self)
             words = self._spelled(words)
             unknown = self._unknown_flags(words)
         if unknown:
@@ -251,6 +252,7 @@ class _Parser(argparse.ArgumentParser):
         message = message.removeprefix("argument ")
         message = message.replace("the following arguments are required:", "missing")
         message = re.sub(r"expected (one|at least one) argument$", "needs a value", message)
+        message = re.sub(r"ignored explicit argument .*", "takes no value", message)
         raise UsageError(f"{self.prog}: {message} (see {self.prog} --help)")
 
 
@@ -344,76 +346,3 @@ def _optional(kind: type) -> Callable[[str], Any]:
 
 
 _KINDS = {int: (_whole, "N"), float: (_number, "X"), str: (_text, "TEXT")}
-
-
-def _add_beam_flags(parser: _Parser) -> None:
-    """Adds Beam's own flags to a parser, which passes them on as text, in `beam_args`."""
-    for action in _beam_actions():
-        flags = [flag for flag in action.option_strings if flag not in parser.flags]
-        if flags:
-            parser.add_argument(
-                *flags,
-                dest="beam_args",
-                default=argparse.SUPPRESS,
-                action=_PassOn,
-                nargs=action.nargs,
-                type=_runner if "--runner" in flags else _as_given(action.type or str),
-                choices=action.choices,
-            )
-
-
-def _beam_actions() -> list[argparse.Action]:
-    from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
-
-    # An option class of an extension may repeat a flag of Beam's: the later one counts.
-    beam = _BeamArgumentParser(add_help=False, conflict_handler="resolve")
-    classes = PipelineOptions.__subclasses__()
-    while classes:
-        options = classes.pop(0)
-        options._add_argparse_args(beam)
-        classes += options.__subclasses__()
-    return beam._actions
-
-
-class _PassOn(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        word = f"{option_string}={values}" if isinstance(values, str) else option_string
-        namespace.beam_args = [*getattr(namespace, "beam_args", []), word]
-
-
-def _as_given(convert: Callable[[str], Any]) -> Callable[[str], str]:
-    def check(text: str) -> str:
-        try:
-            convert(text)
-        except (TypeError, ValueError):
-            raise argparse.ArgumentTypeError(f"Beam does not take {text!r} here") from None
-        return text
-
-    return check
-
-
-def _runner(name: str) -> str:
-    """Checks the name of a runner, for which Beam would end with a traceback."""
-    from apache_beam.options.pipeline_options import StandardOptions
-    from apache_beam.runners.runner import create_runner
-
-    if "dask" in name.lower():
-        raise argparse.ArgumentTypeError(
-            "Beam's DaskRunner drops data without a word (seen in 2.77); use another runner"
-        )
-    try:
-        create_runner(name)
-    except ValueError:
-        known = {known.lower(): known for known in StandardOptions.KNOWN_RUNNER_NAMES}
-        close = difflib.get_close_matches(f"{name.lower().removesuffix('runner')}runner", known, 1)
-        hint = f"did you mean {known[close[0]]}?" if close else "for one, FnApiRunner"
-        raise argparse.ArgumentTypeError(f"there is no runner {name!r}; {hint}") from None
-    except (ImportError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(f"{name!r} does not load: {error}") from None
-    return name
-
-
-def _with_runner(beam_args: Sequence[str]) -> list[str]:
-    if any(word.startswith("--runner=") for word in beam_args):
-        return list(beam_args)
-    return ["--runner=FnApiRunner", *beam_args]

@@ -114,6 +114,7 @@ def draw_samples(
         raise VqbeamError(f"guidance is {settings.guidance}, but {run.root} has no classes; use 1")
     batch_size = min(settings.batch_size, settings.num)
     drawn = 0
+    advance(STAGE, 0, settings.num)  # the first batch waits for the compiler: show that it works
 
     def on_batch(so_far):
         nonlocal drawn

@@ -16,9 +16,9 @@ def rotary_tables(grid: tuple[int, int], head_dim: int) -> tuple[np.ndarray, np.
     and is not rotated; input p > 0 carries code p - 1, in raster order. The last code is no input.
 
     Rotary embeddings are eq. 34 of Su et al., "RoFormer: Enhanced Transformer with Rotary
-    Position Embedding" (https://arxiv.org/abs/2104.09864); the split by axis and the base are
-    from Heo et al., "Rotary Position Embedding for Vision Transformer"
-    (https://arxiv.org/abs/2403.13298), eq. 8.
+    Position Embedding" (https://arxiv.org/abs/2104.09864); the split by axis and the base are the
+    axial frequencies of Heo et al., "Rotary Position Embedding for Vision Transformer"
+    (https://arxiv.org/abs/2403.13298).
 
     Args:
         grid: Rows and columns of a code grid.

@@ -68,7 +68,7 @@ class Sampler:
                 at least this (Holtzman et al., https://arxiv.org/abs/1904.09751); in (0, 1].
             guidance: Scale s of classifier-free guidance, u + s·(c - u), where c and u are the
                 logits with and without the class (Ho and Salimans,
-                https://arxiv.org/abs/2207.12598); 1 for none.
+                https://arxiv.org/abs/2207.12598, eq. 6, with s = 1 + w); 1 for none.
             on_batch: Called after each batch with the number of images drawn so far.
 
         Returns:

@@ -109,7 +109,8 @@ class Block(keras.layers.Layer):
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
     def _attend(self, query, key, value, mask):
-        # On a CPU this trains a third faster than `ops.dot_product_attention`.
+        # Trained on a CPU in float32, this takes two thirds of the time of
+        # `ops.dot_product_attention`.
         query = query * self.head_dim**-0.5
         scores = ops.matmul(query, ops.swapaxes(key, -1, -2))  # [B, H, N, C]
         scores = ops.where(mask, ops.cast(scores, "float32"), -1e9)

@@ -50,9 +50,11 @@ def test_shape_range_and_seed(sampler):
     assert np.any(sampler(LABEL_ROWS, seed=2) != codes)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_images_do_not_depend_on_the_batch(sampler, batch_size):
-    settings = dict(temperature=0.9, top_k=9, top_p=0.95, guidance=1.5)
+@pytest.mark.parametrize(
+    ("batch_size", "settings"),
+    [(1, {}), (3, dict(temperature=0.9, top_k=9, top_p=0.95, guidance=1.5))],
+)
+def test_images_do_not_depend_on_the_batch(sampler, batch_size, settings):
     expected = sampler(LABEL_ROWS, seed=1, **settings)
     other = Sampler(sampler.model, batch_size)
     np.testing.assert_array_equal(other(LABEL_ROWS, seed=1, **settings), expected)

@@ -17,7 +17,7 @@ def test_seeds_differ_and_may_be_any_integer():
 
 
 def philox(counter, key):
-    """One block of Philox4x64-10, after Salmon et al., section 4.3."""
+    """One block of Philox4x64-10, after Salmon et al."""
     a, b, c, d = counter
     for _ in range(10):
         high, low = divmod(a * 0xD2E7470EE14C6C93, 2**64)

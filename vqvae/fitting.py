@@ -64,6 +64,7 @@ def fit(
             epochs=epochs,
             steps_per_epoch=min(steps, steps_per_epoch),
             validation_data=validation,
+            shuffle=False,  # the batches come shuffled
             verbose=0,
             callbacks=[
                 StopOnNaN(),
@@ -71,7 +72,7 @@ def fit(
                 keras.callbacks.TensorBoard(str(folder / "logs"), write_graph=False),
                 FitProgress(
                     title,
-                    steps=epochs * steps_per_epoch,
+                    steps=steps,
                     first_step=first_step,
                     batch_size=batch_size,
                 ),
@@ -87,10 +88,17 @@ class StopOnNaN(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         """Checks the loss."""
-        if not math.isfinite(logs["loss"]):
+        self._check(logs["loss"], f"loss became {logs['loss']} at batch {batch} of this epoch")
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Checks the validation loss: the last update of the epoch may have broken the weights."""
+        loss = logs.get("val_loss", 0.0)
+        self._check(loss, f"validation loss became {loss} in epoch {epoch + 1}")
+
+    def _check(self, loss, what):
+        if not math.isfinite(loss):
             raise VqbeamError(
-                f"the loss became {logs['loss']} at batch {batch} of this epoch; start a new run "
-                "with a lower learning rate, or with dtype float32"
+                f"the {what}; start a new run with a lower learning rate, or with dtype float32"
             )
 
 
@@ -153,7 +161,7 @@ class Checkpoints(keras.callbacks.Callback):
             copy.write_bytes(found[-1].read_bytes())
             try:
                 model.load_weights(copy)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 raise VqbeamError(
                     f"{found[-1]} does not fit the model of this run; delete "
                     f"{self.folder.parent} to train anew"

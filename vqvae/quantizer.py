@@ -69,18 +69,19 @@ class VectorQuantizer(keras.layers.Layer):
         num_codes: Codebook size K.
         code_dim: Length D of a vector; the last axis of the input.
         update: "ema" or "gradient".
-        decay: Decay of the moving averages and of the usage tracker, in [0, 1).
+        decay: Decay of the moving averages, in [0, 1).
         restart_below: A code is moved when its usage is below this share of the mean usage, in
             [0, 1); 0 for never. Has no effect on a codebook that learns by gradient.
 
     Attributes:
         codebook: [K, D] float32.
-        usage: [K] float32. At each training step usage ← decay · usage + counts of the batch;
+        usage: [K] float32. At each training step usage ← 0.99 · usage + counts of the batch;
             unchanged in evaluation.
     """
 
     # Keeps a code that was chosen by next to nothing from dividing by next to nothing.
     epsilon = 1e-5
+    usage_decay = 0.99
 
     def __init__(self, num_codes, code_dim, update="ema", decay=0.99, restart_below=0.0, **kwargs):
         super().__init__(**{**kwargs, "dtype": "float32"})
@@ -144,7 +145,7 @@ class VectorQuantizer(keras.layers.Layer):
         counts = ops.segment_sum(
             ops.ones_like(codes, dtype="float32"), codes, num_segments=self.num_codes
         )
-        self.usage.assign(self.decay * self.usage + counts)
+        self.usage.assign(self.usage_decay * self.usage + counts)
         if self.update == "ema":
             sums = ops.segment_sum(vectors, codes, num_segments=self.num_codes)
             self._move_codebook(counts, sums)
@@ -159,7 +160,7 @@ class VectorQuantizer(keras.layers.Layer):
         chosen = counts[:, None] > 0
         # Codes that no vector chose have a ratio of two fading numbers: they keep their place.
         moved = ema_sums / ops.where(chosen, smoothed[:, None], 1.0)
-        self.codebook.assign(ops.where(chosen, moved, self.codebook))
+        _assign_where(self.codebook, chosen, moved)
         self.ema_counts.assign(ema_counts)
         self.ema_sums.assign(ema_sums)
 
@@ -172,10 +173,10 @@ class VectorQuantizer(keras.layers.Layer):
         places = ops.minimum(ops.cast(draws * ops.cast(size, "float32"), "int32"), size - 1)
         drawn = ops.take(vectors, places, axis=0)
         rows = neglected[:, None]
-        self.codebook.assign(ops.where(rows, drawn, self.codebook))
-        self.ema_sums.assign(ops.where(rows, drawn * mean_count, self.ema_sums))
-        self.ema_counts.assign(ops.where(neglected, mean_count, self.ema_counts))
-        self.usage.assign(ops.where(neglected, mean_usage, self.usage))
+        _assign_where(self.codebook, rows, drawn)
+        _assign_where(self.ema_sums, rows, drawn * mean_count)
+        _assign_where(self.ema_counts, neglected, mean_count)
+        _assign_where(self.usage, neglected, mean_usage)
 
     def get_config(self):
         """Returns the constructor's arguments."""
@@ -187,3 +188,7 @@ class VectorQuantizer(keras.layers.Layer):
             "decay": self.decay,
             "restart_below": self.restart_below,
         }
+
+
+def _assign_where(variable, condition, values):
+    variable.assign(ops.where(condition, values, ops.convert_to_tensor(variable)))

@@ -65,7 +65,9 @@ def _features(content: dict[str, Any], label_names: Sequence[str]) -> Any:
 
 def serialize(features: Any, example: dict[str, Any]) -> bytes:
     """Returns the record of an example, the same bytes for the same example."""
-    return features.serialize_example(features.encode_example(example))
+    record = features.serialize_example(features.encode_example(example))
+    # TFDS leaves the order of the features to protobuf, where it differs between processes.
+    return tf.train.Example.FromString(record).SerializeToString(deterministic=True)
 
 
 def write_shard(path: epath.Path, records: Iterable[bytes]) -> int:
@@ -75,9 +77,13 @@ def write_shard(path: epath.Path, records: Iterable[bytes]) -> int:
     that two workers given the same shard do not meet in it.
     """
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    with tf.io.TFRecordWriter(os.fspath(temporary)) as writer:
-        for record in records:
-            writer.write(record)
+    try:
+        with tf.io.TFRecordWriter(os.fspath(temporary)) as writer:
+            for record in records:
+                writer.write(record)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     size = temporary.stat().length
     temporary.replace(path)
     return size

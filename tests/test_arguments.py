@@ -1,0 +1,348 @@
+import dataclasses
+
+import pytest
+
+import configs
+from pipelines import arguments
+from pipelines.arguments import STAGES, VERBS, UsageError, parse
+
+PRESET = """
+from configs import Config, DataConfig, VQVAEConfig
+
+CONFIG = Config(name="own", data=DataConfig(source="glyphs"), vqvae=VQVAEConfig(num_codes=100))
+"""
+FIELDS = list(configs.field_types())
+PIPELINE_VERBS = ["run", *STAGES[:-1]]
+
+
+@pytest.fixture
+def preset(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(PRESET)
+    return str(path)
+
+
+@pytest.fixture
+def parse_run(preset):
+    return lambda *words: parse(["run", preset, "--run-dir", "d", *words]).arguments
+
+
+def refusal(*words):
+    with pytest.raises(UsageError) as caught:
+        parse(words)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def value_for(field, kind):
+    """Returns another value of a field than its default, within its range."""
+    limits = field.metadata
+    if limits.get("choices"):
+        return limits["choices"][-1]
+    if kind is str:
+        return "glyphs"
+    low, high = limits.get("minimum") or 0, limits.get("maximum")
+    return kind(low) if high is None else kind(min(high, low + 4))
+
+
+@pytest.mark.parametrize("verb", PIPELINE_VERBS)
+def test_pipeline_verbs(verb, preset):
+    command = parse([verb, preset, "--run-dir", "runs/x"])
+    assert command.verb == verb
+    assert command.arguments == {
+        "config": configs.load_preset(preset),
+        "run_dir": "runs/x",
+        "stages": STAGES if verb == "run" else (verb,),
+        "beam_args": ["--runner=FnApiRunner"],
+    }
+
+
+def test_flags_may_stand_before_the_preset(preset):
+    words = ["run", "--runner", "FnApiRunner", "--seed=3", "--run-dir=d", preset]
+    given = parse(words).arguments
+    assert given["config"].seed == 3
+    assert given["beam_args"] == ["--runner=FnApiRunner"]
+
+
+@pytest.mark.parametrize("separator", ["-", "_"])
+@pytest.mark.parametrize("name,field,kind", FIELDS, ids=[name for name, _, _ in FIELDS])
+def test_every_config_field_is_a_flag(name, field, kind, separator):
+    parser = arguments._Parser("run", "")
+    parser.add("--seed", int, "")
+    fields = {"seed": "--seed"}
+    for section in configs.SECTIONS:
+        fields |= parser.add_fields(section, f"--{section}.", None)
+    value = value_for(field, kind)
+    given = parser.parse_words([f"--{name.replace('_', separator)}", str(value)])
+    assert given[fields[name]] == value
+    assert type(given[fields[name]]) is kind
+
+
+def test_overrides_reach_the_config(parse_run):
+    config = parse_run(
+        "--seed", "7", "--vqvae.num-codes=64", "--vqvae.learning_rate", "1e-2", "--data.fit", "pad"
+    )["config"]
+    assert config.seed == 7
+    assert config.vqvae.num_codes == 64
+    assert config.vqvae.learning_rate == 0.01
+    assert config.data.fit == "pad"
+
+
+def test_none_unsets_an_optional_field(tmp_path, preset):
+    path = tmp_path / "limited.py"
+    path.write_text(
+        PRESET.replace('source="glyphs"', 'source="glyphs", max_images=5, data_dir="x"')
+    )
+    words = ["run", str(path), "--run-dir", "d"]
+    assert parse(words).arguments["config"].data.max_images == 5
+    words += ["--data.max-images", "none", "--data.data-dir", "none"]
+    data = parse(words).arguments["config"].data
+    assert data.max_images is None and data.data_dir is None
+    assert "'none' is not a whole number" in refusal(*words, "--data.height", "none")
+
+
+def test_smoke_comes_before_explicit_flags(parse_run, preset):
+    smoke = parse_run("--smoke")["config"]
+    assert smoke == configs.smoke(configs.load_preset(preset))
+    mixed = parse_run("--vqvae.steps", "8", "--smoke")["config"]
+    assert mixed == configs.override(smoke, {"vqvae.steps": 8})
+
+
+@pytest.mark.parametrize("name", configs.preset_names())
+def test_built_in_presets(name):
+    given = parse(["run", name, "--run-dir", "d", "--smoke"]).arguments
+    assert given["config"] == configs.smoke(configs.load_preset(name))
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--vqvae.num-codes", "1"], "--vqvae.num-codes is 1; it must be at least 2"),
+        (["--vqvae.num_codes", "-1"], "--vqvae.num-codes is -1; it must be at least 2"),
+        (["--prior.dropout", "2"], "--prior.dropout is 2.0; it must be at most 0.9"),
+        (["--data.fit", "x"], "--data.fit is 'x'; choose one of crop, pad"),
+        (["--data.height", "30"], "--data.height is 30, which --vqvae.downsampling (4) does not"),
+    ],
+)
+def test_values_out_of_range_name_the_flag(parse_run, words, message):
+    with pytest.raises(configs.VqbeamError) as caught:
+        parse_run(*words)
+    assert str(caught.value).startswith(message)
+
+
+def test_unknown_preset():
+    with pytest.raises(configs.VqbeamError, match="no preset is named 'nothing-like-it'"):
+        parse(["run", "nothing-like-it", "--run-dir", "d"])
+
+
+@pytest.mark.parametrize(
+    "words,passed",
+    [
+        (["--runner=DirectRunner"], ["--runner=DirectRunner"]),
+        (["--runner", "dataflow"], ["--runner=dataflow"]),
+        (["--streaming"], ["--runner=FnApiRunner", "--streaming"]),
+        (
+            ["--experiments", "a", "--experiments=b=c,d", "--experiment", "e"],
+            ["--runner=FnApiRunner", "--experiments=a", "--experiments=b=c,d", "--experiment=e"],
+        ),
+        (
+            ["--project", "p", "--region=r", "--temp_location", "gs://b/t"],
+            ["--runner=FnApiRunner", "--project=p", "--region=r", "--temp_location=gs://b/t"],
+        ),
+        (["--direct-num-workers", "4"], ["--runner=FnApiRunner", "--direct_num_workers=4"]),
+        (["--label", "a=b"], ["--runner=FnApiRunner", "--label=a=b"]),
+        (
+            ["--sdk_harness_log_level_overrides", '{"a": "INFO"}'],
+            ["--runner=FnApiRunner", '--sdk_harness_log_level_overrides={"a": "INFO"}'],
+        ),
+        (
+            ["--update_compatibility_version", "--s3_disable_ssl"],
+            ["--runner=FnApiRunner", "--update_compatibility_version", "--s3_disable_ssl"],
+        ),
+    ],
+)
+def test_beam_options_are_passed_on(parse_run, words, passed):
+    assert parse_run(*words)["beam_args"] == passed
+
+
+def test_beam_understands_what_is_passed_on(parse_run):
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    passed = parse_run(
+        "--experiments", "a", "--direct_num_workers", "2", "--streaming", "--project", "p"
+    )["beam_args"]
+    options = PipelineOptions(passed).get_all_options(drop_default=True)
+    assert options["experiments"] == ["a"]
+    assert options["direct_num_workers"] == 2
+    assert options["streaming"] is True
+    assert options["project"] == "p"
+    assert options["runner"] == "FnApiRunner"
+
+
+def test_a_runner_may_be_a_class_path(parse_run):
+    path = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+    assert parse_run("--runner", path)["beam_args"] == [f"--runner={path}"]
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--runer=DataflowRunner"], "vqbeam: unknown flag --runer; did you mean --runner?"),
+        (["--run", "FnApiRunner"], "vqbeam: unknown flag --run; did you mean --runner?"),
+        (["--project_dir", "p"], "vqbeam: unknown flag --project_dir; did you mean --project?"),
+        (["--num-codes", "3"], "vqbeam: unknown flag --num-codes; did you mean --vqvae.num-codes?"),
+        (
+            ["--steps=3"],
+            "vqbeam: unknown flag --steps; did you mean --vqvae.steps or --prior.steps?",
+        ),
+        (["--vqvae.num-code=3"], "vqbeam: unknown flag --vqvae.num-code; did you mean"),
+        (["--zzzzqqqq"], "vqbeam: unknown flag --zzzzqqqq; see vqbeam run --help"),
+        (["-x"], "vqbeam: unknown flag -x; see vqbeam run --help"),
+    ],
+)
+def test_unknown_flags(preset, words, message):
+    assert refusal("run", preset, "--run-dir", "d", *words).startswith(message)
+
+
+def test_an_unknown_flag_is_named_before_anything_else_is_missed():
+    assert "unknown flag --rundir; did you mean --run-dir?" in refusal("run", "--rundir", "d")
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--runner=dataflw"], "--runner: there is no runner 'dataflw'; did you mean Dataflow"),
+        (["--runner=nope"], "--runner: there is no runner 'nope'; use FnApiRunner"),
+        (["--runner=no.such.Runner"], "--runner: 'no.such.Runner' does not load: No module named"),
+        (["--runner=os.path.Runner"], "--runner: 'os.path.Runner' does not load: "),
+        (["--runner=DaskRunner"], "--runner: Beam's DaskRunner drops data"),
+        (["--runner=apache_beam.runners.dask.dask_runner.DaskRunner"], "--runner: Beam's Dask"),
+        (["--runner"], "--runner: needs a value"),
+        (["--direct_num_workers=a"], "--direct_num_workers: Beam does not take 'a' here"),
+        (["--direct_running_mode=a"], "--direct_running_mode: invalid choice: 'a' (choose from"),
+        (["--vqvae.num-codes", "abc"], "--vqvae.num-codes: 'abc' is not a whole number"),
+        (["--vqvae.num-codes", "1.5"], "--vqvae.num-codes: '1.5' is not a whole number"),
+        (["--vqvae.num-codes"], "--vqvae.num-codes: needs a value"),
+        (["--vqvae.learning-rate", "fast"], "--vqvae.learning-rate: 'fast' is not a number"),
+        (["--vqvae.learning-rate", "nan"], "--vqvae.learning-rate: 'nan' is not a number"),
+        (["--data.image-key", ""], "--data.image-key: is empty"),
+        (["--smoke=1"], "--smoke: takes no value"),
+        (["stray"], "unexpected argument 'stray'"),
+    ],
+)
+def test_malformed_command_lines(preset, words, message):
+    line = refusal("run", preset, "--run-dir", "d", *words)
+    assert line.startswith(f"vqbeam run: {message}")
+    assert line.endswith("(see vqbeam run --help)")
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["run"], "vqbeam run: missing PRESET, --run-dir (see vqbeam run --help)"),
+        (["encode", "x"], "vqbeam encode: missing --run-dir (see vqbeam encode --help)"),
+        (["run", "x", "--run-dir", ""], "vqbeam run: --run-dir: is empty (see"),
+        (["sample"], "vqbeam sample: missing DIR (see"),
+        (["sample", "d", "--runner", "x"], "vqbeam: unknown flag --runner; see vqbeam sample"),
+        (["sample", "d", "--topk", "1"], "vqbeam: unknown flag --topk; did you mean --top-k?"),
+        (["sample", "d", "--top-k", "x"], "vqbeam sample: --top-k: 'x' is not a whole number"),
+        (["sample", "d", "--label"], "vqbeam sample: --label: needs a value"),
+        (["reconstruct", "d"], "vqbeam reconstruct: missing --output"),
+        (
+            ["reconstruct", "d", "--output", "a.png", "--num", "0"],
+            "vqbeam reconstruct: --num: 0 is",
+        ),
+        (["inspect", "d", "e"], "vqbeam inspect: unexpected argument 'e'"),
+        (["presets", "d"], "vqbeam presets: unexpected argument 'd'"),
+        (["smaple", "d"], "vqbeam: unknown verb 'smaple'; did you mean sample?"),
+        (["zzz"], "vqbeam: unknown verb 'zzz'; see vqbeam --help"),
+        (["--verison"], "vqbeam: unknown flag --verison; did you mean --version?"),
+        (["--run-dir", "d"], "vqbeam: unknown flag --run-dir; see vqbeam --help"),
+    ],
+)
+def test_other_wrong_command_lines(words, message):
+    assert refusal(*words).startswith(message)
+
+
+def test_sample_unset_is_none():
+    assert parse(["sample", "runs/x"]).arguments == {
+        "run_dir": "runs/x",
+        "num": None,
+        "labels": None,
+        "temperature": None,
+        "top_k": None,
+        "top_p": None,
+        "guidance": None,
+        "seed": None,
+        "batch_size": None,
+        "output": None,
+    }
+
+
+def test_sample_in_full():
+    words = "sample d --num 4 --label A 3 --label=B --temperature 0.5 --top-k 9 --top_p 0.9"
+    words += " --guidance 2 --seed -1 --batch-size 2 --output x.png"
+    assert parse(words.split()).arguments == {
+        "run_dir": "d",
+        "num": 4,
+        "labels": ["A", "3", "B"],
+        "temperature": 0.5,
+        "top_k": 9,
+        "top_p": 0.9,
+        "guidance": 2.0,
+        "seed": -1,
+        "batch_size": 2,
+        "output": "x.png",
+    }
+
+
+def test_sample_has_a_flag_for_every_setting():
+    given = parse(["sample", "d"]).arguments
+    assert {field.name for field in dataclasses.fields(configs.SampleConfig)} < set(given)
+
+
+def test_sample_out_of_range_names_the_flag():
+    with pytest.raises(configs.VqbeamError, match=r"^--top-p is 1.5; it must be at most 1$"):
+        parse(["sample", "d", "--top-p", "1.5"])
+
+
+def test_reconstruct_inspect_and_presets():
+    given = parse(["reconstruct", "d", "--output", "a.png"]).arguments
+    assert given == {"run_dir": "d", "output": "a.png", "num": 16}
+    assert parse(["inspect", "d"]).arguments == {"run_dir": "d"}
+    assert parse(["presets"]).arguments == {}
+
+
+def test_without_a_word_the_help_is_the_error():
+    with pytest.raises(UsageError, match="verbs:"):
+        parse([])
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "--version"])
+@pytest.mark.parametrize("verb", [None, *VERBS])
+def test_help_and_version(verb, flag, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse([verb, flag] if verb else [flag])
+    assert not end.value.code
+    shown = capsys.readouterr().out
+    assert shown.startswith("vqbeam" if flag == "--version" else f"usage: vqbeam {verb or 'VERB'}")
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_help_shows_each_field_with_its_text_and_range(capsys):
+    with pytest.raises(SystemExit):
+        parse(["run", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, field, _ in FIELDS:
+        assert f"--{name.replace('_', '-')} " in shown
+        assert field.metadata.get("help", "") in shown
+    assert "codebook size K (2 to 1,048,576)" in shown
+    assert "--data.fit {crop,pad}" in shown
+
+
+def test_top_level_help_lists_each_verb(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    shown = capsys.readouterr().out
+    for verb, summary in VERBS.items():
+        assert f"  {verb:<13} {summary}\n" in shown

@@ -1,0 +1,338 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import vqvae.quantizer
+from vqvae.model import VQVAE
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="GradientTape is TensorFlow's"
+)
+
+K, D, BETA, VARIANCE = 7, 3, 0.4, 0.3
+SHAPE = (8, 8, 1)
+
+
+def build(update="gradient"):
+    keras.utils.set_random_seed(0)
+    model = VQVAE(
+        image_shape=SHAPE,
+        num_codes=K,
+        code_dim=D,
+        downsampling=4,
+        width=8,
+        residual_layers=1,
+        residual_width=4,
+        commitment=BETA,
+        codebook_update=update,
+        data_variance=VARIANCE,
+    )
+    model.build((None, *SHAPE))
+    # Codes among the latents, so that several are chosen.
+    z = model.encoder(IMAGES).numpy().reshape(-1, D)
+    model.quantizer.codebook.assign(z[:: len(z) // K][:K] + 0.01)
+    return model
+
+
+IMAGES = np.random.default_rng(0).uniform(-1, 1, (5, *SHAPE)).astype("float32")
+
+
+@pytest.fixture
+def model():
+    return build()
+
+
+def values(variables):
+    return [variable.value for variable in variables]
+
+
+def encoder_weights(model):
+    return values(model.encoder.trainable_variables)
+
+
+def decoder_weights(model):
+    return values(model.decoder.trainable_variables)
+
+
+def reconstruction_loss(images, reconstruction):
+    return tf.reduce_mean(tf.square(images - reconstruction))
+
+
+def whole_loss(model, training=True):
+    return model.compute_loss(x=IMAGES, y_pred=model(IMAGES, training=training))
+
+
+def some_reach(gradients):
+    """Whether a gradient comes to every variable, and is more than zeros in most."""
+    if any(gradient is None for gradient in gradients):
+        return False
+    nonzero = [np.abs(tf.convert_to_tensor(gradient)).max() > 0 for gradient in gradients]
+    return np.mean(nonzero) > 0.7
+
+
+def none_reach(gradients):
+    return all(gradient is None for gradient in gradients)
+
+
+def check_by_differences(variables, gradients, loss, step=1e-3):
+    """Compares gradients with central differences of `loss()`, in a random direction each."""
+    numbers = np.random.default_rng(1)
+    checked = 0
+    for variable, gradient in zip(variables, gradients, strict=True):
+        gradient = tf.convert_to_tensor(gradient).numpy()
+        direction = np.sign(gradient) + numbers.normal(size=gradient.shape) * 0.1
+        direction = (direction / np.linalg.norm(direction)).astype("float32")
+        start = variable.numpy()
+        variable.assign(start + step * direction)
+        above = float(loss())
+        variable.assign(start - step * direction)
+        below = float(loss())
+        variable.assign(start)
+        slope = np.sum(np.float64(gradient) * direction)
+        np.testing.assert_allclose((above - below) / (2 * step), slope, rtol=0.03, atol=3e-4)
+        checked += abs(slope) > 3e-3
+    assert checked  # not all of it below the tolerance
+
+
+def test_reconstruction_reaches_encoder_and_decoder_and_not_the_codebook(model):
+    with tf.GradientTape() as tape:
+        loss = reconstruction_loss(IMAGES, model(IMAGES)["reconstruction"])
+    gradients = tape.gradient(
+        loss,
+        {
+            "encoder": encoder_weights(model),
+            "decoder": decoder_weights(model),
+            "codebook": [model.quantizer.codebook.value],
+        },
+    )
+    assert some_reach(gradients["encoder"])
+    assert some_reach(gradients["decoder"])
+    assert none_reach(gradients["codebook"])
+
+
+def test_gradient_at_z_is_that_at_the_quantized(model):
+    with tf.GradientTape() as tape:
+        z = model.encoder(IMAGES)
+        tape.watch(z)
+        quantized = model.quantizer(z).quantized
+        loss = reconstruction_loss(IMAGES, model.decoder(quantized))
+    at_z, at_quantized = tape.gradient(loss, [z, quantized])
+    assert np.abs(at_quantized.numpy()).max() > 0
+    np.testing.assert_array_equal(at_z, at_quantized)
+
+
+def test_straight_through_is_the_identity_to_a_gradient():
+    z = tf.constant(np.random.default_rng(0).normal(size=(2, 3, 4, D)).astype("float32"))
+    for update in ("ema", "gradient"):
+        layer = vqvae.quantizer.VectorQuantizer(K, D, update)
+        with tf.GradientTape() as tape:
+            tape.watch(z)
+            quantized = layer(z).quantized
+            loss = tf.reduce_sum(tf.sin(quantized) * tf.cos(z[0, 0, 0, 0] * 0 + 2.0))
+        np.testing.assert_allclose(
+            tape.gradient(loss, z), np.cos(quantized) * np.cos(2.0), rtol=1e-5
+        )
+
+
+def test_without_straight_through_the_encoder_gets_nothing(model):
+    with tf.GradientTape() as tape:
+        z = model.encoder(IMAGES)
+        tape.watch(z)
+        quantized = model.quantizer.lookup(model.quantizer.nearest(z))
+        loss = reconstruction_loss(IMAGES, model.decoder(quantized))
+    gradients = tape.gradient(
+        loss, {"encoder": encoder_weights(model), "z": [z], "decoder": decoder_weights(model)}
+    )
+    assert none_reach(gradients["encoder"]) and none_reach(gradients["z"])
+    assert some_reach(gradients["decoder"])
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_commitment_reaches_only_the_encoder(update):
+    model = build(update)
+    with tf.GradientTape() as tape:
+        tape.watch(model.quantizer.codebook.value)
+        loss = model(IMAGES)["commitment_loss"]
+    gradients = tape.gradient(
+        loss,
+        {
+            "encoder": encoder_weights(model),
+            "decoder": decoder_weights(model),
+            "codebook": [model.quantizer.codebook.value],
+        },
+    )
+    assert some_reach(gradients["encoder"])
+    assert none_reach(gradients["decoder"]) and none_reach(gradients["codebook"])
+
+
+def test_codebook_loss_reaches_only_the_codebook(model):
+    with tf.GradientTape() as tape:
+        z = model.encoder(IMAGES)
+        tape.watch(z)
+        loss = model.quantizer(z).codebook_loss
+    gradients = tape.gradient(
+        loss,
+        {
+            "encoder": encoder_weights(model),
+            "z": [z],
+            "decoder": decoder_weights(model),
+            "codebook": [model.quantizer.codebook.value],
+        },
+    )
+    assert some_reach(gradients["codebook"])
+    for other in ("encoder", "z", "decoder"):
+        assert none_reach(gradients[other])
+
+
+def test_distances_contribute_no_gradient(model, monkeypatch):
+    seen = []
+    plain = vqvae.quantizer.squared_distances
+
+    def remembered(*arguments):
+        seen.append(plain(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(vqvae.quantizer, "squared_distances", remembered)
+    with tf.GradientTape(persistent=True) as tape:
+        z = model.encoder(IMAGES)
+        tape.watch(z)
+        codes = model.quantizer(z).codes
+        total = tf.reduce_sum(tf.concat(seen, 0))
+        chosen = tf.reduce_sum(tf.cast(codes, "float32"))
+    assert len(seen) == 1 and seen[0].shape == (5 * 2 * 2, K)
+    sources = [z, model.quantizer.codebook.value, *encoder_weights(model)]
+    assert none_reach(tape.gradient(total, sources))
+    assert none_reach(tape.gradient(chosen, sources))
+
+
+def test_codebook_gradient_holds_the_chosen_codes_alone(model):
+    for loss in ("codebook", "whole"):
+        with tf.GradientTape() as tape:
+            result = model(IMAGES)
+            value = result["codebook_loss"] if loss == "codebook" else whole_loss(model)
+        gradient = tape.gradient(value, model.quantizer.codebook.value)
+        assert isinstance(gradient, tf.IndexedSlices)
+        np.testing.assert_array_equal(gradient.indices, result["codes"].numpy().ravel())
+        assert tuple(gradient.dense_shape.numpy()) == (K, D)
+
+
+def test_sgd_changes_exactly_the_rows_of_the_chosen_codes(model):
+    codebook = model.quantizer.codebook
+    # A code so far off that nothing chooses it.
+    codebook.assign(np.concatenate([codebook.numpy()[:-1], np.full((1, D), 1e3)]))
+    before = codebook.numpy()
+    with tf.GradientTape() as tape:
+        result = model(IMAGES)
+    gradient = tape.gradient(result["codebook_loss"], codebook.value)
+    keras.optimizers.SGD(0.5).apply([gradient], [codebook])
+    codes = result["codes"].numpy()
+    changed = np.flatnonzero((codebook.numpy() != before).any(axis=1))
+    np.testing.assert_array_equal(changed, np.unique(codes))
+    assert 1 < len(changed) < K
+    dense = tf.convert_to_tensor(gradient).numpy()
+    np.testing.assert_allclose(codebook.numpy(), before - 0.5 * dense, rtol=1e-5)
+
+
+def test_a_compiled_training_step_changes_exactly_those_rows(model):
+    codebook = model.quantizer.codebook
+    codebook.assign(np.concatenate([codebook.numpy()[:-1], np.full((1, D), 1e3)]))
+    before, codes = codebook.numpy(), model(IMAGES)["codes"].numpy()
+    model.compile(keras.optimizers.SGD(0.1))
+    model.train_on_batch(IMAGES)
+    changed = np.flatnonzero((codebook.numpy() != before).any(axis=1))
+    np.testing.assert_array_equal(changed, np.unique(codes))
+
+
+def test_averages_give_the_codebook_no_gradient():
+    model = build("ema")
+    codebook = model.quantizer.codebook
+    assert not codebook.trainable
+    assert all(codebook is not variable for variable in model.trainable_variables)
+    for training in (False, True):
+        with tf.GradientTape() as tape:
+            tape.watch(codebook.value)
+            loss = whole_loss(model, training)
+        gradients = tape.gradient(loss, [codebook.value, *encoder_weights(model)])
+        assert gradients[0] is None
+        assert some_reach(gradients[1:])
+
+
+def test_codebook_gradient_in_closed_form(model):
+    codebook = model.quantizer.codebook
+    z = model.encoder(IMAGES)
+    with tf.GradientTape() as tape:
+        result = model.quantizer(z)
+    gradient = tf.convert_to_tensor(tape.gradient(result.codebook_loss, codebook.value)).numpy()
+    vectors, codes = z.numpy().reshape(-1, D), result.codes.numpy().ravel()
+    expected = np.zeros((K, D))
+    for vector, code in zip(vectors, codes, strict=True):
+        expected[code] += 2 / vectors.size * (codebook.numpy()[code] - vector)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-8)
+
+    def loss():
+        return tf.reduce_mean(tf.square(vectors - tf.gather(codebook.value, codes)))
+
+    check_by_differences([codebook.value], [gradient * 100], lambda: 100 * loss(), step=1e-2)
+
+
+def test_commitment_gradient_in_closed_form(model):
+    z = model.encoder(IMAGES)
+    with tf.GradientTape() as tape:
+        tape.watch(z)
+        result = model.quantizer(z)
+    gradient = tape.gradient(result.commitment_loss, z).numpy()
+    chosen = model.quantizer.codebook.numpy()[result.codes.numpy()]
+    np.testing.assert_allclose(gradient, 2 / z.numpy().size * (z - chosen), rtol=1e-4, atol=1e-8)
+
+
+def test_commitment_gradient_of_the_encoder_by_differences(model):
+    with tf.GradientTape() as tape:
+        result = model(IMAGES)
+        loss = 100 * result["commitment_loss"]
+    gradients = tape.gradient(loss, encoder_weights(model))
+    chosen = model.quantizer.lookup(result["codes"])
+
+    def with_codes_held():
+        return 100 * tf.reduce_mean(tf.square(model.encoder(IMAGES) - chosen))
+
+    check_by_differences(encoder_weights(model), gradients, with_codes_held)
+
+
+def test_reconstruction_gradient_by_differences(model):
+    with tf.GradientTape() as tape:
+        loss = reconstruction_loss(IMAGES, model(IMAGES)["reconstruction"])
+    gradients = tape.gradient(loss, [encoder_weights(model), decoder_weights(model)])
+    z = model.encoder(IMAGES)
+    gap = model.quantizer(z).quantized - z
+
+    def straight_through_held():
+        # What z + sg(e − z) means: the gap between the two is a constant.
+        return reconstruction_loss(IMAGES, model.decoder(model.encoder(IMAGES) + gap))
+
+    check_by_differences(encoder_weights(model), gradients[0], straight_through_held)
+    check_by_differences(decoder_weights(model), gradients[1], straight_through_held)
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_whole_loss_weighs_the_parts(update):
+    model = build(update)
+    with tf.GradientTape(persistent=True) as tape:
+        z = model.encoder(IMAGES)
+        tape.watch(z)
+        result = model.quantizer(z)
+        reconstruction = model.decoder(result.quantized)
+        parts = {
+            "reconstruction": reconstruction,
+            "codes": result.codes,
+            "codebook_loss": result.codebook_loss,
+            "commitment_loss": result.commitment_loss,
+        }
+        loss = model.compute_loss(x=IMAGES, y_pred=parts)
+    at_z, at_quantized = tape.gradient(loss, [z, result.quantized])
+    chosen = model.quantizer.codebook.numpy()[result.codes.numpy()]
+    commitment = BETA * 2 / z.numpy().size * (z.numpy() - chosen)
+    np.testing.assert_allclose(at_z, at_quantized + commitment, rtol=1e-4, atol=1e-7)
+    at_pixels = tape.gradient(loss, reconstruction)
+    expected = 2 / IMAGES.size / VARIANCE * (reconstruction - IMAGES)
+    np.testing.assert_allclose(at_pixels, expected, rtol=1e-4, atol=1e-8)

@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# Model code runs on two backends, and so do its tests.
+BACKEND_TESTS := $(addprefix tests/test_,$(addsuffix .py,compilation fitting metrics networks \
+	prior_training quantizer sampler training transformer vqvae_model))
+
 .PHONY: quickstart test test-fast lint clean
 
 quickstart: $(BIN)/vqbeam
@@ -10,11 +14,11 @@ quickstart: $(BIN)/vqbeam
 	$(BIN)/vqbeam sample runs/glyphs --output samples.png
 
 test: $(VENV)/.test-installed lint
-	$(BIN)/python -m pytest -q
-	KERAS_BACKEND=jax $(BIN)/python -m pytest -q -m backend
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -q -n 2 --dist loadfile $(BACKEND_TESTS)
 
 test-fast: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

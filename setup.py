@@ -27,7 +27,7 @@ setuptools.setup(
     ],
     extras_require={
         "gcp": ["apache-beam[gcp]>=2.77"],
-        "test": ["jax", "pytest", "ruff"],
+        "test": ["jax", "pytest", "pytest-xdist", "ruff"],
     },
     entry_points={"console_scripts": ["vqbeam = pipelines.cli:main"]},
 )

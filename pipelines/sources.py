@@ -53,7 +53,9 @@ def prepare_source(data: DataConfig, beam_args: Sequence[str]) -> None:
     from apache_beam.options.pipeline_options import PipelineOptions
 
     print(
-        f"{builder.info.full_name} is not in {builder.data_dir} yet: TFDS prepares it", flush=True
+        f"{builder.info.full_name} is not in {builder.data_dir} yet: TFDS prepares it there "
+        "(if its host cannot be reached, interrupt, and name a prepared copy by --data.data-dir)",
+        flush=True,
     )
     config = tfds.download.DownloadConfig(
         beam_options=PipelineOptions(list(beam_args)),

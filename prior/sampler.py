@@ -22,8 +22,11 @@ HALVINGS = 40
 class Sampler:
     """Draws code grids from a prior in batches of one size.
 
-    Image i of a seed is the same image at any batch size: its random numbers are its own. All
-    settings are inputs of the compiled program; it is compiled once with and once without
+    Image i of a seed is the same image at any batch size, since its random numbers are its own.
+    Only where a number falls within a rounding of the border between two codes may programs for
+    different batch sizes or backends part ways, which is rare.
+
+    All settings are inputs of the compiled program: it is compiled once with and once without
     guidance, and once with and once without filters, when first asked for.
 
     Args:

@@ -29,7 +29,10 @@ def build(update="gradient"):
         data_variance=VARIANCE,
     )
     model.build((None, *SHAPE))
-    # Codes among the latents, so that several are chosen.
+    # Larger weights, for gradients well above the rounding of finite differences; and codes among
+    # the latents, so that several are chosen.
+    for kernel in model.encoder.trainable_variables + model.decoder.trainable_variables:
+        kernel.assign(kernel * 2)
     z = model.encoder(IMAGES).numpy().reshape(-1, D)
     model.quantizer.codebook.assign(z[:: len(z) // K][:K] + 0.01)
     return model
@@ -75,7 +78,7 @@ def none_reach(gradients):
     return all(gradient is None for gradient in gradients)
 
 
-def check_by_differences(variables, gradients, loss, step=1e-3):
+def check_by_differences(variables, gradients, loss, step=3e-3):
     """Compares gradients with central differences of `loss()`, in a random direction each."""
     numbers = np.random.default_rng(1)
     checked = 0
@@ -90,9 +93,9 @@ def check_by_differences(variables, gradients, loss, step=1e-3):
         below = float(loss())
         variable.assign(start)
         slope = np.sum(np.float64(gradient) * direction)
-        np.testing.assert_allclose((above - below) / (2 * step), slope, rtol=0.03, atol=3e-4)
-        checked += abs(slope) > 3e-3
-    assert checked  # not all of it below the tolerance
+        np.testing.assert_allclose((above - below) / (2 * step), slope, rtol=0.03, atol=1e-4)
+        checked += abs(slope) > 2e-3
+    assert checked > len(variables) / 2  # most are not lost in the tolerance
 
 
 def test_reconstruction_reaches_encoder_and_decoder_and_not_the_codebook(model):

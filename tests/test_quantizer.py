@@ -27,8 +27,7 @@ def latents(*shape, seed=0):
 
 
 def array(tensor):
-    is_weight = isinstance(tensor, keras.Variable)
-    return ops.convert_to_numpy(tensor.value if is_weight else tensor)
+    return np.asarray(tensor).copy()
 
 
 def state(layer):

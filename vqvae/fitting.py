@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 
@@ -58,6 +59,8 @@ def fit(
     epochs = math.ceil(steps / steps_per_epoch)
     if first_epoch < epochs:
         first_step = first_epoch * steps_per_epoch
+        devices = ", ".join(keras.distribution.list_devices())
+        print(f"{title}: step {first_step:,} to {steps:,} on {devices}", file=sys.stderr)
         model.fit(
             batches(first_step),
             initial_epoch=first_epoch,

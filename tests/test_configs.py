@@ -1,0 +1,274 @@
+import dataclasses
+import json
+import types
+import typing
+
+import pytest
+
+from configs import (
+    SECTIONS,
+    Config,
+    DataConfig,
+    PriorConfig,
+    SampleConfig,
+    VqbeamError,
+    VQVAEConfig,
+    differences,
+    field_types,
+    from_dict,
+    load_preset,
+    override,
+    preset_names,
+    preset_summary,
+    smoke,
+    to_dict,
+)
+
+
+@pytest.fixture
+def config():
+    return Config(name="mine", data=DataConfig(source="glyphs"))
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_preset_loads_and_shrinks(name):
+    config = load_preset(name)
+    assert config.name == name
+    # A summary is one line of a listing, and ends as a sentence or a clause does.
+    assert 20 < len(preset_summary(name)) <= 100 and "\n" not in preset_summary(name)
+    small = smoke(config)
+    assert small.data.max_images <= 64
+    assert small.vqvae.steps * small.vqvae.batch_size <= 64
+    assert small.prior.steps * small.prior.batch_size <= 64
+    # More than one epoch and more than one shard, so that resuming and sharding are gone through.
+    assert small.vqvae.steps > small.vqvae.steps_per_epoch
+    assert small.prior.steps > small.prior.steps_per_epoch
+    assert small.data.images_per_shard < small.data.max_images
+    # The same kind of thing, smaller.
+    kept = {
+        "data": ["source", "height", "width", "channels", "fit"],
+        "vqvae": ["codebook_update", "dtype", "downsampling", "code_dim", "commitment"],
+        "prior": ["dtype", "dropout", "label_dropout"],
+        "sample": ["temperature", "top_k", "top_p", "guidance"],
+    }
+    for section, fields in kept.items():
+        for field in fields:
+            assert getattr(getattr(small, section), field) == getattr(
+                getattr(config, section), field
+            )
+    assert small.grid == config.grid
+    assert smoke(small) == small
+
+
+def test_presets_of_the_issue_are_there():
+    assert {"glyphs", "fashion_mnist", "cifar10"} <= set(preset_names())
+    assert preset_names() == sorted(preset_names())
+
+
+def test_smoke_grows_nothing(config):
+    small = override(config, {"data.max_images": 10, "vqvae.num_codes": 8})
+    assert smoke(small).data.max_images == 10 and smoke(small).vqvae.num_codes == 8
+
+
+def test_a_misspelt_preset_is_told_the_right_name():
+    with pytest.raises(VqbeamError, match="no preset is named 'glyph'; did you mean 'glyphs'"):
+        load_preset("glyph")
+    with pytest.raises(VqbeamError, match="no preset is named 'zzz'; there are .*cifar10, "):
+        load_preset("zzz")
+
+
+PRESET = """\
+\"\"\"My own data.
+
+More of it.
+\"\"\"
+
+from configs import Config, DataConfig
+
+CONFIG = Config(name="own", data=DataConfig(source="folder:/pictures"))
+"""
+
+
+def test_preset_file(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(PRESET)
+    assert load_preset(str(path)).data.source == "folder:/pictures"
+    assert preset_summary(str(path)) == "My own data."
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "does not set CONFIG to a configs.Config"),
+        ("CONFIG = {'name': 'x'}", "does not set CONFIG to a configs.Config"),
+        ("CONFIG = (", "does not load: SyntaxError"),
+        ("import nowhere_to_be_found", "does not load: ModuleNotFoundError"),
+        (
+            "from configs import *\nCONFIG = Config(name='x', data=DataConfig(souce='glyphs'))",
+            "does not load: TypeError.*souce",
+        ),
+        (
+            "from configs import *\nCONFIG = Config(name='x', data=DataConfig(source='oops'))",
+            "^data.source is 'oops'; use tfds:NAME",
+        ),
+    ],
+)
+def test_preset_file_errors(tmp_path, text, message):
+    path = tmp_path / "own.py"
+    path.write_text(text)
+    with pytest.raises(VqbeamError, match=message):
+        load_preset(str(path))
+
+
+def test_absent_preset_file(tmp_path):
+    with pytest.raises(VqbeamError, match="there is no preset file .*absent.py"):
+        load_preset(str(tmp_path / "absent.py"))
+
+
+NUMBERS = [
+    (section, field.name, bound, field.metadata[bound])
+    for section, cls in SECTIONS.items()
+    for field in dataclasses.fields(cls)
+    for bound in ("minimum", "maximum")
+    if field.metadata[bound] is not None
+]
+
+
+@pytest.mark.parametrize(("section", "field", "bound", "limit"), NUMBERS)
+def test_every_range_is_checked(config, section, field, bound, limit):
+    step = 1 if isinstance(limit, int) else 0.001
+    beyond = limit - step if bound == "minimum" else limit + step
+    word = "least" if bound == "minimum" else "most"
+    with pytest.raises(VqbeamError, match=f"^{section}.{field} is .*at {word} {limit}"):
+        override(config, {f"{section}.{field}": beyond})
+
+
+CHOICES = [
+    (f"{section}.{field.name}", field.metadata["choices"])
+    for section, cls in SECTIONS.items()
+    for field in dataclasses.fields(cls)
+    if field.metadata["choices"]
+]
+
+
+@pytest.mark.parametrize(("name", "choices"), CHOICES)
+def test_every_choice_is_checked(config, name, choices):
+    for choice in choices:
+        override(config, {name: choice})
+    with pytest.raises(VqbeamError, match=f"^{name} is 'other'; choose one of {choices[0]}, "):
+        override(config, {name: "other"})
+
+
+def test_defaults_are_within_their_ranges():
+    for cls in (VQVAEConfig, PriorConfig, SampleConfig):
+        cls()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.channels": 2}, "data.channels is 2; use 1"),
+        ({"data.source": "tfds:"}, "data.source is 'tfds:'; use"),
+        ({"data.source": "glyphs:x"}, "data.source is 'glyphs:x'; use"),
+        ({"vqvae.downsampling": 6}, "vqvae.downsampling is 6; it must be a power of two"),
+        ({"data.height": 30}, r"data.height is 30, which vqvae.downsampling \(4\) does not div"),
+        ({"vqvae.downsampling": 64}, "data.height is 32, which vqvae.downsampling"),
+        ({"data.width": 34}, "data.width is 34"),
+        ({"vqvae.steps": 700}, r"vqvae.steps is 700; .* of vqvae.steps_per_epoch \(500\)"),
+        ({"prior.steps": 700}, "prior.steps is 700"),
+        ({"prior.heads": 3}, "prior.width is 256 and prior.heads is 3"),
+        ({"prior.width": 48}, "prior.width is 48 and prior.heads is 8; .* multiple of 4"),
+        ({"seed": -1}, "seed is -1; it must be at least 0"),
+    ],
+)
+def test_checks_across_fields(config, changes, message):
+    with pytest.raises(VqbeamError, match=message):
+        override(config, changes)
+
+
+def test_a_run_shorter_than_an_epoch_is_allowed(config):
+    assert override(config, {"vqvae.steps": 7}).vqvae.steps == 7
+
+
+def test_grid_and_image_shape(config):
+    changed = override(config, {"data.height": 16, "data.width": 64, "data.channels": 1})
+    assert changed.image_shape == (16, 64, 1) and changed.grid == (4, 16)
+
+
+def test_override_leaves_the_rest(config):
+    changed = override(config, {"vqvae.num_codes": 64, "vqvae.width": 8, "seed": 5})
+    assert (changed.vqvae.num_codes, changed.vqvae.width, changed.seed) == (64, 8, 5)
+    assert (changed.data, changed.prior) == (config.data, config.prior)
+    assert config.vqvae.num_codes == VQVAEConfig().num_codes
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
+
+
+def test_differences_name_each_changed_field(config):
+    assert differences(config, config) == []
+    changed = override(config, {"vqvae.num_codes": 64, "data.max_images": 5, "seed": 5})
+    assert sorted(differences(config, changed)) == [
+        "data.max_images: None → 5",
+        "seed: 0 → 5",
+        "vqvae.num_codes: 512 → 64",
+    ]
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_round_trip_through_json(name):
+    config = override(load_preset(name), {"seed": 3, "vqvae.learning_rate": 1e-5})
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize("damage", ["section", "unknown section", "unknown field", "type"])
+def test_a_stored_config_of_another_version(config, damage):
+    values = to_dict(config)
+    if damage == "section":
+        del values["prior"]
+    elif damage == "unknown section":
+        values["gan"] = {}
+    elif damage == "unknown field":
+        values["vqvae"]["gone"] = 1
+    else:
+        values = []
+    with pytest.raises(VqbeamError, match="does not fit this version of vqbeam"):
+        from_dict(values)
+
+
+def test_a_stored_config_out_of_range(config):
+    values = to_dict(config)
+    values["vqvae"]["num_codes"] = 0
+    with pytest.raises(VqbeamError, match="vqvae.num_codes is 0"):
+        from_dict(values)
+
+
+def test_field_types_are_complete(config):
+    found = {name: (field, kind) for name, field, kind in field_types()}
+    expected = ["seed"]
+    for section, cls in SECTIONS.items():
+        expected += [f"{section}.{field.name}" for field in dataclasses.fields(cls)]
+    assert list(found) == expected
+    for name, (field, kind) in found.items():
+        assert field.metadata["help"], name
+        assert kind in (int, float, str), name
+    assert found["data.max_images"][1] is int and found["data.data_dir"][1] is str
+    assert found["vqvae.learning_rate"][1] is float and found["seed"][1] is int
+
+
+def test_sections_are_those_of_a_config():
+    hints = typing.get_type_hints(Config)
+    assert {k: v for k, v in hints.items() if dataclasses.is_dataclass(v)} == SECTIONS
+    for section, cls in SECTIONS.items():
+        assert cls.prefix == section
+
+
+def test_values_have_the_type_of_their_field():
+    for name in preset_names():
+        config = load_preset(name)
+        for section, cls in SECTIONS.items():
+            for field, hint in typing.get_type_hints(cls).items():
+                if field == "prefix":
+                    continue
+                kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+                value = getattr(getattr(config, section), field)
+                assert type(value) in kinds or (float in kinds and type(value) is int), field

@@ -51,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nvqbeam: interrupted; run the same command to go on", file=sys.stderr)
-        return 130
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
+        if _is_interrupt(error):
+            print("\nvqbeam: interrupted; run the same command to go on", file=sys.stderr)
+            return 130
         message = user_message(error)
         if message is None:
             raise
@@ -104,6 +104,12 @@ def user_message(error: BaseException) -> str | None:
     if _BEAM_REFUSAL.search(str(error)):
         return " ".join(str(error).split())
     return _file_message(message)
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Tells whether the user pressed Ctrl-C; Beam wraps that too, where a step was at work."""
+    text = "".join(traceback.format_exception_only(error))
+    return isinstance(error, KeyboardInterrupt) or _last_exception(text)[1] == "KeyboardInterrupt"
 
 
 def _last_exception(text: str) -> tuple[str, str]:

@@ -181,6 +181,15 @@ def test_an_error_within_a_worker_is_shown_without_beam(error_of, at):
     assert user_message(error_of(_Raise(VqbeamError(MESSAGE), at))) == MESSAGE
 
 
+def test_an_interrupt_within_a_worker_is_an_interrupt(target, capsys):
+    with pytest.raises(RuntimeError) as caught:
+        with beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner"])) as pipeline:
+            pipeline | beam.Create([1]) | "my step" >> beam.ParDo(_Raise(KeyboardInterrupt()))
+    target("inspect", "describe", caught.value)
+    assert main(["inspect", "d"]) == 130
+    assert "interrupted; run the same command" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("do_fn", [_Raise(ValueError("a bug")), _BugAfterAnError()])
 def test_a_bug_within_a_worker_is_none_of_the_users(error_of, do_fn):
     error = error_of(do_fn)

@@ -59,7 +59,7 @@ class VectorQuantizer(keras.layers.Layer):
       average is biased cancels, and a code that no vector of the batch chose stays where it is.
 
     In the second way, codes that hardly any vector chooses are moved onto vectors of the batch
-    (Williams et al. 2020, https://arxiv.org/abs/2002.08111, section 3.2). At the first step that
+    (Dhariwal et al. 2020, https://arxiv.org/abs/2005.00341). At the first step that
     is most of them, so that the codebook begins among the data.
 
     Distances, averages and losses are computed in float32 whatever the dtype of the input:

@@ -1,0 +1,268 @@
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from etils import epath
+from keras import layers
+
+from configs import VqbeamError
+from vqvae.fitting import fit, load_model, save_model
+from vqvae.records import training_batches
+
+STEPS_PER_EPOCH = 3
+
+
+def build(units=6, learning_rate=0.01, seed=0):
+    keras.utils.set_random_seed(seed + 1)
+    model = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(units, "relu"), layers.Dropout(0.5), layers.Dense(1)]
+    )
+    model.compile(keras.optimizers.Adam(learning_rate), loss="mse")
+    return model
+
+
+NUMBERS = np.random.default_rng(0).normal(size=(20, 5)).astype("float32")
+
+
+def pairs(dataset):
+    return dataset.map(lambda row: (row[..., :4], row[..., 4:]))
+
+
+def train(model, folder, epochs, *, fingerprint="f", batches=None, **changes):
+    def shuffled(first_step):
+        dataset = tf.data.Dataset.from_tensor_slices(NUMBERS)
+        return pairs(
+            training_batches(dataset, size=20, batch_size=8, first_step=first_step, seed=0)
+        )
+
+    arguments = dict(
+        batches=batches or shuffled,
+        validation=pairs(tf.data.Dataset.from_tensor_slices(NUMBERS).batch(7)),
+        folder=epath.Path(folder),
+        fingerprint=fingerprint,
+        steps=epochs * STEPS_PER_EPOCH,
+        steps_per_epoch=STEPS_PER_EPOCH,
+        batch_size=8,
+        title="test",
+        seed=0,
+    )
+    return fit(model, **(arguments | changes))
+
+
+def state(model):
+    variables = [*model.variables, *model.optimizer.variables]
+    return [np.asarray(variable).copy() for variable in variables]
+
+
+def assert_same_state(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def checkpoints(folder, fingerprint="f"):
+    found = (pathlib.Path(folder) / "checkpoints" / fingerprint).glob("epoch-*")
+    return sorted(path.name for path in found)
+
+
+def test_resumed_is_unbroken_bit_for_bit(tmp_path):
+    unbroken = build()
+    history = train(unbroken, tmp_path / "unbroken", 4)
+    train(build(), tmp_path / "resumed", 2)
+    # Other weights and random numbers at the start: all must come from the checkpoint.
+    resumed = build(seed=5)
+    keras.utils.set_random_seed(1)
+    again = train(resumed, tmp_path / "resumed", 4)
+    assert_same_state(state(unbroken), state(resumed))
+    assert again == history and len(history) == 4
+    assert all(set(epoch) == {"loss", "val_loss"} for epoch in history)
+    assert int(np.asarray(resumed.optimizer.iterations)) == 4 * STEPS_PER_EPOCH
+
+
+RESUME = """
+import pathlib, sys
+import numpy as np
+sys.path.insert(0, "tests")
+from test_fitting import build, state, train
+model = build()
+train(model, sys.argv[1], 3)
+np.savez(pathlib.Path(sys.argv[1]) / "state.npz", *state(model))
+"""
+
+
+def test_a_new_process_goes_on_bit_for_bit(tmp_path):
+    unbroken = build()
+    train(unbroken, tmp_path / "unbroken", 3)
+    folder = tmp_path / "resumed"
+    train(build(), folder, 1)
+    root = pathlib.Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    subprocess.run(
+        [sys.executable, "-c", RESUME, str(folder)], cwd=root, check=True, env=environment
+    )
+    with np.load(folder / "state.npz") as resumed:
+        assert_same_state(state(unbroken), list(resumed.values()))
+
+
+def test_dropout_differs_between_epochs_and_seeds(tmp_path):
+    states = []
+    for seed in (0, 1):
+        model = build()
+        train(model, tmp_path / str(seed), 2, seed=seed)
+        states.append(state(model)[0])
+    assert np.abs(states[0] - states[1]).max() > 0
+
+
+def test_a_finished_run_trains_no_further(tmp_path):
+    model = build()
+    history = train(model, tmp_path, 2)
+    after = build(seed=5)
+
+    def no_batches(first_step):
+        raise AssertionError("batches were asked for")
+
+    assert train(after, tmp_path, 2, batches=no_batches) == history
+    assert_same_state(state(model)[:4], state(after)[:4])
+
+
+def test_begins_where_the_checkpoint_ends(tmp_path):
+    train(build(), tmp_path, 2)
+    asked = []
+    data = pairs(tf.data.Dataset.from_tensor_slices(NUMBERS).batch(8).repeat())
+
+    def batches(first_step):
+        asked.append(first_step)
+        return data
+
+    train(build(), tmp_path, 3, batches=batches)
+    assert asked == [2 * STEPS_PER_EPOCH]
+
+
+def test_fewer_steps_than_an_epoch(tmp_path, capsys):
+    model = build()
+    train(model, tmp_path, 1, steps=2)
+    assert int(np.asarray(model.optimizer.iterations)) == 2
+    # The bar counts these 2 batches of 8 as all there is.
+    assert "16/16" in capsys.readouterr().err
+
+
+def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
+    model = build()
+    history = train(model, tmp_path, 2)
+    folder = tmp_path / "checkpoints" / "f"
+    # As a kill leaves it: the history of epoch 3 and a part of its weights.
+    whole = (folder / "epoch-00002.weights.h5").read_bytes()
+    (folder / ".epoch-00003.weights.h5.0123456789abcdef").write_bytes(whole[:1000])
+    (folder / "history.json").write_text(json.dumps([*history, {"loss": 1e9, "val_loss": 0}]))
+    resumed = build(seed=5)
+    keras.utils.set_random_seed(1)
+    again = train(resumed, tmp_path, 3)
+    unbroken = build()
+    expected = train(unbroken, tmp_path / "unbroken", 3)
+    assert again == expected
+    assert_same_state(state(resumed), state(unbroken))
+
+
+def test_keeps_the_last_two_checkpoints(tmp_path):
+    train(build(), tmp_path, 4)
+    assert checkpoints(tmp_path) == ["epoch-00003.weights.h5", "epoch-00004.weights.h5"]
+    history = json.loads((tmp_path / "checkpoints" / "f" / "history.json").read_text())
+    assert len(history) == 4
+
+
+def test_checkpoints_of_other_inputs_are_removed(tmp_path):
+    train(build(), tmp_path, 2, fingerprint="old")
+    model, fresh = build(), build()
+    train(model, tmp_path, 1, fingerprint="new")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["new"]
+    assert checkpoints(tmp_path, "new") == ["epoch-00001.weights.h5"]
+    train(fresh, tmp_path / "fresh", 1, fingerprint="new")
+    assert_same_state(state(model), state(fresh))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    train(build(), tmp_path, 1)
+    with pytest.raises(VqbeamError, match="epoch-00001.* does not fit the model .*; delete .*chec"):
+        train(build(units=7), tmp_path, 2)
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path):
+    train(build(), tmp_path, 1)
+    path = tmp_path / "checkpoints" / "f" / "epoch-00001.weights.h5"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(VqbeamError, match="epoch-00001.* does not fit the model .*; delete .*chec"):
+        train(build(), tmp_path, 2)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_ends_training(tmp_path, bad):
+    train(build(), tmp_path, 1)
+    spoilt = NUMBERS.copy()
+    spoilt[10] = bad
+    data = pairs(tf.data.Dataset.from_tensor_slices(spoilt).batch(8).repeat())
+    with pytest.raises(VqbeamError, match="loss became (nan|inf) at batch 1 .*lower learning rate"):
+        train(build(), tmp_path, 3, batches=lambda _: data)
+    # The last good state is there, and no other.
+    assert checkpoints(tmp_path) == ["epoch-00001.weights.h5"]
+
+
+def test_weights_broken_by_the_last_step_of_an_epoch_are_not_kept(tmp_path):
+    # One step an epoch: its loss is taken before the update that breaks the weights.
+    model = build(learning_rate=math.inf)
+    with pytest.raises(VqbeamError, match="validation loss became nan in epoch 1; .*learning rate"):
+        train(model, tmp_path, 1, steps=1, steps_per_epoch=1)
+    assert checkpoints(tmp_path) == []
+
+
+def test_writes_tensorboard_logs(tmp_path):
+    train(build(), tmp_path, 1)
+    for part in ("train", "validation"):
+        assert list((tmp_path / "logs" / part).glob("events*"))
+
+
+def test_further_callbacks_are_called(tmp_path):
+    epochs = []
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: epochs.append(epoch))
+    train(build(), tmp_path, 2, callbacks=[callback])
+    assert epochs == [0, 1]
+
+
+def test_save_and_load(tmp_path):
+    model = build()
+    path = epath.Path(tmp_path) / "model.keras"
+    save_model(model, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.keras"]
+    np.testing.assert_allclose(
+        load_model(path).predict(NUMBERS[:, :4], verbose=0),
+        model.predict(NUMBERS[:, :4], verbose=0),
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("part", [0, 0.2, 0.9, "middle"])
+def test_a_damaged_model_is_named(tmp_path, part):
+    path = epath.Path(tmp_path) / "model.keras"
+    save_model(build(), path)
+    data = bytearray(path.read_bytes())
+    if part == "middle":
+        data[len(data) // 3 : len(data) // 3 + 200] = bytes(200)
+    else:
+        data = data[: int(part * len(data))]
+    path.write_bytes(bytes(data))
+    with pytest.raises(VqbeamError, match="model.keras is not a model .*; delete .* train again"):
+        load_model(path)
+
+
+def test_code_in_a_model_file_is_not_run(tmp_path):
+    model = keras.Sequential([keras.Input((2,)), layers.Lambda(lambda x: x + 1)])
+    path = epath.Path(tmp_path) / "model.keras"
+    save_model(model, path)
+    with pytest.raises(VqbeamError, match="is not a model"):
+        load_model(path)

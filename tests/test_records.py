@@ -1,0 +1,275 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from etils import epath
+
+from configs import VqbeamError
+from vqvae.records import (
+    CODES_VERSION,
+    Shard,
+    code_dtype,
+    code_features,
+    damaged_records,
+    image_features,
+    label_names,
+    open_dataset,
+    read_split,
+    serialize,
+    training_batches,
+    write_metadata,
+    write_shard,
+)
+
+
+def write_dataset(folder, features, examples, per_shard=4):
+    """Writes the examples of one split after another, in shards of `per_shard`."""
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True)
+    splits = {}
+    for split, of_split in examples.items():
+        parts = [of_split[i : i + per_shard] for i in range(0, len(of_split), per_shard)]
+        for index, part in enumerate(parts):
+            shard = Shard(folder.name, split, index, len(parts))
+            records = [serialize(features, example) for example in part]
+            size = write_shard(folder / shard.filename, records)
+            splits.setdefault(split, []).append((len(part), size))
+    files = write_metadata(
+        folder, features, splits, version=CODES_VERSION, description="What it is."
+    )
+    return folder, files
+
+
+def code_examples(count, grid=(2, 3), num_codes=500, label=True):
+    numbers = np.random.default_rng(0)
+    dtype = code_dtype(num_codes)
+    return [
+        {"codes": numbers.integers(0, num_codes, grid).astype(dtype), "key": f"key-{i}"}
+        | ({"label": i % 3} if label else {})
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def codes(tmp_path):
+    features = code_features((2, 3), 500, ["a", "b", "c"])
+    examples = {"train": code_examples(10), "validation": code_examples(3)}
+    return (*write_dataset(tmp_path / "codes", features, examples), examples)
+
+
+@pytest.mark.parametrize("names", [(), ("hut", "schuhe")])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_round_trip(tmp_path, names, channels):
+    shape = (6, 5, channels)
+    images = np.random.default_rng(0).integers(0, 256, (9, *shape), np.uint8)
+    examples = [
+        {"image": image, "key": f"ordner/bild {i}.png"} | ({"label": i % 2} if names else {})
+        for i, image in enumerate(images)
+    ]
+    features = image_features(shape, names)
+    folder, _ = write_dataset(tmp_path / "images", features, {"train": examples})
+    builder = tfds.builder_from_directory(os.fspath(folder))
+    assert builder.info.splits["train"].num_examples == 9
+    assert label_names(builder) == names
+    for i, found in enumerate(tfds.as_numpy(builder.as_dataset(split="train"))):
+        np.testing.assert_array_equal(found["image"], images[i])
+        assert found["image"].dtype == np.uint8
+        assert found["key"].decode() == f"ordner/bild {i}.png"
+        assert ("label" in found) == bool(names) and found.get("label", i % 2) == i % 2
+
+
+@pytest.mark.parametrize("names", [(), ("a", "b", "c")])
+@pytest.mark.parametrize(
+    ("num_codes", "dtype"), [(500, "uint16"), (2**16, "uint16"), (2**16 + 1, "uint32")]
+)
+def test_codes_round_trip(tmp_path, names, num_codes, dtype):
+    examples = code_examples(6, num_codes=num_codes, label=bool(names))
+    examples[0]["codes"][:] = num_codes - 1  # the largest must fit
+    features = code_features((2, 3), num_codes, names)
+    folder, _ = write_dataset(tmp_path / "codes", features, {"validation": examples})
+    builder = open_dataset(folder)
+    assert builder.info.features["codes"].np_dtype == dtype == np.dtype(code_dtype(num_codes))
+    found = list(read_split(builder, "validation").as_numpy_iterator())
+    assert len(found) == 6
+    for one, example in zip(found, examples, strict=True):
+        assert one["codes"].dtype == dtype
+        np.testing.assert_array_equal(one["codes"], example["codes"])
+        assert one["key"].decode() == example["key"]
+        assert one.get("label") == example.get("label")
+
+
+def test_metadata(codes):
+    folder, files, examples = codes
+    assert {path.name for path in files} >= {"dataset_info.json", "features.json"}
+    info = open_dataset(folder).info
+    assert str(info.version) == CODES_VERSION and info.description == "What it is."
+    assert info.splits["train"].shard_lengths == [4, 4, 2]
+    written = sum(path.stat().length for path in folder.glob("codes-*"))
+    assert sum(split.num_bytes for split in info.splits.values()) == written
+
+
+def test_shard_name_is_the_one_that_tfds_looks_for(codes):
+    folder, _, _ = codes
+    assert Shard("codes", "train", 1, 3).filename == "codes-train.tfrecord-00001-of-00003"
+    assert open_dataset(folder).info.splits["train"].filenames == [
+        Shard("codes", "train", i, 3).filename for i in range(3)
+    ]
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, None), (0, 4), (3, 9), (5, 6), (9, None)])
+def test_read_split_keeps_the_order_and_slices(codes, first, last):
+    folder, _, examples = codes
+    found = read_split(open_dataset(folder), "train", first=first, last=last)
+    keys = [example["key"].decode() for example in found.as_numpy_iterator()]
+    assert keys == [example["key"] for example in examples["train"][first:last]]
+
+
+SERIALIZE = """
+import hashlib
+import numpy as np
+from vqvae.records import code_features, serialize
+features = code_features((2, 2), 9, ["a", "b"])
+codes = np.arange(4, dtype="uint16").reshape(2, 2)
+for order in [("codes", "key", "label"), ("label", "key", "codes")]:
+    values = {"codes": codes, "key": "k", "label": 1}
+    print(serialize(features, {name: values[name] for name in order}).hex())
+"""
+
+
+def test_serialize_gives_the_same_bytes_in_every_process():
+    # Left alone, protobuf orders the features by an address, which differs between processes.
+    processes = [
+        subprocess.Popen([sys.executable, "-c", SERIALIZE], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    lines = "".join(outputs).split()
+    assert len(lines) == 4 and len(set(lines)) == 1
+    names = [bytes.fromhex(lines[0]).index(name) for name in (b"codes", b"key", b"label")]
+    assert names == sorted(names)
+
+
+def test_write_shard(tmp_path):
+    path = epath.Path(tmp_path) / "x-train.tfrecord-00000-of-00001"
+    size = write_shard(path, iter([b"one", b"two"]))
+    assert size == path.stat().length
+    assert list(tf.data.TFRecordDataset(os.fspath(path)).as_numpy_iterator()) == [b"one", b"two"]
+    write_shard(path, [b"three"])
+    assert list(tf.data.TFRecordDataset(os.fspath(path)).as_numpy_iterator()) == [b"three"]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_write_shard_leaves_nothing_of_what_failed(tmp_path):
+    path = epath.Path(tmp_path) / "x-train.tfrecord-00000-of-00001"
+
+    def failing():
+        yield b"one" * 100
+        # The name under which it is written begins with a dot: no glob for shards finds it.
+        assert not path.exists()
+        assert [p.name[0] for p in path.parent.iterdir()] == ["."]
+        raise RuntimeError("gone")
+
+    with pytest.raises(RuntimeError, match="gone"):
+        write_shard(path, failing())
+    assert list(path.parent.iterdir()) == []
+    # A whole shard of before stays.
+    write_shard(path, [b"whole"])
+    with pytest.raises(RuntimeError, match="gone"):
+        write_shard(path, half())
+    assert list(tf.data.TFRecordDataset(os.fspath(path)).as_numpy_iterator()) == [b"whole"]
+
+
+def half():
+    yield b"half"
+    raise RuntimeError("gone")
+
+
+def stream(count, *, size=10, batch_size=4, first_step=0, seed=0):
+    dataset = tf.data.Dataset.range(size).map(lambda i: tf.cast(i, tf.int32))
+    batches = training_batches(
+        dataset, size=size, batch_size=batch_size, first_step=first_step, seed=seed
+    )
+    return [batch.tolist() for batch in batches.take(count).as_numpy_iterator()]
+
+
+@pytest.fixture(params=[0, 7])
+def seed(request):
+    # As both stages do before they train: see `build_model`.
+    tf.random.set_seed(request.param + 1)
+    return request.param
+
+
+def test_each_pass_holds_each_example_once_in_another_order(seed):
+    batches = stream(25, seed=seed)
+    assert {len(batch) for batch in batches} == {4}
+    numbers = np.ravel(batches)
+    passes = [tuple(numbers[i : i + 10]) for i in range(0, 100, 10)]
+    assert all(sorted(one) == list(range(10)) for one in passes)
+    assert len(set(passes)) == 10
+
+
+@pytest.mark.parametrize("batch_size", [4, 5, 10, 13])
+def test_begins_at_any_step(seed, batch_size):
+    unbroken = stream(12, batch_size=batch_size, seed=seed)
+    for first_step in range(12):
+        rest = stream(12 - first_step, batch_size=batch_size, first_step=first_step, seed=seed)
+        assert rest == unbroken[first_step:]
+
+
+def test_a_late_step_is_reached_at_once(seed):
+    # Two thousand million examples on: nothing but the pass at hand may be read.
+    assert len(stream(2, first_step=2**31 // 4, seed=seed)) == 2
+
+
+def test_order_depends_on_the_seed():
+    orders = []
+    for seed in (0, 1, 2):
+        tf.random.set_seed(1)
+        orders.append(stream(2, seed=seed))
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_large_examples_are_shuffled_within_bounds():
+    # A dataset that says that its examples have 128 MB each, of which four are within bounds.
+    class Large:
+        element_spec = tf.TensorSpec([2**24], tf.int64)
+
+        def shuffle(self, buffer, **_):
+            sizes.append(buffer)
+            return tf.data.Dataset.range(100)
+
+    for batch_size, expected in [(2, 4), (8, 8)]:
+        sizes = []
+        batches = training_batches(Large(), size=100, batch_size=batch_size, first_step=0, seed=0)
+        next(iter(batches))
+        assert set(sizes) == {expected}
+
+
+def test_a_damaged_record_is_named(codes):
+    folder, _, _ = codes
+    shard = folder / Shard("codes", "train", 1, 3).filename
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 255
+    shard.write_bytes(bytes(data))
+    with pytest.raises(VqbeamError, match="a record in .*codes is damaged .*; delete .*codes and"):
+        with damaged_records(folder):
+            list(read_split(open_dataset(folder), "train"))
+
+
+def test_a_truncated_shard_is_named(codes):
+    folder, _, _ = codes
+    shard = folder / Shard("codes", "train", 2, 3).filename
+    shard.write_bytes(shard.read_bytes()[:-5])
+    with pytest.raises(VqbeamError, match="a record in .*codes is damaged"):
+        with damaged_records(folder):
+            list(read_split(open_dataset(folder), "train"))
+
+
+def test_other_errors_pass_through(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        with damaged_records(epath.Path(tmp_path)):
+            _ = 1 / 0

@@ -1,0 +1,200 @@
+import json
+
+import pytest
+
+from configs import VqbeamError
+from vqvae.run_folder import MANIFEST, STAGES, RunFolder, write_bytes, write_json
+
+
+@pytest.fixture
+def run(tmp_path, tiny_config):
+    run = RunFolder(tmp_path / "run")
+    run.start(tiny_config())
+    return run
+
+
+def finish(run, stage, text="content", **facts):
+    run.begin(stage)
+    output = run.folder(stage) / "output.txt"
+    output.write_text(text)
+    return run.finish(stage, [output], **facts)
+
+
+def finish_all(run):
+    for stage in STAGES:
+        finish(run, stage)
+
+
+def test_stores_the_config(run, tiny_config):
+    assert run.load_config() == tiny_config()
+    run.start(tiny_config())  # again, as every later verb does
+    assert RunFolder(str(run.root)).load_config() == tiny_config()
+
+
+def test_refuses_another_config_and_names_the_fields(run, tiny_config):
+    other = tiny_config(vqvae__num_codes=16, seed=3)
+    message = r"run holds .*\((seed: 0 → 3; vqvae.num_codes: 12 → 16|.*16; seed: 0 → 3)\); choose"
+    with pytest.raises(VqbeamError, match=message):
+        run.start(other)
+    assert run.load_config() == tiny_config()
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(VqbeamError, match="is not a run folder: it has no config.json"):
+        RunFolder(tmp_path).load_config()
+
+
+def test_a_file_in_place_of_the_folder(tmp_path, tiny_config):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(VqbeamError, match="cannot write to .*; choose another --run-dir"):
+            RunFolder(path).start(tiny_config())
+
+
+def test_no_permission(tmp_path, tiny_config, monkeypatch):
+    # Tests may run as root, whom no mode bits stop.
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("vqvae.run_folder.write_bytes", refuse)
+    with pytest.raises(VqbeamError, match=r"cannot write to .* \(Permission denied\)"):
+        RunFolder(tmp_path / "run").start(tiny_config())
+
+
+def test_a_config_changed_by_hand(run):
+    (run.root / "config.json").write_text("{")
+    with pytest.raises(VqbeamError, match="config.json is not valid JSON"):
+        run.load_config()
+
+
+def test_manifest_holds_outputs_and_facts(run):
+    manifest = finish(run, "prepare", text="12345", counts={"train": 5})
+    assert manifest == run.manifest("prepare") == run.require("prepare")
+    assert manifest["outputs"] == {"output.txt": 5}
+    assert manifest["counts"] == {"train": 5} and manifest["stage"] == "prepare"
+    assert manifest["inputs"] == {}
+
+
+def test_a_stage_is_done_when_its_manifest_is_there(run):
+    for stage in STAGES:
+        assert not run.is_done(stage) and run.manifest(stage) is None
+        run.begin(stage)
+        (run.folder(stage) / "output.txt").write_text("whatever files lie there")
+        assert not run.is_done(stage)
+        finish(run, stage)
+        assert run.is_done(stage)
+
+
+def test_begin_declares_a_stage_not_done(run):
+    finish_all(run)
+    run.begin("encode")
+    assert not run.is_done("encode") and run.manifest("encode") is None
+    assert run.is_done("train-vqvae")
+
+
+@pytest.mark.parametrize(
+    ("stage", "stale"),
+    [
+        ("prepare", ["train-vqvae", "encode", "train-prior", "sample"]),
+        ("train-vqvae", ["encode", "train-prior", "sample"]),
+        ("encode", ["train-prior", "sample"]),
+        ("train-prior", ["sample"]),
+    ],
+)
+def test_what_read_an_older_result_is_not_done(run, stage, stale):
+    finish_all(run)
+    finish(run, stage, text="another content")
+    assert [name for name in STAGES if not run.is_done(name)] == stale
+    # With the same bytes again, nothing is stale.
+    finish(run, stage)
+    assert all(run.is_done(name) for name in STAGES)
+
+
+def test_what_read_a_lost_result_is_not_done(run):
+    finish_all(run)
+    (run.folder("encode") / MANIFEST).unlink()
+    assert not run.is_done("train-prior") and run.is_done("train-vqvae")
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_output_is_named(run, damage):
+    finish_all(run)
+    output = run.folder("train-vqvae") / "output.txt"
+    if damage == "missing":
+        output.unlink()
+        state = "is missing"
+    else:
+        output.write_text("conte")
+        state = "has 5 bytes instead of 7"
+    message = f"vqvae/output.txt {state}; delete .*vqvae and run vqbeam train-vqvae again"
+    for check in (run.is_done, run.require):
+        with pytest.raises(VqbeamError, match=message):
+            check("train-vqvae")
+    assert run.is_done("prepare")
+
+
+def test_outputs_may_lie_in_folders(run):
+    run.begin("sample")
+    output = run.folder("sample") / "images" / "0.png"
+    output.parent.mkdir()
+    output.write_text("png")
+    assert run.finish("sample", [output])["outputs"] == {"images/0.png": 3}
+    run.require("sample")
+
+
+def test_require_says_what_to_run_first(run):
+    with pytest.raises(VqbeamError, match="no finished encode stage; run vqbeam encode PRESET"):
+        run.require("encode")
+
+
+def test_fingerprint_changes_with_all_that_a_stage_reads(run, tmp_path, tiny_config):
+    prints = [run.fingerprint("train-vqvae"), run.fingerprint("encode")]
+    assert run.fingerprint("train-vqvae") == prints[0]
+    finish(run, "prepare")
+    prints.append(run.fingerprint("train-vqvae"))
+    finish(run, "prepare", text="another content")
+    prints.append(run.fingerprint("train-vqvae"))
+    other = RunFolder(tmp_path / "other")
+    other.start(tiny_config(seed=1))
+    prints.append(other.fingerprint("train-vqvae"))
+    assert len(set(prints)) == 5
+    # It does not change with what the stage itself writes.
+    finish(run, "train-vqvae")
+    assert run.fingerprint("train-vqvae") == prints[3]
+
+
+def test_fingerprint_does_not_depend_on_the_place(tmp_path, tiny_config):
+    prints = set()
+    for name in ("one", "two"):
+        run = RunFolder(tmp_path / name)
+        run.start(tiny_config())
+        finish(run, "prepare")
+        prints.add(run.fingerprint("train-vqvae"))
+    assert len(prints) == 1
+
+
+def test_a_stage_reads_only_what_runs_before_it():
+    names = list(STAGES)
+    for index, (_, sources) in enumerate(STAGES.values()):
+        assert set(sources) <= set(names[:index])
+    assert len({folder for folder, _ in STAGES.values()}) == len(STAGES)
+
+
+def test_files_are_written_whole_or_not_at_all(run, monkeypatch):
+    path = run.root / "file.json"
+    write_json(path, {"name": "größe"})
+    assert json.loads(path.read_text()) == {"name": "größe"} and "größe" in path.read_text()
+    before = {p.name for p in run.root.iterdir()}
+
+    def killed(self, target):
+        # At this moment the new content is under a name that begins with a dot.
+        assert target == path
+        assert self.name.startswith(".file.json.") and self.read_bytes() == b"new"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(path), "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_bytes(path, b"new")
+    assert json.loads(path.read_text()) == {"name": "größe"}
+    after = {p.name for p in run.root.iterdir()}
+    assert all(name.startswith(".") for name in after - before)

@@ -40,8 +40,7 @@ def _state(run: RunFolder, stage: str) -> str:
         return "begun" if run.folder(stage).exists() else "not begun"
     if not run.is_done(stage):
         return "stale: made from inputs that have changed since"
-    seconds = manifest.get("seconds")
-    return f"done in {_duration(seconds)}" if seconds is not None else "done"
+    return f"done in {_duration(manifest['seconds'])}"
 
 
 def _facts(run: RunFolder, stage: str) -> list[str]:

@@ -95,9 +95,9 @@ def sample_stage(run_path: str) -> None:
     run = RunFolder(run_path)
     if run.is_done(STAGE):
         return
+    run.begin(STAGE)
     config = run.load_config()
     samples = draw_samples(run, config.sample, config.seed, None)
-    run.begin(STAGE)
     path = run.folder(STAGE) / "samples.png"
     write_samples(samples, path)
     run.finish(STAGE, [path], settings=samples.settings)

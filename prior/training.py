@@ -1,7 +1,6 @@
 """Trains the prior of a run on its code grids."""
 
 import math
-import time
 
 import keras
 import tensorflow as tf
@@ -38,7 +37,7 @@ def train_prior(run_path: str) -> dict:
         return run.manifest(STAGE)
     codes = run.require("encode")
     config = run.load_config()
-    start = time.monotonic()
+    run.begin(STAGE)
     with damaged_records(run.folder("encode")):
         model = build_prior(config, num_labels=len(codes["label_names"]))
         history = _fit(model, run, config, codes)
@@ -52,7 +51,6 @@ def train_prior(run_path: str) -> dict:
         history=history,
         label_names=codes["label_names"],
         parameters=model.count_params(),
-        seconds=round(time.monotonic() - start, 1),
     )
 
 

@@ -129,7 +129,8 @@ def test_a_finished_run_trains_no_further(tmp_path):
         raise AssertionError("batches were asked for")
 
     assert train(after, tmp_path, 2, batches=no_batches) == history
-    assert_same_state(state(model)[:4], state(after)[:4])
+    for one, other in zip(model.weights, after.weights, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
 def test_begins_where_the_checkpoint_ends(tmp_path):
@@ -252,7 +253,7 @@ def test_a_damaged_model_is_named(tmp_path, part):
     save_model(build(), path)
     data = bytearray(path.read_bytes())
     if part == "middle":
-        data[len(data) // 3 : len(data) // 3 + 200] = bytes(200)
+        data[len(data) // 3] ^= 255
     else:
         data = data[: int(part * len(data))]
     path.write_bytes(bytes(data))

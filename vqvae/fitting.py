@@ -5,6 +5,7 @@ import math
 import pathlib
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Sequence
 
 import keras
@@ -204,7 +205,7 @@ def load_model(path: epath.Path) -> keras.Model:
         file.write_bytes(path.read_bytes())
         try:
             return keras.saving.load_model(file, compile=False, safe_mode=True)
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:
             raise VqbeamError(
                 f"{path} is not a model that this version of vqbeam reads; delete "
                 f"{path.parent} and train again"

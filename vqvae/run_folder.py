@@ -14,6 +14,7 @@ in its folder.
 
 import hashlib
 import json
+import time
 import uuid
 from typing import Any
 
@@ -118,9 +119,10 @@ class RunFolder:
         return hashlib.sha256(inputs.encode()).hexdigest()[:16]
 
     def begin(self, stage: str) -> None:
-        """Makes a stage's folder and declares the stage not done."""
+        """Makes a stage's folder, declares the stage not done, and notes the time."""
         self.folder(stage).mkdir(parents=True, exist_ok=True)
         (self.folder(stage) / MANIFEST).unlink(missing_ok=True)
+        write_json(self._begun_file(stage), time.time())
 
     def finish(self, stage: str, outputs: list[epath.Path], **facts: Any) -> dict[str, Any]:
         """Writes a stage's manifest, which declares it done.
@@ -128,17 +130,24 @@ class RunFolder:
         Args:
             stage: The stage.
             outputs: The files that belong to the result; each must lie in the stage's folder.
-            **facts: What else is worth keeping: counts, measures, seconds.
+            **facts: What else is worth keeping, such as counts and measures. `seconds` is added:
+                the time since `begin`, which is the last start of a stage that was interrupted.
         """
         folder = self.folder(stage)
+        begun = self._begun_file(stage)
         manifest = {
             "stage": stage,
             "inputs": self._input_hashes(stage),
             "outputs": {str(path.relative_to(folder)): path.stat().length for path in outputs},
+            "seconds": round(time.time() - _read_json(begun), 1),
             **facts,
         }
         write_json(folder / MANIFEST, manifest)
+        begun.unlink(missing_ok=True)
         return manifest
+
+    def _begun_file(self, stage: str) -> epath.Path:
+        return self.root / f".begun-{stage}.json"
 
     def _input_hashes(self, stage: str) -> dict[str, str | None]:
         paths = {source: self.folder(source) / MANIFEST for source in STAGES[stage][1]}

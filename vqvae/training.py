@@ -1,7 +1,5 @@
 """Trains the VQ-VAE of a run on its prepared images."""
 
-import time
-
 import keras
 import numpy as np
 import tensorflow as tf
@@ -38,7 +36,7 @@ def train_vqvae(run_path: str) -> dict:
         return run.manifest(STAGE)
     images = run.require("prepare")
     config = run.load_config()
-    start = time.monotonic()
+    run.begin(STAGE)
     with damaged_records(run.folder("prepare")):
         model, history = _fit(run, config, images)
         measures = evaluate(model, _validation(run, config))
@@ -52,7 +50,6 @@ def train_vqvae(run_path: str) -> dict:
         measures=measures,
         history=history,
         parameters=model.count_params(),
-        seconds=round(time.monotonic() - start, 1),
     )
 
 

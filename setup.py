@@ -1,12 +1,14 @@
 """Packages vqbeam; the pinned versions are in constraints.txt."""
 
+import pathlib
+
 import setuptools
 
 setuptools.setup(
     name="vqbeam",
     version="0.1.0",
     description="Two-stage image generation, from a laptop to a cluster: VQ-VAE, prior and Beam",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=pathlib.Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

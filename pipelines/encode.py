@@ -84,16 +84,17 @@ def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
     config = run.load_config()
     builder = open_dataset(run.folder("prepare"))
     features = code_features(config.grid, config.vqvae.num_codes, label_names(builder))
-    encode = _load_encoder(run)
+    unseen = part.last - part.first
 
     def records(facts):
+        nonlocal unseen
         counts = np.zeros(config.vqvae.num_codes, np.int64)
-        images = read_split(builder, part.shard.split, first=part.first, last=part.last)
-        batches = images.batch(config.encode.batch_size).prefetch(2)
+        encode = _load_encoder(run)
         with damaged_records(run.folder("prepare")):
-            for batch in batches.as_numpy_iterator():
+            for batch in _batches(builder, part, config.encode.batch_size):
                 codes = _encode_padded(encode, batch.pop("image"), config)
                 counts += np.bincount(codes.ravel(), minlength=len(counts))
+                unseen -= len(codes)
                 advance(STAGE, len(codes), part.total)
                 for i, grid in enumerate(codes):
                     rest = {name: values[i] for name, values in batch.items()}
@@ -101,13 +102,24 @@ def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
         facts["code_counts"] = counts.tolist()
 
     report = write_shard_once(run, STAGE, part.shard, records)
+    advance(STAGE, unseen, part.total)  # those that an earlier attempt has encoded
     Metrics.counter("vqbeam", "images_encoded").inc(report.records)
     return run_path, report
+
+
+def _batches(builder, part: ImageShard, batch_size: int):
+    """Returns the batches of a shard as NumPy arrays; TFDS refuses to read an empty one."""
+    if part.first == part.last:
+        return ()
+    images = read_split(builder, part.shard.split, first=part.first, last=part.last)
+    return images.batch(batch_size).prefetch(2).as_numpy_iterator()
 
 
 def finish_codes(shards: Sequence[tuple[str, ShardReport]]) -> str:
     """Makes a dataset of the shards, with codebook use; returns the run's path."""
     run = RunFolder(shards[0][0])
+    if run.is_done(STAGE):
+        return str(run.root)  # a runner that does the next step again may do this one as well
     config = run.load_config()
     reports = [report for _, report in shards]
     names = label_names(open_dataset(run.folder("prepare")))
@@ -133,13 +145,13 @@ def finish_codes(shards: Sequence[tuple[str, ShardReport]]) -> str:
 
 
 def _load_encoder(run: RunFolder):
-    manifest = (run.folder("train-vqvae") / MODEL_FILE).read_bytes()
+    model_file = (run.folder("train-vqvae") / MODEL_FILE).read_bytes()
 
     def load():
         model = load_vqvae(run)
         return _Encoder(compile_function(model.encode, model.variables, jit=False))
 
-    return _model.acquire(load, tag=hashlib.sha256(manifest).hexdigest()).function
+    return _model.acquire(load, tag=hashlib.sha256(model_file).hexdigest()).function
 
 
 class _Encoder:

@@ -1,12 +1,15 @@
 """What is in a run, as a page of text."""
 
+import datetime
+
 from etils import epath
 
+from configs import VqbeamError
 from vqvae.run_folder import MANIFEST, STAGES, RunFolder
 
 
 def describe(run_dir: str) -> str:
-    """Returns the stages of a run with their state, size and measures.
+    """Returns the stages of a run with their state, time, size and measures.
 
     Raises:
         VqbeamError: There is no run in the folder.
@@ -38,9 +41,13 @@ def _state(run: RunFolder, stage: str) -> str:
             epochs = int(checkpoints[-1].name[len("epoch-") :].split(".")[0])
             return f"begun, {epochs} epochs done"
         return "begun" if run.folder(stage).exists() else "not begun"
-    if not run.is_done(stage):
-        return "stale: made from inputs that have changed since"
-    return f"done in {_duration(manifest['seconds'])}"
+    try:
+        if not run.is_done(stage):
+            return "stale: made from inputs that have changed since"
+    except VqbeamError as error:
+        return f"damaged: {error}"
+    ended = datetime.datetime.fromtimestamp((run.folder(stage) / MANIFEST).stat().mtime)
+    return f"done in {_duration(manifest['seconds'])}, {ended:%Y-%m-%d %H:%M}"
 
 
 def _facts(run: RunFolder, stage: str) -> list[str]:
@@ -58,7 +65,7 @@ def _facts(run: RunFolder, stage: str) -> list[str]:
         case "train-vqvae":
             m = manifest["measures"]
             return [
-                f"{manifest['parameters']:,} parameters",
+                f"{manifest['parameters']:,} parameters, {_losses(manifest)}",
                 f"held-out reconstruction: MSE {m['mse']:.1f} of 255², PSNR {m['psnr']:.2f} dB, "
                 f"{m['reconstruction']:.4f} of the variance",
                 f"held-out codebook use: perplexity {m['perplexity']:.0f}, "
@@ -73,11 +80,16 @@ def _facts(run: RunFolder, stage: str) -> list[str]:
         case "train-prior":
             m = manifest["measures"]
             return [
-                f"{manifest['parameters']:,} parameters",
+                f"{manifest['parameters']:,} parameters, {_losses(manifest)}",
                 f"held-out: {m['nats_per_code']:.3f} nats per code, "
                 f"{m['bits_per_dim']:.4f} bits per dimension",
             ]
     return [", ".join(f"{name} {value}" for name, value in manifest["settings"].items())]
+
+
+def _losses(manifest: dict) -> str:
+    last = manifest["history"][-1]
+    return f"last losses {last['loss']:.4f} in training, {last['val_loss']:.4f} held out"
 
 
 def _counts(counts: dict[str, int], what: str) -> str:

@@ -1,5 +1,6 @@
 """Stage 1 of the pipeline: any source of images to a TFDS dataset of uint8 images."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -56,11 +57,14 @@ def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
     run = RunFolder(run_path)
     config = run.load_config()
     features = image_features(config.image_shape, unit.label_names)
+    unseen = len(unit.images)
 
     def records(facts):
+        nonlocal unseen
         statistics = _Statistics()
         failures = []
         for raw in read_unit(config.data, unit):
+            unseen -= 1
             advance(STAGE, 1, unit.total)
             try:
                 image = _decode(raw, config)
@@ -76,7 +80,10 @@ def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
             "statistics": vars(statistics),
         }
 
-    report = write_shard_once(run, STAGE, unit.shard, records)
+    # Files may come and go between two attempts, so that a shard of that name holds others.
+    content = hashlib.sha256(repr(unit.images).encode()).hexdigest()
+    report = write_shard_once(run, STAGE, unit.shard, records, content=content)
+    advance(STAGE, unseen, unit.total)  # those that an earlier attempt has prepared
     Metrics.counter("vqbeam", "images_prepared").inc(report.records)
     Metrics.counter("vqbeam", "images_failed").inc(len(report.facts["failures"]))
     return run_path, report
@@ -86,16 +93,24 @@ def finish_images(shards: Sequence[tuple[str, ShardReport]]) -> str:
     """Makes a dataset of the shards, with statistics and dead letters; returns the run's path.
 
     Raises:
-        VqbeamError: More than `data.max_failed` of the images could not be decoded.
+        VqbeamError: More than `data.max_failed` of the images could not be decoded, or all of a
+            split.
     """
     run = RunFolder(shards[0][0])
+    if run.is_done(STAGE):
+        return str(run.root)  # a runner that does the next step again may do this one as well
     config = run.load_config()
     reports = [report for _, report in shards]
     failures = [failure for report in reports for failure in report.facts["failures"]]
     letters = run.folder(STAGE) / DEAD_LETTERS
     lines = [json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures]
     write_bytes(letters, "".join(lines).encode())
-    _check_failures(failures, sum(report.records for report in reports), config, letters)
+    try:
+        _check_failures(failures, reports, config, letters)
+    except VqbeamError:
+        # The next attempt reads every image again, for some may have been mended.
+        remove_leftovers(run, STAGE, [letters])
+        raise
     label_names = reports[0].facts["label_names"]
     files, counts = write_dataset_metadata(
         run,
@@ -133,15 +148,23 @@ def _label(raw: RawImage, unit: Unit) -> dict[str, int]:
     return {"label": raw.label} if unit.label_names else {}
 
 
-def _check_failures(failures: Sequence[dict], records: int, config: Config, letters) -> None:
-    total = records + len(failures)
+def _check_failures(
+    failures: Sequence[dict], reports: Sequence[ShardReport], config: Config, letters
+) -> None:
+    total = sum(report.records for report in reports) + len(failures)
     if len(failures) > config.data.max_failed * total:
         first = failures[0]
         raise VqbeamError(
             f"{len(failures)} of {total} images could not be decoded, more than data.max_failed "
-            f"({config.data.max_failed:.0%}) allows; the first is {first['key']} "
+            f"({100 * config.data.max_failed:g}%) allows; the first is {first['key']} "
             f"({first['reason']}), all are in {letters}"
         )
+    for split, purpose in (("train", "train on"), ("validation", "hold out")):
+        if not any(report.records for report in reports if report.shard.split == split):
+            raise VqbeamError(
+                f"{config.data.source} has no image to {purpose} that could be decoded; "
+                f"the reasons are in {letters}"
+            )
 
 
 class _Statistics:
@@ -165,8 +188,6 @@ def _train_statistics(reports: Sequence[ShardReport], config: Config) -> dict:
     """Returns mean and variance of the training pixels on [−1, 1], and images in each class."""
     shards = [r.facts["statistics"] for r in reports if r.shard.split == "train"]
     pixels = sum(shard["pixels"] for shard in shards)
-    if not pixels:
-        raise VqbeamError(f"{config.data.source} has no image to train on that could be decoded")
     mean = sum(shard["pixel_sum"] for shard in shards) / pixels
     variance = sum(shard["square_sum"] for shard in shards) / pixels - mean**2
     labels = sum((Counter(shard["labels"]) for shard in shards), Counter())

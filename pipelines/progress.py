@@ -10,6 +10,8 @@ _lock = threading.Lock()
 
 def advance(title: str, images: int, total: int) -> None:
     """Moves the bar of this process called `title`; it opens itself, and closes at `total`."""
+    if not images:
+        return
     with _lock:
         bar = _bars.get(title)
         if bar is None:
@@ -17,3 +19,10 @@ def advance(title: str, images: int, total: int) -> None:
         bar.update(images)
         if bar.n >= total:
             _bars.pop(title).close()
+
+
+def close_all() -> None:
+    """Closes what an error has left open, so that its message gets a line of its own."""
+    with _lock:
+        while _bars:
+            _bars.popitem()[1].close()

@@ -23,6 +23,11 @@ def run_stages(
             for a reason that the user can mend.
     """
     run = RunFolder(run_dir)
+    if "prepare" in stages and not run.exists():
+        # First, so that no folder is bound to a dataset whose name was mistyped.
+        from pipelines.sources import check_source
+
+        check_source(config.data)
     run.start(config)
     start = time.monotonic()
     pending = _pending(run, stages)
@@ -55,6 +60,7 @@ def _run_pipeline(
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
+    from pipelines.progress import close_all
     from pipelines.stages import transform
 
     options = PipelineOptions(list(beam_args))
@@ -63,10 +69,13 @@ def _run_pipeline(
         from pipelines.sources import prepare_source
 
         prepare_source(config.data, beam_args)
-    with beam.Pipeline(options=options) as pipeline:
-        runs = pipeline | beam.Create([str(run.root)])
-        for stage in stages:
-            runs = runs | stage >> transform(stage, gpu_hint)
+    try:
+        with beam.Pipeline(options=options) as pipeline:
+            runs = pipeline | beam.Create([str(run.root)])
+            for stage in stages:
+                runs = runs | stage >> transform(stage, gpu_hint)
+    finally:
+        close_all()
 
 
 def _closing_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:

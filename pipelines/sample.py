@@ -11,11 +11,11 @@ from etils import epath
 
 from configs import SampleConfig, VqbeamError
 from pipelines.images import encode_png
-from pipelines.progress import advance
 from prior.sampler import Sampler
 from prior.training import load_prior
 from vqvae.compilation import compile_function
 from vqvae.figures import label_figure, save_png
+from vqvae.progress import progress_bar
 from vqvae.run_folder import RunFolder, write_bytes
 from vqvae.training import load_vqvae
 
@@ -82,10 +82,11 @@ def sample(
         "guidance": guidance,
         "batch_size": batch_size,
     }
+    path = epath.Path(output or "samples.png").expanduser()
+    _check_ending(path)
     changes = {name: value for name, value in given.items() if value is not None}
-    settings = dataclasses.replace(config.sample, **changes)
+    settings = dataclasses.replace(_default_settings(run), **changes)
     samples = draw_samples(run, settings, config.seed if seed is None else seed, labels)
-    path = epath.Path(output or "samples.png")
     write_samples(samples, path)
     print(f"{len(samples.images)} new images: {path}")
 
@@ -97,10 +98,17 @@ def sample_stage(run_path: str) -> None:
         return
     run.begin(STAGE)
     config = run.load_config()
-    samples = draw_samples(run, config.sample, config.seed, None)
+    samples = draw_samples(run, _default_settings(run), config.seed, None)
     path = run.folder(STAGE) / "samples.png"
     write_samples(samples, path)
     run.finish(STAGE, [path], settings=samples.settings)
+
+
+def _default_settings(run: RunFolder) -> SampleConfig:
+    """Returns the run's settings, without guidance where there are no classes to guide towards."""
+    settings = run.load_config().sample
+    has_classes = bool(run.require("train-prior")["label_names"])
+    return settings if has_classes else dataclasses.replace(settings, guidance=1.0)
 
 
 def draw_samples(
@@ -113,23 +121,16 @@ def draw_samples(
     if not names and settings.guidance != 1:
         raise VqbeamError(f"guidance is {settings.guidance}, but {run.root} has no classes; use 1")
     batch_size = min(settings.batch_size, settings.num)
-    drawn = 0
-    advance(STAGE, 0, settings.num)  # the first batch waits for the compiler: show that it works
-
-    def on_batch(so_far):
-        nonlocal drawn
-        advance(STAGE, so_far - drawn, settings.num)
-        drawn = so_far
-
-    codes = Sampler(prior, batch_size)(
-        numbers,
-        seed,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        guidance=settings.guidance,
-        on_batch=on_batch,
-    )
+    with progress_bar(STAGE, settings.num) as bar:
+        codes = Sampler(prior, batch_size)(
+            numbers,
+            seed,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            guidance=settings.guidance,
+            on_batch=lambda drawn: bar.update(drawn - bar.n),
+        )
     images = _decode(run, codes, batch_size)
     used = dataclasses.asdict(settings) | {"seed": seed}
     used.pop("batch_size")
@@ -147,10 +148,13 @@ def write_samples(samples: Samples, path: epath.Path) -> None:
         np.savez(arrays, images=samples.images, codes=samples.codes, labels=samples.labels)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, arrays.getvalue())
-    elif path.suffix:
-        raise VqbeamError(f"cannot write samples as {path.suffix}; use .png, .npz or a folder")
     else:
         _write_folder(samples, path)
+
+
+def _check_ending(path: epath.Path) -> None:
+    if path.suffix not in (".png", ".npz", ""):
+        raise VqbeamError(f"cannot write samples as {path.suffix}; use .png, .npz or a folder")
 
 
 def _write_folder(samples: Samples, folder: epath.Path) -> None:
@@ -178,10 +182,12 @@ def _label_numbers(labels: Sequence[str] | None, names: Sequence[str], num: int)
 
 
 def _label_number(label: str, names: Sequence[str]) -> int:
+    if label in names:
+        return names.index(label)
     lowered = [name.lower() for name in names]
     if label.lower() in lowered:
         return lowered.index(label.lower())
-    if label.isdigit() and int(label) < len(names):
+    if label.isdecimal() and int(label) < len(names):
         return int(label)
     shown = ", ".join(names[:30]) + (", …" if len(names) > 30 else "")
     raise VqbeamError(f"the run has no label {label!r}; it has {shown}")

@@ -14,16 +14,25 @@ from vqvae.run_folder import RunFolder, write_json
 
 @dataclasses.dataclass(frozen=True)
 class ShardReport:
-    """What became of one shard: its records, its bytes, and what was seen while writing it."""
+    """What became of one shard: its records, its bytes, and what was seen while writing it.
+
+    `content` says what it was made of; the report is worth nothing for a shard of other content.
+    """
 
     shard: Shard
+    content: str
     records: int
     bytes: int
     facts: dict[str, Any]
 
 
 def write_shard_once(
-    run: RunFolder, stage: str, shard: Shard, records: Callable[[dict], Iterator[bytes]]
+    run: RunFolder,
+    stage: str,
+    shard: Shard,
+    records: Callable[[dict], Iterator[bytes]],
+    *,
+    content: str = "",
 ) -> ShardReport:
     """Writes a shard, or returns the report of the one that an earlier attempt has completed.
 
@@ -35,13 +44,15 @@ def write_shard_once(
         stage: The stage whose folder gets the shard.
         shard: Which one.
         records: Yields the serialized records; puts what it sees into the dictionary it is given.
+        content: Names what the shard is made of, where the stage's fingerprint does not tell.
     """
     folder = run.folder(stage)
     path = folder / shard.filename
     report_path = _reports_folder(run, stage) / f"{shard.filename}.json"
     if report_path.exists():
         report = _read_report(report_path)
-        if path.exists() and path.stat().length == report.bytes:
+        whole = path.exists() and path.stat().length == report.bytes
+        if whole and report.content == content:
             return report
     report_path.parent.mkdir(parents=True, exist_ok=True)
     facts: dict[str, Any] = {}
@@ -54,7 +65,7 @@ def write_shard_once(
             yield record
 
     size = write_shard(path, counted())
-    report = ShardReport(shard, count, size, facts)
+    report = ShardReport(shard, content, count, size, facts)
     write_json(report_path, dataclasses.asdict(report))
     return report
 

@@ -1,5 +1,6 @@
 """Where images come from: TFDS datasets (glyphs among them) and folders of files."""
 
+import difflib
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from etils import epath
 
 from configs import DataConfig, VqbeamError
 from pipelines.folder import list_folder
-from vqvae.records import Shard
+from vqvae.records import Shard, damaged_records
 
 DATASET = "images"
 
@@ -37,6 +38,22 @@ class Unit(NamedTuple):
     images: Sequence[Any]
     label_names: tuple[str, ...]
     total: int
+
+
+def check_source(data: DataConfig) -> None:
+    """Finds what is wrong with a source before anything is written or downloaded for it.
+
+    Raises:
+        VqbeamError: As `plan` does, as far as it can be told of a dataset not prepared yet.
+    """
+    if data.source.startswith("folder:"):
+        plan(data)
+        return
+    builder = _builder(data)
+    if builder.is_prepared():
+        plan(data)
+    else:
+        _tfds_label_names(data, builder.info)
 
 
 def prepare_source(data: DataConfig, beam_args: Sequence[str]) -> None:
@@ -84,6 +101,11 @@ def plan(data: DataConfig) -> list[Unit]:
             validation_share=data.validation_share,
             max_images=data.max_images,
         )
+        if not listing.splits["validation"]:
+            raise VqbeamError(
+                f"{data.source} has no image to hold out; it takes two images or more, and "
+                "data.validation_share above 0"
+            )
         return _units(data, listing.splits, listing.label_names)
     info = _builder(data).info
     splits = {}
@@ -101,7 +123,7 @@ def plan(data: DataConfig) -> list[Unit]:
 def read_unit(data: DataConfig, unit: Unit) -> Iterator[RawImage]:
     """Yields the images of a unit, always in the same order, not yet decoded."""
     if data.source.startswith("folder:"):
-        root = epath.Path(data.source.removeprefix("folder:"))
+        root = epath.Path(data.source.removeprefix("folder:")).expanduser()
         for key, label in unit.images:
             yield RawImage(key, (root / key).read_bytes(), label)
         return
@@ -132,10 +154,10 @@ def _builder(data: DataConfig):
     try:
         return tfds.builder(name, **options)
     except tfds.core.DatasetNotFoundError as error:
-        hint = next((line for line in str(error).splitlines() if "Did you mean" in line), "")
-        raise VqbeamError(
-            f"TFDS has no dataset {name!r}; {hint.strip() or 'see tfds.list_builders()'}"
-        ) from error
+        known = tfds.list_builders(with_community_datasets=False)
+        close = difflib.get_close_matches(name.partition("/")[0].partition(":")[0], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "see tfds.list_builders()"
+        raise VqbeamError(f"TFDS has no dataset {name!r}; {hint}") from error
     except (ValueError, AssertionError) as error:
         raise VqbeamError(f"TFDS refuses {name!r}: {str(error).splitlines()[0]}") from error
 
@@ -145,6 +167,10 @@ def _tfds_label_names(data: DataConfig, info) -> tuple[str, ...]:
         raise VqbeamError(
             f"{info.full_name} has no feature {data.image_key!r}; set data.image_key to one of "
             f"{', '.join(info.features)}"
+        )
+    if not isinstance(info.features[data.image_key], tfds.features.Image):
+        raise VqbeamError(
+            f"feature {data.image_key!r} of {info.full_name} holds no image; set data.image_key"
         )
     label = info.features[data.label_key] if data.label_key in info.features else None
     return tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
@@ -166,6 +192,7 @@ def _read_tfds(data: DataConfig, unit: Unit) -> Iterator[RawImage]:
             add_tfds_id=True, interleave_cycle_length=1, try_autocache=False
         ),
     )
-    for example in examples.as_numpy_iterator():
-        label = int(example[data.label_key]) if unit.label_names else -1
-        yield RawImage(os.fsdecode(example["tfds_id"]), example[data.image_key], label)
+    with damaged_records(builder.data_path):
+        for example in examples.as_numpy_iterator():
+            label = int(example[data.label_key]) if unit.label_names else -1
+            yield RawImage(os.fsdecode(example["tfds_id"]), example[data.image_key], label)

@@ -86,3 +86,20 @@ def prepared_run(tmp_path_factory):
         return _prepared_run(tmp_path_factory.mktemp("runs") / "run", config, **changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """A run with all its stages done, from a small folder of images in three classes."""
+    from pipeline_fixtures import small_config, write_images
+
+    from pipelines.arguments import STAGES
+    from pipelines.run import run_stages
+    from vqvae.run_folder import RunFolder
+
+    folder = tmp_path_factory.mktemp("finished")
+    write_images(folder / "source", 24)
+    (folder / "source" / "apple" / "broken.png").write_bytes(b"not an image")
+    config = small_config(f"folder:{folder / 'source'}", data__max_failed=0.1, sample__guidance=2.0)
+    run_stages(config, str(folder / "run"), STAGES, ["--runner=FnApiRunner"])
+    return RunFolder(folder / "run")

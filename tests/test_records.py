@@ -193,6 +193,8 @@ def stream(count, *, size=10, batch_size=4, first_step=0, seed=0):
     batches = training_batches(
         dataset, size=size, batch_size=batch_size, first_step=first_step, seed=seed
     )
+    # A shape known beforehand, so that a training step is compiled once.
+    assert batches.element_spec.shape == (batch_size,)
     return [batch.tolist() for batch in batches.take(count).as_numpy_iterator()]
 
 

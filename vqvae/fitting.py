@@ -1,5 +1,6 @@
 """The training loop that both stages share: Keras `fit`, with checkpoints that resume."""
 
+import contextlib
 import json
 import math
 import pathlib
@@ -62,28 +63,25 @@ def fit(
         first_step = first_epoch * steps_per_epoch
         devices = ", ".join(keras.distribution.list_devices())
         print(f"{title}: step {first_step:,} to {steps:,} on {devices}", file=sys.stderr)
-        model.fit(
-            batches(first_step),
-            initial_epoch=first_epoch,
-            epochs=epochs,
-            steps_per_epoch=min(steps, steps_per_epoch),
-            validation_data=validation,
-            shuffle=False,  # the batches come shuffled
-            verbose=0,
-            callbacks=[
-                StopOnNaN(),
-                Reseed(seed),
-                keras.callbacks.TensorBoard(str(folder / "logs"), write_graph=False),
-                FitProgress(
-                    title,
-                    steps=steps,
-                    first_step=first_step,
-                    batch_size=batch_size,
-                ),
-                *callbacks,
-                checkpoints,
-            ],
-        )
+        progress = FitProgress(title, steps=steps, first_step=first_step, batch_size=batch_size)
+        with contextlib.closing(progress.bar):  # an error would be written behind the bar
+            model.fit(
+                batches(first_step),
+                initial_epoch=first_epoch,
+                epochs=epochs,
+                steps_per_epoch=min(steps, steps_per_epoch),
+                validation_data=validation,
+                shuffle=False,  # the batches come shuffled
+                verbose=0,
+                callbacks=[
+                    StopOnNaN(),
+                    Reseed(seed),
+                    keras.callbacks.TensorBoard(str(folder / "logs"), write_graph=False),
+                    progress,
+                    *callbacks,
+                    checkpoints,
+                ],
+            )
     return checkpoints.history
 
 

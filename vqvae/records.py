@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from configs import VqbeamError
+from vqvae.run_folder import MANIFEST
 
 IMAGES_VERSION = "1.0.0"
 CODES_VERSION = "1.0.0"
@@ -129,7 +130,12 @@ def write_metadata(
         description=description,
         check_data=False,
     )
-    return [path for path in folder.iterdir() if path.suffix in (".json", ".txt")]
+    return sorted(
+        path
+        for path in folder.iterdir()
+        # Of a stage that is finished a second time, the manifest lies here as well.
+        if path.suffix in (".json", ".txt") and path.name != MANIFEST
+    )
 
 
 def open_dataset(folder: epath.Path) -> Any:

@@ -43,11 +43,15 @@ class RunFolder:
     """
 
     def __init__(self, path: epath.PathLike):
-        self.root = epath.Path(path)
+        self.root = epath.Path(path).expanduser()
 
     def folder(self, stage: str) -> epath.Path:
         """Returns the folder that a stage writes."""
         return self.root / STAGES[stage][0]
+
+    def exists(self) -> bool:
+        """Tells whether a run was ever started in the folder."""
+        return (self.root / _CONFIG).exists()
 
     def start(self, config: Config) -> None:
         """Makes the folder and stores the config; a folder of another config is refused.
@@ -55,7 +59,7 @@ class RunFolder:
         Raises:
             VqbeamError: The folder holds a run with another config, or is not writable.
         """
-        if (self.root / _CONFIG).exists():
+        if self.exists():
             if changed := differences(self.load_config(), config):
                 raise VqbeamError(
                     f"{self.root} holds a run with another config ({'; '.join(changed)}); "
@@ -102,7 +106,8 @@ class RunFolder:
         """Returns the manifest of a stage that must be done.
 
         Raises:
-            VqbeamError: It is not done, or its files are damaged.
+            VqbeamError: It is not done, its files are damaged, or what it was made from has
+                changed since. What it was made from may be missing: who has a model needs no data.
         """
         manifest = self.manifest(stage)
         if manifest is None:
@@ -111,6 +116,11 @@ class RunFolder:
                 f"--run-dir {self.root} first"
             )
         self._check_outputs(stage, manifest)
+        if self._is_stale(stage):
+            raise VqbeamError(
+                f"the {stage} stage of {self.root} was made from inputs that have changed since; "
+                f"run vqbeam run PRESET --run-dir {self.root} first"
+            )
         return manifest
 
     def fingerprint(self, stage: str) -> str:
@@ -150,11 +160,25 @@ class RunFolder:
         return self.root / f".begun-{stage}.json"
 
     def _input_hashes(self, stage: str) -> dict[str, str | None]:
-        paths = {source: self.folder(source) / MANIFEST for source in STAGES[stage][1]}
-        return {
-            source: hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
-            for source, path in paths.items()
-        }
+        return {source: self._result_hash(source) for source in STAGES[stage][1]}
+
+    def _result_hash(self, stage: str) -> str | None:
+        manifest = self.manifest(stage)
+        if manifest is None:
+            return None
+        # The same result made a second time is the same, however long it took.
+        result = {name: value for name, value in manifest.items() if name != "seconds"}
+        return hashlib.sha256(json.dumps(result).encode()).hexdigest()
+
+    def _is_stale(self, stage: str) -> bool:
+        """Tells whether a stage, or one that it was made from, was made from other inputs."""
+        manifest = self.manifest(stage)
+        if manifest is None:
+            return False
+        return any(
+            found is not None and (found != manifest["inputs"][source] or self._is_stale(source))
+            for source, found in self._input_hashes(stage).items()
+        )
 
     def _check_outputs(self, stage: str, manifest: dict[str, Any]) -> None:
         for name, size in manifest["outputs"].items():

@@ -16,7 +16,7 @@ CONFIG = Config(
         residual_layers=2,
         residual_width=32,
         batch_size=64,
-        steps=1600,  # 4 passes over the 26,000 training images
+        steps=1200,  # 3 passes over the 26,000 training images
         steps_per_epoch=400,
         learning_rate=1e-3,  # a short schedule that decays to 5% of it
     ),
@@ -32,5 +32,5 @@ CONFIG = Config(
         learning_rate=2e-3,
         warmup_steps=100,
     ),
-    sample=SampleConfig(num=104, temperature=0.9, guidance=1.5, batch_size=104),
+    sample=SampleConfig(num=104, temperature=0.85, guidance=1.5, batch_size=104),
 )

@@ -1,0 +1,156 @@
+"""Small datasets and configs that the tests of the pipeline share."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from configs import Config, DataConfig, override
+
+# As a folder lists them; their order is not that of their lower case.
+CLASSES = ("Banana", "apple", "cherry")
+SIDE = 8
+
+
+def small_config(source, **changes):
+    """A config that trains in a moment; `vqvae__steps=4` sets the field `vqvae.steps`."""
+    config = Config(name="small", data=DataConfig(source=source, height=SIDE, width=SIDE))
+    small = {
+        "data.images_per_shard": 6,
+        "vqvae.num_codes": 12,
+        "vqvae.code_dim": 4,
+        "vqvae.width": 8,
+        "vqvae.residual_layers": 1,
+        "vqvae.residual_width": 4,
+        "vqvae.batch_size": 8,
+        "vqvae.steps": 4,
+        "vqvae.steps_per_epoch": 2,
+        "encode.batch_size": 4,
+        "prior.layers": 1,
+        "prior.width": 16,
+        "prior.heads": 2,
+        "prior.batch_size": 8,
+        "prior.steps": 4,
+        "prior.steps_per_epoch": 2,
+        "prior.warmup_steps": 1,
+        "sample.num": 7,
+        "sample.batch_size": 3,
+    }
+    return override(config, small | {k.replace("__", "."): v for k, v in changes.items()})
+
+
+def write_preset(path, config):
+    """Writes a preset file that sets CONFIG to `config`."""
+    path.write_text(f"from configs import *\n\nCONFIG = {config!r}\n")
+    return path
+
+
+def png(image):
+    """Returns an image, uint8 [H, W, 3], as a PNG file."""
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, "PNG")
+    return data.getvalue()
+
+
+def write_images(folder, count=24, *, classes=CLASSES, seed=0):
+    """Writes PNG files of noise, `classes` in turn; returns their pixels by key."""
+    numbers = np.random.default_rng(seed)
+    pixels = {}
+    for index in range(count):
+        key = f"{index:03d}.png"
+        if classes:
+            key = f"{classes[index % len(classes)]}/{key}"
+        pixels[key] = numbers.integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+        (folder / key).parent.mkdir(parents=True, exist_ok=True)
+        (folder / key).write_bytes(png(pixels[key]))
+    return pixels
+
+
+def write_tfds(data_dir, name, version, image_shape, splits, label_names):
+    """Writes noise as TFDS would have prepared a dataset; returns it as `read_tfds` does.
+
+    Args:
+        data_dir: Folder in which TFDS looks for datasets.
+        name: For example "cifar10", or "imagenet_resized/64x64".
+        version: For example "3.0.2".
+        image_shape: (H, W, C).
+        splits: Number of images in each split.
+        label_names: The classes.
+    """
+    import tensorflow_datasets as tfds
+    from etils import epath
+
+    from vqvae.records import Shard, serialize, write_shard
+
+    folder = epath.Path(data_dir) / name / version
+    folder.mkdir(parents=True)
+    dataset = name.partition("/")[0]
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=image_shape, encoding_format="png"),
+            "label": tfds.features.ClassLabel(names=list(label_names)),
+        }
+    )
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=dataset, filetype_suffix="tfrecord"
+    )
+    numbers = np.random.default_rng(0)
+    infos, written = [], {}
+    for split, count in splits.items():
+        written[split] = [
+            (numbers.integers(0, 256, image_shape, np.uint8), i % len(label_names))
+            for i in range(count)
+        ]
+        records = [
+            serialize(features, {"image": image, "label": label}) for image, label in written[split]
+        ]
+        size = write_shard(folder / Shard(dataset, split, 0, 1).filename, records)
+        infos.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[count],
+                num_bytes=size,
+                filename_template=template.replace(split=split),
+            )
+        )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=features,
+        split_infos=infos,
+        version=version,
+        check_data=False,
+    )
+    return written
+
+
+def read_records(folder):
+    """Returns the decoded examples of a folder of shards, by split, in order."""
+    from vqvae.records import open_dataset, read_split
+
+    builder = open_dataset(folder)
+    return {
+        split: list(read_split(builder, split).as_numpy_iterator()) for split in builder.info.splits
+    }
+
+
+def shard_contents(folder):
+    """Returns the bytes of each shard of a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.tfrecord-*")}
+
+
+def run_transform(transform, run, *flags):
+    """Runs a stage's transform over a run by Beam's local runner."""
+    from apache_beam import Create
+    from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.testing.test_pipeline import TestPipeline
+    from apache_beam.testing.util import assert_that, equal_to
+
+    options = PipelineOptions(["--runner=FnApiRunner", *flags])
+    with TestPipeline(options=options) as pipeline:
+        assert_that(
+            pipeline | Create([str(run.root)]) | transform,
+            equal_to([str(run.root)]),
+        )
+
+
+TWO_THREADS = ("--direct_num_workers=2", "--direct_running_mode=multi_threading")

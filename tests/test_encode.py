@@ -1,0 +1,192 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from pipeline_fixtures import TWO_THREADS, read_records, run_transform, shard_contents, small_config
+
+from configs import VqbeamError
+from pipelines import encode
+from pipelines.cli import user_message
+from pipelines.encode import STAGE, EncodeImages, ImageShard, encode_shard, finish_codes
+from vqvae.fitting import save_model
+from vqvae.model import build_model
+from vqvae.records import Shard
+from vqvae.run_folder import RunFolder
+from vqvae.training import MODEL_FILE, load_vqvae
+
+COUNTS = {"train": 20, "validation": 9}
+
+
+def finish_vqvae(run, seed=0):
+    """Makes the stage before, with a model that was not trained: its codes are as good."""
+    config = dataclasses.replace(run.load_config(), seed=seed)
+    run.begin("train-vqvae")
+    path = run.folder("train-vqvae") / MODEL_FILE
+    model = build_model(config, data_variance=1.0)
+    # Codes among the vectors that the encoder gives, so that many of them are used.
+    noise = np.random.default_rng(seed).uniform(-1, 1, (40, *config.image_shape))
+    vectors = np.asarray(model.encoder(noise.astype("float32"))).reshape(-1, 4)
+    model.quantizer.codebook.assign(vectors[:: len(vectors) // 12][:12])
+    save_model(model, path)
+    run.finish("train-vqvae", [path], measures={"loss": float(vectors.sum())})
+
+
+@pytest.fixture
+def make_run(prepared_run):
+    """Makes a run with prepared images and a model; returns it with its pixels by split."""
+
+    def make(**options):
+        # Shards of 7, 7 and 6: each ends with an odd batch, of 3 or of 2.
+        config = small_config("glyphs", data__images_per_shard=7)
+        run, pixels = prepared_run(config, **COUNTS, **options)
+        finish_vqvae(run)
+        return run, pixels
+
+    return make
+
+
+@pytest.fixture
+def run(make_run):
+    return make_run()[0]
+
+
+def test_codes_are_those_of_the_model(make_run):
+    run, pixels = make_run()
+    run_transform(EncodeImages(), run)
+    model = load_vqvae(run)
+    records, images = (read_records(run.folder(stage)) for stage in (STAGE, "prepare"))
+    every = []
+    for split, count in COUNTS.items():
+        assert len(records[split]) == count
+        expected = np.asarray(model.encode(pixels[split]))
+        found = np.stack([example["codes"] for example in records[split]])
+        assert found.dtype == np.uint16 and found.shape == (count, 2, 2)
+        np.testing.assert_array_equal(found, expected)
+        for example, image in zip(records[split], images[split], strict=True):
+            assert example["key"] == image["key"] and example["label"] == image["label"]
+        every.append(found.ravel())
+    counts = np.bincount(np.concatenate(every), minlength=model.num_codes)
+    share = counts[counts > 0] / counts.sum()
+    manifest = run.manifest(STAGE)
+    assert manifest["perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()))
+    assert manifest["codes_used"] == len(share) > 2
+    assert manifest["counts"] == COUNTS and manifest["label_names"] == ["a", "b"]
+    assert run.is_done(STAGE)
+    found = {path.name for path in run.folder(STAGE).iterdir()}
+    assert found == {*manifest["outputs"], "manifest.json"}
+
+
+def test_two_workers_write_the_same(run, tmp_path):
+    run_transform(EncodeImages(), run)
+    one, manifest = shard_contents(run.folder(STAGE)), run.manifest(STAGE)
+    run.folder(STAGE).rmtree()
+    run_transform(EncodeImages(), run, *TWO_THREADS)
+    assert shard_contents(run.folder(STAGE)) == one and len(one) == 5
+    again = run.manifest(STAGE)
+    assert {**again, "seconds": 0} == {**manifest, "seconds": 0}
+
+
+def test_the_model_is_loaded_once(run, monkeypatch):
+    loaded = []
+
+    def load(run):
+        loaded.append(run)
+        return load_vqvae(run)
+
+    monkeypatch.setattr(encode, "load_vqvae", load)
+    run_transform(EncodeImages(), run)
+    assert len(loaded) == 1
+    # Another model in the same process is another.
+    codes = read_records(run.folder(STAGE))["train"]
+    finish_vqvae(run, seed=1)
+    run_transform(EncodeImages(), run)
+    assert len(loaded) == 2
+    others = read_records(run.folder(STAGE))["train"]
+    assert any((a["codes"] != b["codes"]).any() for a, b in zip(codes, others, strict=True))
+
+
+def test_without_labels(make_run):
+    run, _ = make_run(labels=())
+    run_transform(EncodeImages(), run)
+    assert set(read_records(run.folder(STAGE))["train"][0]) == {"codes", "key"}
+    assert run.manifest(STAGE)["label_names"] == []
+
+
+def parts(run):
+    return [part for _, part in encode._image_shards(str(run.root))]
+
+
+def test_goes_on_where_it_was_killed(run, monkeypatch):
+    shards = parts(run)
+    assert [part.shard.index for part in shards] == [0, 1, 2, 0, 1]
+    done = [encode_shard(str(run.root), part) for part in shards[:2]]
+    written = shard_contents(run.folder(STAGE))
+    encoded = []
+    padded = encode._encode_padded
+
+    def spy(function, images, config):
+        encoded.append(len(images))
+        return padded(function, images, config)
+
+    monkeypatch.setattr(encode, "_encode_padded", spy)
+    again = [encode_shard(str(run.root), part) for part in parts(run)]
+    # Only the third shard of the training images and those of the validation images.
+    assert sum(encoded) == 6 + 9
+    assert again[:2] == done
+    finish_codes(again)
+    assert written.items() < shard_contents(run.folder(STAGE)).items()
+    keys = [e["key"] for some in read_records(run.folder(STAGE)).values() for e in some]
+    assert len(set(keys)) == len(keys) == 29
+
+
+def test_work_of_another_model_is_not_taken_over(run):
+    shards = parts(run)
+    before = [encode_shard(str(run.root), part) for part in shards]
+    finish_vqvae(run, seed=1)
+    after = [encode_shard(str(run.root), part) for part in parts(run)]
+    assert [r.facts for _, r in before] != [r.facts for _, r in after]
+
+
+def test_an_empty_shard(run):
+    # Of a shard of images none of which could be decoded.
+    run.begin(STAGE)
+    shard = Shard("codes", "train", 2, 3)
+    _, report = encode_shard(str(run.root), ImageShard(shard, 20, 20, 29))
+    assert report.records == 0 and sum(report.facts["code_counts"]) == 0
+
+
+def test_the_last_step_may_be_done_twice(run):
+    reports = [encode_shard(str(run.root), part) for part in parts(run)]
+    finish_codes(reports)
+    manifest = run.manifest(STAGE)
+    finish_codes(reports)
+    assert run.manifest(STAGE) == manifest and run.is_done(STAGE)
+
+
+@pytest.mark.parametrize("mode", [(), TWO_THREADS])
+def test_a_damaged_record_is_one_line(run, mode):
+    shard = run.folder("prepare") / Shard("images", "train", 1, 3).filename
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 255
+    shard.write_bytes(bytes(content))
+    with pytest.raises(Exception) as caught:
+        run_transform(EncodeImages(), run, *mode)
+    message = user_message(caught.value)
+    assert message.startswith(f"a record in {run.folder('prepare')} is damaged")
+    assert "\n" not in message
+    assert run.manifest(STAGE) is None
+
+
+def test_a_truncated_shard_is_one_line(run):
+    shard = run.folder("prepare") / Shard("images", "train", 1, 3).filename
+    shard.write_bytes(shard.read_bytes()[:-3])
+    with pytest.raises(VqbeamError, match=f"{shard.name} has .* bytes instead of .*; delete"):
+        parts(run)
+
+
+def test_a_model_of_another_codebook(run, monkeypatch):
+    config = small_config("glyphs", data__images_per_shard=7, vqvae__num_codes=16)
+    shards = parts(run)
+    monkeypatch.setattr(RunFolder, "load_config", lambda self: config)
+    with pytest.raises(VqbeamError, match="model.keras has 12 codes .* says 16"):
+        encode_shard(str(run.root), shards[0])

@@ -1,0 +1,247 @@
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from pipeline_fixtures import png, read_records, small_config, write_images, write_preset
+
+from pipelines import cli
+from pipelines.run import run_stages
+from vqvae.fitting import load_model
+from vqvae.run_folder import STAGES, RunFolder
+from vqvae.training import MODEL_FILE
+
+pytestmark = pytest.mark.slow
+
+ROOT = pathlib.Path(__file__).parent.parent
+IMAGES = 60
+
+# The file that tells that a stage is in the middle of its work.
+SIGNS = {
+    "prepare": "images/.reports-*/*.json",
+    "train-vqvae": "vqvae/checkpoints/*/epoch-00002.weights.h5",
+    "encode": "codes/.reports-*/*.json",
+    "train-prior": "prior/checkpoints/*/epoch-00002.weights.h5",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with images, large ones so that it takes a while to prepare them, and a preset."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "source" / "a").mkdir(parents=True)
+    (folder / "source" / "b").mkdir()
+    numbers = np.random.default_rng(0)
+    for kind in ("a", "b"):
+        first = folder / "source" / kind / "00.png"
+        first.write_bytes(png(numbers.integers(0, 256, (600, 600, 3), np.uint8)))
+        for index in range(1, IMAGES // 2):
+            os.link(first, folder / "source" / kind / f"{index:02d}.png")
+    config = small_config(
+        f"folder:{folder / 'source'}",
+        data__images_per_shard=3,
+        vqvae__steps=24,
+        prior__steps=24,
+        prior__dropout=0.1,
+    )
+    return folder, config, write_preset(folder / "preset.py", config)
+
+
+def start(place, run_dir):
+    folder, _, preset = place
+    with (folder / "log.txt").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipelines", "run", str(preset), "--run-dir", str(run_dir)],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=log,
+        )
+
+
+def kill_in(stage, place, run_dir):
+    """Starts the run and kills it, by SIGKILL, once the stage has begun to write."""
+    process = start(place, run_dir)
+    end = time.monotonic() + 240
+    try:
+        while not any(run_dir.glob(SIGNS[stage])):
+            assert process.poll() is None, (place[0] / "log.txt").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def weights(run, stage):
+    model = load_model(run.folder(stage) / MODEL_FILE)
+    return {weight.path: np.asarray(weight) for weight in model.weights}
+
+
+def test_killed_in_each_stage_and_run_again(place):
+    folder, config, _ = place
+    run = RunFolder(folder / "run")
+    for stage in SIGNS:
+        kill_in(stage, place, folder / "run")
+        # It was in the middle of that stage, and no other.
+        assert run.manifest(stage) is None
+        before = list(STAGES)[: list(STAGES).index(stage)]
+        assert all(run.is_done(name) for name in before)
+    assert start(place, folder / "run").wait(300) == 0, (folder / "log.txt").read_text()
+    assert all(run.is_done(stage) for stage in STAGES)
+
+    # Every image is there exactly once, and nothing else is.
+    expected = sorted(f"{kind}/{i:02d}.png" for kind in "ab" for i in range(IMAGES // 2))
+    for stage in ("prepare", "encode"):
+        records = read_records(run.folder(stage))
+        keys = [example["key"].decode() for some in records.values() for example in some]
+        assert sorted(keys) == expected
+        found = {path.name for path in run.folder(stage).iterdir()}
+        assert found == {*run.manifest(stage)["outputs"], "manifest.json"}
+
+    # And the models are those of a run that nothing has broken off.
+    unbroken = RunFolder(folder / "unbroken")
+    run_stages(config, str(unbroken.root), tuple(SIGNS), ["--runner=FnApiRunner"])
+    for stage in ("train-vqvae", "train-prior"):
+        one, two = weights(run, stage), weights(unbroken, stage)
+        assert one.keys() == two.keys() and len(one) > 5
+        for path in one:
+            np.testing.assert_array_equal(one[path], two[path], err_msg=path)
+        assert len(run.manifest(stage)["history"]) == 12
+
+
+@pytest.fixture
+def failure(capfd, monkeypatch):
+    """Runs a command line that must fail; returns what it says and checks how."""
+    monkeypatch.setattr(cli, "_be_quiet", lambda: None)
+
+    def run(*words, alone=True):
+        capfd.readouterr()
+        status = cli.main([str(word) for word in words])
+        out, err = capfd.readouterr()
+        lines = err.splitlines()
+        # Nothing but the one line, unless the work had begun and shows its progress.
+        assert len(lines) == 1 or not alone, err
+        assert "Traceback" not in err
+        assert lines[-1].startswith("vqbeam"), err
+        assert status == (2 if "usage" in out or "unknown" in lines[-1] else 1)
+        return lines[-1]
+
+    return run
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    """A copy of a finished run, to be damaged, and the preset that it was made with."""
+    run = RunFolder(shutil.copytree(finished_run.root, tmp_path / "run"))
+    return run, write_preset(tmp_path / "preset.py", run.load_config())
+
+
+def test_words_that_are_not_known(failure, finished_run, tmp_path):
+    root = finished_run.root
+    new = tmp_path / "new"
+    assert "did you mean 'glyphs'" in failure("run", "glyps", "--run-dir", new)
+    assert "did you mean sample?" in failure("smaple", root)
+    assert "did you mean --runner?" in failure("run", "glyphs", "--run-dir", new, "--runer=X")
+    assert "did you mean --num?" in failure("sample", root, "--nun", 3)
+    wrong = ("--data.source", "tfds:cifra10")
+    assert "did you mean 'cifar10'?" in failure("run", "glyphs", "--run-dir", new, *wrong)
+    assert "no label 'melon'; it has Banana, " in failure("sample", root, "--label", "melon")
+    assert not new.exists()
+
+
+def test_a_folder_with_no_image(failure, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, message in [("empty", "holds no image"), ("nowhere", "there is no folder")]:
+        source = f"folder:{tmp_path / name}"
+        words = ("run", "glyphs", "--run-dir", tmp_path / "new", "--data.source", source)
+        assert message in failure(*words)
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_write_permission(failure, tmp_path):
+    write_images(tmp_path / "source", 4)
+    source = ("--data.source", f"folder:{tmp_path / 'source'}")
+    (tmp_path / "file").write_text("")
+    # Nobody, not even root, makes a folder in /sys.
+    for place in (tmp_path / "file", tmp_path / "file" / "run", "/sys/vqbeam"):
+        message = failure("prepare", "glyphs", "--run-dir", place, *source)
+        assert f"cannot write to {place} (" in message and "choose another --run-dir" in message
+
+
+def test_no_write_permission_for_samples(failure, finished_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    output = ("--output", tmp_path / "file" / "samples.png")
+    assert str(tmp_path / "file") in failure("sample", finished_run.root, *output, alone=False)
+
+
+@pytest.mark.parametrize("stage", ["prepare", "encode"])
+def test_a_truncated_shard(failure, run, stage):
+    run, preset = run
+    shard = next(run.folder(stage).glob("*-train.tfrecord-00001-*"))
+    shard.write_bytes(shard.read_bytes()[:-7])
+    following = list(STAGES)[list(STAGES).index(stage) + 1]
+    for verb in ("run", following):
+        message = failure(verb, preset, "--run-dir", run.root)
+        assert f"{shard} has " in message and f"run vqbeam {stage} again" in message
+    # Nothing was lost: what it says helps.
+    run.folder(stage).rmtree()
+    assert cli.main(["run", str(preset), "--run-dir", str(run.root)]) == 0
+    assert all(run.is_done(name) for name in STAGES)
+
+
+@pytest.mark.parametrize(
+    ("stage", "following"),
+    [("prepare", "train-vqvae"), ("prepare", "encode"), ("encode", "train-prior")],
+)
+def test_a_damaged_record(failure, run, stage, following):
+    run, preset = run
+    run.folder(following).rmtree()
+    for shard in run.folder(stage).glob("*-train.tfrecord-*"):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(bytes(content))
+    message = failure(following, preset, "--run-dir", run.root, alone=False)
+    assert f"a record in {run.folder(stage)} is damaged" in message
+    assert not run.is_done(following)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_codes", 16, "has 12 codes and grid (2, 2), the run's config says 16 and (2, 2)"),
+        ("downsampling", 2, "has 12 codes and grid (2, 2), the run's config says 12 and (4, 4)"),
+    ],
+)
+def test_a_model_that_does_not_match(failure, run, field, value, message):
+    run, _ = run
+    config = json.loads((run.root / "config.json").read_text())
+    config["vqvae"][field] = value
+    (run.root / "config.json").write_text(json.dumps(config))
+    assert message in failure("sample", run.root)
+    assert message in failure("reconstruct", run.root, "--output", run.root / "x.png")
+
+
+def test_a_run_of_another_config(failure, run):
+    run, preset = run
+    words = ("run", preset, "--run-dir", run.root, "--vqvae.num-codes", 16, "--prior.layers", 2)
+    message = failure(*words)
+    assert "another config (vqvae.num_codes: 12 → 16; prior.layers: 1 → 2)" in message
+    assert all(run.is_done(stage) for stage in STAGES)
+
+
+def test_a_stage_that_is_not_there(failure, run):
+    run, preset = run
+    run.folder("train-prior").rmtree()
+    message = failure("sample", run.root)
+    assert "has no finished train-prior stage; run vqbeam train-prior PRESET" in message
+    run.folder("train-vqvae").rmtree()
+    message = failure("encode", preset, "--run-dir", run.root)
+    assert "has no finished train-vqvae stage" in message
+    for verb in (("sample",), ("inspect",), ("reconstruct", "--output", "x.png")):
+        message = failure(verb[0], run.root / "nowhere", *verb[1:])
+        assert "nowhere is not a run folder" in message

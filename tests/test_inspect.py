@@ -1,0 +1,119 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from pipeline_fixtures import small_config
+
+from configs import VqbeamError
+from pipelines.inspect import describe
+from vqvae.run_folder import MANIFEST, STAGES, RunFolder
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    """A copy of a finished run, to be changed."""
+    return RunFolder(shutil.copytree(finished_run.root, tmp_path / "run"))
+
+
+def states(run):
+    """Returns the first line of each stage's paragraph, without the name."""
+    paragraphs = describe(str(run.root)).split("\n\n")[1:]
+    assert [p.split()[0] for p in paragraphs] == list(STAGES)
+    return {p.split()[0]: p.splitlines()[0].partition(" ")[2].strip() for p in paragraphs}
+
+
+def test_a_finished_run(finished_run):
+    text = describe(str(finished_run.root))
+    head = text.partition("\n\n")[0].splitlines()
+    assert head[0] == f"run      {finished_run.root}"
+    assert head[1] == "preset   small, seed 0"
+    assert head[2].startswith("data     folder:") and head[2].endswith(", 8×8×3")
+    assert head[3] == "codes    grid 2×2, K = 12, D = 4, codebook by ema"
+    done = re.compile(r"done in [\d.]+ m?i?n? ?s?.*, \d{4}-\d\d-\d\d \d\d:\d\d")
+    assert all(done.fullmatch(state) for state in states(finished_run).values())
+    counts = finished_run.manifest("prepare")["counts"]
+    shown = f"{counts['train']} train, {counts['validation']} validation"
+    assert sum(counts.values()) == 24
+    assert f"  24 images: {shown}\n  3 classes\n  1 images could not be decoded\n" in text
+    assert f"  24 grids: {shown}\n" in text
+    manifests = {stage: finished_run.manifest(stage) for stage in STAGES}
+    vqvae, prior = (manifests[stage]["measures"] for stage in ("train-vqvae", "train-prior"))
+    for fact in (
+        f"MSE {vqvae['mse']:.1f} of 255²",
+        f"PSNR {vqvae['psnr']:.2f} dB",
+        f"perplexity {vqvae['perplexity']:.0f}",
+        f"perplexity {manifests['encode']['perplexity']:.0f}",
+        f"{manifests['encode']['codes_used']} codes",
+        f"{prior['nats_per_code']:.3f} nats per code",
+        f"{prior['bits_per_dim']:.4f} bits per dimension",
+        f"{manifests['train-prior']['parameters']:,} parameters",
+        f"last losses {manifests['train-prior']['history'][-1]['loss']:.4f} in training, "
+        f"{manifests['train-prior']['history'][-1]['val_loss']:.4f} held out",
+        "guidance 2.0",
+    ):
+        assert fact in text, fact
+    size = sum(
+        path.stat().length
+        for path in finished_run.folder("encode").iterdir()
+        if path.name != MANIFEST
+    )
+    unit = f"{size} bytes" if size < 1000 else f"{size / 1000:.0f} kB"
+    assert f"{finished_run.folder('encode')}, {unit}" in text
+
+
+def test_a_run_that_was_only_started(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.start(small_config("glyphs"))
+    assert set(states(run).values()) == {"not begun"}
+
+
+def test_begun_stages(run):
+    (run.folder("train-prior") / MANIFEST).unlink()
+    (run.folder("encode") / MANIFEST).unlink()
+    (run.folder("sample")).rmtree()
+    found = states(run)
+    assert found["train-prior"] == "begun, 2 epochs done"
+    assert found["encode"] == "begun" and found["sample"] == "not begun"
+    assert found["train-vqvae"].startswith("done in")
+
+
+def test_stale_stages(run):
+    manifest = run.folder("train-vqvae") / MANIFEST
+    values = json.loads(manifest.read_text())
+    # Trained anew, with another result; that it took another time is no matter.
+    manifest.write_text(json.dumps(values | {"seconds": 1e6}))
+    assert all(state.startswith("done") for state in states(run).values())
+    manifest.write_text(json.dumps(values | {"measures": values["measures"] | {"mse": 0.0}}))
+    found = states(run)
+    stale = {stage for stage, state in found.items() if state.startswith("stale: made from inputs")}
+    assert stale == {"encode", "train-prior", "sample"}
+
+
+def test_a_damaged_stage_does_not_hide_the_others(run):
+    shard = next(run.folder("encode").glob("codes-train.tfrecord-*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    found = states(run)
+    assert re.match(f"damaged: .*{shard.name} has .* bytes instead of .*; delete", found["encode"])
+    assert found["train-vqvae"].startswith("done in")
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(VqbeamError, match="is not a run folder: it has no config.json"):
+        describe(str(tmp_path / "nowhere"))
+
+
+def test_starts_without_the_heavy_libraries(finished_run):
+    code = """
+import sys
+from pipelines.cli import main
+main(["inspect", sys.argv[1]])
+sys.exit(", ".join({"tensorflow", "keras", "apache_beam"} & set(sys.modules)) or 0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(finished_run.root)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "bits per dimension" in done.stdout

@@ -1,0 +1,194 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from pipeline_fixtures import CLASSES, SIDE, small_config, write_images, write_preset, write_tfds
+
+import configs
+from pipelines import cli
+from pipelines.glyphs import LETTERS, Glyphs
+from vqvae.run_folder import STAGES, RunFolder
+
+pytestmark = pytest.mark.slow
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def vqbeam(folder, *words):
+    """Runs the command line in another process and folder, as a user would."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines", *map(str, words)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a folder of images, a preset file for it, and the run made of them."""
+    folder = tmp_path_factory.mktemp("place")
+    write_images(folder / "source", 30)
+    (folder / "source" / "apple" / "broken.png").write_bytes(b"not an image")
+    # Relative paths, as one types them.
+    write_preset(folder / "own.py", small_config("folder:source", data__max_failed=0.1))
+    done = vqbeam(folder, "run", "own.py", "--run-dir", "run", "--seed", 3)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_says_what_was_made_and_what_to_type_next(place):
+    folder, done = place
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("prepare → train-vqvae → encode → train-prior → sample: done in ")
+    assert lines[1].startswith("images: ") and lines[1].endswith(", in run/images")
+    letters = "run/images/dead_letters.jsonl"
+    assert lines[2] == f"1 images could not be decoded; they are in {letters}"
+    assert lines[3:] == [
+        "new images: run/samples/samples.png",
+        "next: vqbeam sample run --output samples.png",
+    ]
+    run = RunFolder(folder / "run")
+    assert run.load_config().seed == 3
+    assert all(run.is_done(stage) for stage in STAGES)
+    # Each stage has its bar, and no library talks besides.
+    for title in ("prepare", "train vqvae", "encode", "train prior", "sample"):
+        assert title in done.stderr
+    for noise in ("WARNING", "Traceback", "I0000", "oneDNN", "Deprecation"):
+        assert noise not in done.stderr
+
+
+def test_the_next_command_works(place):
+    folder, _ = place
+    done = vqbeam(folder, "sample", "run", "--output", "samples.png")
+    assert (done.returncode, done.stdout) == (0, "7 new images: samples.png\n"), done.stderr
+    assert (folder / "samples.png").stat().st_size > 0
+
+
+def test_done_again_ends_within_seconds(place):
+    folder, _ = place
+    start = time.monotonic()
+    done = vqbeam(folder, "run", "own.py", "--run-dir", "run", "--seed", 3)
+    assert time.monotonic() - start < 20  # on a busy machine; alone it takes one
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()[:5]] == list(STAGES)
+    assert done.stdout.count("done already, in run/") == 5
+
+
+def test_another_config_is_refused(place):
+    folder, _ = place
+    done = vqbeam(folder, "run", "own.py", "--run-dir", "run")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "vqbeam: run holds a run with another config (seed: 3 → 0); choose another --run-dir, or "
+        "the settings of that run\n"
+    )
+
+
+READER = """
+import json, sys
+
+OURS = {"configs", "vqvae", "prior", "pipelines", "keras", "keras_hub", "keras_nlp", "apache_beam"}
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in OURS:
+            raise ImportError(name + " is not to be had here")
+
+sys.meta_path.insert(0, Refuse())
+import tensorflow_datasets as tfds
+
+content = {}
+for name in ("images", "codes"):
+    builder = tfds.builder_from_directory(sys.argv[1] + "/" + name)
+    for split, info in builder.info.splits.items():
+        examples = list(builder.as_dataset(split=split).as_numpy_iterator())
+        assert len(examples) == info.num_examples
+        content[name + "/" + split] = [
+            {
+                "key": example["key"].decode(),
+                "label": builder.info.features["label"].int2str(int(example["label"])),
+                "content": example[name.rstrip("s") if name == "images" else name].tolist(),
+                "dtype": str(example[name.rstrip("s") if name == "images" else name].dtype),
+            }
+            for example in examples
+        ]
+print(json.dumps(content))
+"""
+
+
+def test_a_python_without_vqbeam_reads_the_datasets(place, tmp_path):
+    folder, _ = place
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", READER, str(folder / "run")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    content = json.loads(done.stdout)
+    # Drawn from the same seed, the source once more.
+    source = write_images(tmp_path / "again", 30)
+    for name in ("images", "codes"):
+        records = [*content[f"{name}/train"], *content[f"{name}/validation"]]
+        assert sorted(record["key"] for record in records) == sorted(source)
+        for record in records:
+            assert record["label"] == record["key"].partition("/")[0]
+            if name == "images":
+                assert record["dtype"] == "uint8"
+                np.testing.assert_array_equal(record["content"], source[record["key"]])
+            else:
+                assert record["dtype"] == "uint16"
+                assert np.shape(record["content"]) == (SIDE // 4, SIDE // 4)
+                assert np.max(record["content"]) < 12
+    for split in ("train", "validation"):
+        keys = [[r["key"] for r in content[f"{name}/{split}"]] for name in ("images", "codes")]
+        assert keys[0] == keys[1] and len(keys[0]) > 0
+    assert {record["label"] for record in content["codes/train"]} == set(CLASSES)
+
+
+# What TFDS would have prepared: version, image shape, splits, classes.
+TFDS_SETS = {
+    "fashion_mnist": ("3.0.1", (28, 28, 1), ("train", "test"), 10),
+    "cifar10": ("3.0.2", (32, 32, 3), ("train", "test"), 10),
+    "imagenet_resized/64x64": ("0.1.0", (64, 64, 3), ("train", "validation"), 1000),
+}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    data_dir = tmp_path_factory.mktemp("tfds")
+    for name, (version, shape, splits, classes) in TFDS_SETS.items():
+        counts = dict(zip(splits, (70, 20), strict=True))
+        write_tfds(data_dir, name, version, shape, counts, [f"class {i}" for i in range(classes)])
+    return data_dir
+
+
+@pytest.mark.parametrize("preset", configs.preset_names())
+def test_every_preset_runs_when_shrunk(preset, data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Glyphs, "COUNTS", {"train": 70, "test": 20})
+    monkeypatch.setattr(cli, "_be_quiet", lambda: None)
+    words = ["run", preset, "--run-dir", str(tmp_path), "--smoke", "--data.data-dir", str(data_dir)]
+    assert cli.main(words) == 0, capsys.readouterr().err
+    run = RunFolder(tmp_path)
+    config = run.load_config()
+    assert all(run.is_done(stage) for stage in STAGES)
+    for stage in ("prepare", "encode"):
+        assert run.manifest(stage)["counts"] == {"train": 64, "validation": 20}
+    names = run.manifest("prepare")["label_names"]
+    if preset == "glyphs":
+        assert names == list(LETTERS)
+    else:
+        assert len(names) == TFDS_SETS[config.data.source.removeprefix("tfds:")][3]
+    assert (run.folder("sample") / "samples.png").exists()

@@ -1,0 +1,222 @@
+import math
+
+import keras
+import numpy as np
+import pytest
+
+from configs import VqbeamError, override
+from prior import training
+from prior.training import STAGE, build_prior, evaluate, load_prior, train_prior
+from vqvae import records
+from vqvae.run_folder import RunFolder
+from vqvae.training import MODEL_FILE
+
+COUNTS = {"train": 30, "validation": 11}
+SETTINGS = {
+    "prior.layers": 1,
+    "prior.width": 16,
+    "prior.heads": 2,
+    "prior.dropout": 0.2,
+    "prior.batch_size": 4,
+    "prior.steps": 8,
+    "prior.steps_per_epoch": 2,
+    "prior.warmup_steps": 2,
+    "prior.learning_rate": 0.01,
+}
+
+
+def encoded_run(path, config, labels=("a", "b", "c")):
+    """A run with finished stages up to `encode`; returns it with its codes and labels by split."""
+    run = RunFolder(path)
+    run.start(config)
+    for stage in ("prepare", "train-vqvae", "encode"):
+        run.begin(stage)
+        if stage != "encode":
+            run.finish(stage, [])
+    features = records.code_features(config.grid, config.vqvae.num_codes, labels)
+    numbers = np.random.default_rng(0)
+    splits, files, content = {}, [], {}
+    for split, count in COUNTS.items():
+        kinds = np.arange(count) % len(labels) if labels else np.full(count, -1)
+        codes = numbers.integers(0, config.vqvae.num_codes, (count, *config.grid)).astype("uint16")
+        # One code follows from the class, so that there is something to learn.
+        codes[:, 0, 0] = kinds + 1
+        content[split] = {"codes": codes.astype("int32"), "labels": kinds.astype("int32")}
+        examples = [
+            {"codes": grid, "key": str(i)} | ({"label": int(kind)} if labels else {})
+            for i, (grid, kind) in enumerate(zip(codes, kinds, strict=True))
+        ]
+        file = run.folder("encode") / records.Shard("codes", split, 0, 1).filename
+        size = records.write_shard(file, [records.serialize(features, e) for e in examples])
+        splits[split] = [(count, size)]
+        files.append(file)
+    files += records.write_metadata(
+        run.folder("encode"),
+        features,
+        splits,
+        version=records.CODES_VERSION,
+        description="Noise.",
+    )
+    run.finish("encode", files, counts=COUNTS, label_names=list(labels))
+    return run, content
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config):
+    return override(tiny_config(vqvae__num_codes=9), SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, config):
+    run, content = encoded_run(tmp_path_factory.mktemp("trained") / "run", config)
+    return run, content, train_prior(str(run.root))
+
+
+def array(tensor):
+    return np.asarray(tensor).copy()
+
+
+def test_writes_model_logs_and_manifest(trained, config):
+    run, _, manifest = trained
+    assert run.is_done(STAGE) and run.manifest(STAGE) == manifest
+    assert set(manifest["outputs"]) == {MODEL_FILE}
+    assert manifest["label_names"] == ["a", "b", "c"]
+    assert len(manifest["history"]) == 4 and manifest["seconds"] > 0
+    assert all({"loss", "val_loss"} <= set(epoch) for epoch in manifest["history"])
+    assert list((run.folder(STAGE) / "logs").glob("*"))
+    model = load_prior(run)
+    assert (model.num_codes, model.grid, model.num_labels) == (9, config.grid, 3)
+    assert manifest["parameters"] == model.count_params()
+
+
+def test_measures_in_numpy(trained, config):
+    run, content, manifest = trained
+    inputs = content["validation"]
+    logits = array(load_prior(run)(inputs)).astype("float64")
+    assert logits.shape == (11, 4, 9)
+    chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    codes = inputs["codes"].reshape(11, 4)
+    # Eleven grids in batches of four: the mean is over codes, not over batches.
+    nats = -np.log(np.take_along_axis(chances, codes[..., None], -1)).mean()
+    assert manifest["measures"]["nats_per_code"] == pytest.approx(nats, rel=1e-4)
+    # 4 codes stand for 8·8·1 numbers.
+    bits = nats * 4 / math.log(2) / 64
+    assert manifest["measures"]["bits_per_dim"] == pytest.approx(bits, rel=1e-4)
+
+
+def test_an_untrained_prior_knows_nothing(config):
+    model = build_prior(config, num_labels=3)
+    model.compile("sgd")
+    inputs = {"codes": np.zeros((2, 2, 2), "int32"), "labels": np.zeros(2, "int32")}
+
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return (inputs,)
+
+    measures = evaluate(model, Batches(), config)
+    assert measures["nats_per_code"] == pytest.approx(math.log(9), rel=1e-5)
+
+
+def test_a_finished_stage_is_left_alone(trained):
+    run, _, manifest = trained
+    before = (run.folder(STAGE) / MODEL_FILE).stat().mtime
+    assert train_prior(str(run.root)) == manifest
+    assert (run.folder(STAGE) / MODEL_FILE).stat().mtime == before
+
+
+def test_same_run_same_weights_even_when_broken_off(trained, tmp_path, config, monkeypatch):
+    run, _, manifest = trained
+    other, _ = encoded_run(tmp_path / "run", config)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(callback, epoch, logs=None):
+        if epoch == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vqvae.fitting.StopOnNaN.on_epoch_end", kill)
+        with pytest.raises(Killed):
+            train_prior(str(other.root))
+    assert other.manifest(STAGE) is None
+    again = train_prior(str(other.root))
+    assert again["history"] == manifest["history"]
+    assert again["measures"] == manifest["measures"]
+    for one, two in zip(load_prior(run).weights, load_prior(other).weights, strict=True):
+        np.testing.assert_array_equal(array(one), array(two), err_msg=one.path)
+
+
+def batches(run, config, model, count, first_step=0):
+    codes = run.manifest("encode")
+    stream = training._training(run, config, codes, model, first_step)
+    return list(stream.take(count).as_numpy_iterator())
+
+
+def test_a_share_of_the_labels_is_dropped(trained, config):
+    run, content, _ = trained
+    config = override(config, {"prior.label_dropout": 0.25})
+    model = build_prior(config, num_labels=3)
+    drawn = batches(run, config, model, 300)
+    labels = np.concatenate([batch["labels"] for batch in drawn])
+    dropped = labels == model.null_label
+    # 1200 draws: five standard deviations.
+    assert abs(dropped.mean() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 1200)
+    # The code in the corner tells which label it was.
+    corner = np.concatenate([batch["codes"] for batch in drawn])[:, 0, 0]
+    np.testing.assert_array_equal(labels[~dropped], corner[~dropped] - 1)
+    assert set(corner[dropped]) == {1, 2, 3}
+    # Begun later on, the same are dropped.
+    later = batches(run, config, model, 5, first_step=20)
+    for one, two in zip(later, drawn[20:25], strict=True):
+        np.testing.assert_array_equal(one["labels"], two["labels"])
+        np.testing.assert_array_equal(one["codes"], two["codes"])
+
+
+def test_no_label_is_dropped_at_zero_and_in_validation(trained, config):
+    run, content, _ = trained
+    config = override(config, {"prior.label_dropout": 0.0})
+    model = build_prior(config, num_labels=3)
+    labels = np.concatenate([batch["labels"] for batch in batches(run, config, model, 30)])
+    assert set(labels) == {0, 1, 2}
+    found = list(training._validation(run, config).as_numpy_iterator())
+    assert [len(batch["labels"]) for batch in found] == [4, 4, 3]
+    for name, expected in content["validation"].items():
+        np.testing.assert_array_equal(np.concatenate([batch[name] for batch in found]), expected)
+
+
+def test_without_classes(tmp_path, config):
+    run, _ = encoded_run(tmp_path / "run", override(config, {"prior.steps": 2}), labels=())
+    manifest = train_prior(str(run.root))
+    assert manifest["label_names"] == [] and load_prior(run).num_labels == 0
+
+
+def test_needs_codes(tmp_path, config):
+    run = RunFolder(tmp_path / "run")
+    run.start(config)
+    with pytest.raises(VqbeamError, match="no finished encode stage; run vqbeam encode"):
+        train_prior(str(run.root))
+    with pytest.raises(VqbeamError, match="no finished train-prior stage"):
+        load_prior(run)
+
+
+def test_a_damaged_record_is_one_line(tmp_path, config):
+    run, _ = encoded_run(tmp_path / "run", config)
+    shard = run.folder("encode") / "codes-train.tfrecord-00000-of-00001"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 255
+    shard.write_bytes(bytes(content))
+    with pytest.raises(VqbeamError, match="a record in .*codes is damaged") as caught:
+        train_prior(str(run.root))
+    assert "\n" not in str(caught.value) and run.manifest(STAGE) is None
+
+
+def test_a_prior_of_another_codebook(trained, config, monkeypatch):
+    run, _, _ = trained
+    other = override(config, {"vqvae.num_codes": 16})
+    monkeypatch.setattr(RunFolder, "load_config", lambda self: other)
+    with pytest.raises(VqbeamError, match="prior/model.keras has 9 codes .* says 16"):
+        load_prior(run)

@@ -1,0 +1,232 @@
+import subprocess
+import sys
+import time
+
+import apache_beam as beam
+import pytest
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from pipeline_fixtures import small_config, write_images, write_preset
+
+from configs import VqbeamError
+from pipelines import stages as stages_module
+from pipelines.run import run_stages
+from vqvae.run_folder import MANIFEST, STAGES, RunFolder
+
+ALL = tuple(STAGES)
+BEAM = ["--runner=FnApiRunner"]
+DONE = {"counts": {"train": 1900, "validation": 100}, "failed": 0}
+
+
+@pytest.fixture
+def source(tmp_path):
+    write_images(tmp_path / "source", 4)
+    return f"folder:{tmp_path / 'source'}"
+
+
+class Ran:
+    """The stages that ran, in order; kept in a file, since workers get copies of all else."""
+
+    def __init__(self, path):
+        self.path = path
+        self.clear()
+
+    def add(self, stage):
+        with self.path.open("a") as file:
+            file.write(f"{stage}\n")
+
+    def clear(self):
+        self.path.write_text("")
+
+    def names(self):
+        return self.path.read_text().split()
+
+
+@pytest.fixture
+def ran(monkeypatch, tmp_path):
+    """Replaces each stage by one that only writes its manifest; returns what ran."""
+    ran = Ran(tmp_path / "ran.txt")
+
+    def transform(stage, gpu_hint):
+        def finish(run_path):
+            ran.add(stage)
+            run = RunFolder(run_path)
+            run.begin(stage)
+            run.finish(stage, [], **DONE, attempt=time.time())
+            return run_path
+
+        return beam.Map(finish)
+
+    monkeypatch.setattr(stages_module, "transform", transform)
+    return ran
+
+
+def go(run_dir, source, stages=ALL, beam_args=BEAM, **changes):
+    run_stages(small_config(source, **changes), str(run_dir), stages, beam_args)
+
+
+def test_all_stages_in_their_order(ran, tmp_path, source, capsys):
+    go(tmp_path / "run", source)
+    assert ran.names() == list(ALL)
+    run = RunFolder(tmp_path / "run")
+    assert all(run.is_done(stage) for stage in ALL)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("prepare → train-vqvae → encode → train-prior → sample: done in ")
+    assert lines[1] == f"images: 1,900 train, 100 validation, in {tmp_path}/run/images"
+    assert lines[2] == f"new images: {tmp_path}/run/samples/samples.png"
+    assert lines[3] == f"next: vqbeam sample {tmp_path}/run --output samples.png"
+    assert len(lines) == 4
+
+
+def test_a_finished_run_is_left_alone(ran, tmp_path, source, capsys):
+    go(tmp_path / "run", source)
+    ran.clear()
+    capsys.readouterr()
+    go(tmp_path / "run", source)
+    assert ran.names() == []
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": done already, in ")[0] for line in lines[:5]] == list(ALL)
+    assert lines[-1].startswith("next: vqbeam sample")
+
+
+def test_stage_by_stage(ran, tmp_path, source, capsys):
+    for stage in ALL:
+        go(tmp_path / "run", source, (stage,))
+        out = capsys.readouterr().out
+        assert f"{stage}: done in" in out and "next: vqbeam" in out
+    assert ran.names() == list(ALL)
+    go(tmp_path / "run", source)
+    assert ran.names() == list(ALL)
+
+
+@pytest.mark.parametrize(
+    ("lost", "again"),
+    [
+        ("prepare", ALL),
+        ("train-vqvae", ALL[1:]),
+        ("encode", ALL[2:]),
+        ("train-prior", ALL[3:]),
+        ("sample", ALL[4:]),
+    ],
+)
+def test_what_was_made_from_a_lost_result_is_made_again(ran, tmp_path, source, lost, again):
+    go(tmp_path / "run", source)
+    ran.clear()
+    (RunFolder(tmp_path / "run").folder(lost) / MANIFEST).unlink()
+    go(tmp_path / "run", source)
+    assert ran.names() == list(again)
+
+
+def test_what_was_made_from_an_older_result_is_made_again(ran, tmp_path, source):
+    go(tmp_path / "run", source)
+    run = RunFolder(tmp_path / "run")
+    (run.folder("train-vqvae") / MANIFEST).unlink()
+    go(tmp_path / "run", source, ("train-vqvae",))
+    ran.clear()
+    # The codes are of the model of before: neither a new prior nor new images may use them.
+    for stages in (("train-prior",), ("sample",)):
+        with pytest.raises(VqbeamError, match="was made from inputs that have changed since; run"):
+            go(tmp_path / "run", source, stages)
+    assert ran.names() == []
+    go(tmp_path / "run", source)
+    assert ran.names() == ["encode", "train-prior", "sample"]
+
+
+def test_models_alone_are_enough_to_sample(ran, tmp_path, source):
+    go(tmp_path / "run", source)
+    run = RunFolder(tmp_path / "run")
+    for stage in ("prepare", "encode", "sample"):
+        run.folder(stage).rmtree()
+    assert run.require("train-prior") and run.require("train-vqvae")
+
+
+@pytest.mark.parametrize("stage", ALL[1:])
+def test_a_stage_needs_those_before_it(ran, tmp_path, source, stage):
+    with pytest.raises(VqbeamError, match="has no finished .* stage; run vqbeam .* PRESET --run"):
+        go(tmp_path / "run", source, (stage,))
+    assert ran.names() == []
+
+
+def test_a_damaged_result_is_named(ran, tmp_path, source):
+    go(tmp_path / "run", source, ("prepare",))
+    run = RunFolder(tmp_path / "run")
+    shard = run.folder("prepare") / "shard"
+    shard.write_text("whole")
+    run.begin("prepare")
+    run.finish("prepare", [shard], **DONE)
+    shard.write_text("hal")
+    with pytest.raises(VqbeamError, match="shard has 3 bytes instead of 5; delete .*images and ru"):
+        go(tmp_path / "run", source)
+    assert ran.names() == ["prepare"]
+
+
+def test_another_config_is_refused(ran, tmp_path, source):
+    go(tmp_path / "run", source, ("prepare",))
+    with pytest.raises(VqbeamError, match="another config .vqvae.num_codes: 12 → 16.; choose"):
+        go(tmp_path / "run", source, vqvae__num_codes=16)
+    assert ran.names() == ["prepare"]
+
+
+def test_a_mistyped_source_binds_no_folder(ran, tmp_path, source):
+    for wrong in ("folder:/nowhere", "tfds:fashion_mnits"):
+        with pytest.raises(VqbeamError, match="there is no folder|did you mean 'fashion_mnist'"):
+            go(tmp_path / "run", wrong)
+        assert not (tmp_path / "run").exists()
+    go(tmp_path / "run", source)
+    assert ran.names() == list(ALL)
+
+
+def test_no_folder_can_be_made(ran, tmp_path, source):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(VqbeamError, match="cannot write to .*; choose another --run-dir"):
+        go(tmp_path / "file" / "run", source)
+    assert ran.names() == []
+
+
+def test_failed_images_are_named_at_the_end(ran, tmp_path, source, capsys, monkeypatch):
+    monkeypatch.setitem(DONE, "failed", 3)
+    go(tmp_path / "run", source, ("prepare",))
+    letters = f"{tmp_path}/run/images/dead_letters.jsonl"
+    assert f"3 images could not be decoded; they are in {letters}\n" in capsys.readouterr().out
+
+
+def test_dataflow_is_asked_for_a_gpu(ran, tmp_path, source, monkeypatch):
+    asked = []
+
+    def transform(stage, gpu_hint):
+        asked.append(gpu_hint)
+        return beam.Map(str)
+
+    pipeline = beam.Pipeline
+    go(tmp_path / "run", source, ("prepare",))
+    monkeypatch.setattr(stages_module, "transform", transform)
+    # Beam's own would look for a project on Google Cloud.
+    monkeypatch.setattr(beam, "Pipeline", lambda options: pipeline(runner=FnApiRunner()))
+    for runner in ("FnApiRunner", "DataflowRunner"):
+        go(tmp_path / "run", source, ("train-vqvae",), [f"--runner={runner}"])
+    assert asked == [False, True]
+
+
+DONE_AGAIN = """
+import sys
+from pipelines.cli import main
+status = main(["run", sys.argv[1], "--run-dir", sys.argv[2]])
+heavy = {"tensorflow", "keras", "apache_beam", "tensorflow_datasets"} & set(sys.modules)
+print(", ".join(heavy) or "nothing heavy", file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def test_done_again_ends_at_once(ran, tmp_path, source):
+    go(tmp_path / "run", source)
+    preset = write_preset(tmp_path / "preset.py", small_config(source))
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", DONE_AGAIN, str(preset), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "nothing heavy\n"
+    assert done.stdout.count("done already") == 5
+    assert time.monotonic() - start < 20  # on a busy machine; alone it takes one

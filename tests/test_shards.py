@@ -1,0 +1,159 @@
+import dataclasses
+import json
+
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from pipeline_fixtures import small_config
+
+from configs import VqbeamError
+from pipelines.shards import (
+    ShardReport,
+    remove_leftovers,
+    write_dataset_metadata,
+    write_shard_once,
+)
+from vqvae.records import Shard, open_dataset, read_split
+from vqvae.run_folder import RunFolder
+
+STAGE = "prepare"
+SHARD = Shard("images", "train", 0, 2)
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.start(small_config("glyphs"))
+    run.begin(STAGE)
+    return run
+
+
+def write(run, *contents, shard=SHARD, fail=False, **options):
+    """Writes a shard of the contents; returns its report and whether they were asked for."""
+    asked = []
+
+    def records(facts):
+        asked.append(True)
+        yield from contents
+        if fail:
+            raise RuntimeError("gone")
+        facts["seen"] = len(contents)
+
+    return write_shard_once(run, STAGE, shard, records, **options), bool(asked)
+
+
+def read(run, shard=SHARD):
+    path = str(run.folder(STAGE) / shard.filename)
+    return list(tf.data.TFRecordDataset(path).as_numpy_iterator())
+
+
+def test_a_shard_is_written_once(run):
+    report, asked = write(run, b"one", b"three")
+    assert asked and read(run) == [b"one", b"three"]
+    size = (run.folder(STAGE) / SHARD.filename).stat().length
+    assert report == ShardReport(SHARD, "", 2, size, {"seen": 2})
+    again, asked = write(run, b"another")
+    assert not asked and again == report and read(run) == [b"one", b"three"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "other content", "other inputs"])
+def test_a_report_that_does_not_fit_is_ignored(run, damage, monkeypatch):
+    write(run, b"one", b"three", content="a")
+    path = run.folder(STAGE) / SHARD.filename
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "other inputs":
+        monkeypatch.setattr(run, "fingerprint", lambda stage: "another")
+    content = "b" if damage == "other content" else "a"
+    report, asked = write(run, b"new", content=content)
+    assert asked and report.records == 1 and read(run) == [b"new"]
+    assert not write(run, b"newer", content=content)[1]
+
+
+def test_a_failure_leaves_neither_shard_nor_report(run):
+    with pytest.raises(RuntimeError, match="gone"):
+        write(run, b"one", fail=True)
+    assert [path for path in run.folder(STAGE).iterdir() if not path.is_dir()] == []
+    assert list(run.folder(STAGE).glob(".reports-*/*")) == []
+    report, asked = write(run, b"one")
+    assert asked and report.records == 1
+
+
+def test_killed_between_shard_and_report(run, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.shards.write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write(run, b"one")
+    assert write(run, b"other")[1] and read(run) == [b"other"]
+
+
+FEATURES = tfds.features.FeaturesDict({"key": tfds.features.Text()})
+
+
+def reports_of(run, *sizes):
+    reports = []
+    for index, size in enumerate(sizes):
+        shard = Shard("images", "train", index, len(sizes))
+        records = [FEATURES.serialize_example({"key": f"{index}-{i}"}) for i in range(size)]
+        reports.append(write(run, *records, shard=shard)[0])
+    return reports
+
+
+def metadata(run, reports):
+    return write_dataset_metadata(
+        run, STAGE, reports, FEATURES, version="1.0.0", description="Keys."
+    )
+
+
+def test_makes_a_dataset_of_shards_in_any_order(run):
+    reports = reports_of(run, 3, 2, 4)
+    files, counts = metadata(run, reports[::-1])
+    assert counts == {"train": 9}
+    examples = read_split(open_dataset(run.folder(STAGE)), "train").as_numpy_iterator()
+    keys = [example["key"].decode() for example in examples]
+    assert keys == [f"{shard}-{i}" for shard, size in enumerate((3, 2, 4)) for i in range(size)]
+    names = {path.name for path in files}
+    assert {report.shard.filename for report in reports} < names
+    assert {"dataset_info.json", "features.json"} < names
+    assert all(path.exists() for path in files)
+
+
+def test_a_manifest_is_no_part_of_the_dataset(run):
+    # Where a runner does the last step of a stage a second time, it is there already.
+    reports = reports_of(run, 1)
+    first, _ = metadata(run, reports)
+    run.finish(STAGE, first)
+    again, _ = metadata(run, reports)
+    assert again == first and "manifest.json" not in {path.name for path in again}
+
+
+def test_a_shard_that_was_not_reported(run):
+    reports = reports_of(run, 3, 2, 4)
+    with pytest.raises(VqbeamError, match=r"has shards \[0, 2\] of 3 of split train; run the"):
+        metadata(run, [reports[0], reports[2]])
+    with pytest.raises(VqbeamError, match=r"has shards \[0, 0, 1, 2\] of 3"):
+        metadata(run, [*reports, reports[0]])
+
+
+def test_removes_what_does_not_belong(run):
+    reports = reports_of(run, 3, 2)
+    files, _ = metadata(run, reports)
+    folder = run.folder(STAGE)
+    (folder / f".{SHARD.filename}.0123").write_text("half a shard of a killed worker")
+    (folder / "images-train.tfrecord-00000-of-00003").write_text("of an older division")
+    (folder / ".reports-of-before").mkdir()
+    (folder / ".reports-of-before" / "x.json").write_text("{}")
+    remove_leftovers(run, STAGE, files)
+    assert sorted(folder.iterdir()) == sorted(files)
+
+
+def test_reports_are_json(run):
+    # They are read by other processes, of another start perhaps.
+    report, _ = write(run, b"one", content="a")
+    path = next(run.folder(STAGE).glob(".reports-*/*.json"))
+    assert json.loads(path.read_text()) == json.loads(json.dumps(dataclasses.asdict(report)))

@@ -1,0 +1,221 @@
+import re
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from pipeline_fixtures import CLASSES, small_config, write_images, write_tfds
+
+from configs import VqbeamError
+from pipelines.glyphs import LETTERS, Glyphs, draw_glyph
+from pipelines.images import decode_image
+from pipelines.sources import check_source, plan, prepare_source, read_unit
+
+BEAM = ["--runner=FnApiRunner"]
+
+
+def data(source, **changes):
+    return small_config(source, **{f"data__{k}": v for k, v in changes.items()}).data
+
+
+def read_all(data):
+    """Returns all images of a source as (split, key, label, bytes), in order."""
+    return [
+        (unit.shard.split, *raw[:1], raw.label, raw.data)
+        for unit in plan(data)
+        for raw in read_unit(data, unit)
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_images(tmp_path / "pictures", 25)
+    return tmp_path / "pictures"
+
+
+def test_the_units_of_a_folder_hold_each_file_once(folder):
+    settings = data(f"folder:{folder}", validation_share=0.3, images_per_shard=4)
+    units = plan(settings)
+    images = read_all(settings)
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.png")}
+    assert sorted(key for _, key, _, _ in images) == sorted(files)
+    for _, key, label, content in images:
+        assert content == files[key]
+        assert CLASSES[label] == key.partition("/")[0]
+    assert {unit.label_names for unit in units} == {CLASSES}
+    assert {unit.total for unit in units} == {25}
+    for split in ("train", "validation"):
+        of_split = [unit for unit in units if unit.shard.split == split]
+        sizes = [len(unit.images) for unit in of_split]
+        assert set(sizes[:-1]) <= {4} and 1 <= sizes[-1] <= 4
+        assert [unit.shard.index for unit in of_split] == list(range(len(sizes)))
+        assert {unit.shard.count for unit in of_split} == {len(sizes)}
+        assert 0 < sum(sizes) < 25
+    # Again, the same in the same order.
+    assert plan(settings) == units and read_all(settings) == images
+
+
+def test_limits_each_split(folder):
+    images = read_all(data(f"folder:{folder}", validation_share=0.5, max_images=5))
+    everything = read_all(data(f"folder:{folder}", validation_share=0.5))
+    for split in ("train", "validation"):
+        limited, whole = ([i for i in some if i[0] == split] for some in (images, everything))
+        assert len(limited) == 5 and limited == whole[:5]
+
+
+def test_a_folder_in_the_home_directory(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert len(read_all(data("folder:~/pictures"))) == 25
+
+
+def test_a_folder_without_classes(tmp_path):
+    write_images(tmp_path, 6, classes=())
+    units = plan(data(f"folder:{tmp_path}"))
+    assert {unit.label_names for unit in units} == {()}
+    assert {label for _, _, label, _ in read_all(data(f"folder:{tmp_path}"))} == {-1}
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "message"),
+    [
+        (0, 0.1, "holds no image"),
+        (1, 0.1, "has no image to hold out; it takes two images or more"),
+        (5, 0, "and data.validation_share above 0"),
+    ],
+)
+def test_a_folder_with_too_few_images(tmp_path, count, share, message):
+    write_images(tmp_path, count)
+    settings = data(f"folder:{tmp_path}", validation_share=share)
+    for look in (plan, check_source):
+        with pytest.raises(VqbeamError, match=message):
+            look(settings)
+
+
+@pytest.fixture
+def few_glyphs(monkeypatch, tmp_path):
+    monkeypatch.setattr(Glyphs, "COUNTS", {"train": 30, "test": 8})
+    return data("glyphs", data_dir=str(tmp_path))
+
+
+def test_glyphs_are_prepared_once_and_read_whole(few_glyphs, capsys):
+    check_source(few_glyphs)  # before it is there
+    prepare_source(few_glyphs, BEAM)
+    assert "glyphs/1.0.0 is not in " in capsys.readouterr().out
+    prepare_source(few_glyphs, BEAM)
+    assert capsys.readouterr().out == ""
+    check_source(few_glyphs)
+    images = read_all(few_glyphs)
+    assert [split for split, *_ in images] == ["train"] * 30 + ["validation"] * 8
+    assert len({key for _, key, _, _ in images}) == 38
+    assert all(re.fullmatch(r"glyphs-\w+\.tfrecord-\d+-of-\d+__\d+", i[1]) for i in images)
+    assert read_all(few_glyphs) == images
+    # TFDS puts them in an order of its own: compare by content.
+    drawn = [draw_glyph(0, index) for index in range(38)]
+    found = [
+        (decode_image(content, height=32, width=32, channels=3, fit="crop"), label)
+        for _, _, label, content in images
+    ]
+    for some in (drawn, found):
+        some.sort(key=lambda pair: pair[0].tobytes())
+    for (image, label), (expected, letter) in zip(found, drawn, strict=True):
+        np.testing.assert_array_equal(image, expected)
+        assert label == letter
+    assert plan(few_glyphs)[0].label_names == tuple(LETTERS)
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """A dataset that TFDS knows by its files alone; returns its settings and its content."""
+    splits = {"train": 13, "test": 5, "extra": 2}
+    written = write_tfds(tmp_path, "own_set", "1.2.3", (5, 6, 3), splits, ["no", "yes"])
+    return data("tfds:own_set", data_dir=str(tmp_path), images_per_shard=5), written
+
+
+def test_a_prepared_dataset_is_read_in_its_order(prepared):
+    settings, written = prepared
+    prepare_source(settings, BEAM)
+    images = read_all(settings)
+    expected = [*written["train"], *written["test"]]
+    for index, (split, key, label, content) in enumerate(images):
+        number = index if split == "train" else index - 13
+        theirs = "train" if split == "train" else "test"
+        assert key == f"own_set-{theirs}.tfrecord-00000-of-00001__{number}"
+        image = decode_image(content, height=5, width=6, channels=3, fit="crop")
+        np.testing.assert_array_equal(image, expected[index][0])
+        assert label == expected[index][1]
+    assert len(images) == 18
+    assert [len(unit.images) for unit in plan(settings)] == [5, 5, 3, 5]
+    assert {unit.total for unit in plan(settings)} == {18}
+
+
+def test_other_splits_and_no_label(prepared, tmp_path):
+    settings = data(
+        "tfds:own_set",
+        data_dir=str(tmp_path),
+        validation_split="extra",
+        label_key="class",
+        max_images=4,
+    )
+    assert [split for split, *_ in read_all(settings)] == ["train"] * 4 + ["validation"] * 2
+    assert {label for _, _, label, _ in read_all(settings)} == {-1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_split": "trian"}, "own_set/1.2.3 has no split 'trian'; set data.train_split to"),
+        ({"validation_split": "val"}, "set data.validation_split to one of .*test"),
+        ({"image_key": "picture"}, "no feature 'picture'; set data.image_key to one of .*image"),
+        ({"image_key": "label"}, "feature 'label' of own_set/1.2.3 holds no image"),
+    ],
+)
+def test_what_a_dataset_lacks(prepared, tmp_path, changes, message):
+    settings = data("tfds:own_set", data_dir=str(tmp_path), **changes)
+    for look in (plan, check_source):
+        with pytest.raises(VqbeamError, match=message):
+            look(settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fashion_mnits", "^TFDS has no dataset 'fashion_mnits'; did you mean 'fashion_mnist'\\?$"),
+        ("zzzzzzzzz", "^TFDS has no dataset 'zzzzzzzzz'; see tfds.list_builders"),
+        ("fashion_mnist:9.9.9", "^TFDS refuses 'fashion_mnist:9.9.9': .*only: 3.0.1"),
+        ("no such name!", "^TFDS refuses 'no such name!'"),
+    ],
+)
+def test_datasets_that_tfds_does_not_have(name, message, tmp_path):
+    settings = data(f"tfds:{name}", data_dir=str(tmp_path))
+    for look in (check_source, plan, lambda settings: prepare_source(settings, BEAM)):
+        with pytest.raises(VqbeamError, match=message) as caught:
+            look(settings)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_host_that_cannot_be_reached(tmp_path, monkeypatch, capsys):
+    settings = data("tfds:fashion_mnist", data_dir=str(tmp_path))
+
+    def unreachable(self, **_):
+        # What to do is said before TFDS begins its retries, which take minutes.
+        said = capsys.readouterr().out
+        assert "fashion_mnist/3.0.1 is not in" in said and "--data.data-dir" in said
+        raise ConnectionError("Max retries exceeded\nwith url: /x")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", unreachable)
+    check_source(settings)  # says nothing of a dataset that is only not there yet
+    with pytest.raises(VqbeamError) as caught:
+        prepare_source(settings, BEAM)
+    assert str(caught.value) == (
+        "TFDS could not prepare fashion_mnist/3.0.1 (Max retries exceeded); where its host cannot "
+        "be reached, prepare it elsewhere and give its folder by --data.data-dir"
+    )
+
+
+def test_a_damaged_record_of_tfds(prepared, tmp_path):
+    settings, _ = prepared
+    shard = tmp_path / "own_set" / "1.2.3" / "own_set-train.tfrecord-00000-of-00001"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 255
+    shard.write_bytes(bytes(content))
+    with pytest.raises(VqbeamError, match="a record in .*own_set/1.2.3 is damaged"):
+        read_all(settings)

@@ -1,0 +1,45 @@
+import apache_beam as beam
+import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+from pipelines.arguments import STAGES
+from pipelines.stages import GPU_HINTS, transform
+from vqvae import run_folder
+
+
+def hints_of_steps(gpu_hint):
+    """Returns the resource hints of every step, by its full name, as a runner is told them."""
+    options = PipelineOptions(["--runner=FnApiRunner"])
+    pipeline = beam.Pipeline(runner=FnApiRunner(), options=options)
+    runs = pipeline | beam.Create(["run"])
+    for stage in STAGES:
+        runs = runs | stage >> transform(stage, gpu_hint)
+    components = pipeline.to_runner_api().components
+    return {
+        step.unique_name: dict(components.environments[step.environment_id].resource_hints)
+        for step in components.transforms.values()
+        if step.environment_id
+    }
+
+
+def test_only_training_asks_for_a_gpu():
+    steps = hints_of_steps(gpu_hint=True)
+    hinted = {name for name, hints in steps.items() if hints}
+    assert {name.partition("/")[0] for name in hinted} == {"train-vqvae", "train-prior"}
+    for name in hinted:
+        assert steps[name]["beam:resources:accelerator:v1"] == GPU_HINTS["accelerator"].encode()
+        assert steps[name]["beam:resources:min_ram_bytes:v1"] == b"16000000000"
+    first = {name.partition("/")[0] for name in steps}
+    assert set(STAGES) <= first
+
+
+def test_nothing_is_asked_of_other_runners():
+    # Each distinct hint would cost a set of worker processes.
+    assert not any(hints_of_steps(gpu_hint=False).values())
+
+
+def test_every_stage_of_a_run_has_a_transform():
+    assert tuple(run_folder.STAGES) == STAGES
+    with pytest.raises(ValueError, match="smaple"):
+        transform("smaple", False)

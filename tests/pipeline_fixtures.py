@@ -66,7 +66,7 @@ def write_images(folder, count=24, *, classes=CLASSES, seed=0):
     return pixels
 
 
-def write_tfds(data_dir, name, version, image_shape, splits, label_names):
+def write_tfds(data_dir, name, version, image_shape, splits, label_names, texts=()):
     """Writes noise as TFDS would have prepared a dataset; returns it as `read_tfds` does.
 
     Args:
@@ -76,6 +76,7 @@ def write_tfds(data_dir, name, version, image_shape, splits, label_names):
         image_shape: (H, W, C).
         splits: Number of images in each split.
         label_names: The classes.
+        texts: Names of further features.
     """
     import tensorflow_datasets as tfds
     from etils import epath
@@ -89,6 +90,7 @@ def write_tfds(data_dir, name, version, image_shape, splits, label_names):
         {
             "image": tfds.features.Image(shape=image_shape, encoding_format="png"),
             "label": tfds.features.ClassLabel(names=list(label_names)),
+            **{text: tfds.features.Text() for text in texts},
         }
     )
     template = tfds.core.ShardedFileTemplate(
@@ -102,7 +104,8 @@ def write_tfds(data_dir, name, version, image_shape, splits, label_names):
             for i in range(count)
         ]
         records = [
-            serialize(features, {"image": image, "label": label}) for image, label in written[split]
+            serialize(features, {"image": image, "label": label, **dict.fromkeys(texts, "x")})
+            for image, label in written[split]
         ]
         size = write_shard(folder / Shard(dataset, split, 0, 1).filename, records)
         infos.append(

@@ -1,6 +1,8 @@
 """Fashion-MNIST: 70,000 grayscale pictures of clothes, 28×28, in 10 classes; for a 2-core CPU.
 
-TFDS downloads it (30 MB).
+TFDS downloads it (30 MB). On two cores of an AMD EPYC with bfloat16, which did other work as well, it
+took 35 minutes: reconstructions at a PSNR of 23.05 dB, all codes used with a perplexity of 172, and a
+prior of 2.104 nats per code (0.1897 bits per dimension), all on the test split.
 """
 
 from configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig
@@ -12,7 +14,7 @@ CONFIG = Config(
         num_codes=256,  # gray patches of 4×4 pixels vary little
         code_dim=32,
         downsampling=4,  # a 7×7 grid: 49 codes for the prior to learn
-        width=64,  # half the classic width: grayscale needs less, and trains twice as fast
+        width=64,  # half the classic width: grayscale needs less
         residual_layers=2,
         residual_width=32,
         batch_size=64,
@@ -26,11 +28,11 @@ CONFIG = Config(
         width=192,
         heads=6,
         batch_size=64,
-        steps=4500,  # 4.8 passes: about a quarter of an hour on two cores
+        steps=4500,  # 4.8 passes
         steps_per_epoch=500,
         learning_rate=1e-3,
         warmup_steps=200,
-        dtype="mixed_bfloat16",  # twice the speed of float32 on a CPU with bfloat16
+        dtype="mixed_bfloat16",  # faster on a CPU with bfloat16; see benchmarks/choices.py
     ),
     sample=SampleConfig(num=80, temperature=0.9, guidance=2.0, batch_size=80),
 )

@@ -11,6 +11,8 @@ from configs import VqbeamError
 from pipelines.inspect import describe
 from vqvae.run_folder import MANIFEST, STAGES, RunFolder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(finished_run, tmp_path):

@@ -127,6 +127,7 @@ def test_a_finished_stage_is_left_alone(trained):
     assert (run.folder(STAGE) / MODEL_FILE).stat().mtime == before
 
 
+@pytest.mark.slow
 def test_same_run_same_weights_even_when_broken_off(trained, tmp_path, config, monkeypatch):
     run, _, manifest = trained
     other, _ = encoded_run(tmp_path / "run", config)

@@ -10,6 +10,8 @@ from pipelines.reconstruct import reconstruct
 from vqvae.run_folder import RunFolder
 from vqvae.training import load_vqvae
 
+pytestmark = pytest.mark.slow
+
 
 def validation_images(run):
     return np.stack([e["image"] for e in read_records(run.folder("prepare"))["validation"]])

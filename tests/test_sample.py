@@ -13,6 +13,8 @@ from pipelines.sample import Samples, sample, sample_stage, write_samples
 from vqvae.run_folder import RunFolder
 from vqvae.training import load_vqvae
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def draw(finished_run, tmp_path_factory):

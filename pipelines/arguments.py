@@ -1,17 +1,15 @@
 """The grammar of the command line: words in, a checked `Command` out. Starts nothing."""
 
-import argparse
 import dataclasses
 import difflib
-import importlib.metadata
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import configs
 from configs import SECTIONS, SampleConfig, VqbeamError
-from pipelines.beam_flags import add_beam_flags, with_runner
+from pipelines.beam_flags import with_runner
+from pipelines.parser import Parser, UsageError, count, nonempty
 
 STAGES = ("prepare", "train-vqvae", "encode", "train-prior", "sample")
 
@@ -64,10 +62,6 @@ class Command:
     arguments: dict[str, Any]
 
 
-class UsageError(Exception):
-    """The command line is wrong; the message is all that the user needs to see."""
-
-
 def parse(argv: Sequence[str]) -> Command:
     """Returns the command that the words of a command line stand for.
 
@@ -101,10 +95,10 @@ def parse(argv: Sequence[str]) -> Command:
 
 def _parse_stages(verb: str, words: Sequence[str]) -> dict[str, Any]:
     rest = "PRESET --run-dir DIR [--smoke] [--SECTION.FIELD VALUE ...] [Beam options]"
-    parser = _Parser(verb, rest, epilog=_BEAM_HELP.format(verb=verb))
-    parser.add("PRESET", _text, "a name from `vqbeam presets`, or a .py file that sets CONFIG")
-    folder = "the run's folder, which may be gs://..."
-    parser.add("--run-dir", _text, folder, metavar="DIR", required=True)
+    parser = _verb_parser(verb, rest, epilog=_BEAM_HELP.format(verb=verb))
+    parser.add("PRESET", nonempty, "a name from `vqbeam presets`, or a .py file that sets CONFIG")
+    folder = "the run's folder; made if it is not there"
+    parser.add("--run-dir", nonempty, folder, metavar="DIR", required=True)
     parser.add_argument(
         "--smoke", dest="--smoke", action="store_true", help="shrink the preset to run in seconds"
     )
@@ -129,13 +123,13 @@ def _parse_stages(verb: str, words: Sequence[str]) -> dict[str, Any]:
 
 
 def _parse_sample(words: Sequence[str]) -> dict[str, Any]:
-    parser = _Parser("sample", "DIR [options]")
-    parser.add("DIR", _text, "the run's folder")
+    parser = _verb_parser("sample", "DIR [options]")
+    parser.add("DIR", nonempty, "the run's folder")
     forms = "a .png (labelled grid), a .npz (arrays) or a folder (unset: samples.png)"
-    parser.add("--output", _text, forms, metavar="PATH")
+    parser.add("--output", nonempty, forms, metavar="PATH")
     parser.add(
         "--label",
-        _text,
+        nonempty,
         "the classes to draw, in turn (unset: all of them)",
         nargs="+",
         action="extend",
@@ -158,148 +152,33 @@ def _parse_sample(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _parse_reconstruct(words: Sequence[str]) -> dict[str, Any]:
-    parser = _Parser("reconstruct", "DIR --output FILE.png [--num N]")
-    parser.add("DIR", _text, "the run's folder")
-    parser.add("--output", _text, "the .png file to write", metavar="FILE.png", required=True)
-    parser.add("--num", _count, "images to draw (default: 16)", metavar="N", default=16)
+    parser = _verb_parser("reconstruct", "DIR --output FILE.png [--num N]")
+    parser.add("DIR", nonempty, "the run's folder")
+    parser.add("--output", nonempty, "the .png file to write", metavar="FILE.png", required=True)
+    parser.add("--num", count, "images to draw (default: 16)", metavar="N", default=16)
     given = parser.parse_words(words)
     return {"run_dir": given["DIR"], "output": given["--output"], "num": given["--num"]}
 
 
 def _parse_inspect(words: Sequence[str]) -> dict[str, Any]:
-    parser = _Parser("inspect", "DIR")
-    parser.add("DIR", _text, "the run's folder")
+    parser = _verb_parser("inspect", "DIR")
+    parser.add("DIR", nonempty, "the run's folder")
     return {"run_dir": parser.parse_words(words)["DIR"]}
 
 
 def _parse_presets(words: Sequence[str]) -> dict[str, Any]:
-    _Parser("presets", "").parse_words(words)
+    _verb_parser("presets", "").parse_words(words)
     return {}
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser of one verb, whose errors are one line each."""
-
-    def __init__(self, verb: str, usage: str, **texts: str):
-        summary = VERBS.get(verb, "")
-        super().__init__(
-            prog=f"vqbeam {verb}".strip(),
-            usage=" ".join(filter(None, ("vqbeam", verb, usage))),
-            **{"description": f"{summary[:1].upper()}{summary[1:]}."} | texts,
-            formatter_class=_formatter,
-            allow_abbrev=False,
-            add_help=False,
-        )
-        self.add_argument("-h", "--help", action="help", help="show this text and exit")
-        self.add_argument(
-            "--version", action="version", version=_version(), help="show the version and exit"
-        )
-
-    def add(self, name: str, kind: Any, help: str, group: Any = None, **options: Any) -> None:
-        """Adds a positional or a flag; `parse_words` answers with it by its name, if given."""
-        if name.startswith("-"):
-            options = {"dest": name, "default": argparse.SUPPRESS} | options
-        convert, metavar = _KINDS.get(kind, (kind, None))
-        options = {"type": convert, "metavar": metavar, "help": help.replace("%", "%%")} | options
-        (group or self).add_argument(name, **options)
-
-    def add_fields(self, section: str, prefix: str, group: Any) -> dict[str, str]:
-        """Adds a flag for each field of a config section; returns them by dotted name."""
-        flags = {}
-        for name, field, kind in configs.field_types():
-            if name.startswith(f"{section}."):
-                flags[name] = prefix + field.name.replace("_", "-")
-                choices = field.metadata["choices"]
-                metavar = f"{{{','.join(choices)}}}" if choices else _KINDS[kind][1]
-                convert = _optional(kind) if _takes_none(field) else kind
-                self.add(flags[name], convert, _field_help(field), group, metavar=metavar)
-        return flags
-
-    def parse_words(self, words: Sequence[str], beam: bool = False) -> dict[str, Any]:
-        """Returns what the words set, by name; with `beam`, Beam's flags under "beam_args"."""
-        words = self._spelled(words)
-        unknown = self._unknown_flags(words)
-        if unknown and beam:
-            add_beam_flags(self)
-            words = self._spelled(words)
-            unknown = self._unknown_flags(words)
-        if unknown:
-            hint = _flag_hint(unknown[0], self.flags) or f"see {self.prog} --help"
-            raise UsageError(f"vqbeam: unknown flag {unknown[0]}; {hint}")
-        given, stray = self.parse_known_args(words)
-        if stray:
-            self.error(f"unexpected argument {stray[0]!r}")
-        return vars(given)
-
-    @property
-    def flags(self) -> list[str]:
-        return list(self._option_string_actions)
-
-    def _spelled(self, words: Sequence[str]) -> list[str]:
-        """Returns the words with dashes and underscores in flags as they are registered."""
-        registered = {flag.replace("_", "-"): flag for flag in self.flags}
-        spelled = []
-        for word in words:
-            flag = _flag(word)
-            known = registered.get(flag.replace("_", "-"), flag)
-            spelled.append(known + word[len(flag) :])
-        return spelled
-
-    def _unknown_flags(self, words: Sequence[str]) -> list[str]:
-        return [_flag(word) for word in words if _flag(word) and _flag(word) not in self.flags]
-
-    def error(self, message: str) -> NoReturn:
-        message = message.removeprefix("argument ")
-        message = message.replace("the following arguments are required:", "missing")
-        message = re.sub(r"expected (one|at least one) argument$", "needs a value", message)
-        message = re.sub(r"ignored explicit argument .*", "takes no value", message)
-        raise UsageError(f"{self.prog}: {message} (see {self.prog} --help)")
+def _verb_parser(verb: str, usage: str, **texts: str) -> Parser:
+    summary = f"{VERBS[verb][:1].upper()}{VERBS[verb][1:]}."
+    return Parser(verb, usage, description=summary, **texts)
 
 
-def _top_parser() -> _Parser:
+def _top_parser() -> Parser:
     verbs = "\n".join(f"  {verb:<13} {summary}" for verb, summary in VERBS.items())
-    return _Parser("", "VERB ...", description=_TOP_DESCRIPTION.format(verbs=verbs))
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=100)
-
-
-def _version() -> str:
-    try:
-        return f"vqbeam {importlib.metadata.version('vqbeam')}"
-    except importlib.metadata.PackageNotFoundError:
-        return "vqbeam (not installed)"
-
-
-def _flag(word: str) -> str:
-    """Returns the flag that a word of the command line sets; empty if it is none."""
-    is_flag = word.startswith("-") and not re.fullmatch(r"-+|-[\d.].*", word)
-    return word.partition("=")[0] if is_flag else ""
-
-
-def _flag_hint(flag: str, known: Iterable[str]) -> str:
-    spelled = {name.replace("_", "-"): name for name in known}
-    wanted = "--" + flag.strip("-").replace("_", "-").lower()
-    fields = [name for name in spelled if name.endswith("." + wanted.strip("-"))]
-    close = fields or difflib.get_close_matches(wanted, spelled, n=1)
-    return f"did you mean {' or '.join(spelled[name] for name in close)}?" if close else ""
-
-
-def _takes_none(field: dataclasses.Field) -> bool:
-    return type(None) in get_args(field.type)
-
-
-def _field_help(field: dataclasses.Field) -> str:
-    limits = field.metadata
-    low, high = (
-        f"{limits[key]:,}" if limits[key] is not None else "" for key in ("minimum", "maximum")
-    )
-    span = f"{low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}"
-    notes = [span] if low or high else []
-    if _takes_none(field):
-        notes.append('or "none"')
-    return field.metadata["help"] + (f" ({', '.join(notes)})" if notes else "")
+    return Parser("", "VERB ...", description=_TOP_DESCRIPTION.format(verbs=verbs))
 
 
 def _in_range(build: Callable[[], Any], flags: Mapping[str, str]) -> Any:
@@ -309,40 +188,3 @@ def _in_range(build: Callable[[], Any], flags: Mapping[str, str]) -> Any:
     except VqbeamError as error:
         message = re.sub(r"[a-z]+\.[a-z_]+", lambda name: flags.get(name[0], name[0]), str(error))
         raise VqbeamError(message) from None
-
-
-def _text(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("is empty")
-    return text
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-
-
-def _count(text: str) -> int:
-    if _whole(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
-    return number
-
-
-def _optional(kind: type) -> Callable[[str], Any]:
-    convert = _KINDS[kind][0]
-    return lambda text: None if text == "none" else convert(text)
-
-
-_KINDS = {int: (_whole, "N"), float: (_number, "X"), str: (_text, "TEXT")}

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 
 import configs
 from configs import VqbeamError
-from pipelines.arguments import Command, UsageError, parse
+from pipelines.arguments import Command, parse
+from pipelines.parser import UsageError
 
 # A builtin exception or one with its module, at the start of a line.
 _EXCEPTION_LINE = re.compile(

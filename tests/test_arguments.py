@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 
 import configs
-from pipelines import arguments
-from pipelines.arguments import STAGES, VERBS, UsageError, parse
+from pipelines.arguments import STAGES, VERBS, parse
+from pipelines.parser import Parser, UsageError
 
 PRESET = """
 from configs import Config, DataConfig, VQVAEConfig
@@ -67,7 +67,7 @@ def test_flags_may_stand_before_the_preset(preset):
 @pytest.mark.parametrize("separator", ["-", "_"])
 @pytest.mark.parametrize("name,field,kind", FIELDS, ids=[name for name, _, _ in FIELDS])
 def test_every_config_field_is_a_flag(name, field, kind, separator):
-    parser = arguments._Parser("run", "")
+    parser = Parser("run", "")
     parser.add("--seed", int, "")
     fields = {"seed": "--seed"}
     for section in configs.SECTIONS:

@@ -171,8 +171,9 @@ def read_split(builder: Any, split: str, *, first: int = 0, last: int | None = N
 def training_batches(dataset, *, size: int, batch_size: int, first_step: int, seed: int):
     """Returns endless shuffled batches, beginning with that of `first_step`.
 
-    The order is a function of the seed (and of TensorFlow's global one): pass p over the data is shuffled with seed + p, and
-    batches run across passes. To begin in the middle skips part of one pass and reads no other.
+    The order is a function of the seed (and of TensorFlow's global one): pass p over the data is
+    shuffled with seed + p, and batches run across passes. To begin in the middle skips part of one
+    pass and reads no other.
 
     Args:
         dataset: tf.data.Dataset of `size` examples.

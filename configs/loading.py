@@ -59,8 +59,12 @@ def _preset_module(name: str) -> types.ModuleType:
     except VqbeamError:
         raise
     except Exception as error:
-        raise VqbeamError(f"preset file {name!r} does not load: {error!r}") from error
+        raise VqbeamError(f"preset file {name!r} does not load: {_one_line(error)}") from error
     return module
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def field_types() -> Iterator[tuple[str, dataclasses.Field, Any]]:

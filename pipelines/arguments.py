@@ -2,12 +2,13 @@
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import configs
-from configs import SECTIONS, SampleConfig, VqbeamError
+from configs import SECTIONS, Config, SampleConfig, VqbeamError
 from pipelines.beam_flags import with_runner
 from pipelines.parser import Parser, UsageError, count, nonempty
 
@@ -100,7 +101,10 @@ def _parse_stages(verb: str, words: Sequence[str]) -> dict[str, Any]:
     folder = "the run's folder; made if it is not there"
     parser.add("--run-dir", nonempty, folder, metavar="DIR", required=True)
     parser.add_argument(
-        "--smoke", dest="--smoke", action="store_true", help="shrink the preset to run in seconds"
+        "--smoke",
+        dest="--smoke",
+        action="store_true",
+        help="shrink the preset to run in seconds; its pictures are gray",
     )
     parser.add("--seed", int, "seed of all random numbers (unset: the preset's)")
     flags = {"seed": "--seed"}
@@ -114,12 +118,25 @@ def _parse_stages(verb: str, words: Sequence[str]) -> dict[str, Any]:
     if given["--smoke"]:
         config = configs.smoke(config)
     values = {name: given[flag] for name, flag in flags.items() if flag in given}
+    config = _in_range(lambda: configs.override(config, values), flags)
     return {
-        "config": _in_range(lambda: configs.override(config, values), flags),
+        "config": _with_whole_path(config),
         "run_dir": given["--run-dir"],
         "stages": STAGES if verb == "run" else (verb,),
         "beam_args": with_runner(given.get("beam_args", [])),
     }
+
+
+def _with_whole_path(config: Config) -> Config:
+    """Returns the config with a local folder of images named from the root.
+
+    A run may be gone on with from another working directory.
+    """
+    kind, _, path = config.data.source.partition(":")
+    if kind != "folder" or "://" in path:
+        return config
+    whole = os.path.abspath(os.path.expanduser(path))
+    return configs.override(config, {"data.source": f"folder:{whole}"})
 
 
 def _parse_sample(words: Sequence[str]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def _facts(run: RunFolder, stage: str) -> list[str]:
             return [
                 _counts(manifest["counts"], "images"),
                 f"{classes} classes" if classes else "no classes",
-                f"{manifest['failed']} images could not be decoded",
+                f"could not be decoded: {manifest['failed']}",
             ]
         case "train-vqvae":
             m = manifest["measures"]
@@ -75,7 +75,7 @@ def _facts(run: RunFolder, stage: str) -> list[str]:
             return [
                 _counts(manifest["counts"], "grids"),
                 f"codebook use: perplexity {manifest['perplexity']:.0f}, "
-                f"{manifest['codes_used']} codes",
+                f"{manifest['codes_used']} of {run.load_config().vqvae.num_codes} codes",
             ]
         case "train-prior":
             m = manifest["measures"]

@@ -30,4 +30,4 @@ def reconstruct(run_dir: str, output: str, num: int = 16) -> None:
         examples = read_split(builder, "validation", last=min(num, size))
         images = np.stack([example["image"] for example in examples.as_numpy_iterator()])
     save_png(reconstruction_figure(images, reconstruct_images(model, images)), path)
-    print(f"{len(images)} originals above their reconstructions: {path}")
+    print(f"originals above their reconstructions, {len(images)} of each: {path}")

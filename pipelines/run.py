@@ -87,13 +87,21 @@ def _closing_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:
         lines.append(f"images: {counts}, in {run.folder('prepare')}")
         if images["failed"]:
             letters = run.folder("prepare") / "dead_letters.jsonl"
-            lines.append(f"{images['failed']} images could not be decoded; they are in {letters}")
+            lines.append(f"could not be decoded: {images['failed']} images, listed in {letters}")
     if "sample" in stages:
         lines.append(f"new images: {run.folder('sample') / 'samples.png'}")
         lines.append(f"next: vqbeam sample {run.root} --output samples.png")
     else:
-        lines.append(f"written to {run.folder(stages[-1])}; next: vqbeam inspect {run.root}")
+        lines.append(f"written to {run.folder(stages[-1])}")
+        lines.append(f"next: {_next_command(run, stages[-1])}")
     return lines
+
+
+def _next_command(run: RunFolder, stage: str) -> str:
+    following = list(STAGES)[list(STAGES).index(stage) + 1]
+    if following == "sample":
+        return f"vqbeam sample {run.root} --output samples.png"
+    return f"vqbeam {following} with the same preset and settings"
 
 
 def _duration(seconds: float) -> str:

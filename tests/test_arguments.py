@@ -346,3 +346,18 @@ def test_top_level_help_lists_each_verb(capsys):
     shown = capsys.readouterr().out
     for verb, summary in VERBS.items():
         assert f"  {verb:<13} {summary}\n" in shown
+
+
+def test_a_folder_of_images_is_named_from_the_root(parse_run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    whole = {
+        "photos": f"{tmp_path}/photos",
+        "../photos/": f"{tmp_path.parent}/photos",
+        "~/photos": "/home/me/photos",
+        "/a/b": "/a/b",
+        "gs://bucket/photos": "gs://bucket/photos",
+    }
+    for given, path in whole.items():
+        assert parse_run(f"--data.source=folder:{given}")["config"].data.source == f"folder:{path}"
+    assert parse_run("--data.source=tfds:mnist")["config"].data.source == "tfds:mnist"

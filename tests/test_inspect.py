@@ -39,7 +39,7 @@ def test_a_finished_run(finished_run):
     counts = finished_run.manifest("prepare")["counts"]
     shown = f"{counts['train']} train, {counts['validation']} validation"
     assert sum(counts.values()) == 24
-    assert f"  24 images: {shown}\n  3 classes\n  1 images could not be decoded\n" in text
+    assert f"  24 images: {shown}\n  3 classes\n  could not be decoded: 1\n" in text
     assert f"  24 grids: {shown}\n" in text
     manifests = {stage: finished_run.manifest(stage) for stage in STAGES}
     vqvae, prior = (manifests[stage]["measures"] for stage in ("train-vqvae", "train-prior"))

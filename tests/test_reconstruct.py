@@ -22,7 +22,10 @@ def test_originals_above_reconstructions(finished_run, tmp_path, capsys):
     count = min(2, len(images))
     path = tmp_path / "new" / "pairs.png"
     reconstruct(str(finished_run.root), str(path), num=count)
-    assert capsys.readouterr().out == f"{count} originals above their reconstructions: {path}\n"
+    assert (
+        capsys.readouterr().out
+        == f"originals above their reconstructions, {count} of each: {path}\n"
+    )
     with Image.open(path) as figure:
         assert figure.size == (count * 68 + 4, 2 * 68 + 4)
         shown = np.asarray(figure)

@@ -161,9 +161,16 @@ def test_a_damaged_result_is_named(ran, tmp_path, source):
 
 def test_another_config_is_refused(ran, tmp_path, source):
     go(tmp_path / "run", source, ("prepare",))
-    with pytest.raises(VqbeamError, match="another config .vqvae.num_codes: 12 → 16.; choose"):
-        go(tmp_path / "run", source, vqvae__num_codes=16)
+    with pytest.raises(VqbeamError, match="another config .data.max_failed: .*; choose"):
+        go(tmp_path / "run", source, data__max_failed=0.5)
     assert ran.names() == ["prepare"]
+
+
+def test_a_stage_that_is_not_done_takes_new_settings(ran, tmp_path, source):
+    go(tmp_path / "run", source, ("prepare",))
+    go(tmp_path / "run", source, ("prepare", "train-vqvae"), vqvae__num_codes=16)
+    assert ran.names() == ["prepare", "train-vqvae"]
+    assert RunFolder(tmp_path / "run").load_config().vqvae.num_codes == 16
 
 
 def test_a_mistyped_source_binds_no_folder(ran, tmp_path, source):
@@ -186,7 +193,7 @@ def test_failed_images_are_named_at_the_end(ran, tmp_path, source, capsys, monke
     monkeypatch.setitem(DONE, "failed", 3)
     go(tmp_path / "run", source, ("prepare",))
     letters = f"{tmp_path}/run/images/dead_letters.jsonl"
-    assert f"3 images could not be decoded; they are in {letters}\n" in capsys.readouterr().out
+    assert f"could not be decoded: 3 images, listed in {letters}\n" in capsys.readouterr().out
 
 
 def test_dataflow_is_asked_for_a_gpu(ran, tmp_path, source, monkeypatch):

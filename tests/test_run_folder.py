@@ -32,11 +32,33 @@ def test_stores_the_config(run, tiny_config):
 
 
 def test_refuses_another_config_and_names_the_fields(run, tiny_config):
+    finish(run, "train-vqvae")
     other = tiny_config(vqvae__num_codes=16, seed=3)
     message = r"run holds .*\((seed: 0 → 3; vqvae.num_codes: 12 → 16|.*16; seed: 0 → 3)\); choose"
     with pytest.raises(VqbeamError, match=message):
         run.start(other)
     assert run.load_config() == tiny_config()
+
+
+def test_settings_of_stages_with_nothing_to_lose_may_change(run, tiny_config):
+    run.start(tiny_config(seed=3, data__max_failed=0.5))
+    finish(run, "prepare")
+    run.start(tiny_config(seed=3, data__max_failed=0.5, prior__layers=2))
+    assert run.load_config().prior.layers == 2
+    assert run.is_done("prepare")
+    with pytest.raises(VqbeamError, match="another config .data.max_failed: 0.5 → 0.01.; choose"):
+        run.start(tiny_config(seed=3, prior__layers=2))
+    with pytest.raises(VqbeamError, match="another config .seed: 3 → 0.; choose"):
+        run.start(tiny_config(data__max_failed=0.5, prior__layers=2))
+
+
+def test_a_checkpoint_is_something_to_lose(run, tiny_config):
+    checkpoint = run.folder("train-vqvae") / "checkpoints" / "f" / "epoch-00001.weights.h5"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_text("")
+    run.start(tiny_config(prior__layers=2))
+    with pytest.raises(VqbeamError, match="another config .vqvae.num_codes: 12 → 16.; choose"):
+        run.start(tiny_config(prior__layers=2, vqvae__num_codes=16))
 
 
 def test_a_folder_without_a_run(tmp_path):
@@ -161,6 +183,15 @@ def test_fingerprint_changes_with_all_that_a_stage_reads(run, tmp_path, tiny_con
     # It does not change with what the stage itself writes.
     finish(run, "train-vqvae")
     assert run.fingerprint("train-vqvae") == prints[3]
+
+
+def test_fingerprint_does_not_change_with_the_settings_of_other_stages(run, tiny_config):
+    finish(run, "prepare")
+    before = run.fingerprint("train-vqvae")
+    run.start(tiny_config(prior__layers=2))
+    assert run.fingerprint("train-vqvae") == before
+    run.start(tiny_config(prior__layers=2, vqvae__num_codes=16))
+    assert run.fingerprint("train-vqvae") != before
 
 
 def test_fingerprint_does_not_depend_on_the_place(tmp_path, tiny_config):

@@ -31,6 +31,14 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "train-prior": ("prior", ("encode",)),
     "sample": ("samples", ("train-vqvae", "train-prior")),
 }
+# The section of the config that each stage goes by.
+_SECTIONS = {
+    "prepare": "data",
+    "train-vqvae": "vqvae",
+    "encode": "encode",
+    "train-prior": "prior",
+    "sample": "sample",
+}
 MANIFEST = "manifest.json"
 _CONFIG = "config.json"
 
@@ -54,18 +62,23 @@ class RunFolder:
         return (self.root / _CONFIG).exists()
 
     def start(self, config: Config) -> None:
-        """Makes the folder and stores the config; a folder of another config is refused.
+        """Makes the folder and stores the config.
+
+        A setting may change until the stage that it belongs to has something to lose: a result, or
+        a checkpoint. After that, a folder of another config is refused.
 
         Raises:
             VqbeamError: The folder holds a run with another config, or is not writable.
         """
         if self.exists():
-            if changed := differences(self.load_config(), config):
+            changed = differences(self.load_config(), config)
+            if any(self._is_bound(change) for change in changed):
                 raise VqbeamError(
-                    f"{self.root} holds a run with another config ({'; '.join(changed)}); "
-                    "choose another --run-dir, or the settings of that run"
+                    f"{self.root} holds a run with another config ({'; '.join(changed)}); choose "
+                    "another --run-dir, or repeat the settings of that run"
                 )
-            return
+            if not changed:
+                return
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             write_json(self.root / _CONFIG, to_dict(config))
@@ -73,6 +86,16 @@ class RunFolder:
             raise VqbeamError(
                 f"cannot write to {self.root} ({error.strerror}); choose another --run-dir"
             ) from error
+
+    def _is_bound(self, change: str) -> bool:
+        """Tells whether a changed setting, such as `vqvae.num_codes: 256 → 512`, comes too late."""
+        section, dot, _ = change.partition(":")[0].partition(".")
+        return any(
+            (self.folder(stage) / MANIFEST).exists()
+            or any(self.folder(stage).glob("checkpoints/*/epoch-*"))
+            for stage in STAGES
+            if not dot or _SECTIONS[stage] == section
+        )
 
     def load_config(self) -> Config:
         """Returns the run's config.
@@ -125,7 +148,9 @@ class RunFolder:
 
     def fingerprint(self, stage: str) -> str:
         """Returns a hash of all that a stage reads, to tell stale partial work from good."""
-        inputs = json.dumps([stage, to_dict(self.load_config()), self._input_hashes(stage)])
+        config = to_dict(self.load_config())
+        own = [config["seed"], config[_SECTIONS[stage]]]
+        inputs = json.dumps([stage, own, self._input_hashes(stage)])
         return hashlib.sha256(inputs.encode()).hexdigest()[:16]
 
     def begin(self, stage: str) -> None:

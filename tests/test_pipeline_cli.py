@@ -102,8 +102,9 @@ class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in OURS:
             spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-            if spec:
-                spec.loader.exec_module = self.refuse  # TensorFlow asks where Keras would be
+            if spec is None:  # an editable install has a finder of its own
+                raise ModuleNotFoundError(name + " is not to be had here", name=name)
+            spec.loader.exec_module = self.refuse  # TensorFlow asks where Keras would be
             return spec
 
     def refuse(self, module):

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # What folders and datasets hold. Pillow knows more, some of which starts other programs.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
 
-# Level 6 makes records 1 to 12% smaller, and at 64x64 takes three times as long.
+# Level 6 makes records 1 to 12% smaller, and takes about twice as long (benchmarks/choices.py).
 _COMPRESS_LEVEL = 1
 
 

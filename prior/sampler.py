@@ -232,7 +232,7 @@ def _keep_largest(weights, logits, shares, target):
     """Zeroes the weights of all but the fewest largest logits whose shares reach the target.
 
     Of equal logits the first are kept, as `argmax` does. Sorting would do the same, but XLA sorts
-    so slowly on a CPU that it doubled the time of a step: halving intervals takes a thirtieth.
+    slowly on a CPU: halving intervals takes a third of the time (benchmarks/choices.py).
     """
 
     def halve(_, interval):

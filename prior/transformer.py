@@ -110,7 +110,7 @@ class Block(keras.layers.Layer):
 
     def _attend(self, query, key, value, mask):
         # Trained on a CPU in float32, this takes two thirds of the time of
-        # `ops.dot_product_attention`.
+        # `ops.dot_product_attention` (benchmarks/choices.py).
         query = query * self.head_dim**-0.5
         scores = ops.matmul(query, ops.swapaxes(key, -1, -2))  # [B, H, N, C]
         scores = ops.where(mask, ops.cast(scores, "float32"), -1e9)

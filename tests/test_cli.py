@@ -282,6 +282,7 @@ def test_python_m_pipelines():
     assert done.stderr == "vqbeam: unknown flag --runer; did you mean --runner?\n"
 
 
+@pytest.mark.slow
 def test_the_libraries_start_quietly():
     code = """
 from pipelines import cli

@@ -97,6 +97,7 @@ np.savez(pathlib.Path(sys.argv[1]) / "state.npz", *state(model))
 """
 
 
+@pytest.mark.slow
 def test_a_new_process_goes_on_bit_for_bit(tmp_path):
     unbroken = build()
     train(unbroken, tmp_path / "unbroken", 3)

@@ -140,6 +140,7 @@ for order in [("codes", "key", "label"), ("label", "key", "codes")]:
 """
 
 
+@pytest.mark.slow
 def test_serialize_gives_the_same_bytes_in_every_process():
     # Left alone, protobuf orders the features by an address, which differs between processes.
     processes = [

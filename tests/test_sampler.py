@@ -268,6 +268,7 @@ np.save(sys.argv[2], Sampler(model, 4)(np.arange(4), 5, top_p=0.9, guidance=1.5)
 """
 
 
+@pytest.mark.slow
 def test_backends_draw_the_same_images(sampler, tmp_path):
     pytest.importorskip("jax")
     other = "jax" if keras.backend.backend() == "tensorflow" else "tensorflow"

@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import importlib_resources  # noqa: F401  (TFDS needs it and does not bring it)
 import tensorflow_datasets as tfds
 from etils import epath
 

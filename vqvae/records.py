@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import importlib_resources  # noqa: F401  (TFDS needs it and does not bring it)
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds

@@ -18,7 +18,6 @@ import time
 import uuid
 from typing import Any
 
-import importlib_resources  # noqa: F401  (etils needs it and does not bring it)
 from etils import epath
 
 from configs import Config, VqbeamError, differences, from_dict, to_dict

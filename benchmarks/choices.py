@@ -21,6 +21,7 @@ from keras import ops
 from pipelines.images import encode_png
 from prior.sampler import draw_codes
 from prior.transformer import CodePrior
+from vqvae.layout import CodeLayout
 
 ROUNDS = 15
 
@@ -98,7 +99,8 @@ def precision() -> None:
     batch = {"codes": codes, "labels": np.zeros(64, "int32")}
 
     def step(dtype):
-        model = CodePrior(256, (7, 7), 10, layers=4, width=192, heads=6, dtype=dtype)
+        layout = CodeLayout(256, ((7, 7),))
+        model = CodePrior(layout, 10, layers=4, width=192, heads=6, dtype=dtype)
         model.compile(keras.optimizers.AdamW(1e-3))
         return lambda: model.train_on_batch(batch)
 

@@ -1,4 +1,4 @@
-"""Stage 3 of the pipeline: every prepared image to a grid of codes."""
+"""Stage 3 of the pipeline: every prepared image to its codes."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -19,6 +19,7 @@ from pipelines.shards import (
     write_shard_once,
 )
 from vqvae.compilation import compile_function
+from vqvae.layout import CodeLayout, code_layout
 from vqvae.metrics import perplexity
 from vqvae.records import (
     CODES_VERSION,
@@ -83,28 +84,36 @@ def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
     run = RunFolder(run_path)
     config = run.load_config()
     builder = open_dataset(run.folder("prepare"))
-    features = code_features(config.grid, config.vqvae.num_codes, label_names(builder))
+    layout = code_layout(config)
+    features = code_features(layout, label_names(builder))
     unseen = part.last - part.first
 
     def records(facts):
         nonlocal unseen
-        counts = np.zeros(config.vqvae.num_codes, np.int64)
+        counts = np.zeros((layout.levels, layout.num_codes), np.int64)
         encode = _load_encoder(run)
         with damaged_records(run.folder("prepare")):
             for batch in _batches(builder, part, config.encode.batch_size):
                 codes = _encode_padded(encode, batch.pop("image"), config)
-                counts += np.bincount(codes.ravel(), minlength=len(counts))
+                counts += count_codes(codes, layout)
                 unseen -= len(codes)
                 advance(STAGE, len(codes), part.total)
-                for i, grid in enumerate(codes):
+                for i, of_image in enumerate(codes):
                     rest = {name: values[i] for name, values in batch.items()}
-                    yield serialize(features, {"codes": grid, **rest})
+                    yield serialize(features, {"codes": of_image, **rest})
         facts["code_counts"] = counts.tolist()
 
     report = write_shard_once(run, STAGE, part.shard, records)
     advance(STAGE, unseen, part.total)  # those that an earlier attempt has encoded
     Metrics.counter("vqbeam", "images_encoded").inc(report.records)
     return run_path, report
+
+
+def count_codes(codes: np.ndarray, layout: CodeLayout) -> np.ndarray:
+    """Returns how often each level uses each code, int64 [levels, K], in codes [N, *shape]."""
+    rows = codes.reshape(-1, layout.length) + layout.level * layout.num_codes
+    counts = np.bincount(rows.ravel(), minlength=layout.levels * layout.num_codes)
+    return counts.reshape(layout.levels, layout.num_codes)
 
 
 def _batches(builder, part: ImageShard, batch_size: int):
@@ -122,26 +131,31 @@ def finish_codes(shards: Sequence[tuple[str, ShardReport]]) -> str:
         return str(run.root)  # a runner that does the next step again may do this one as well
     config = run.load_config()
     reports = [report for _, report in shards]
-    names = label_names(open_dataset(run.folder("prepare")))
+    layout, names = code_layout(config), label_names(open_dataset(run.folder("prepare")))
     files, counts = write_dataset_metadata(
         run,
         STAGE,
         reports,
-        code_features(config.grid, config.vqvae.num_codes, names),
+        code_features(layout, names),
         version=CODES_VERSION,
-        description=f"Code grids of {config.data.source}, K = {config.vqvae.num_codes}.",
+        description=f"Codes of {config.data.source}: {layout.describe()}.",
     )
     remove_leftovers(run, STAGE, files)
-    use = np.sum([report.facts["code_counts"] for report in reports], axis=0)
+    use = np.sum([report.facts["code_counts"] for report in reports], axis=0)  # [levels, K]
     run.finish(
         STAGE,
         files,
         counts=counts,
         label_names=names,
-        perplexity=perplexity(use),
-        codes_used=int(np.count_nonzero(use)),
+        perplexity=_by_level([perplexity(counts) for counts in use]),
+        codes_used=_by_level(np.count_nonzero(use, axis=1).tolist()),
     )
     return str(run.root)
+
+
+def _by_level(values: list):
+    """Returns the values of all levels, or that of the only one."""
+    return values if len(values) > 1 else values[0]
 
 
 def _load_encoder(run: RunFolder):

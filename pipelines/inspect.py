@@ -4,7 +4,8 @@ import datetime
 
 from etils import epath
 
-from configs import VqbeamError
+from configs import VqbeamError, VQVAEConfig
+from vqvae.layout import CodeLayout, code_layout
 from vqvae.run_folder import MANIFEST, STAGES, RunFolder
 
 
@@ -17,13 +18,11 @@ def describe(run_dir: str) -> str:
     run = RunFolder(run_dir)
     config = run.load_config()
     height, width, channels = config.image_shape
-    rows, columns = config.grid
     lines = [
         f"run      {run.root}",
         f"preset   {config.name}, seed {config.seed}",
         f"data     {config.data.source}, {height}×{width}×{channels}",
-        f"codes    grid {rows}×{columns}, K = {config.vqvae.num_codes}, "
-        f"D = {config.vqvae.code_dim}, codebook by {config.vqvae.codebook_update}",
+        f"codes    {code_layout(config).describe()}, {_quantizer(config.vqvae)}",
     ]
     for stage, (folder, _) in STAGES.items():
         lines += ["", f"{stage:<12} {_state(run, stage)}"]
@@ -31,6 +30,16 @@ def describe(run_dir: str) -> str:
         if (run.root / folder).exists():
             lines.append(f"  {run.root / folder}, {_bytes(_size(run.root / folder))}")
     return "\n".join(lines)
+
+
+def _quantizer(settings: VQVAEConfig) -> str:
+    """Returns the kind of quantizer, with those settings that it uses."""
+    parts = [f"{settings.quantizer} quantizer"]
+    if settings.quantizer in ("vector", "residual", "simvq"):
+        parts.append(f"D = {settings.code_dim}")
+    if settings.quantizer in ("vector", "residual"):
+        parts.append(f"codebook by {settings.codebook_update}")
+    return ", ".join(parts)
 
 
 def _state(run: RunFolder, stage: str) -> str:
@@ -74,8 +83,7 @@ def _facts(run: RunFolder, stage: str) -> list[str]:
         case "encode":
             return [
                 _counts(manifest["counts"], "grids"),
-                f"codebook use: perplexity {manifest['perplexity']:.0f}, "
-                f"{manifest['codes_used']} of {run.load_config().vqvae.num_codes} codes",
+                *_codebook_use(manifest, code_layout(run.load_config())),
             ]
         case "train-prior":
             m = manifest["measures"]
@@ -90,6 +98,19 @@ def _facts(run: RunFolder, stage: str) -> list[str]:
 def _losses(manifest: dict) -> str:
     last = manifest["history"][-1]
     return f"last losses {last['loss']:.4f} in training, {last['val_loss']:.4f} held out"
+
+
+def _codebook_use(manifest: dict, layout: CodeLayout) -> list[str]:
+    """Returns a line for each level; of a single level the manifest has numbers, not lists."""
+    if layout.levels == 1:
+        uses = [("codebook use", manifest["perplexity"], manifest["codes_used"])]
+    else:
+        names = [f"codebook use, level {level}" for level in range(layout.levels)]
+        uses = zip(names, manifest["perplexity"], manifest["codes_used"], strict=True)
+    return [
+        f"{name}: perplexity {perplexity:.0f}, {used} of {layout.num_codes} codes"
+        for name, perplexity, used in uses
+    ]
 
 
 def _counts(counts: dict[str, int], what: str) -> str:

@@ -28,7 +28,7 @@ class Samples:
 
     Attributes:
         images: uint8 [N, H, W, C].
-        codes: int32 [N, h, w].
+        codes: int32 [N, *layout.shape].
         labels: int32 [N]; −1 for none.
         names: The label's name of each image; None where the run has no classes.
         settings: Seed and sampler settings, as in the run's SampleConfig.
@@ -199,6 +199,6 @@ def _decode(run: RunFolder, codes: np.ndarray, batch_size: int) -> np.ndarray:
     images = []
     for first in range(0, len(codes), batch_size):
         batch = codes[first : first + batch_size]
-        padded = np.pad(batch, ((0, batch_size - len(batch)), (0, 0), (0, 0)))
+        padded = np.pad(batch, ((0, batch_size - len(batch)), *[(0, 0)] * (batch.ndim - 1)))
         images.append(keras.ops.convert_to_numpy(decode(padded))[: len(batch)])
     return np.concatenate(images)

@@ -1,1 +1,1 @@
-"""Stage 2: code grids to new code grids."""
+"""Stage 2: codes to new codes."""

@@ -1,4 +1,4 @@
-"""Rotary position embeddings for code grids."""
+"""Rotary position embeddings for codes that lie on grids."""
 
 import numpy as np
 from keras import ops
@@ -8,12 +8,15 @@ from keras import ops
 BASE = 100.0
 
 
-def rotary_tables(grid: tuple[int, int], head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+def rotary_tables(
+    rows: np.ndarray, columns: np.ndarray, head_dim: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns the cosines and sines that rotate queries and keys by row and column.
 
     The first half of the pairs turns by `row · θ_i`, the second half by `column · θ_i`, where
     `θ_i = BASE^(-i / (head_dim / 4))`. Input 0 is the class token, which has no place on the grid
-    and is not rotated; input p > 0 carries code p - 1, in raster order. The last code is no input.
+    and is not rotated; input p > 0 carries code p - 1 and turns by its place. The last code is no
+    input.
 
     Rotary embeddings are eq. 34 of Su et al., "RoFormer: Enhanced Transformer with Rotary
     Position Embedding" (https://arxiv.org/abs/2104.09864); the split by axis and the base are the
@@ -21,17 +24,16 @@ def rotary_tables(grid: tuple[int, int], head_dim: int) -> tuple[np.ndarray, np.
     (https://arxiv.org/abs/2403.13298).
 
     Args:
-        grid: Rows and columns of a code grid.
+        rows: Row of each code, float [T], whole or not.
+        columns: Column of each code, float [T].
         head_dim: Width of an attention head, a multiple of 4.
 
     Returns:
-        Two float32 arrays [h·w, head_dim / 2], one row for each input position.
+        Two float32 arrays [T, head_dim / 2], one row for each input position.
     """
-    height, width = grid
     frequencies = BASE ** -(np.arange(head_dim // 4) / (head_dim // 4))
-    raster = np.arange(height * width - 1)
-    rows, columns = raster[:, None] // width, raster[:, None] % width
-    angles = np.concatenate([rows * frequencies, columns * frequencies], axis=-1)
+    angles = [places[:-1, None] * frequencies for places in (rows, columns)]
+    angles = np.concatenate(angles, axis=-1)
     angles = np.concatenate([np.zeros((1, head_dim // 2)), angles])
     return np.cos(angles).astype("float32"), np.sin(angles).astype("float32")
 

@@ -1,4 +1,4 @@
-"""Draws new code grids from a prior, one code at a time, with cached keys and values."""
+"""Draws the codes of new images from a prior, one at a time, with cached keys and values."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ HALVINGS = 40
 
 
 class Sampler:
-    """Draws code grids from a prior in batches of one size.
+    """Draws the codes of images from a prior in batches of one size.
 
     Image i of a seed is the same image at any batch size, since its random numbers are its own.
     Only where a number falls within a rounding of the border between two codes may programs for
@@ -59,7 +59,7 @@ class Sampler:
         guidance: float = 1.0,
         on_batch: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """Draws one code grid for each label.
+        """Draws the codes of one image for each label.
 
         Args:
             labels: Integers [N] from 0 up to `model.null_label`; -1 means no class as well.
@@ -75,7 +75,7 @@ class Sampler:
             on_batch: Called after each batch with the number of images drawn so far.
 
         Returns:
-            An int32 array [N, h, w] of codes in [0, K).
+            An int32 array [N, *layout.shape] of codes in [0, K).
 
         Raises:
             VqbeamError: A setting or a label is out of range, or an unconditional model is given a
@@ -83,7 +83,7 @@ class Sampler:
         """
         labels = np.asarray(labels, "int32")
         self._check(labels, temperature, top_k, top_p, guidance)
-        num_codes = self.model.num_codes
+        layout, num_codes = self.model.layout, self.model.layout.num_codes
         filtered = 0 < top_k < num_codes or top_p < 1
         program = self._program(guidance != 1, filtered)
         settings = (
@@ -92,26 +92,26 @@ class Sampler:
             np.asarray(top_p, "float32"),
             np.asarray(guidance, "float32"),
         )
-        codes = np.zeros((len(labels), self.model.num_tokens), "int32")
+        codes = np.zeros((len(labels), layout.length), "int32")
         for start in range(0, len(labels), self.batch_size):
             batch = labels[start : start + self.batch_size]
             padded = np.pad(batch, (0, self.batch_size - len(batch)), mode="edge")
             indices = first_index + start + np.arange(self.batch_size)
-            numbers = uniforms(seed, indices, self.model.num_tokens)
+            numbers = uniforms(seed, indices, layout.length)
             drawn = ops.convert_to_numpy(program(padded, numbers, *settings))
             codes[start : start + len(batch)] = drawn[: len(batch)]
             if on_batch is not None:
                 on_batch(start + len(batch))
-        return codes.reshape(-1, *self.model.grid)
+        return codes.reshape(-1, *layout.shape)
 
     def _check(self, labels, temperature, top_k, top_p, guidance):
-        model = self.model
+        model, num_codes = self.model, self.model.layout.num_codes
         if not temperature >= 0:
             raise VqbeamError(f"temperature is {temperature}; it must be at least 0")
-        if not 0 <= top_k <= model.num_codes:
+        if not 0 <= top_k <= num_codes:
             raise VqbeamError(
-                f"top_k is {top_k}; it must be from 1 to {model.num_codes}, the number of codes, "
-                "or 0 for all"
+                f"top_k is {top_k}; it must be from 1 to {num_codes}, the number of codes, or 0 "
+                "for all"
             )
         if not 0 < top_p <= 1:
             raise VqbeamError(f"top_p is {top_p}; it must be above 0 and at most 1, which is all")
@@ -144,7 +144,7 @@ def sample_codes(
     filtered: bool,
     segments: int = SEGMENTS,
 ):
-    """Draws a batch of code grids; the whole of it is one traceable function.
+    """Draws the codes of a batch of images; the whole of it is one traceable function.
 
     Args:
         model: The prior.
@@ -161,7 +161,7 @@ def sample_codes(
     Returns:
         An int32 tensor [B, T].
     """
-    batch_size, length = labels.shape[0], model.num_tokens
+    batch_size, length = labels.shape[0], model.layout.length
     x = model.embed_labels(labels)
     if guided:
         x = ops.concatenate([x, model.embed_labels(ops.full_like(labels, model.null_label))])
@@ -173,7 +173,7 @@ def sample_codes(
             logits = without + guidance * (with_class - without)
         uniform = ops.slice(uniforms, (0, position), (batch_size, 1))
         code = draw_codes(logits, uniform, temperature, top_k, top_p, filtered=filtered)
-        x = model.embed_codes(ops.concatenate([code, code]) if guided else code)
+        x = model.embed_codes(ops.concatenate([code, code]) if guided else code, position)
         return position + 1, x, ops.slice_update(codes, (0, position), code), caches
 
     bounds = sorted({math.ceil(length * i / segments) for i in range(1, segments + 1)})

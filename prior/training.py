@@ -1,4 +1,4 @@
-"""Trains the prior of a run on its code grids."""
+"""Trains the prior of a run on the codes of its images."""
 
 import math
 
@@ -8,6 +8,7 @@ import tensorflow as tf
 from configs import Config
 from prior.transformer import CodePrior
 from vqvae.fitting import fit, load_model, save_model
+from vqvae.layout import code_layout
 from vqvae.records import (
     damaged_records,
     label_names,
@@ -16,6 +17,7 @@ from vqvae.records import (
     training_batches,
 )
 from vqvae.run_folder import RunFolder
+from vqvae.schedules import learning_rate
 from vqvae.training import MODEL_FILE, check_fits
 
 STAGE = "train-prior"
@@ -59,8 +61,7 @@ def build_prior(config: Config, *, num_labels: int) -> CodePrior:
     # One up, since Dataset.shuffle takes no tensor as its seed where the global seed is zero.
     keras.utils.set_random_seed(config.seed + 1)
     return CodePrior(
-        num_codes=config.vqvae.num_codes,
-        grid=config.grid,
+        code_layout(config),
         num_labels=num_labels,
         layers=config.prior.layers,
         width=config.prior.width,
@@ -84,24 +85,21 @@ def load_prior(run: RunFolder) -> CodePrior:
 
 
 def evaluate(model: CodePrior, batches, config: Config) -> dict[str, float]:
-    """Measures a compiled prior on batches of grids and labels.
+    """Measures a compiled prior on batches of codes and labels.
 
     Returns:
         `nats_per_code`, the mean cross-entropy, and `bits_per_dim`, the same information spread
         over the H·W·C numbers of an image. It counts the codes alone, not what the decoder loses.
     """
     nats = float(model.evaluate(batches, return_dict=True, verbose=0)["loss"])
-    bits = nats * math.prod(config.grid) / math.log(2)
+    bits = nats * model.layout.length / math.log(2)
     return {"nats_per_code": nats, "bits_per_dim": bits / math.prod(config.image_shape)}
 
 
 def _fit(model: CodePrior, run: RunFolder, config: Config, codes: dict) -> list[dict]:
     settings = config.prior
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0 if settings.warmup_steps else settings.learning_rate,
-        max(1, settings.steps - settings.warmup_steps),
-        warmup_target=settings.learning_rate if settings.warmup_steps else None,
-        warmup_steps=settings.warmup_steps,
+    schedule = learning_rate(
+        settings.learning_rate, steps=settings.steps, warmup_steps=settings.warmup_steps
     )
     optimizer = keras.optimizers.AdamW(
         schedule, weight_decay=settings.weight_decay, beta_2=0.95, global_clipnorm=1.0

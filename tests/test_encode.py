@@ -8,8 +8,9 @@ from configs import VqbeamError
 from pipelines import encode
 from pipelines.cli import user_message
 from pipelines.encode import STAGE, EncodeImages, ImageShard, encode_shard, finish_codes
+from vqvae.building import build_model
 from vqvae.fitting import save_model
-from vqvae.model import build_model
+from vqvae.layout import CodeLayout
 from vqvae.records import Shard
 from vqvae.run_folder import RunFolder
 from vqvae.training import MODEL_FILE, load_vqvae
@@ -25,19 +26,18 @@ def finish_vqvae(run, seed=0):
     model = build_model(config, data_variance=1.0)
     # Codes among the vectors that the encoder gives, so that many of them are used.
     noise = np.random.default_rng(seed).uniform(-1, 1, (40, *config.image_shape))
-    vectors = np.asarray(model.encoder(noise.astype("float32"))).reshape(-1, 4)
-    model.quantizer.codebook.assign(vectors[:: len(vectors) // 12][:12])
+    model.initialize_codebook(noise.astype("float32"), "data", seed)
     save_model(model, path)
-    run.finish("train-vqvae", [path], measures={"loss": float(vectors.sum())})
+    run.finish("train-vqvae", [path], measures={"loss": seed})
 
 
 @pytest.fixture
 def make_run(prepared_run):
     """Makes a run with prepared images and a model; returns it with its pixels by split."""
 
-    def make(**options):
+    def make(settings=(), **options):
         # Shards of 7, 7 and 6: each ends with an odd batch, of 3 or of 2.
-        config = small_config("glyphs", data__images_per_shard=7)
+        config = small_config("glyphs", data__images_per_shard=7, **dict(settings))
         run, pixels = prepared_run(config, **COUNTS, **options)
         finish_vqvae(run)
         return run, pixels
@@ -65,7 +65,7 @@ def test_codes_are_those_of_the_model(make_run):
         for example, image in zip(records[split], images[split], strict=True):
             assert example["key"] == image["key"] and example["label"] == image["label"]
         every.append(found.ravel())
-    counts = np.bincount(np.concatenate(every), minlength=model.num_codes)
+    counts = np.bincount(np.concatenate(every))
     share = counts[counts > 0] / counts.sum()
     manifest = run.manifest(STAGE)
     assert manifest["perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()))
@@ -74,6 +74,38 @@ def test_codes_are_those_of_the_model(make_run):
     assert run.is_done(STAGE)
     found = {path.name for path in run.folder(STAGE).iterdir()}
     assert found == {*manifest["outputs"], "manifest.json"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape", "level"),
+    [
+        (dict(vqvae__quantizer="residual", vqvae__depth=2), (2, 2, 2), [0, 1] * 4),
+        (dict(vqvae__grids=2), (5,), [0, 1, 1, 1, 1]),
+    ],
+)
+def test_codes_of_several_levels(make_run, settings, shape, level):
+    run, pixels = make_run(settings)
+    run_transform(EncodeImages(), run)
+    model, records = load_vqvae(run), read_records(run.folder(STAGE))
+    for split, count in COUNTS.items():
+        found = np.stack([example["codes"] for example in records[split]])
+        assert found.dtype == np.uint16 and found.shape == (count, *shape)
+        np.testing.assert_array_equal(found, np.asarray(model.encode(pixels[split])))
+    every = np.stack([example["codes"].ravel() for some in records.values() for example in some])
+    manifest = run.manifest(STAGE)
+    for number in (0, 1):
+        _, counts = np.unique(every[:, np.array(level) == number], return_counts=True)
+        share = counts / counts.sum()
+        entropy = -(share * np.log(share)).sum()
+        assert manifest["perplexity"][number] == pytest.approx(np.exp(entropy))
+        assert manifest["codes_used"][number] == len(counts) > 2
+    assert len(manifest["perplexity"]) == len(manifest["codes_used"]) == 2
+
+
+def test_each_level_is_counted_by_itself():
+    codes = np.array([[[[0, 2], [0, 1]]], [[[2, 2], [0, 2]]]], "uint16")  # [2, 1, 2, 2]
+    counts = encode.count_codes(codes, CodeLayout(3, ((1, 2),), depth=2))
+    np.testing.assert_array_equal(counts, [[3, 0, 1], [0, 1, 3]])
 
 
 def test_two_workers_write_the_same(run, tmp_path):
@@ -152,7 +184,7 @@ def test_an_empty_shard(run):
     run.begin(STAGE)
     shard = Shard("codes", "train", 2, 3)
     _, report = encode_shard(str(run.root), ImageShard(shard, 20, 20, 29))
-    assert report.records == 0 and sum(report.facts["code_counts"]) == 0
+    assert report.records == 0 and np.sum(report.facts["code_counts"]) == 0
 
 
 def test_the_last_step_may_be_done_twice(run):
@@ -188,5 +220,5 @@ def test_a_model_of_another_codebook(run, monkeypatch):
     config = small_config("glyphs", data__images_per_shard=7, vqvae__num_codes=16)
     shards = parts(run)
     monkeypatch.setattr(RunFolder, "load_config", lambda self: config)
-    with pytest.raises(VqbeamError, match="model.keras has 12 codes .* says 16"):
+    with pytest.raises(VqbeamError, match="model.keras has .* K = 12, .* says .* K = 16;"):
         encode_shard(str(run.root), shards[0])

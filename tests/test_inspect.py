@@ -33,7 +33,7 @@ def test_a_finished_run(finished_run):
     assert head[0] == f"run      {finished_run.root}"
     assert head[1] == "preset   small, seed 0"
     assert head[2].startswith("data     folder:") and head[2].endswith(", 8×8×3")
-    assert head[3] == "codes    grid 2×2, K = 12, D = 4, codebook by ema"
+    assert head[3] == "codes    2×2 grid, K = 12, vector quantizer, D = 4, codebook by ema"
     done = re.compile(r"done in [\d.]+ m?i?n? ?s?.*, \d{4}-\d\d-\d\d \d\d:\d\d")
     assert all(done.fullmatch(state) for state in states(finished_run).values())
     counts = finished_run.manifest("prepare")["counts"]
@@ -64,6 +64,29 @@ def test_a_finished_run(finished_run):
     )
     unit = f"{size} bytes" if size < 1000 else f"{size / 1000:.0f} kB"
     assert f"{finished_run.folder('encode')}, {unit}" in text
+
+
+def test_codes_of_several_levels(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.start(small_config("glyphs", vqvae__quantizer="residual", vqvae__depth=2))
+    counts = {"train": 3, "validation": 2}
+    measures = dict(mse=1, psnr=48, reconstruction=0.1, perplexity=5, codes_used=0.5)
+    history = [{"loss": 1, "val_loss": 1}]
+    for stage, facts in {
+        "prepare": dict(counts=counts, label_names=[], failed=0),
+        "train-vqvae": dict(parameters=9, measures=measures, history=history),
+        "encode": dict(counts=counts, perplexity=[6.3, 8.8], codes_used=[7, 10]),
+    }.items():
+        run.begin(stage)
+        run.finish(stage, [], **facts)
+    lines = describe(str(run.root)).splitlines()
+    wanted = "codes    2×2 grid of 2 codes each, K = 12, residual quantizer, D = 4, codebook by ema"
+    assert wanted in lines
+    uses = [line.strip() for line in lines if line.startswith("  codebook use")]
+    assert uses == [
+        "codebook use, level 0: perplexity 6, 7 of 12 codes",
+        "codebook use, level 1: perplexity 9, 10 of 12 codes",
+    ]
 
 
 def test_a_run_that_was_only_started(tmp_path):

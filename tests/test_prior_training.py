@@ -8,6 +8,7 @@ from configs import VqbeamError, override
 from prior import training
 from prior.training import STAGE, build_prior, evaluate, load_prior, train_prior
 from vqvae import records
+from vqvae.layout import code_layout
 from vqvae.run_folder import RunFolder
 from vqvae.training import MODEL_FILE
 
@@ -33,18 +34,19 @@ def encoded_run(path, config, labels=("a", "b", "c")):
         run.begin(stage)
         if stage != "encode":
             run.finish(stage, [])
-    features = records.code_features(config.grid, config.vqvae.num_codes, labels)
+    layout = code_layout(config)
+    features = records.code_features(layout, labels)
     numbers = np.random.default_rng(0)
     splits, files, content = {}, [], {}
     for split, count in COUNTS.items():
         kinds = np.arange(count) % len(labels) if labels else np.full(count, -1)
-        codes = numbers.integers(0, config.vqvae.num_codes, (count, *config.grid)).astype("uint16")
+        codes = numbers.integers(0, layout.num_codes, (count, *layout.shape)).astype("uint16")
         # One code follows from the class, so that there is something to learn.
-        codes[:, 0, 0] = kinds + 1
+        codes.reshape(count, -1)[:, 0] = kinds + 1
         content[split] = {"codes": codes.astype("int32"), "labels": kinds.astype("int32")}
         examples = [
-            {"codes": grid, "key": str(i)} | ({"label": int(kind)} if labels else {})
-            for i, (grid, kind) in enumerate(zip(codes, kinds, strict=True))
+            {"codes": of_image, "key": str(i)} | ({"label": int(kind)} if labels else {})
+            for i, (of_image, kind) in enumerate(zip(codes, kinds, strict=True))
         ]
         file = run.folder("encode") / records.Shard("codes", split, 0, 1).filename
         size = records.write_shard(file, [records.serialize(features, e) for e in examples])
@@ -85,23 +87,44 @@ def test_writes_model_logs_and_manifest(trained, config):
     assert all({"loss", "val_loss"} <= set(epoch) for epoch in manifest["history"])
     assert list((run.folder(STAGE) / "logs").glob("*"))
     model = load_prior(run)
-    assert (model.num_codes, model.grid, model.num_labels) == (9, config.grid, 3)
+    assert model.layout == code_layout(config) and model.num_labels == 3
     assert manifest["parameters"] == model.count_params()
 
 
-def test_measures_in_numpy(trained, config):
+def assert_measures(trained, length):
+    """Recomputes the measures of a run, each of whose images has so many codes."""
     run, content, manifest = trained
     inputs = content["validation"]
     logits = array(load_prior(run)(inputs)).astype("float64")
-    assert logits.shape == (11, 4, 9)
+    assert logits.shape == (11, length, 9)
     chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    codes = inputs["codes"].reshape(11, 4)
-    # Eleven grids in batches of four: the mean is over codes, not over batches.
+    codes = inputs["codes"].reshape(11, length)
+    # Eleven images in batches of four: the mean is over codes, not over batches.
     nats = -np.log(np.take_along_axis(chances, codes[..., None], -1)).mean()
     assert manifest["measures"]["nats_per_code"] == pytest.approx(nats, rel=1e-4)
-    # 4 codes stand for 8·8·1 numbers.
-    bits = nats * 4 / math.log(2) / 64
+    # The codes stand for 8·8·1 numbers.
+    bits = nats * length / math.log(2) / 64
     assert manifest["measures"]["bits_per_dim"] == pytest.approx(bits, rel=1e-4)
+
+
+def test_measures_in_numpy(trained):
+    assert_measures(trained, length=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape"),
+    [
+        ({"vqvae.quantizer": "residual", "vqvae.depth": 3}, (2, 2, 3)),
+        ({"vqvae.grids": 2}, (1 + 4,)),
+    ],
+)
+def test_codes_of_several_levels(tmp_path, config, settings, shape):
+    run, content = encoded_run(tmp_path / "run", override(config, settings))
+    assert content["train"]["codes"].shape == (30, *shape)
+    manifest = train_prior(str(run.root))
+    assert_measures((run, content, manifest), length=math.prod(shape))
+    kernel = array(load_prior(run).head.kernel.value)
+    assert np.all(np.abs(kernel).max((1, 2)) > 0)  # the head of every level has learned
 
 
 def test_an_untrained_prior_knows_nothing(config):
@@ -219,5 +242,7 @@ def test_a_prior_of_another_codebook(trained, config, monkeypatch):
     run, _, _ = trained
     other = override(config, {"vqvae.num_codes": 16})
     monkeypatch.setattr(RunFolder, "load_config", lambda self: other)
-    with pytest.raises(VqbeamError, match="prior/model.keras has 9 codes .* says 16"):
+    with pytest.raises(
+        VqbeamError, match="prior/model.keras has .*grid, K = 9, .* says .* K = 16;"
+    ):
         load_prior(run)

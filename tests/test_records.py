@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from configs import VqbeamError
+from vqvae.layout import CodeLayout
 from vqvae.records import (
     CODES_VERSION,
     Shard,
@@ -44,11 +45,11 @@ def write_dataset(folder, features, examples, per_shard=4):
     return folder, files
 
 
-def code_examples(count, grid=(2, 3), num_codes=500, label=True):
+def code_examples(count, shape=(2, 3), num_codes=500, label=True):
     numbers = np.random.default_rng(0)
     dtype = code_dtype(num_codes)
     return [
-        {"codes": numbers.integers(0, num_codes, grid).astype(dtype), "key": f"key-{i}"}
+        {"codes": numbers.integers(0, num_codes, shape).astype(dtype), "key": f"key-{i}"}
         | ({"label": i % 3} if label else {})
         for i in range(count)
     ]
@@ -56,7 +57,7 @@ def code_examples(count, grid=(2, 3), num_codes=500, label=True):
 
 @pytest.fixture
 def codes(tmp_path):
-    features = code_features((2, 3), 500, ["a", "b", "c"])
+    features = code_features(CodeLayout(500, ((2, 3),)), ["a", "b", "c"])
     examples = {"train": code_examples(10), "validation": code_examples(3)}
     return (*write_dataset(tmp_path / "codes", features, examples), examples)
 
@@ -89,7 +90,7 @@ def test_images_round_trip(tmp_path, names, channels):
 def test_codes_round_trip(tmp_path, names, num_codes, dtype):
     examples = code_examples(6, num_codes=num_codes, label=bool(names))
     examples[0]["codes"][:] = num_codes - 1  # the largest must fit
-    features = code_features((2, 3), num_codes, names)
+    features = code_features(CodeLayout(num_codes, ((2, 3),)), names)
     folder, _ = write_dataset(tmp_path / "codes", features, {"validation": examples})
     builder = open_dataset(folder)
     assert builder.info.features["codes"].np_dtype == dtype == np.dtype(code_dtype(num_codes))
@@ -100,6 +101,20 @@ def test_codes_round_trip(tmp_path, names, num_codes, dtype):
         np.testing.assert_array_equal(one["codes"], example["codes"])
         assert one["key"].decode() == example["key"]
         assert one.get("label") == example.get("label")
+
+
+@pytest.mark.parametrize(
+    "layout", [CodeLayout(500, ((2, 3),), depth=4), CodeLayout(500, ((1, 2), (2, 4)))]
+)
+def test_codes_of_several_levels_round_trip(tmp_path, layout):
+    examples = code_examples(3, shape=layout.shape)
+    features = code_features(layout, ["a", "b", "c"])
+    folder, _ = write_dataset(tmp_path / "codes", features, {"train": examples})
+    builder = open_dataset(folder)
+    assert builder.info.features["codes"].shape == layout.shape
+    found = list(read_split(builder, "train").as_numpy_iterator())
+    for one, example in zip(found, examples, strict=True):
+        np.testing.assert_array_equal(one["codes"], example["codes"])
 
 
 def test_metadata(codes):
@@ -131,8 +146,9 @@ def test_read_split_keeps_the_order_and_slices(codes, first, last):
 SERIALIZE = """
 import hashlib
 import numpy as np
+from vqvae.layout import CodeLayout
 from vqvae.records import code_features, serialize
-features = code_features((2, 2), 9, ["a", "b"])
+features = code_features(CodeLayout(9, ((2, 2),)), ["a", "b"])
 codes = np.arange(4, dtype="uint16").reshape(2, 2)
 for order in [("codes", "key", "label"), ("label", "key", "codes")]:
     values = {"codes": codes, "key": "k", "label": 1}

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
-from pipeline_fixtures import CLASSES, SIDE
+from pipeline_fixtures import CLASSES, SIDE, small_config
 
 from configs import VqbeamError
 from pipelines import sample as sample_module
 from pipelines.sample import Samples, sample, sample_stage, write_samples
+from vqvae.building import build_model
 from vqvae.run_folder import RunFolder
 from vqvae.training import load_vqvae
 
@@ -43,6 +44,19 @@ def test_arrays(draw, finished_run):
     decoded = np.asarray(load_vqvae(finished_run).decode(arrays["codes"]))
     # A compiled decoder may round a pixel in another way.
     assert np.abs(decoded.astype(int) - arrays["images"]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(vqvae__quantizer="residual", vqvae__depth=2), dict(vqvae__grids=2)]
+)
+def test_codes_of_several_levels_are_decoded(settings, monkeypatch):
+    model = build_model(small_config("glyphs", **settings), data_variance=1.0)
+    monkeypatch.setattr(sample_module, "load_vqvae", lambda run: model)
+    codes = np.random.default_rng(0).integers(12, size=(5, *model.layout.shape), dtype="int32")
+    images = sample_module._decode(None, codes, batch_size=3)
+    assert images.shape == (5, SIDE, SIDE, 3) and images.dtype == np.uint8
+    # A compiled decoder may round a pixel in another way.
+    assert np.abs(np.asarray(model.decode(codes)).astype(int) - images).max() <= 1
 
 
 def test_image_i_of_a_seed_is_always_the_same(draw):

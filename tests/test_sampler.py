@@ -13,17 +13,21 @@ from prior.sampler import Sampler, draw_codes, sample_codes
 from prior.transformer import CodePrior
 from prior.uniforms import uniforms
 from vqvae.compilation import compile_function
+from vqvae.layout import CodeLayout
 
 # A grid of one code has nothing to attend to but itself.
 pytestmark = pytest.mark.filterwarnings("ignore:You are using a softmax over axis")
 
 K, GRID, LABELS = 11, (2, 3), 4
 T = math.prod(GRID)
+FLAT = CodeLayout(K, (GRID,))
+DEEP = CodeLayout(K, ((1, 2),), depth=3)
+PYRAMID = CodeLayout(K, ((1, 1), (2, 2)))
 
 
 def build(**changes):
     keras.utils.set_random_seed(0)
-    arguments = dict(num_codes=K, grid=GRID, num_labels=LABELS, layers=1, width=16, heads=2)
+    arguments = dict(layout=FLAT, num_labels=LABELS, layers=1, width=16, heads=2)
     model = CodePrior(**(arguments | changes))
     shape = model.head.kernel.shape
     model.head.kernel.assign(np.random.default_rng(0).normal(size=shape, scale=0.5))
@@ -35,6 +39,12 @@ def sampler():
     return Sampler(build(), batch_size=8)
 
 
+@pytest.fixture(scope="module", params=[FLAT, DEEP, PYRAMID], ids=CodeLayout.describe)
+def any_sampler(request):
+    """One sampler for each kind of layout."""
+    return Sampler(build(layout=request.param), batch_size=8)
+
+
 def whole_logits(model, codes, labels):
     return ops.convert_to_numpy(model({"codes": codes, "labels": labels}))
 
@@ -42,21 +52,21 @@ def whole_logits(model, codes, labels):
 LABEL_ROWS = np.arange(8) % (LABELS + 1)
 
 
-def test_shape_range_and_seed(sampler):
-    codes = sampler(LABEL_ROWS, seed=1)
-    assert codes.shape == (8, *GRID) and codes.dtype == np.int32
+def test_shape_range_and_seed(any_sampler):
+    codes = any_sampler(LABEL_ROWS, seed=1)
+    assert codes.shape == (8, *any_sampler.model.layout.shape) and codes.dtype == np.int32
     assert codes.min() >= 0 and codes.max() < K
-    np.testing.assert_array_equal(sampler(LABEL_ROWS, seed=1), codes)
-    assert np.any(sampler(LABEL_ROWS, seed=2) != codes)
+    np.testing.assert_array_equal(any_sampler(LABEL_ROWS, seed=1), codes)
+    assert np.any(any_sampler(LABEL_ROWS, seed=2) != codes)
 
 
 @pytest.mark.parametrize(
     ("batch_size", "settings"),
     [(1, {}), (3, dict(temperature=0.9, top_k=9, top_p=0.95, guidance=1.5))],
 )
-def test_images_do_not_depend_on_the_batch(sampler, batch_size, settings):
-    expected = sampler(LABEL_ROWS, seed=1, **settings)
-    other = Sampler(sampler.model, batch_size)
+def test_images_do_not_depend_on_the_batch(any_sampler, batch_size, settings):
+    expected = any_sampler(LABEL_ROWS, seed=1, **settings)
+    other = Sampler(any_sampler.model, batch_size)
     np.testing.assert_array_equal(other(LABEL_ROWS, seed=1, **settings), expected)
     later = other(LABEL_ROWS[5:], seed=1, first_index=5, **settings)
     np.testing.assert_array_equal(later, expected[5:])
@@ -69,10 +79,10 @@ def test_on_batch_counts_images(sampler):
     assert sampler(np.zeros(0), seed=0).shape == (0, *GRID)
 
 
-def test_greedy_is_the_argmax_of_the_whole_sequence(sampler):
-    codes = sampler(LABEL_ROWS, seed=1, temperature=0)
-    best = whole_logits(sampler.model, codes, LABEL_ROWS).argmax(-1)
-    np.testing.assert_array_equal(codes.reshape(-1, T), best)
+def test_greedy_is_the_argmax_of_the_whole_sequence(any_sampler):
+    codes = any_sampler(LABEL_ROWS, seed=1, temperature=0)
+    best = whole_logits(any_sampler.model, codes, LABEL_ROWS).argmax(-1)
+    np.testing.assert_array_equal(codes.reshape(8, -1), best)
 
 
 @pytest.mark.parametrize(
@@ -89,21 +99,21 @@ def test_filters_that_keep_all_change_nothing(sampler):
         np.testing.assert_array_equal(sampler(LABEL_ROWS, seed=1, **settings), expected)
 
 
-def test_codes_follow_their_uniform_numbers(sampler):
-    codes = sampler(LABEL_ROWS, seed=1, temperature=0.7, guidance=2.0).reshape(-1, T)
+def test_codes_follow_their_uniform_numbers(any_sampler):
+    codes = any_sampler(LABEL_ROWS, seed=1, temperature=0.7, guidance=2.0)
     scores = [
-        whole_logits(sampler.model, codes.reshape(-1, *GRID), labels).astype("float64")
+        whole_logits(any_sampler.model, codes, labels).astype("float64")
         for labels in (LABEL_ROWS, np.full(8, LABELS))
     ]
     scores = (scores[1] + 2.0 * (scores[0] - scores[1])) / 0.7
     probabilities = np.exp(scores - scores.max(-1, keepdims=True))
     cdf = (probabilities / probabilities.sum(-1, keepdims=True)).cumsum(-1)
-    expected = (cdf <= uniforms(1, np.arange(8), T)[..., None]).sum(-1)
-    np.testing.assert_array_equal(codes, expected)
+    expected = (cdf <= uniforms(1, np.arange(8), cdf.shape[1])[..., None]).sum(-1)
+    np.testing.assert_array_equal(codes.reshape(8, -1), expected)
 
 
 def test_frequencies_for_one_code():
-    model = build(grid=(1, 1))
+    model = build(layout=CodeLayout(K, ((1, 1),)))
     codes = Sampler(model, 2000)(np.full(20_000, 2), seed=0, temperature=1.5).ravel()
     scores = whole_logits(model, np.zeros((1, 1, 1), "int32"), np.array([2])).ravel() / 1.5
     expected = 20_000 * np.exp(scores) / np.exp(scores).sum()
@@ -127,9 +137,11 @@ def test_guidance_one_is_the_class(sampler):
     np.testing.assert_array_equal(ops.convert_to_numpy(codes), expected)
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (3, 4)])
-def test_a_growing_cache_gives_the_same_codes(grid):
-    model, length = build(grid=grid), math.prod(grid)
+@pytest.mark.parametrize(
+    "layout", [CodeLayout(K, ((1, 1),)), CodeLayout(K, ((1, 7),)), DEEP, PYRAMID]
+)
+def test_a_growing_cache_gives_the_same_codes(layout):
+    model, length = build(layout=layout), layout.length
     settings = [np.array(x, "float32") for x in (1, K, 1, 1)]
     codes = []
     for segments in (1, 4):

@@ -1,3 +1,4 @@
+import json
 import math
 
 import keras
@@ -5,29 +6,36 @@ import numpy as np
 import pytest
 from keras import ops
 
+from prior.block import Block
+from prior.head import LevelHead
 from prior.rotary import BASE, rotary_tables, rotate
-from prior.transformer import Block, CodePrior
+from prior.transformer import CodePrior
+from vqvae.layout import CodeLayout
 
 # A grid of one code has nothing to attend to but itself.
 pytestmark = pytest.mark.filterwarnings("ignore:You are using a softmax over axis")
 
 K, GRID, LABELS = 11, (3, 4), 5
 T = math.prod(GRID)
+FLAT = CodeLayout(K, (GRID,))
+DEEP = CodeLayout(K, ((2, 2),), depth=3)
+PYRAMID = CodeLayout(K, ((1, 2), (2, 4)))
+LAYOUTS = [FLAT, DEEP, PYRAMID]
 
 
 def build(perturbed=True, **changes):
     """A small prior; perturbed, its head gives every code a logit of its own."""
     keras.utils.set_random_seed(0)
-    arguments = dict(num_codes=K, grid=GRID, num_labels=LABELS, layers=2, width=16, heads=2)
+    arguments = dict(layout=FLAT, num_labels=LABELS, layers=2, width=16, heads=2)
     model = CodePrior(**(arguments | changes))
     if perturbed:
         model.head.kernel.assign(np.random.default_rng(0).normal(size=model.head.kernel.shape))
     return model
 
 
-def examples(size=4, seed=0):
+def examples(size=4, seed=0, layout=FLAT):
     random = np.random.default_rng(seed)
-    codes = random.integers(K, size=(size, *GRID), dtype="int32")
+    codes = random.integers(K, size=(size, *layout.shape), dtype="int32")
     return {"codes": codes, "labels": random.integers(LABELS, size=size, dtype="int32")}
 
 
@@ -40,32 +48,41 @@ def compiled(model, learning_rate=1e-2):
     return model
 
 
-def batches(size=32, batch_size=16, seed=0):
+def batches(size=32, batch_size=16, layout=FLAT):
     import tensorflow as tf
 
-    return tf.data.Dataset.from_tensor_slices(examples(size, seed)).batch(batch_size)
+    inputs = examples(size, layout=layout)
+    return tf.data.Dataset.from_tensor_slices(inputs).batch(batch_size)
 
 
-def test_untrained_loss_is_log_k():
-    model = compiled(build(perturbed=False))
-    assert model.evaluate(batches(), verbose=0) == pytest.approx(math.log(K), rel=1e-5)
-    np.testing.assert_array_equal(logits(model, examples()), np.zeros((4, T, K)))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_untrained_loss_is_log_k(layout):
+    model = compiled(build(perturbed=False, layout=layout))
+    loss = model.evaluate(batches(layout=layout), verbose=0)
+    assert loss == pytest.approx(math.log(K), rel=1e-5)
+    found = logits(model, examples(layout=layout))
+    np.testing.assert_array_equal(found, np.zeros((4, layout.length, K)))
 
 
-def test_loss_is_mean_nats_per_code():
-    model, inputs = compiled(build(dropout=0.5)), examples(32)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_is_mean_nats_per_code(layout):
+    model, inputs = compiled(build(dropout=0.5, layout=layout)), examples(32, layout=layout)
     scores = logits(model, inputs).astype("float64")
     log_probabilities = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
-    codes = inputs["codes"].reshape(32, T, 1)
+    codes = inputs["codes"].reshape(32, -1, 1)
     expected = -np.take_along_axis(log_probabilities, codes, -1).mean()
-    assert model.evaluate(batches(), verbose=0) == pytest.approx(expected, rel=1e-5)
+    found = model.evaluate(batches(layout=layout), verbose=0)
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("t", [0, 1, T - 2, T - 1])
-def test_a_code_changes_only_later_logits(t):
-    model, inputs = build(), examples()
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("t", [0, 1, -2, -1])
+def test_a_code_changes_only_later_logits(layout, t):
+    model, inputs = build(layout=layout), examples(layout=layout)
     before = logits(model, inputs)
-    inputs["codes"].reshape(-1, T)[:, t] = (inputs["codes"].reshape(-1, T)[:, t] + 1) % K
+    t = t % layout.length
+    sequences = inputs["codes"].reshape(4, -1)
+    sequences[:, t] = (sequences[:, t] + 1) % K
     change = np.abs(logits(model, inputs) - before).max((0, 2))
     assert np.all(change[: t + 1] == 0) and np.all(change[t + 1 :] > 1e-5)
 
@@ -87,18 +104,51 @@ def test_missing_label_is_the_null_class():
     np.testing.assert_array_equal(missing, null)
 
 
-@pytest.mark.parametrize("grid", [GRID, (1, 1)])
-def test_steps_give_the_logits_of_the_whole_sequence(grid):
-    model = build(grid=grid)
+@pytest.mark.parametrize("layout", [*LAYOUTS, CodeLayout(K, ((1, 1),))])
+def test_steps_give_the_logits_of_the_whole_sequence(layout):
+    model = build(layout=layout)
     random = np.random.default_rng(0)
-    inputs = {"codes": random.integers(K, size=(3, *grid)), "labels": np.array([0, 2, 5])}
+    inputs = {"codes": random.integers(K, size=(3, *layout.shape)), "labels": np.array([0, 2, 5])}
     whole = logits(model, inputs)
     codes = inputs["codes"].reshape(3, -1)
     x, caches = model.embed_labels(inputs["labels"]), model.empty_caches(3, codes.shape[1])
     for position in range(codes.shape[1]):
         step, caches = model.step(x, caches, position)
         np.testing.assert_allclose(ops.convert_to_numpy(step), whole[:, position], atol=1e-4)
-        x = model.embed_codes(codes[:, position : position + 1])
+        x = model.embed_codes(codes[:, position : position + 1], position)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_level_has_embeddings_of_its_own(layout):
+    model = build(layout=layout)
+    table = ops.convert_to_numpy(model.code_embedding.embeddings.value)
+    assert len(np.unique(table, axis=0)) == len(table) == layout.levels * K
+    codes = examples(layout=layout)["codes"].reshape(4, -1)
+    expected = table.reshape(layout.levels, K, -1)[layout.level, codes]
+    np.testing.assert_array_equal(ops.convert_to_numpy(model.embed_codes(codes)), expected)
+    for first in range(layout.length - 1):
+        found = ops.convert_to_numpy(model.embed_codes(codes[:, first : first + 2], first))
+        np.testing.assert_array_equal(found, expected[:, first : first + 2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_level_has_a_head_of_its_own(layout, dtype):
+    head, random = LevelHead(layout, dtype=dtype), np.random.default_rng(0)
+    head.build((None, layout.length, 8))
+    # Whole numbers, whose products and sums bfloat16 holds as they are.
+    head.kernel.assign(random.integers(-1, 2, size=(layout.levels, 8, K)))
+    x = random.integers(-3, 4, size=(4, layout.length, 8)).astype("float32")
+    kernel = ops.convert_to_numpy(head.kernel.value)
+    expected = np.stack([x[:, t] @ kernel[level] for t, level in enumerate(layout.level)], axis=1)
+    found = head(x)
+    assert keras.backend.standardize_dtype(found.dtype) == head.compute_dtype
+    np.testing.assert_array_equal(ops.convert_to_numpy(ops.cast(found, "float32")), expected)
+    for t in range(layout.length):
+        one = head(x[:, t : t + 1], position=t)
+        assert keras.backend.standardize_dtype(one.dtype) == head.compute_dtype
+        one = ops.convert_to_numpy(ops.cast(one, "float32"))
+        np.testing.assert_array_equal(one, expected[:, t : t + 1])
 
 
 def test_a_longer_cache_gives_the_same_step():
@@ -109,14 +159,19 @@ def test_a_longer_cache_gives_the_same_step():
         np.testing.assert_allclose(*map(ops.convert_to_numpy, (step, steps[0])), atol=1e-5)
 
 
-def test_rotary_tables_against_complex_numbers():
-    cos, sin = rotary_tables(GRID, 8)
-    assert cos.shape == (T, 4) and cos.dtype == sin.dtype == np.float32
-    x = np.random.default_rng(0).normal(size=(T, 8)).astype("float32")
+def tables(layout, head_dim):
+    return rotary_tables(layout.rows, layout.columns, head_dim)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rotary_tables_against_complex_numbers(layout):
+    cos, sin = tables(layout, 8)
+    assert cos.shape == (layout.length, 4) and cos.dtype == sin.dtype == np.float32
+    x = np.random.default_rng(0).normal(size=(layout.length, 8)).astype("float32")
     rotated = ops.convert_to_numpy(rotate(x, cos, sin))
     np.testing.assert_array_equal(rotated[0], x[0])  # The class token is not rotated.
-    for p in range(1, T):
-        row, column = divmod(p - 1, GRID[1])
+    for p in range(1, layout.length):
+        row, column = layout.rows[p - 1], layout.columns[p - 1]
         angles = np.array([row, row / BASE**0.5, column, column / BASE**0.5])
         turned = (x[p, :4] + 1j * x[p, 4:]) * np.exp(1j * angles)
         expected = np.concatenate([turned.real, turned.imag])
@@ -124,7 +179,7 @@ def test_rotary_tables_against_complex_numbers():
 
 
 def test_rotated_products_depend_on_the_distance_only():
-    cos, sin = rotary_tables((4, 4), 16)
+    cos, sin = tables(CodeLayout(K, ((4, 4),)), 16)
     random = np.random.default_rng(0)
     query, key = (np.tile(random.normal(size=16).astype("float32"), (16, 1)) for _ in "qk")
     query, key = (ops.convert_to_numpy(rotate(x, cos, sin)) for x in (query, key))
@@ -137,7 +192,8 @@ def test_rotated_products_depend_on_the_distance_only():
 
 def test_block_against_numpy():
     keras.utils.set_random_seed(1)
-    block = Block((2, 2), width=8, heads=2)
+    layout = CodeLayout(K, ((2, 2),))
+    block = Block(layout, width=8, heads=2)
     x = np.random.default_rng(1).normal(size=(1, 4, 8)).astype("float32")
     y = ops.convert_to_numpy(block(x))
     layers = block.qkv, block.attention_output, block.gate_and_up, block.down
@@ -146,7 +202,7 @@ def test_block_against_numpy():
     def norm(v):
         return v / np.sqrt((v**2).mean(-1, keepdims=True) + 1e-6)
 
-    cos, sin = rotary_tables((2, 2), 4)
+    cos, sin = tables(layout, 4)
     query, key, value = np.split(norm(x[0]) @ qkv, 3, axis=-1)
     heads = []
     for head in (slice(0, 4), slice(4, 8)):
@@ -159,28 +215,34 @@ def test_block_against_numpy():
     np.testing.assert_allclose(y[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
-def test_a_few_steps_lower_the_loss(dtype):
-    model = compiled(build(perturbed=False, dropout=0.1, dtype=dtype))
-    assert model(examples()).dtype == "float32"
-    history = model.fit(
-        batches(16).repeat(30), verbose=0, epochs=2, steps_per_epoch=15, shuffle=False
-    )
+EVERY_KIND = pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [(FLAT, "float32"), (FLAT, "mixed_bfloat16"), (DEEP, "mixed_bfloat16"), (PYRAMID, "float32")],
+)
+
+
+@EVERY_KIND
+def test_a_few_steps_lower_the_loss(layout, dtype):
+    model = compiled(build(perturbed=False, dropout=0.1, layout=layout, dtype=dtype))
+    assert model(examples(layout=layout)).dtype == "float32"
+    data = batches(16, layout=layout)
+    history = model.fit(data.repeat(30), verbose=0, epochs=2, steps_per_epoch=15, shuffle=False)
     first, last = history.history["loss"]
     assert last < first < math.log(K) + 0.1
-    assert model.evaluate(batches(16), verbose=0) < math.log(K) - 0.5
+    assert model.evaluate(data, verbose=0) < math.log(K) - 0.5
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
-def test_a_saved_model_loads_the_same(tmp_path, dtype):
-    model = build(num_labels=0, dropout=0.2, dtype=dtype)
+@EVERY_KIND
+def test_a_saved_model_loads_the_same(tmp_path, layout, dtype):
+    model = build(num_labels=0, dropout=0.2, layout=layout, dtype=dtype)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert loaded.get_config() == model.get_config()
-    inputs = examples() | {"labels": np.full(4, -1)}
+    assert loaded.get_config() == model.get_config() and loaded.layout == layout
+    inputs = examples(layout=layout) | {"labels": np.full(4, -1)}
     np.testing.assert_array_equal(logits(loaded, inputs), logits(model, inputs))
 
 
-def test_block_config_round_trips():
-    block = Block(GRID, width=16, heads=2, dropout=0.1)
-    assert Block.from_config(block.get_config()).get_config() == block.get_config()
+@pytest.mark.parametrize("layer", [Block(DEEP, width=16, heads=2, dropout=0.1), LevelHead(PYRAMID)])
+def test_layer_config_round_trips(layer):
+    twin = type(layer).from_config(json.loads(json.dumps(layer.get_config())))
+    assert twin.get_config() == layer.get_config() and twin.layout == layer.layout

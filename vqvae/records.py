@@ -1,9 +1,10 @@
-"""The two record formats, images and code grids, as datasets that TFDS reads without vqbeam.
+"""The two record formats, images and codes, as datasets that TFDS reads without vqbeam.
 
 Written by `pipelines`, read by training: the only description of either format is here.
 
     images: image uint8 [H, W, C] as PNG, key string, and label where the source has classes
-    codes:  codes uint16 or uint32 [h, w], key string, and label likewise
+    codes:  codes uint16 or uint32 [h, w], [h, w, depth] where each position has several, or [T]
+            where there are several grids (vqvae/layout.py); key string, and label likewise
 
 `key` names an image in its source: TFDS's id of the example, or the path below the folder.
 """
@@ -20,6 +21,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from configs import VqbeamError
+from vqvae.layout import CodeLayout
 from vqvae.run_folder import MANIFEST
 
 IMAGES_VERSION = "1.0.0"
@@ -46,9 +48,9 @@ def image_features(image_shape: Sequence[int], label_names: Sequence[str]) -> An
     return _features({"image": image}, label_names)
 
 
-def code_features(grid: Sequence[int], num_codes: int, label_names: Sequence[str]) -> Any:
+def code_features(layout: CodeLayout, label_names: Sequence[str]) -> Any:
     """Returns the TFDS features of a code record, in the smallest dtype that holds K codes."""
-    tensor = tfds.features.Tensor(shape=tuple(grid), dtype=code_dtype(num_codes))
+    tensor = tfds.features.Tensor(shape=layout.shape, dtype=code_dtype(layout.num_codes))
     return _features({"codes": tensor}, label_names)
 
 

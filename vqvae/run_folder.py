@@ -6,6 +6,7 @@
     DIR/codes/        encode        TFDS dataset of code grids
     DIR/prior/        train-prior   model, checkpoints, logs
     DIR/samples/      sample        new images
+    DIR/evaluation/   (no stage)    what vqbeam evaluate measured, and its classifier
 
 A stage writes its manifest last: what it read (by hash), what it wrote (by size), and what it
 measured. A stage whose manifest fits its inputs is done; anything else is not, whatever files lie
@@ -55,6 +56,11 @@ class RunFolder:
     def folder(self, stage: str) -> epath.Path:
         """Returns the folder that a stage writes."""
         return self.root / STAGES[stage][0]
+
+    @property
+    def evaluation(self) -> epath.Path:
+        """The folder of what was measured of the run, apart from its stages."""
+        return self.root / "evaluation"
 
     def exists(self) -> bool:
         """Tells whether a run was ever started in the folder."""
@@ -184,9 +190,10 @@ class RunFolder:
         return self.root / f".begun-{stage}.json"
 
     def _input_hashes(self, stage: str) -> dict[str, str | None]:
-        return {source: self._result_hash(source) for source in STAGES[stage][1]}
+        return {source: self.result_hash(source) for source in STAGES[stage][1]}
 
-    def _result_hash(self, stage: str) -> str | None:
+    def result_hash(self, stage: str) -> str | None:
+        """Returns a hash of what a stage has made, or None where it has not ended."""
         manifest = self.manifest(stage)
         if manifest is None:
             return None

@@ -1,0 +1,109 @@
+import json
+
+import pytest
+
+import vqvae.evaluation as evaluation
+from pipelines import cli
+from pipelines.cli import main
+from pipelines.evaluate import vqvae_rows
+from vqvae.run_folder import RunFolder
+
+MEASURES = {
+    "images": 12345,
+    "mse": 322.06,
+    "nmse": 0.05634,
+    "psnr": 23.054,
+    "ssim": 0.87654,
+    "frechet": 12.3456,
+    "feature_dim": 256,
+    "frechet_left_out": None,
+    "features": "classifier",
+    "perplexity": 1412.4,
+    "codes_used": 2048,
+    "num_codes": 4096,
+    "bits_per_image": 588.0,
+    "compression_ratio": 10.667,
+    "seed": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def loud(monkeypatch):
+    """Keeps the logging and importing of the test process as they are."""
+    monkeypatch.setattr(cli, "_be_quiet", lambda: None)
+
+
+def test_each_figure_has_its_unit():
+    assert vqvae_rows(MEASURES) == [
+        ("MSE", "322.1 of 255²"),
+        ("NMSE", "0.0563 of the training pixels' variance"),
+        ("PSNR", "23.05 dB"),
+        ("SSIM", "0.8765 of 1"),
+        (
+            "Fréchet distance (classifier features)",
+            "12.346, of 256 numbers over 12,345 reconstructions and their originals",
+        ),
+        ("perplexity", "1,412 of 4,096"),
+        ("codes used", "2,048 of 4,096"),
+        ("size of the codes", "588 bits an image"),
+        ("compression", "10.7 to 1, of 8 bits a number"),
+    ]
+
+
+def test_several_levels():
+    rows = dict(vqvae_rows({**MEASURES, "perplexity": [411.6, 98.2], "codes_used": [512, 99]}))
+    assert rows["perplexity"] == "412, 98 of 4,096"
+    assert rows["codes used"] == "512, 99 of 4,096"
+
+
+def test_a_figure_that_is_left_out_says_why():
+    left_out = {"frechet": None, "feature_dim": None, "frechet_left_out": "no classes"}
+    rows = dict(vqvae_rows({**MEASURES, **left_out, "features": "inception"}))
+    assert rows["Fréchet distance (inception features)"] == "left out: no classes"
+
+
+def test_no_run(tmp_path, capsys):
+    assert main(["evaluate", str(tmp_path)]) == 1
+    assert capsys.readouterr() == (
+        "",
+        f"vqbeam: {tmp_path} is not a run folder: it has no config.json\n",
+    )
+
+
+def test_what_is_not_trained(prepared_run, tiny_config, capsys):
+    run, _ = prepared_run(tiny_config())
+    assert main(["evaluate", str(run.root)]) == 1
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1
+    assert "has no finished train-vqvae stage; run vqbeam train-vqvae PRESET" in error
+
+
+@pytest.mark.slow
+def test_prints_and_writes(finished_run, capsys):
+    assert main(["evaluate", str(finished_run.root)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    images = finished_run.manifest("prepare")["counts"]["validation"]
+    measures = json.loads((finished_run.evaluation / "vqvae.json").read_text())
+    accuracy = json.loads((finished_run.evaluation / "classifier.json").read_text())["accuracy"]
+    rows = vqvae_rows(measures)
+    rows.append(("classifier", f"names the class of {accuracy:.1%} of the originals"))
+    assert lines[0] == f"VQ-VAE of {finished_run.root}, {images} images of the validation split"
+    # All values begin in the same column, two places behind the longest name.
+    column = 2 + len("Fréchet distance (classifier features)") + 2
+    assert [(line[:column].strip(), line[column:]) for line in lines[1:-1]] == rows
+    assert lines[-1] == f"written to {finished_run.evaluation / 'vqvae.json'}"
+
+
+@pytest.mark.slow
+def test_the_features_are_those_asked_for(finished_run, capsys, monkeypatch):
+    asked = []
+
+    def extractor(run: RunFolder, name):
+        asked.append((run.root, name))
+        return lambda images: images.reshape(len(images), -1)[:, :2]
+
+    monkeypatch.setattr(evaluation, "feature_extractor", extractor)
+    assert main(["evaluate", str(finished_run.root), "--features", "inception"]) == 0
+    assert asked == [(finished_run.root, "inception")]
+    out = capsys.readouterr().out
+    assert "Fréchet distance (inception features)  " in out and "names the class" not in out

@@ -1,0 +1,287 @@
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from configs import VqbeamError
+from vqvae.building import build_model
+from vqvae.codebook_step import codebook_step
+from vqvae.gradient_flow import loss_gradients, losses_of
+from vqvae.gradients import audit, estimator_of, set_estimator, training_errors
+from vqvae.model import VQVAE
+from vqvae.optimizers import build_optimizer
+from vqvae.quantizers.vector import VectorQuantizer
+
+K, D, BETA, VARIANCE = 21, 3, 0.4, 0.3
+SPARSE = "sparse" if keras.backend.backend() == "tensorflow" else "dense"
+VARIANTS = {
+    "vector": {"codebook_update": "gradient"},
+    "ema": {"codebook_update": "ema"},
+    "cosine": {"codebook_update": "gradient", "lookup": "cosine"},
+    "rotation": {"codebook_update": "gradient", "estimator": "rotation"},
+    "residual": {"quantizer": "residual", "depth": 2, "codebook_update": "gradient"},
+    "simvq": {"quantizer": "simvq"},
+    "hierarchical": {"grids": 2, "codebook_update": "gradient"},
+    "entropy": {"codebook_update": "gradient", "entropy": 0.1},
+}
+
+
+class LinearVQVAE(VQVAE):
+    """Both networks are linear maps of 4×4 patches, so that every gradient has a closed form."""
+
+    def _build_networks(self, *, image_shape, **settings):
+        images, latents = keras.Input(image_shape), keras.Input((2, 2, D))
+        encode = layers.Conv2D(D, 4, strides=4, use_bias=False)
+        decode = layers.Conv2DTranspose(1, 4, strides=4, use_bias=False)
+        self.encoder = keras.Model(images, encode(images))
+        self.decoder = keras.Model(latents, decode(latents))
+        self._build_quantizer(self.quantizer, self.layout.grids[0])
+
+
+def images_of(seed, count=6):
+    return np.random.default_rng(seed).uniform(-1, 1, (count, 8, 8, 1)).astype("float32")
+
+
+IMAGES, EARLIER = images_of(0), images_of(1)
+
+
+def linear_model(**settings):
+    settings = {"update": "gradient", "commitment": BETA} | settings
+    model = LinearVQVAE(
+        image_shape=(8, 8, 1),
+        quantizer=VectorQuantizer(K, D, **settings),
+        downsampling=4,
+        width=4,
+        residual_layers=0,
+        residual_width=4,
+        data_variance=VARIANCE,
+    )
+    numbers = np.random.default_rng(0)  # the same on each backend
+    for network in (model.encoder, model.decoder):
+        kernel = network.trainable_variables[0]
+        kernel.assign(numbers.normal(size=kernel.shape) * 0.2)
+    # Codes among the latents of other images, so that several are chosen, and not all.
+    z = array(model.encoder(images_of(2, 40))).reshape(-1, D)
+    model.quantizer.codebook.assign(z[:K])
+    return model
+
+
+@pytest.fixture
+def make(tiny_config):
+    def build(**changes):
+        config = tiny_config(**{f"vqvae__{name}": value for name, value in changes.items()})
+        return build_model(config, data_variance=VARIANCE)
+
+    return build
+
+
+def array(tensor):
+    return np.array(keras.ops.convert_to_numpy(tensor))
+
+
+def patches(images):
+    """Images [B, 8, 8, 1] as float64 [B·2·2, 16], a row for each latent."""
+    blocks = np.float64(images).reshape(-1, 2, 4, 2, 4).transpose(0, 1, 3, 2, 4)
+    return blocks.reshape(-1, 16)
+
+
+def nearest(z, codebook):
+    return np.square(z[:, None] - codebook).sum(-1).argmin(-1)
+
+
+def closed_forms(model, images):
+    """The gradients of the linear model, in float64, by loss and part; and the codes."""
+    x = patches(images)
+    encode = np.float64(array(model.encoder.trainable_variables[0])).reshape(16, D)
+    decode = np.float64(array(model.decoder.trainable_variables[0])).reshape(16, D)
+    codebook = np.float64(array(model.quantizer.codebook))
+    z = x @ encode
+    codes = nearest(z, codebook)
+    e = codebook[codes]
+    at_pixels = 2 / x.size / VARIANCE * (e @ decode.T - x)
+    at_rows = np.zeros((K, D))
+    np.add.at(at_rows, codes, 2 / z.size * (e - z))
+    return codes, {
+        "reconstruction": {"encoder": x.T @ (at_pixels @ decode), "decoder": at_pixels.T @ e},
+        "codebook": {"codebook": at_rows},
+        "commitment": {"encoder": x.T @ (BETA * 2 / z.size * (z - e))},
+    }
+
+
+def rows_of(codes):
+    return set(codes.ravel().tolist())
+
+
+def test_norms_and_gradients_in_closed_form():
+    model = linear_model()
+    codes, expected = closed_forms(model, IMAGES)
+    assert 3 < len(rows_of(codes)) < K
+    gradients, norms = loss_gradients(model, IMAGES), audit(model, IMAGES, EARLIER).norms
+    assert list(norms) == list(expected)
+    for loss, at in norms.items():
+        assert set(at) == {"encoder", "codebook", "decoder"}
+        for part, norm in at.items():
+            if part not in expected[loss]:
+                assert norm == 0.0  # exactly
+                continue
+            closed = expected[loss][part]
+            np.testing.assert_allclose(norm, np.linalg.norm(closed), rtol=1e-4)
+            found = array(gradients[loss][part][0]).reshape(closed.shape)
+            np.testing.assert_allclose(found, closed, rtol=1e-3, atol=1e-6)
+
+
+def test_without_an_estimator_one_path_is_closed_and_none_opened():
+    model = linear_model()
+    before = audit(model, IMAGES, EARLIER)
+    set_estimator(model, "none")
+    after = audit(model, IMAGES, EARLIER)
+    assert (before.estimator, after.estimator) == ("straight_through", "none")
+    assert before.norms["reconstruction"]["encoder"] > 0
+    assert after.norms["reconstruction"]["encoder"] == 0.0
+    before.norms["reconstruction"].pop("encoder")
+    after.norms["reconstruction"].pop("encoder")
+    for loss, norms in before.norms.items():
+        # Not equal to the last digit: z + sg(e − z) is e but for rounding.
+        assert after.norms[loss] == pytest.approx(norms, rel=1e-5, abs=0)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_paths_of_each_family(make, name):
+    model = make(**VARIANTS[name])
+    found = audit(model, IMAGES, EARLIER)
+    by_gradient = name != "ema"
+    assert found.moved_by == ("gradient" if by_gradient else "moving average")
+    opened = {
+        "reconstruction": {"encoder", "decoder"},
+        "codebook": {"codebook"},
+        "commitment": {"encoder"},
+        "entropy": {"encoder"},
+    }
+    if name == "hierarchical":
+        # What the top codes decode to is part of what the bottom codes stand for.
+        opened["commitment"] = {"encoder", "decoder"}
+    for loss, norms in found.norms.items():
+        assert ("codebook" in norms) == by_gradient
+        assert {part for part, norm in norms.items() if norm} == opened[loss]
+    set_estimator(model, "none")
+    closed = audit(model, IMAGES, EARLIER).norms
+    assert closed["reconstruction"]["encoder"] == 0.0
+    if name != "hierarchical":  # its bottom quantizer is a way to the top decoder as well
+        decoder = found.norms["reconstruction"]["decoder"]
+        np.testing.assert_allclose(closed["reconstruction"]["decoder"], decoder, rtol=1e-4)
+
+
+def test_the_adversarial_losses(make):
+    norms = audit(make(adversarial=0.5), IMAGES, EARLIER).norms
+    assert [part for part, norm in norms["discriminator"].items() if norm] == ["discriminator"]
+    assert [part for part, norm in norms["adversarial"].items() if norm] == ["encoder", "decoder"]
+    assert norms["reconstruction"]["discriminator"] == 0.0
+
+
+@pytest.mark.parametrize("quantizer", ["fsq", "lfq"])
+def test_families_without_a_codebook(make, quantizer):
+    model = make(quantizer=quantizer, num_codes=16, entropy=0.1, fsq_levels="4,4")
+    kernel = model.encoder.trainable_variables[-2]
+    kernel.assign(kernel * 20)  # of a fresh encoder all numbers are rounded to 0
+    found = audit(model, IMAGES, EARLIER)
+    assert (found.estimator, found.moved_by, found.step) == (None, "nothing", None)
+    assert found.norms["reconstruction"]["encoder"] > 0
+    assert "codebook" not in found.norms["reconstruction"]
+    assert estimator_of(model) is None
+    with pytest.raises(VqbeamError, match="has no estimator to leave out; choose a model with"):
+        set_estimator(model, "none")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_model_stays_as_it_was(make, name):
+    model = make(**VARIANTS[name], restart_below=0.5)
+    before = [array(variable) for variable in model.variables]
+    audit(model, IMAGES, EARLIER)
+    for value, variable in zip(before, model.variables, strict=True):
+        np.testing.assert_array_equal(value, array(variable), err_msg=variable.path)
+
+
+def test_rows_that_a_gradient_moves():
+    model = linear_model()
+    codes, gradients = closed_forms(model, IMAGES)
+    chosen = rows_of(codes)
+    earlier, earlier_gradients = closed_forms(model, EARLIER)
+    # Adam's first step is the rate times the sign of the gradient, but for its ε.
+    slope = earlier_gradients["codebook"]["codebook"]
+    moved = array(model.quantizer.codebook) - 1e-3 * slope / (np.abs(slope) + 1e-7)
+    encode = array(model.encoder.trainable_variables[0]).reshape(16, D)
+    then = rows_of(nearest(patches(IMAGES) @ encode, moved))
+    assert rows_of(earlier) - then
+    step = codebook_step(model, IMAGES, EARLIER)
+    assert (step.rows, step.chosen, step.moved) == (K, len(chosen), len(chosen))
+    assert len(chosen) == (np.abs(gradients["codebook"]["codebook"]).max(axis=1) > 0).sum()
+    assert step.restarted == 0 and not step.linear
+    assert step.gradient == SPARSE
+    assert step.adam == len(rows_of(earlier) | then)
+    assert step.momentum == len(rows_of(earlier) - then)
+
+
+@pytest.mark.parametrize("restart_below", [0.0, 0.2])
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+def test_rows_that_a_restart_moves(update, restart_below):
+    model = linear_model(update=update, restart_below=restart_below)
+    counts = np.bincount(closed_forms(model, IMAGES)[0], minlength=K)
+    chosen = counts > 0
+    neglected = counts < restart_below * counts.mean()
+    assert not (neglected & chosen).any()
+    step = codebook_step(model, IMAGES, EARLIER)
+    assert (step.chosen, step.moved) == (chosen.sum(), chosen.sum())
+    assert step.restarted == neglected.sum()
+    assert (step.restarted > 0) == (restart_below > 0)
+    if update == "ema":
+        assert (step.gradient, step.adam, step.momentum) == (None, None, None)
+
+
+def test_one_matrix_moves_all_rows(make):
+    step = codebook_step(make(**VARIANTS["simvq"]), IMAGES, EARLIER)
+    assert step.linear and step.gradient == "dense"
+    assert step.moved == step.adam == step.rows == 12
+    assert 0 < step.chosen < 12
+
+
+@pytest.mark.parametrize("name", ["residual", "hierarchical"])
+def test_rows_of_several_levels(make, name):
+    model = make(**VARIANTS[name], restart_below=0.0)
+    result = model(IMAGES)
+    codes = array(result["codes"]).reshape(-1, model.layout.length)
+    chosen = sum(len(rows_of(codes[:, model.layout.level == level])) for level in range(2))
+    step = codebook_step(model, IMAGES, EARLIER)
+    assert (step.rows, step.chosen, step.moved) == (24, chosen, chosen)
+
+
+def test_training_with_and_without(tiny_config):
+    config = tiny_config(vqvae__codebook_init="data", vqvae__learning_rate=3e-3)
+    # Images of one shade each: what there is to learn is learned in a few steps.
+    shades = np.random.default_rng(0).uniform(-1, 1, (31, 8, 1, 1, 1))
+    batches = np.broadcast_to(shades, (31, 8, 8, 8, 1)).astype("float32")
+    calls = []
+    errors = {
+        name: training_errors(
+            config,
+            batches,
+            30,
+            estimator=name,
+            data_variance=VARIANCE,
+            on_step=lambda: calls.append(None),
+        )
+        for name in ("straight_through", "none")
+    }
+    assert len(calls) == 62
+    model = build_model(config, data_variance=VARIANCE)
+    model.initialize_codebook(batches[0], "data", config.seed)
+    first = array(losses_of(model, model(batches[0]), batches[0])["reconstruction"])
+    model.compile(build_optimizer(config.vqvae))
+    for batch in batches[:30]:
+        model.train_on_batch(batch)
+    last = array(losses_of(model, model(batches[30]), batches[30])["reconstruction"])
+    for found in errors.values():
+        assert len(found) == 31
+        # The estimator changes no value, only the gradient.
+        np.testing.assert_allclose(found[0], first, rtol=1e-5)
+    np.testing.assert_allclose(errors["straight_through"][-1], last, rtol=1e-3)
+    assert errors["straight_through"][1:] != errors["none"][1:]

@@ -1,0 +1,211 @@
+import re
+
+import keras
+import pytest
+from PIL import Image
+from pipeline_fixtures import small_config, write_images, write_preset
+
+from pipelines.cli import main
+from pipelines.gradients import audit_lines, step_lines
+from vqvae.codebook_step import CodebookStep
+from vqvae.gradients import Audit
+
+FSQ = ("--vqvae.quantizer", "fsq", "--vqvae.num-codes", 512)
+KIND = "sparse" if keras.backend.backend() == "tensorflow" else "dense"
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory):
+    """A preset file for a folder of 24 small images, in batches of 8."""
+    folder = tmp_path_factory.mktemp("gradients")
+    write_images(folder / "source", 24)
+    (folder / "source" / "apple" / "broken.png").write_bytes(b"not an image")
+    config = small_config(
+        f"folder:{folder / 'source'}",
+        vqvae__codebook_update="gradient",
+        vqvae__restart_below=0.0,
+    )
+    return str(write_preset(folder / "own.py", config))
+
+
+def call(capsys, *words):
+    """Returns the exit status and the lines on stdout and stderr of `vqbeam gradients`."""
+    status = main(["gradients", *map(str, words)])
+    captured = capsys.readouterr()
+    return status, captured.out.splitlines(), captured.err.splitlines()
+
+
+def cells(line):
+    return line.split()
+
+
+def is_norm(cell):
+    return re.fullmatch(r"\d\.\d{3}e[+-]\d\d", cell) is not None
+
+
+def test_a_preset(preset, tmp_path, capsys):
+    path = tmp_path / "new" / "paths.png"
+    status, lines, errors = call(capsys, preset, "--output", path)
+    assert (status, errors) == (0, [])
+    title = "preset small, before its first step: L2 norms of the gradients on 8 training images"
+    assert lines[:2] == [title, "estimator: straight_through"]
+    assert cells(lines[2]) == ["encoder", "codebook", "decoder"]
+    table = {name: values for name, *values in map(cells, lines[3:6])}
+    assert {
+        loss: ["norm" if is_norm(cell) else cell for cell in at] for loss, at in table.items()
+    } == {
+        "reconstruction": ["norm", "0", "norm"],
+        "codebook": ["0", "norm", "0"],
+        "commitment": ["norm", "0", "0"],
+    }
+    assert len({len(line) for line in lines[2:6]}) == 1  # aligned
+    step = rf"a step of the codebook touches (\d+) of 12 rows: those chosen in the batch \({KIND} "
+    assert re.match(step, lines[6])
+    assert lines[7].startswith("a step of Adam after one on another batch touches ")
+    assert lines[8:] == [f"drawn in {path}"]
+    with Image.open(path) as figure:
+        assert figure.format == "PNG" and figure.size[0] == 950
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "rotation"])
+def test_without_straight_through(preset, tmp_path, capsys, estimator):
+    path = tmp_path / "paths.png"
+    words = ["--no-straight-through", "--steps", 3, "--output", path]
+    status, lines, _ = call(capsys, preset, *words, "--vqvae.estimator", estimator)
+    assert status == 0
+    assert lines[1] == f"estimator: {estimator}" and lines[6] == "estimator: none"
+    assert is_norm(cells(lines[3])[1])
+    assert cells(lines[8])[:3] == ["reconstruction", "0", "0"]
+    for name, line in zip((estimator, "none"), lines[-3:-1], strict=True):
+        start = f"after 3 training steps, estimator {name}: reconstruction error "
+        assert re.fullmatch(start + r"\d\.\d{4} of the variance", line)
+    with Image.open(path) as figure:
+        assert figure.size[1] > 1200  # two diagrams and the curves
+
+
+def test_flags_change_the_preset(preset, tmp_path, capsys):
+    words = ["--vqvae.codebook-update", "ema", "--vqvae.batch_size", 4]
+    status, lines, _ = call(capsys, preset, *words, "--output", tmp_path / "a.png")
+    assert status == 0
+    assert lines[0].endswith("on 4 training images")
+    assert all("moving average" in line for line in lines[3:5])
+    assert "those chosen in the batch (moving averages, no gradient)" in lines[5]
+
+
+def test_rounding(preset, tmp_path, capsys):
+    path = tmp_path / "a.png"
+    status, lines, _ = call(capsys, preset, *FSQ, "--output", path)
+    assert status == 0
+    assert lines[1] == "estimator: that of rounding"
+    assert cells(lines[3])[0] == "reconstruction" and cells(lines[3])[2] == "none"
+    assert "there is no codebook: the codes are numbers that are rounded" in lines
+
+
+@pytest.mark.slow
+def test_a_run(finished_run, tmp_path, capsys):
+    path = tmp_path / "a.png"
+    status, lines, _ = call(capsys, finished_run.root, "--output", path)
+    assert status == 0
+    title = f"run {finished_run.root}: L2 norms of the gradients on 8 training images"
+    assert lines[0] == title
+    assert path.exists()
+    status, lines, _ = call(
+        capsys, finished_run.root, "--output", path, "--no-straight-through", "--steps", 2
+    )
+    assert status == 0 and "after 2 training steps, estimator none" in lines[-2]
+
+
+def refusal(capsys, *words):
+    status, lines, errors = call(capsys, *words)
+    assert status and not lines and len(errors) == 1
+    return errors[0]
+
+
+def test_refusals(preset, tmp_path, capsys):
+    said = refusal(capsys, "nothing-like-it")
+    assert said.startswith(
+        "vqbeam: there is no folder 'nothing-like-it', and no preset is named 'nothing-like-it'; "
+    )
+    said = refusal(capsys, "gone.py")
+    assert said == "vqbeam: there is no preset file 'gone.py'; check the path"
+    said = refusal(capsys, tmp_path)
+    assert said == f"vqbeam: {tmp_path} is not a run folder: it has no config.json"
+    said = refusal(capsys, preset, "--output", "a.jpg")
+    assert said == "vqbeam: --output is 'a.jpg'; give a name that ends in .png"
+    for quantizer in ("fsq", "lfq"):
+        words = ["--vqvae.quantizer", quantizer, "--vqvae.num-codes", 512]
+        said = refusal(
+            capsys, preset, *words, "--no-straight-through", "--output", tmp_path / "a.png"
+        )
+        assert said.startswith("vqbeam: the quantizer of this model rounds (fsq, lfq), and has no")
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_source_without_an_image(tmp_path, capsys):
+    (tmp_path / "source").mkdir()
+    for name in "abcdefghijkl":
+        (tmp_path / "source" / f"{name}.png").write_bytes(b"not an image")
+    preset = write_preset(tmp_path / "own.py", small_config(f"folder:{tmp_path / 'source'}"))
+    said = refusal(capsys, preset)
+    assert said.endswith(" has no training image that can be decoded; check it")
+
+
+@pytest.mark.parametrize(
+    "step,lines",
+    [
+        (
+            CodebookStep(
+                rows=512,
+                chosen=112,
+                moved=112,
+                restarted=0,
+                gradient="sparse",
+                adam=130,
+                momentum=18,
+            ),
+            [
+                "a step of the codebook touches 112 of 512 rows: those chosen in the batch "
+                "(sparse gradient)",
+                "a step of Adam after one on another batch touches 130 of 512 rows: momentum also "
+                "moves the 18 that only that batch had chosen",
+            ],
+        ),
+        (
+            CodebookStep(rows=2048, chosen=1112, moved=1112, restarted=936),
+            [
+                "a step of the codebook touches 1,112 of 2,048 rows: those chosen in the batch "
+                "(moving averages, no gradient)",
+                "restarts put 936 of 2,048 rows that nothing chose onto vectors of the batch",
+            ],
+        ),
+        (
+            CodebookStep(64, 20, 64, 0, gradient="dense", adam=64, momentum=9, linear=True),
+            [
+                "a step of the codebook touches 64 of 64 rows: one matrix makes them all",
+                "  (dense gradient; 20 were chosen in the batch)",
+            ],
+        ),
+        (
+            CodebookStep(rows=64, chosen=20, moved=17, restarted=0),
+            [
+                "a step of the codebook touches 17 of 64 rows: of 20 chosen, 3 are at the mean of "
+                "their vectors already (moving averages, no gradient)"
+            ],
+        ),
+        (None, ["there is no codebook: the codes are numbers that are rounded"]),
+    ],
+)
+def test_what_is_said_of_a_step(step, lines):
+    assert list(step_lines(step)) == lines
+
+
+def test_the_table():
+    norms = {"reconstruction": {"encoder": 0.25, "decoder": 12.5, "discriminator": 0.0}}
+    found = Audit("rotation", "moving average", norms, None)
+    assert list(audit_lines([found], {"none": [1.0, 0.5]})) == [
+        "estimator: rotation",
+        "                    encoder        codebook    decoder  discriminator",
+        "  reconstruction  2.500e-01  moving average  1.250e+01              0",
+        "there is no codebook: the codes are numbers that are rounded",
+        "after 1 training steps, estimator none: reconstruction error 0.5000 of the variance",
+    ]

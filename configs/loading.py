@@ -107,18 +107,24 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
 
 def smoke(config: Config) -> Config:
     """Returns `config` shrunk to run in seconds, its kind of data and networks kept."""
+    num_codes, fsq_levels = min(config.vqvae.num_codes, 32), config.vqvae.fsq_levels
+    if config.vqvae.quantizer == "fsq" and num_codes < config.vqvae.num_codes:
+        fsq_levels = "8,4"
     return override(
         config,
         {
             "data.max_images": min(config.data.max_images or 64, 64),
             "data.images_per_shard": 48,
-            "vqvae.num_codes": min(config.vqvae.num_codes, 32),
+            "vqvae.num_codes": num_codes,
+            "vqvae.fsq_levels": fsq_levels,
             "vqvae.width": 8,
             "vqvae.residual_layers": 1,
             "vqvae.residual_width": 4,
             "vqvae.batch_size": 16,
             "vqvae.steps": 4,
             "vqvae.steps_per_epoch": 2,
+            "vqvae.warmup_steps": min(config.vqvae.warmup_steps, 1),
+            "vqvae.adversarial_start": min(config.vqvae.adversarial_start, 2),
             "encode.batch_size": 16,
             "prior.layers": 1,
             "prior.width": 16,

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import configs
@@ -22,7 +22,9 @@ VERBS = {
     "train-prior": "train the transformer prior on the codes",
     "sample": "draw new images from a trained run",
     "reconstruct": "draw held-out images above their reconstructions",
+    "evaluate": "measure a trained run on all of its held-out images",
     "inspect": "show what is in a run: stages, sizes, losses, codebook use",
+    "gradients": "show which part of a model the gradient of each loss reaches",
     "presets": "list the presets, a line each",
 }
 
@@ -86,7 +88,9 @@ def parse(argv: Sequence[str]) -> Command:
     parse_verb = {
         "sample": _parse_sample,
         "reconstruct": _parse_reconstruct,
+        "evaluate": _parse_evaluate,
         "inspect": _parse_inspect,
+        "gradients": _parse_gradients,
         "presets": _parse_presets,
     }
     if verb in parse_verb:
@@ -106,25 +110,36 @@ def _parse_stages(verb: str, words: Sequence[str]) -> dict[str, Any]:
         action="store_true",
         help="shrink the preset to run in seconds; its pictures are gray",
     )
-    parser.add("--seed", int, "seed of all random numbers (unset: the preset's)")
-    flags = {"seed": "--seed"}
-    for section, cls in SECTIONS.items():
-        title = f"config: {section} (unset: the preset's value)"
-        group = parser.add_argument_group(title, cls.__doc__)
-        flags |= parser.add_fields(section, f"--{section}.", group)
+    flags = _add_config(parser, SECTIONS)
 
     given = parser.parse_words(words, beam=True)
     config = configs.load_preset(given["PRESET"])
     if given["--smoke"]:
         config = configs.smoke(config)
-    values = {name: given[flag] for name, flag in flags.items() if flag in given}
-    config = _in_range(lambda: configs.override(config, values), flags)
     return {
-        "config": _with_whole_path(config),
+        "config": _overridden(config, given, flags),
         "run_dir": given["--run-dir"],
         "stages": STAGES if verb == "run" else (verb,),
         "beam_args": with_runner(given.get("beam_args", [])),
     }
+
+
+def _add_config(parser: Parser, sections: Iterable[str]) -> dict[str, str]:
+    """Adds `--seed` and a flag for each field of the sections; returns them by dotted name."""
+    parser.add("--seed", int, "seed of all random numbers (unset: the preset's)")
+    flags = {"seed": "--seed"}
+    for section in sections:
+        title = f"config: {section} (unset: the preset's value)"
+        group = parser.add_argument_group(title, SECTIONS[section].__doc__)
+        flags |= parser.add_fields(section, f"--{section}.", group)
+    return flags
+
+
+def _overridden(config: Config, given: Mapping[str, Any], flags: Mapping[str, str]) -> Config:
+    """Returns the config with what the given flags set."""
+    values = {name: given[flag] for name, flag in flags.items() if flag in given}
+    config = _in_range(lambda: configs.override(config, values), flags)
+    return _with_whole_path(config)
 
 
 def _with_whole_path(config: Config) -> Config:
@@ -177,10 +192,76 @@ def _parse_reconstruct(words: Sequence[str]) -> dict[str, Any]:
     return {"run_dir": given["DIR"], "output": given["--output"], "num": given["--num"]}
 
 
+def _parse_evaluate(words: Sequence[str]) -> dict[str, Any]:
+    parser = _verb_parser("evaluate", "DIR [--features classifier|inception]")
+    parser.add("DIR", nonempty, "the run's folder")
+    parser.add(
+        "--features",
+        str,
+        "what the Fréchet distance compares: features of a classifier trained on the run's "
+        "images (default), or of Keras's InceptionV3, whose weights are downloaded",
+        choices=("classifier", "inception"),
+        metavar="NAME",
+        default="classifier",
+    )
+    given = parser.parse_words(words)
+    return {"run_dir": given["DIR"], "features": given["--features"]}
+
+
 def _parse_inspect(words: Sequence[str]) -> dict[str, Any]:
     parser = _verb_parser("inspect", "DIR")
     parser.add("DIR", nonempty, "the run's folder")
     return {"run_dir": parser.parse_words(words)["DIR"]}
+
+
+def _parse_gradients(words: Sequence[str]) -> dict[str, Any]:
+    parser, flags = _gradients_parser()
+    given = parser.parse_words(words)
+    both = given["--no-straight-through"]
+    if "--steps" in given and not both:
+        parser.error("--steps trains nothing alone; add --no-straight-through")
+    place = given["PRESET-OR-DIR"]
+    is_run = place not in configs.preset_names() and _is_folder(place)
+    changed = [flag for flag in flags.values() if flag in given]
+    if is_run and changed:
+        parser.error(f"{changed[0]} is for presets, and {place} is a folder")
+    return {
+        "config": None if is_run else _overridden(_preset_of(place), given, flags),
+        "run_dir": place if is_run else None,
+        "output": given["--output"],
+        "straight_through": not both,
+        "steps": given.get("--steps", 200),
+    }
+
+
+def _gradients_parser() -> tuple[Parser, dict[str, str]]:
+    rest = "PRESET-OR-DIR [--no-straight-through] [options] [--SECTION.FIELD VALUE ...]"
+    parser = _verb_parser("gradients", rest)
+    kinds = "a preset, for a fresh model on images from its source; or the folder of a trained run"
+    parser.add("PRESET-OR-DIR", nonempty, kinds)
+    file = "the .png file to write (default: gradients.png)"
+    parser.add("--output", nonempty, file, metavar="FILE.png", default="gradients.png")
+    parser.add_argument(
+        "--no-straight-through",
+        dest="--no-straight-through",
+        action="store_true",
+        help="set the model without an estimator beside it, and train both",
+    )
+    parser.add("--steps", count, "training steps of each of them (default: 200)", metavar="N")
+    return parser, _add_config(parser, ("data", "vqvae"))
+
+
+def _is_folder(place: str) -> bool:
+    return "://" in place or os.path.isdir(os.path.expanduser(place))
+
+
+def _preset_of(place: str) -> Config:
+    """Returns the preset of a name that may have been meant for a folder."""
+    try:
+        return configs.load_preset(place)
+    except VqbeamError as error:
+        said = str(error) if place.endswith(".py") else f"there is no folder {place!r}, and {error}"
+        raise VqbeamError(said) from None
 
 
 def _parse_presets(words: Sequence[str]) -> dict[str, Any]:

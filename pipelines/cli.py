@@ -74,6 +74,14 @@ def _dispatch(command: Command) -> None:
         from pipelines.reconstruct import reconstruct
 
         reconstruct(**command.arguments)
+    elif command.verb == "evaluate":
+        from pipelines.evaluate import evaluate
+
+        evaluate(**command.arguments)
+    elif command.verb == "gradients":
+        from pipelines.gradients import gradients
+
+        gradients(**command.arguments)
     elif command.verb == "sample":
         from pipelines.sample import sample
 

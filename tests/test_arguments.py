@@ -252,6 +252,22 @@ def test_malformed_command_lines(preset, words, message):
             ["reconstruct", "d", "--output", "a.png", "--num", "0"],
             "vqbeam reconstruct: --num: 0 is",
         ),
+        (["evaluate"], "vqbeam evaluate: missing DIR (see"),
+        (
+            ["evaluate", "d", "--features", "x"],
+            "vqbeam evaluate: --features: invalid choice: 'x' (choose from 'classifier', 'incep",
+        ),
+        (["gradients"], "vqbeam gradients: missing PRESET-OR-DIR (see"),
+        (
+            ["gradients", "glyphs", "--steps", "9"],
+            "vqbeam gradients: --steps trains nothing alone; add --no-straight-through",
+        ),
+        (
+            ["gradients", "glyphs", "--no-straight-through", "--steps", "0"],
+            "vqbeam gradients: --steps: 0 is not at least 1",
+        ),
+        (["gradients", "glyphs", "--prior.layers", "1"], "vqbeam: unknown flag --prior.layers"),
+        (["gradients", "glyphs", "--output", ""], "vqbeam gradients: --output: is empty"),
         (["inspect", "d", "e"], "vqbeam inspect: unexpected argument 'e'"),
         (["presets", "d"], "vqbeam presets: unexpected argument 'd'"),
         (["smaple", "d"], "vqbeam: unknown verb 'smaple'; did you mean sample?"),
@@ -313,6 +329,57 @@ def test_reconstruct_inspect_and_presets():
     assert parse(["presets"]).arguments == {}
 
 
+def test_evaluate():
+    assert parse(["evaluate", "d"]).arguments == {"run_dir": "d", "features": "classifier"}
+    given = parse(["evaluate", "d", "--features=inception"]).arguments
+    assert given == {"run_dir": "d", "features": "inception"}
+
+
+def test_gradients_of_a_preset(preset):
+    assert parse(["gradients", preset]).arguments == {
+        "config": configs.load_preset(preset),
+        "run_dir": None,
+        "output": "gradients.png",
+        "straight_through": True,
+        "steps": 200,
+    }
+    words = ["--no-straight-through", "--steps=9", "--output", "a.png"]
+    words += ["--seed", "4", "--data.data_dir", "d", "--vqvae.num-codes", "64"]
+    given = parse(["gradients", preset, *words]).arguments
+    changes = {"seed": 4, "data.data_dir": "d", "vqvae.num_codes": 64}
+    assert given == {
+        "config": configs.override(configs.load_preset(preset), changes),
+        "run_dir": None,
+        "output": "a.png",
+        "straight_through": False,
+        "steps": 9,
+    }
+
+
+def test_gradients_of_a_run(tmp_path, monkeypatch):
+    given = parse(["gradients", str(tmp_path)]).arguments
+    assert (given["config"], given["run_dir"]) == (None, str(tmp_path))
+    said = refusal("gradients", str(tmp_path), "--vqvae.num-codes", "64")
+    where = f"--vqvae.num-codes is for presets, and {tmp_path} is a folder"
+    assert said == f"vqbeam gradients: {where} (see vqbeam gradients --help)"
+    assert parse(["gradients", "gs://bucket/run"]).arguments["run_dir"] == "gs://bucket/run"
+    # A preset's name is that of the preset, whatever lies beside it.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "glyphs").mkdir()
+    assert parse(["gradients", "glyphs"]).arguments["config"] == configs.load_preset("glyphs")
+    assert parse(["gradients", "./glyphs"]).arguments["run_dir"] == "./glyphs"
+
+
+def test_gradients_of_nothing():
+    with pytest.raises(configs.VqbeamError) as caught:
+        parse(["gradients", "runs/gone"])
+    assert str(caught.value).startswith("there is no folder 'runs/gone', and no preset is named ")
+    with pytest.raises(configs.VqbeamError, match="^there is no preset file 'gone.py'"):
+        parse(["gradients", "gone.py"])
+    with pytest.raises(configs.VqbeamError, match="^--vqvae.num-codes is 1; it must be at least 2"):
+        parse(["gradients", "glyphs", "--vqvae.num-codes", "1"])
+
+
 def test_without_a_word_the_help_is_the_error():
     with pytest.raises(UsageError, match="verbs:"):
         parse([])
@@ -336,7 +403,7 @@ def test_help_shows_each_field_with_its_text_and_range(capsys):
     for name, field, _ in FIELDS:
         assert f"--{name.replace('_', '-')} " in shown
         assert field.metadata.get("help", "") in shown
-    assert "codebook size K (2 to 1,048,576)" in shown
+    assert "codebook size K, of each level (2 to 1,048,576)" in shown
     assert "--data.fit {crop,pad}" in shown
 
 

@@ -82,6 +82,12 @@ def test_reconstruct_dispatch(target):
     assert calls == [{"run_dir": "d", "output": "a.png", "num": 3}]
 
 
+def test_evaluate_dispatch(target):
+    calls = target("evaluate", "evaluate")
+    assert main(["evaluate", "d", "--features", "inception"]) == 0
+    assert calls == [{"run_dir": "d", "features": "inception"}]
+
+
 def test_inspect_dispatch(target, capsys):
     calls = target("inspect", "describe", "all about it")
     assert main(["inspect", "d"]) == 0

@@ -47,7 +47,19 @@ def test_preset_loads_and_shrinks(name):
     # The same kind of thing, smaller.
     kept = {
         "data": ["source", "height", "width", "channels", "fit"],
-        "vqvae": ["codebook_update", "dtype", "downsampling", "code_dim", "commitment"],
+        "vqvae": [
+            "quantizer",
+            "codebook_update",
+            "depth",
+            "grids",
+            "dtype",
+            "downsampling",
+            "code_dim",
+            "commitment",
+            "augment",
+            "weight_ema",
+            "adversarial",
+        ],
         "prior": ["dtype", "dropout", "label_dropout"],
         "sample": ["temperature", "top_k", "top_p", "guidance"],
     }
@@ -154,7 +166,8 @@ CHOICES = [
 @pytest.mark.parametrize(("name", "choices"), CHOICES)
 def test_every_choice_is_checked(config, name, choices):
     for choice in choices:
-        override(config, {name: choice})
+        companions = {"vqvae.depth": 2} if choice == "residual" else {}
+        override(config, {name: choice, **companions})
     with pytest.raises(VqbeamError, match=f"^{name} is 'other'; choose one of {choices[0]}, "):
         override(config, {name: "other"})
 
@@ -162,6 +175,10 @@ def test_every_choice_is_checked(config, name, choices):
 def test_defaults_are_within_their_ranges():
     for cls in (VQVAEConfig, PriorConfig, SampleConfig):
         cls()
+
+
+RESIDUAL = {"vqvae.quantizer": "residual", "vqvae.depth": 2}
+FSQ = {"vqvae.quantizer": "fsq"}
 
 
 @pytest.mark.parametrize(
@@ -179,11 +196,77 @@ def test_defaults_are_within_their_ranges():
         ({"prior.heads": 3}, "prior.width is 256 and prior.heads is 3"),
         ({"prior.width": 48}, "prior.width is 48 and prior.heads is 8; .* multiple of 4"),
         ({"seed": -1}, "seed is -1; it must be at least 0"),
+        ({"vqvae.quantizer": "residual"}, "quantizer is residual; set vqvae.depth to 2 or more"),
+        ({"vqvae.depth": 2}, "vqvae.depth is 2; set vqvae.quantizer to residual"),
+        ({**RESIDUAL, "vqvae.grids": 2}, "vqvae.quantizer is residual; use vqvae.grids 1"),
+        ({**RESIDUAL, "vqvae.lookup": "cosine"}, "is residual; use .* vqvae.lookup l2"),
+        (
+            {"vqvae.quantizer": "lfq", "vqvae.num_codes": 500},
+            "vqvae.num_codes is 500; lfq takes a power of two",
+        ),
+        ({**FSQ, "vqvae.fsq_levels": "8,8"}, "8,8 make 64 codes, .* is 512; set it to 64"),
+        ({**FSQ, "vqvae.fsq_levels": "512,1"}, "fsq_levels is '512,1'; give numbers from 2 up"),
+        ({**FSQ, "vqvae.fsq_levels": "8, 8,8"}, "fsq_levels is '8, 8,8'; give numbers"),
+        ({**FSQ, "vqvae.fsq_levels": "8,8,"}, "fsq_levels is '8,8,'; give numbers"),
+        ({**FSQ, "vqvae.fsq_levels": ""}, "fsq_levels is ''; give numbers"),
+        ({**FSQ, "vqvae.num_codes": 500}, "8,8,8 make 512 codes, .* is 500; set it to 512"),
+        (
+            {"vqvae.grids": 2, "data.height": 36},
+            "data.height is 36, which makes a grid with an odd side; vqvae.grids 2 halves it",
+        ),
+        ({"vqvae.grids": 2, "data.width": 28}, "data.width is 28, which makes a grid with an odd"),
     ],
 )
 def test_checks_across_fields(config, changes, message):
     with pytest.raises(VqbeamError, match=message):
         override(config, changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        RESIDUAL,
+        {"vqvae.grids": 2, "data.height": 40},
+        {"vqvae.quantizer": "lfq", "vqvae.num_codes": 2},
+        {"vqvae.quantizer": "lfq", "vqvae.grids": 2},
+        {**FSQ, "vqvae.fsq_levels": "5,4,3", "vqvae.num_codes": 60},
+        # What a quantizer does not take is not looked at.
+        {"vqvae.fsq_levels": "none"},
+    ],
+)
+def test_what_fits_is_allowed(config, changes):
+    changed = override(config, changes)
+    assert from_dict(json.loads(json.dumps(to_dict(changed)))) == changed
+
+
+def test_fsq_levels_as_numbers(config):
+    assert config.vqvae.fsq_sizes == (8, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_codes", "fsq_levels"),
+    [
+        ({}, 32, "8,8,8"),
+        (RESIDUAL, 32, "8,8,8"),
+        ({"vqvae.quantizer": "simvq"}, 32, "8,8,8"),
+        ({"vqvae.quantizer": "lfq"}, 32, "8,8,8"),
+        ({"vqvae.quantizer": "lfq", "vqvae.num_codes": 16}, 16, "8,8,8"),
+        (FSQ, 32, "8,4"),
+        ({**FSQ, "vqvae.fsq_levels": "5,3", "vqvae.num_codes": 15}, 15, "5,3"),
+        ({"vqvae.grids": 2}, 32, "8,8,8"),
+    ],
+)
+def test_every_quantizer_shrinks(config, changes, num_codes, fsq_levels):
+    late = {"vqvae.adversarial_start": 1000, "vqvae.warmup_steps": 500}
+    small = smoke(override(config, changes | late))
+    assert (small.vqvae.num_codes, small.vqvae.fsq_levels) == (num_codes, fsq_levels)
+    for name, value in changes.items():
+        if name not in ("vqvae.num_codes", "vqvae.fsq_levels"):
+            assert getattr(small.vqvae, name.removeprefix("vqvae.")) == value
+    # What sets in late is gone through as well.
+    assert small.vqvae.adversarial_start < small.vqvae.steps
+    assert small.vqvae.warmup_steps < small.vqvae.steps
+    assert smoke(small) == small
 
 
 def test_a_run_shorter_than_an_epoch_is_allowed(config):
@@ -232,6 +315,17 @@ def test_a_stored_config_of_another_version(config, damage):
     else:
         values = []
     with pytest.raises(VqbeamError, match="does not fit this version of vqbeam"):
+        from_dict(values)
+
+
+def test_a_stored_config_with_fields_of_before(config):
+    values = to_dict(config)
+    for name in ("quantizer", "depth", "grids", "restart_below", "lookup", "augment"):
+        del values["vqvae"][name]
+    values["vqvae"]["dead_code_steps"] = 100
+    with pytest.raises(
+        VqbeamError, match="fit this version of vqbeam .*dead_code_steps.*; use the"
+    ):
         from_dict(values)
 
 

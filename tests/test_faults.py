@@ -212,8 +212,8 @@ def test_a_damaged_record(failure, run, stage, following):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("num_codes", 16, "has 12 codes and grid (2, 2), the run's config says 16 and (2, 2)"),
-        ("downsampling", 2, "has 12 codes and grid (2, 2), the run's config says 12 and (4, 4)"),
+        ("num_codes", 16, "2×2 grid, K = 12, the run's config says 2×2 grid, K = 16; delete"),
+        ("downsampling", 2, "2×2 grid, K = 12, the run's config says 4×4 grid, K = 12; delete"),
     ],
 )
 def test_a_model_that_does_not_match(failure, run, field, value, message):

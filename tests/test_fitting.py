@@ -13,18 +13,19 @@ from etils import epath
 from keras import layers
 
 from configs import VqbeamError
-from vqvae.fitting import fit, load_model, save_model
+from vqvae.fitting import Checkpoints, fit, load_model, save_model
 from vqvae.records import training_batches
 
 STEPS_PER_EPOCH = 3
+AVERAGING = dict(use_ema=True, ema_momentum=0.8)
 
 
-def build(units=6, learning_rate=0.01, seed=0):
+def build(units=6, learning_rate=0.01, seed=0, **averaging):
     keras.utils.set_random_seed(seed + 1)
     model = keras.Sequential(
         [keras.Input((4,)), layers.Dense(units, "relu"), layers.Dropout(0.5), layers.Dense(1)]
     )
-    model.compile(keras.optimizers.Adam(learning_rate), loss="mse")
+    model.compile(keras.optimizers.Adam(learning_rate, **averaging), loss="mse")
     return model
 
 
@@ -73,11 +74,11 @@ def checkpoints(folder, fingerprint="f"):
 
 
 def test_resumed_is_unbroken_bit_for_bit(tmp_path):
-    unbroken = build()
+    unbroken = build(**AVERAGING)
     history = train(unbroken, tmp_path / "unbroken", 4)
-    train(build(), tmp_path / "resumed", 2)
+    train(build(**AVERAGING), tmp_path / "resumed", 2)
     # Other weights and random numbers at the start: all must come from the checkpoint.
-    resumed = build(seed=5)
+    resumed = build(seed=5, **AVERAGING)
     keras.utils.set_random_seed(1)
     again = train(resumed, tmp_path / "resumed", 4)
     assert_same_state(state(unbroken), state(resumed))
@@ -221,6 +222,47 @@ def test_weights_broken_by_the_last_step_of_an_epoch_are_not_kept(tmp_path):
     with pytest.raises(VqbeamError, match="validation loss became nan in epoch 1; .*learning rate"):
         train(model, tmp_path, 1, steps=1, steps_per_epoch=1)
     assert checkpoints(tmp_path) == []
+
+
+def test_validation_measures_the_average_and_leaves_the_weights(tmp_path):
+    data = pairs(tf.data.Dataset.from_tensor_slices(NUMBERS).batch(7))
+    model, without = build(**AVERAGING), build(**AVERAGING)
+    history = train(model, tmp_path / "with", 2, validation=data)
+    train(without, tmp_path / "without", 2, validation=None)
+    # What is trained is the same, bit for bit, as if nothing had been measured.
+    kept = []
+    for folder in ("with", "without"):
+        restored = build(seed=5, **AVERAGING)
+        assert Checkpoints(epath.Path(tmp_path / folder), "f").restore(restored) == 2
+        kept.append(restored)
+    assert_same_state(state(kept[0]), state(kept[1]))
+    # The checkpoint holds both the weights and their average, of which the result is the latter.
+    optimizer = kept[0].optimizer
+    averages = [np.asarray(average) for average in optimizer._model_variables_moving_average]
+    weights = [np.asarray(weight) for weight in kept[0].trainable_variables]
+    assert all(np.abs(a - b).max() > 1e-4 for a, b in zip(averages, weights, strict=True))
+    assert_same_state(averages, [np.asarray(weight) for weight in model.trainable_variables])
+    measured = model.evaluate(data, verbose=0)
+    assert history[-1]["val_loss"] == pytest.approx(measured, rel=1e-5)
+    assert kept[0].evaluate(data, verbose=0) != pytest.approx(measured, rel=1e-5)
+
+
+def test_a_run_broken_off_after_its_last_epoch_ends_with_the_average(tmp_path):
+    model = build(**AVERAGING)
+    train(model, tmp_path, 2)
+    again = build(seed=5, **AVERAGING)
+    train(again, tmp_path, 2)
+    for one, other in zip(model.weights, again.weights, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_half_precision_keeps_an_average_too(tmp_path):
+    model = build(**AVERAGING)
+    inner = keras.optimizers.Adam(0.01, **AVERAGING)
+    model.compile(keras.optimizers.LossScaleOptimizer(inner), loss="mse")
+    history = train(model, tmp_path, 2)
+    data = pairs(tf.data.Dataset.from_tensor_slices(NUMBERS).batch(7))
+    assert history[-1]["val_loss"] == pytest.approx(model.evaluate(data, verbose=0), rel=1e-5)
 
 
 def test_writes_tensorboard_logs(tmp_path):

@@ -3,7 +3,14 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from vqvae.networks import ResidualBlock, build_decoder, build_encoder
+from vqvae.networks import (
+    ResidualBlock,
+    build_coarser,
+    build_decoder,
+    build_encoder,
+    build_finer,
+    build_projection,
+)
 
 
 def array(tensor):
@@ -12,7 +19,7 @@ def array(tensor):
 
 def settings(**changes):
     defaults = dict(
-        code_dim=5,
+        latent_channels=5,
         downsampling=4,
         width=8,
         residual_layers=2,
@@ -112,3 +119,25 @@ def test_residual_block_round_trip():
     twin = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(block))
     assert isinstance(twin, ResidualBlock) and twin.get_config() == block.get_config()
     assert twin.conv_in.compute_dtype == twin.conv_out.compute_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_networks_between_two_grids(policy):
+    blocks = dict(residual_layers=2, residual_width=3, dtype=policy)
+    coarser = build_coarser((4, 6, 8), 5, 8, **blocks)
+    finer = build_finer((2, 3, 5), 5, 8, **blocks)
+    assert coarser.output_shape == finer.input_shape == (None, 2, 3, 5)
+    assert finer.output_shape == (None, 4, 6, 5)
+    for model in (coarser, finer):
+        found = [layer for layer in model.layers if isinstance(layer, ResidualBlock)]
+        assert [(block.width, block.hidden) for block in found] == [(8, 3)] * 2
+        found = [x for x in model._flatten_layers(include_self=False) if "conv" in x.name]
+        assert {layer.dtype_policy.name for layer in found} == {policy}
+
+
+def test_projection_in_numpy():
+    projection = build_projection((2, 3, 7), 4, dtype="float32")
+    x = np.random.default_rng(0).normal(size=(5, 2, 3, 7)).astype("float32")
+    kernel, bias = (array(weight) for weight in projection.weights)
+    assert kernel.shape == (1, 1, 7, 4)
+    np.testing.assert_allclose(array(projection(x)), x @ kernel[0, 0] + bias, atol=1e-5)

@@ -1,22 +1,29 @@
 import dataclasses
+import io
 import json
 import pathlib
 
+import h5py
 import numpy as np
 import pytest
 import tensorflow as tf
 from etils import epath
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs import VqbeamError, to_dict
+from vqvae import training
+from vqvae.augmentation import augment
+from vqvae.building import build_model
 from vqvae.fitting import load_model
 from vqvae.metrics import perplexity
-from vqvae.model import build_model, scale_images
+from vqvae.model import scale_images
 from vqvae.records import Shard
 from vqvae.run_folder import RunFolder
 from vqvae.training import (
     MODEL_FILE,
     STAGE,
+    Pictures,
     check_fits,
     evaluate,
     load_vqvae,
@@ -41,13 +48,36 @@ def trained(prepared_run, tiny_config):
     return run, pixels, train(run)
 
 
+# Every option that keeps state of its own, at once.
+STATEFUL = dict(
+    vqvae__steps=6,
+    vqvae__grids=2,
+    vqvae__weight_ema=0.7,
+    vqvae__augment="flip_crop",
+    vqvae__adversarial=0.1,
+    vqvae__adversarial_start=2,
+    vqvae__warmup_steps=3,
+    vqvae__clip_norm=0.5,
+    vqvae__codebook_init="kmeans",
+    vqvae__restart_below=0.3,
+)
+
+
+@pytest.fixture(scope="module")
+def stateful(prepared_run, tiny_config):
+    """One finished stage of this kind."""
+    run, pixels = prepared_run(tiny_config(**STATEFUL))
+    return run, pixels, train(run)
+
+
 def test_writes_model_picture_logs_and_manifest(trained):
     run, pixels, manifest = trained
     assert run.is_done(STAGE) and manifest == run.manifest(STAGE)
     assert set(manifest["outputs"]) == {MODEL_FILE, "reconstructions.png"}
     assert len(manifest["history"]) == 4  # 8 steps, 2 an epoch
-    names = {"loss", "reconstruction", "codebook", "commitment", "perplexity", "codes_used"}
-    assert set(manifest["history"][0]) >= names | {f"val_{name}" for name in names}
+    names = {"loss", "reconstruction", "commitment", "quantization_error", "perplexity"}
+    names |= {"codes_used"}
+    assert set(manifest["history"][0]) == names | {f"val_{name}" for name in names}
     assert manifest["seconds"] > 0
     model = load_vqvae(run)
     assert manifest["parameters"] == model.count_params()
@@ -79,10 +109,10 @@ def test_measures_in_numpy(trained):
     assert measures["mse"] == pytest.approx(exact * 127.5**2, rel=1e-3)
     variance = np.var(pixels["train"] / 127.5 - 1)
     assert measures["reconstruction"] == pytest.approx(exact / variance, rel=1e-3)
-    counts = np.bincount(array(model.encode(images)).ravel(), minlength=model.num_codes)
+    counts = np.bincount(array(model.encode(images)).ravel(), minlength=model.quantizer.num_codes)
     assert measures["perplexity"] == pytest.approx(perplexity(counts), rel=1e-4)
     assert measures["codes_used"] == pytest.approx((counts > 0).mean(), rel=1e-5)
-    parts = sum(measures[name] for name in ("reconstruction", "codebook", "commitment"))
+    parts = sum(measures[name] for name in ("reconstruction", "commitment"))
     assert measures["loss"] == pytest.approx(parts, rel=1e-4)
 
 
@@ -98,35 +128,185 @@ def times_of_files(folder):
     return {path: path.stat().st_mtime_ns for path in pathlib.Path(folder).rglob("*")}
 
 
+class Killed(BaseException):
+    pass
+
+
+def kill(*_, **__):
+    raise Killed
+
+
+def weights_of_checkpoints(run):
+    """Every array of every checkpoint: model, optimizer, averages."""
+    found = {}
+    for path in sorted(pathlib.Path(run.folder(STAGE)).glob("checkpoints/*/epoch-*.h5")):
+        with h5py.File(path) as file:
+            file.visititems(
+                lambda name, item, path=path: (
+                    found.update({(path.name, name): item[()]})
+                    if isinstance(item, h5py.Dataset)
+                    else None
+                )
+            )
+    return found
+
+
+def assert_same_training(one, other):
+    for name in ("history", "measures"):
+        assert one.manifest(STAGE)[name] == other.manifest(STAGE)[name]
+    models = [load_model(run.folder(STAGE) / MODEL_FILE) for run in (one, other)]
+    for a, b in zip(models[0].weights, models[1].weights, strict=True):
+        np.testing.assert_array_equal(array(a), array(b), err_msg=a.path)
+    states = [weights_of_checkpoints(run) for run in (one, other)]
+    assert states[0].keys() == states[1].keys() and len(states[0]) > 40
+    for name, value in states[0].items():
+        np.testing.assert_array_equal(value, states[1][name], err_msg=str(name))
+
+
 def test_same_run_same_weights_even_when_broken_off(
     trained, prepared_run, tiny_config, monkeypatch
 ):
-    run, _, manifest = trained
     other, _ = prepared_run(tiny_config())
-
-    class Killed(BaseException):
-        pass
-
-    def kill(callback, epoch, logs=None):
-        if epoch == 2:
-            raise Killed
-
     with monkeypatch.context() as patch:
-        patch.setattr("vqvae.training.ReconstructionImages.on_epoch_end", kill)
+        plain = Pictures.on_epoch_end
+        patch.setattr(
+            "vqvae.training.Pictures.on_epoch_end",
+            lambda self, epoch, logs=None: (kill if epoch == 2 else plain)(self, epoch, logs),
+        )
         with pytest.raises(Killed):
             train(other)
     assert not other.is_done(STAGE) and other.manifest(STAGE) is None
-    again = train(other)
-    assert again["measures"] == manifest["measures"]
-    assert again["history"] == manifest["history"]
-    models = [load_model(folder.folder(STAGE) / MODEL_FILE) for folder in (run, other)]
-    for one, two in zip(models[0].weights, models[1].weights, strict=True):
-        np.testing.assert_array_equal(array(one), array(two), err_msg=one.path)
+    train(other)
+    assert_same_training(trained[0], other)
 
 
-def test_images_without_labels(prepared_run, tiny_config):
+@pytest.mark.slow
+def test_all_state_goes_on_where_training_was_broken_off(
+    stateful, prepared_run, tiny_config, monkeypatch
+):
+    other, _ = prepared_run(tiny_config(**STATEFUL))
+    with monkeypatch.context() as patch:
+        # After the first epoch, in the middle of the warm-up and before the adversarial loss.
+        plain = Pictures.on_epoch_end
+        patch.setattr(
+            "vqvae.training.Pictures.on_epoch_end",
+            lambda self, epoch, logs=None: (kill if epoch == 1 else plain)(self, epoch, logs),
+        )
+        with pytest.raises(Killed):
+            train(other)
+    with monkeypatch.context() as patch:
+        # And once more after the last epoch, before the model is written.
+        patch.setattr("vqvae.training.save_model", kill)
+        with pytest.raises(Killed):
+            train(other)
+    train(other)
+    assert_same_training(stateful[0], other)
+    history = stateful[2]["history"]
+    assert history[0]["adversarial"] == 0 != history[-1]["adversarial"]
+
+
+def test_the_result_is_the_average_of_the_weights(prepared_run, tiny_config, monkeypatch):
+    config = tiny_config(vqvae__weight_ema=0.7, vqvae__steps=3, vqvae__steps_per_epoch=1)
+    run, _ = prepared_run(config)
+    recorded = []
+    monkeypatch.setattr(
+        "vqvae.training.Pictures.on_epoch_end",
+        lambda self, epoch, logs=None: recorded.append(
+            [array(weight) for weight in self.model.trainable_variables]
+        ),
+    )
+    manifest = train(run)
+    assert len(recorded) == 3
+    final = [array(weight) for weight in load_vqvae(run).trainable_variables]
+    far = 0
+    for found, *steps in zip(final, *recorded, strict=True):
+        average = steps[0]
+        for weights in steps[1:]:
+            average = 0.7 * average + 0.3 * weights
+        np.testing.assert_allclose(found, average, rtol=1e-5, atol=1e-7)
+        far += np.abs(found - steps[-1]).max() > 1e-5
+    assert far > len(final) // 2
+    # So is what validation measured.
+    last = manifest["history"][-1]
+    for name in ("loss", "reconstruction", "quantization_error", "perplexity"):
+        assert last[f"val_{name}"] == pytest.approx(manifest["measures"][name], rel=1e-4)
+
+
+def test_batches_are_augmented_by_step(trained, monkeypatch):
+    run, pixels, _ = trained
+    config = run.load_config()
+    varied = dataclasses.replace(
+        config, vqvae=dataclasses.replace(config.vqvae, augment="flip_crop")
+    )
+    images = run.manifest("prepare")
+    plain, first, later = (
+        list(training._training(run, used, images, step).take(3).as_numpy_iterator())
+        for used, step in ((config, 0), (varied, 0), (varied, 1))
+    )
+    assert all((a != b).any() for a, b in zip(plain, first, strict=True))
+    for index, batch in enumerate(first):
+        whole = ((plain[index] + 1) * 127.5).round().astype("uint8")
+        expected = np.asarray(augment(whole, "flip_crop", config.seed, index))
+        np.testing.assert_allclose(batch, expected / 127.5 - 1, atol=1e-6)
+    # From another step on they are the same: resuming changes nothing.
+    for one, other in zip(first[1:], later, strict=False):
+        np.testing.assert_array_equal(one, other)
+    # Validation images are never varied.
+    held_out = np.concatenate(list(training._validation(run, 4).as_numpy_iterator()))
+    np.testing.assert_allclose(held_out, pixels["validation"] / 127.5 - 1, atol=1e-6)
+
+
+def events(folder):
+    accumulator = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    accumulator.Reload()
+    return {
+        tag: {event.step: tf.make_ndarray(event.tensor_proto) for event in accumulator.Tensors(tag)}
+        for tag in accumulator.Tags()["tensors"]
+    }
+
+
+def test_tensorboard_shows_pictures_and_the_use_of_each_codebook(stateful):
+    run, pixels, manifest = stateful
+    found = events(run.folder(STAGE) / "logs" / "images")
+    names = {"codebook_use/level_0", "codebook_use/level_1", "reconstructions"}
+    assert set(found) == names
+    for steps in found.values():
+        assert list(steps) == [0, 1, 2]
+    for shown in found["reconstructions"].values():
+        with Image.open(io.BytesIO(shown[2])) as figure:
+            assert figure.size == (10 * 68 + 4, 2 * 68 + 4)
+            picture = np.asarray(figure)
+        original = pixels["validation"][3].repeat(8, 0).repeat(8, 1)
+        left = 4 + 3 * 68
+        np.testing.assert_array_equal(picture[4:68, left : left + 64, :1], original)
+    for level, positions in enumerate([1, 4]):
+        for epoch, buckets in found[f"codebook_use/level_{level}"].items():
+            # Rows of left edge, right edge and count: how many codes were chosen how often.
+            assert buckets[:, 2].sum() == 12
+            chosen = (buckets[:, :2].mean(1) * buckets[:, 2]).sum()
+            assert chosen == pytest.approx(10 * positions, rel=0.3)
+            used = manifest["history"][epoch][f"val_codes_used_{level}"]
+            least = buckets[0]
+            assert used == 1 or least[0] <= 0 < least[2]
+
+
+def test_tensorboard_shows_every_measure(stateful):
+    run, _, manifest = stateful
+    history = manifest["history"]
+    for part, prefix in (("train", ""), ("validation", "val_")):
+        found = events(run.folder(STAGE) / "logs" / part)
+        own = [name for name in history[0] if name.startswith("val_") == bool(prefix)]
+        assert len(own) == 12
+        for name in own:
+            shown = found[f"epoch_{name.removeprefix(prefix)}"]
+            values = [shown[epoch].item() for epoch in range(3)]
+            expected = [epoch[name] for epoch in history]
+            np.testing.assert_allclose(values, expected, rtol=1e-5, err_msg=name)
+
+
+def test_images_without_labels_of_which_one_is_held_out(prepared_run, tiny_config):
     config = tiny_config(vqvae__steps=2, vqvae__codebook_update="gradient")
-    run, _ = prepared_run(config, labels=())
+    run, _ = prepared_run(config, labels=(), validation=1)
     assert len(train(run)["history"]) == 1
     assert load_vqvae(run).quantizer.update == "gradient"
 
@@ -162,8 +342,9 @@ def test_a_truncated_shard_is_named(prepared_run, tiny_config):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("num_codes", 16, r"model.keras has 12 codes and grid \(2, 2\), .* says 16 and \(2, 2\)"),
-        ("downsampling", 2, r"has 12 codes and grid \(2, 2\), .* says 12 and \(4, 4\)"),
+        ("num_codes", 16, "model.keras has .* 2×2 grid, K = 12, .* says 2×2 grid, K = 16"),
+        ("downsampling", 2, "has .* 2×2 grid, K = 12, .* says 4×4 grid, K = 12"),
+        ("grids", 2, "has .* 2×2 grid, K = 12, .* says 1×1 and 2×2 grids, K = 12"),
     ],
 )
 def test_a_model_of_another_config_is_refused(trained, field, value, message, monkeypatch):
@@ -203,7 +384,8 @@ def test_images_are_scaled_alike_in_training_and_encoding():
 def test_the_config_of_the_run_is_used(trained):
     run, _, _ = trained
     config = to_dict(run.load_config())["vqvae"]
-    found = load_vqvae(run).get_config()
-    shared = set(config) & set(found) - {"dtype"}
-    assert len(shared) >= 8
+    model = load_vqvae(run)
+    found = model.get_config() | model.quantizer.get_config()
+    shared = set(config) & set(found) - {"dtype", "quantizer"}
+    assert len(shared) >= 12
     assert {name: found[name] for name in shared} == {name: config[name] for name in shared}

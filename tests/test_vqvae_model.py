@@ -1,12 +1,17 @@
+import json
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import ops
 
+from vqvae.building import build_model
 from vqvae.fitting import load_model, save_model
+from vqvae.layout import CodeLayout
 from vqvae.metrics import perplexity
-from vqvae.model import VQVAE, build_model, scale_images
+from vqvae.model import VQVAE, scale_images
+from vqvae.quantizers.vector import VectorQuantizer
 
 SHAPE = (8, 8, 1)
 VARIANCE = 0.3
@@ -20,7 +25,8 @@ def make(tiny_config):
         # Codes among the latents, so that several are chosen.
         z = array(ops.cast(model.encoder(scale_images(pixels(16, seed=9))), "float32"))
         z = z.reshape(-1, z.shape[-1])
-        model.quantizer.codebook.assign(z[:: len(z) // model.num_codes][: model.num_codes])
+        size = model.quantizer.num_codes
+        model.quantizer.codebook.assign(z[:: len(z) // size][:size])
         return model
 
     return build
@@ -52,16 +58,14 @@ def assert_same(model, other):
 def test_shapes(downsampling):
     model = VQVAE(
         image_shape=(16, 32, 3),
-        num_codes=10,
-        code_dim=3,
+        quantizer=VectorQuantizer(10, 3),
         downsampling=downsampling,
         width=4,
         residual_layers=0,
         residual_width=2,
     )
-    model.build((None, 16, 32, 3))
     grid = (16 // downsampling, 32 // downsampling)
-    assert model.grid == grid and model.built
+    assert model.layout == CodeLayout(10, (grid,)) and model.built
     assert model.encoder.output_shape == (None, *grid, 3)
     assert model.decoder.output_shape == (None, 16, 32, 3)
     assert model.quantizer.codebook.shape == (10, 3)
@@ -81,16 +85,19 @@ def test_loss_in_numpy(make, update):
 
     expected = {
         "reconstruction": np.square(images - decoded).mean() / VARIANCE,
-        "codebook": np.square(z - codebook[codes]).mean() if update == "gradient" else 0.0,
         "commitment": 0.4 * np.square(z - codebook[codes]).mean(),
     }
+    if update == "gradient":
+        expected["codebook"] = np.square(z - codebook[codes]).mean()
     expected["loss"] = sum(expected.values())
     loss = model.compute_loss(x=images, y_pred=result)
     np.testing.assert_allclose(array(loss), expected["loss"], rtol=1e-4)
     model.compile("sgd")
     measured = model.evaluate(images, return_dict=True, verbose=0)
+    expected["quantization_error"] = expected["commitment"] / 0.4
     for name, value in expected.items():
         np.testing.assert_allclose(measured[name], value, rtol=1e-4, err_msg=name)
+    assert set(measured) == {*expected, "perplexity", "codes_used"}
 
 
 @pytest.mark.parametrize("update", ["ema", "gradient"])
@@ -99,16 +106,14 @@ def test_fit_lowers_the_loss(make, update):
     model.compile(keras.optimizers.Adam(3e-3))
     images = scaled(8) * 0.2 + np.linspace(-0.5, 0.5, 8, dtype="float32")[:, None, None, None]
     data = tf.data.Dataset.from_tensors(images).repeat()
-    history = model.fit(data, epochs=4, steps_per_epoch=25, shuffle=False, verbose=0).history
+    history = model.fit(data, epochs=3, steps_per_epoch=20, shuffle=False, verbose=0).history
     # Below one: better than the mean of all pixels would do.
     assert history["reconstruction"][-1] < 0.6 * history["reconstruction"][0]
     assert history["loss"][-1] < history["loss"][0]
-    names = {"loss", "reconstruction", "codebook", "commitment", "perplexity", "codes_used"}
-    assert set(history) == names
 
 
 def test_epoch_measures_weigh_a_short_last_batch(make):
-    model = make(codebook_update="gradient")
+    model = make(codebook_update="gradient", restart_below=0.0)
     model.compile(keras.optimizers.SGD(0.0))
     images = scaled(10)
     # The odd ones out are in the short batch, so that a plain mean over batches would differ.
@@ -123,12 +128,12 @@ def test_epoch_measures_weigh_a_short_last_batch(make):
 
 
 def test_perplexity_is_counted_over_the_epoch_and_anew_in_each(make):
-    model = make(codebook_update="gradient")
+    model = make(codebook_update="gradient", restart_below=0.0)
     model.compile(keras.optimizers.SGD(0.0))
     first, second = pixels(12), pixels(4, seed=1)
     for images in (first, second, first):
         codes = array(model.encode(images))
-        expected = np.bincount(codes.ravel(), minlength=model.num_codes)
+        expected = np.bincount(codes.ravel(), minlength=model.quantizer.num_codes)
         data = batches((images / 127.5 - 1).astype("float32"), 4)
         measured = model.evaluate(data, return_dict=True, verbose=0)
         np.testing.assert_allclose(measured["perplexity"], perplexity(expected), rtol=1e-4)
@@ -187,8 +192,11 @@ def test_mixed_policies(make, dtype, compute):
     assert {weight.dtype for weight in model.trainable_variables} == {"float32"}
     assert model.quantizer.codebook.dtype == "float32"
     result = model(scaled(4), training=True)
-    for name in ("reconstruction", "codebook_loss", "commitment_loss"):
-        assert keras.backend.standardize_dtype(result[name].dtype) == "float32", name
+    tensors = [result["reconstruction"], *result["losses"].values()]
+    tensors += result["statistics"].values()
+    assert len(tensors) == 3
+    for tensor in tensors:
+        assert keras.backend.standardize_dtype(tensor.dtype) == "float32"
 
 
 def test_mixed_policy_trains(make):
@@ -201,41 +209,39 @@ def test_mixed_policy_trains(make):
     assert np.isfinite(loss).all() and loss[-1] < loss[0]
 
 
-def test_build_model_takes_all_from_the_config(tiny_config):
-    config = tiny_config(
-        vqvae__commitment=0.7,
-        vqvae__ema_decay=0.9,
-        vqvae__codebook_update="gradient",
-        vqvae__residual_layers=2,
-        vqvae__dtype="mixed_bfloat16",
-    )
-    found = build_model(config, data_variance=0.2).get_config()
-    for name in (
-        "num_codes",
-        "code_dim",
-        "downsampling",
-        "width",
-        "residual_layers",
-        "residual_width",
-        "commitment",
-        "codebook_update",
-        "ema_decay",
-    ):
-        assert found[name] == getattr(config.vqvae, name), name
-    assert found["image_shape"] == config.image_shape and found["data_variance"] == 0.2
-    assert build_model(config, data_variance=0.2).compute_dtype == "bfloat16"
+@pytest.mark.parametrize("start", [0, 3])
+def test_the_adversarial_loss_sets_in_at_its_step(make, start):
+    model = make(adversarial=0.3, adversarial_start=start)
+    images = scaled(6)
+    kernel = model.discriminator.trainable_variables[0]
+    model.compile(keras.optimizers.SGD(0.01))
+    for step in range(5):
+        result = model(images)
+        raw = model.discriminator.losses_of(images, result["reconstruction"])
+        begun = step >= start
+        expected = {"discriminator": begun * 1.0, "adversarial": begun * 0.3}
+        before = array(kernel)
+        history = model.fit(images, batch_size=6, shuffle=False, verbose=0).history
+        for name, weight in expected.items():
+            value = weight * array(raw[name])
+            np.testing.assert_allclose(history[name], [value], rtol=1e-3, atol=1e-7, err_msg=name)
+        assert (np.abs(array(kernel) - before).max() > 0) == begun
+        assert int(array(model.steps_taken)) == step + 1
+    model.evaluate(images, verbose=0)
+    assert int(array(model.steps_taken)) == 5
 
 
-def test_weights_depend_on_the_seed_alone(tiny_config):
-    one, same, other = (
-        build_model(tiny_config(seed=seed), data_variance=1.0) for seed in (0, 0, 1)
-    )
-    assert_same(one, same)
-    for name in ("encoder", "decoder"):
-        kernel = [array(getattr(model, name).trainable_variables[0]) for model in (one, other)]
-        assert np.abs(kernel[0] - kernel[1]).max() > 0.01
-    codebooks = [array(model.quantizer.codebook) for model in (one, other)]
-    assert np.abs(codebooks[0] - codebooks[1]).max() > 0.01
+def test_initialize_codebook_takes_latents(make):
+    model = make()
+    images = scaled(16, seed=2)
+    model.initialize_codebook(images, "data", seed=0)
+    z = array(model.encoder(images)).reshape(-1, 4)
+    codebook = array(model.quantizer.codebook)
+    assert (np.abs(z[:, None] - codebook).max(-1).min(0) < 1e-6).all()
+    before = [array(weight) for weight in model.weights]
+    model.initialize_codebook(images, "random", seed=0)
+    for old, new in zip(before, model.weights, strict=True):
+        np.testing.assert_array_equal(old, array(new))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
@@ -243,13 +249,21 @@ def test_weights_depend_on_the_seed_alone(tiny_config):
 def test_save_and_load(make, tmp_path, update, dtype):
     from etils import epath
 
-    model = make(codebook_update=update, dtype=dtype, ema_decay=0.8, commitment=0.5)
+    model = make(
+        codebook_update=update,
+        dtype=dtype,
+        ema_decay=0.8,
+        commitment=0.5,
+        restart_below=0.0 if update == "ema" else 0.1,
+        adversarial=0.2,
+    )
     model.compile(keras.optimizers.SGD(0.01))
     model.fit(batches(scaled(8), 4), shuffle=False, verbose=0)
     save_model(model, epath.Path(tmp_path) / "model.keras")
     twin = load_model(epath.Path(tmp_path) / "model.keras")
     assert isinstance(twin, VQVAE)
-    assert twin.get_config() == model.get_config()
+    # As JSON, which knows no tuples.
+    assert json.dumps(twin.get_config()) == json.dumps(model.get_config())
     assert twin.dtype_policy == model.dtype_policy
     assert_same(model, twin)
     images = pixels(5)
@@ -258,5 +272,8 @@ def test_save_and_load(make, tmp_path, update, dtype):
     np.testing.assert_array_equal(array(model.decode(codes)), array(twin.decode(codes)))
     # The averages and the usage are in the file: both models go on alike.
     for copy in (model, twin):
+        for variable in copy.variables:
+            if "seed_generator" in variable.path:
+                variable.assign(np.array([1, 2], "uint32").astype(variable.dtype))
         copy(scaled(4, seed=3), training=True)
     assert_same(model, twin)

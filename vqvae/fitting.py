@@ -59,6 +59,8 @@ def fit(
     checkpoints = Checkpoints(folder, fingerprint)
     first_epoch = checkpoints.restore(model)
     epochs = math.ceil(steps / steps_per_epoch)
+    # float16 wraps the optimizer, for the scale of the loss.
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     if first_epoch < epochs:
         first_step = first_epoch * steps_per_epoch
         devices = ", ".join(keras.distribution.list_devices())
@@ -75,6 +77,7 @@ def fit(
                 verbose=0,
                 callbacks=[
                     StopOnNaN(),
+                    *([AveragedWeights()] if optimizer.use_ema else []),
                     Reseed(seed),
                     keras.callbacks.TensorBoard(str(folder / "logs"), write_graph=False),
                     progress,
@@ -82,7 +85,17 @@ def fit(
                     checkpoints,
                 ],
             )
+    else:  # killed after the last checkpoint: what Keras does at the end of training
+        optimizer.finalize_variable_values(model.trainable_variables)
     return checkpoints.history
+
+
+class AveragedWeights(keras.callbacks.SwapEMAWeights):
+    """Validates with the optimizer's average of the weights, and puts the weights back."""
+
+    def _tf_swap_variables(self, optimizer):
+        # Keras swaps by additions on TensorFlow, which round.
+        self._backend_swap_variables(optimizer)
 
 
 class StopOnNaN(keras.callbacks.Callback):

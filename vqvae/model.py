@@ -3,10 +3,12 @@
 import keras
 from keras import ops
 
-from configs import Config
+from vqvae.discriminator import PatchDiscriminator
+from vqvae.layout import CodeLayout
 from vqvae.metrics import CodebookUse
 from vqvae.networks import build_decoder, build_encoder
-from vqvae.quantizer import VectorQuantizer
+from vqvae.quantizers.base import Quantized
+from vqvae.quantizers.replicas import share_of_replica
 
 
 @keras.saving.register_keras_serializable("vqbeam")
@@ -16,158 +18,172 @@ class VQVAE(keras.Model):
     The loss is that of van den Oord et al. 2017, equation 3, with the reconstruction error in
     units of the data's variance, so that one β fits datasets of any contrast:
 
-        ‖x − x̂‖² / variance + ‖sg(z) − e‖² + β ‖z − sg(e)‖²,   each a mean over elements.
+        ‖x − x̂‖² / variance + the quantizer's losses,   each a mean over elements.
 
     `fit` takes batches of images, float32 in [−1, 1], and needs no targets.
 
     Args:
         image_shape: (H, W, C).
-        num_codes: Codebook size K.
-        code_dim: Length D of a codebook vector.
+        quantizer: A `Quantizer`.
         downsampling: H over the grid's rows, a power of two.
         width: Channels of the networks.
         residual_layers: Residual blocks in each network.
         residual_width: Channels inside a block.
-        commitment: The weight β.
-        codebook_update: "ema" or "gradient".
-        ema_decay: Decay of the moving averages.
-        restart_below: See VectorQuantizer.
         data_variance: Variance of the training pixels on [−1, 1].
+        adversarial: Weight of the adversarial loss; 0 for no discriminator.
+        adversarial_start: Training step at which the adversarial loss sets in.
+
+    Attributes:
+        layout: The `CodeLayout` of an image's codes.
     """
 
     def __init__(
         self,
         *,
         image_shape,
-        num_codes,
-        code_dim,
+        quantizer,
         downsampling,
         width,
         residual_layers,
         residual_width,
-        commitment=0.25,
-        codebook_update="ema",
-        ema_decay=0.99,
-        restart_below=0.0,
         data_variance=1.0,
+        adversarial=0.0,
+        adversarial_start=0,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        network = {
-            "code_dim": code_dim,
+        self.network = {
+            "image_shape": tuple(image_shape),
             "downsampling": downsampling,
             "width": width,
             "residual_layers": residual_layers,
             "residual_width": residual_width,
         }
-        self._config = {
-            "image_shape": tuple(image_shape),
-            "num_codes": num_codes,
-            **network,
-            "commitment": commitment,
-            "codebook_update": codebook_update,
-            "ema_decay": ema_decay,
-            "restart_below": restart_below,
-            "data_variance": data_variance,
-        }
-        self.image_shape = tuple(image_shape)
-        self.grid = (image_shape[0] // downsampling, image_shape[1] // downsampling)
-        self.num_codes = num_codes
-        self.commitment = commitment
+        self.quantizer = quantizer
         self.data_variance = data_variance
-        self.encoder = build_encoder(self.image_shape, **network, dtype=self.dtype_policy)
-        self.quantizer = VectorQuantizer(
-            num_codes, code_dim, codebook_update, ema_decay, restart_below
-        )
-        self.decoder = build_decoder(self.image_shape, **network, dtype=self.dtype_policy)
-        self.trackers = {
-            name: keras.metrics.Mean(name=name)
-            for name in ("loss", "reconstruction", "codebook", "commitment")
-        }
-        self.codebook_use = CodebookUse(num_codes)
+        self.adversarial = adversarial
+        self.adversarial_start = adversarial_start
+        self.layout = self._layout()
+        self._build_networks(**self.network, dtype=self.dtype_policy)
+        names = ["loss", "reconstruction", *quantizer.loss_names, "quantization_error"]
+        if adversarial:
+            self._add_discriminator()
+            names += ["discriminator", "adversarial"]
+        self.trackers = {name: keras.metrics.Mean(name=name) for name in names}
+        self.codebook_use = CodebookUse(self.layout)
+        self.built = True
 
-    def build(self, input_shape):
-        """Builds the quantizer; the networks are built with the model."""
-        del input_shape
-        self.quantizer.build(self.encoder.output_shape)
+    def _layout(self):
+        height, width, _ = self.network["image_shape"]
+        factor = self.network["downsampling"]
+        grid = (height // factor, width // factor)
+        return CodeLayout(self.quantizer.num_codes, (grid,), self.quantizer.levels)
+
+    def _build_networks(self, **network):
+        self.encoder = build_encoder(latent_channels=self.quantizer.dim, **network)
+        self.decoder = build_decoder(latent_channels=self.quantizer.dim, **network)
+        self._build_quantizer(self.quantizer, self.layout.grids[0])
+
+    def _build_quantizer(self, quantizer, grid):
+        if not quantizer.built:  # it is where the model comes from a file
+            quantizer.build((None, *grid, quantizer.dim))
+
+    def _add_discriminator(self):
+        self.discriminator = PatchDiscriminator(dtype=self.dtype_policy)
+        self.discriminator.build((None, *self.network["image_shape"]))
+        self.steps_taken = self.add_weight(
+            name="steps_taken", shape=(), initializer="zeros", trainable=False, dtype="int32"
+        )
 
     def call(self, images, training=False):
-        """Maps images [B, H, W, C] in [−1, 1] to a dict of reconstruction, codes and losses."""
-        result = self.quantizer(self.encoder(images, training=training), training=training)
+        """Maps images [B, H, W, C] in [−1, 1] to a dict.
+
+        It holds the `reconstruction`, the `codes`, and by name the `losses` of quantizer and
+        discriminator, each already times its weight, and the quantizer's `statistics`.
+        """
+        result = self.quantize_images(images, training=training)
+        reconstruction = self.decoder(result.quantized, training=training)
+        losses = dict(result.losses)
+        if self.adversarial:
+            losses |= self._adversarial_losses(images, reconstruction, training)
         return {
-            "reconstruction": self.decoder(result.quantized, training=training),
+            "reconstruction": reconstruction,
             "codes": result.codes,
-            "codebook_loss": result.codebook_loss,
-            "commitment_loss": result.commitment_loss,
+            "losses": losses,
+            "statistics": result.statistics,
         }
 
+    def quantize_images(self, images, training=False) -> Quantized:
+        """Returns the codes of images in [−1, 1], and the vectors that the decoder takes."""
+        return self.quantizer(self.encoder(images, training=training), training=training)
+
+    def latents(self, codes):
+        """Returns the vectors that the decoder takes, from codes [B, *layout.shape]."""
+        return self.quantizer.decode_codes(codes)
+
+    def _adversarial_losses(self, images, reconstruction, training):
+        begun = ops.cast(self.steps_taken >= self.adversarial_start, "float32")
+        losses = self.discriminator.losses_of(images, reconstruction)
+        if training:
+            self.steps_taken.assign_add(1)
+        weights = {"discriminator": begun, "adversarial": begun * self.adversarial}
+        return {name: weights[name] * loss for name, loss in losses.items()}
+
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Returns the three-part loss and records its parts and the codes in use."""
+        """Returns the sum of all losses and records its parts and the codes in use."""
         del y, sample_weight, training
-        reconstruction = (
-            ops.mean(ops.square(ops.cast(x, "float32") - y_pred["reconstruction"]))
-            / self.data_variance
-        )
-        parts = {
-            "reconstruction": reconstruction,
-            "codebook": y_pred["codebook_loss"],
-            "commitment": self.commitment * y_pred["commitment_loss"],
-        }
+        error = ops.square(ops.cast(x, "float32") - y_pred["reconstruction"])
+        parts = {"reconstruction": ops.mean(error) / self.data_variance, **y_pred["losses"]}
         parts["loss"] = sum(parts.values())
-        for name, value in parts.items():
+        for name, value in {**parts, **y_pred["statistics"]}.items():
             self.trackers[name].update_state(value, sample_weight=ops.shape(x)[0])
         self.codebook_use.update_state(y_pred["codes"])
-        return parts["loss"]
+        return share_of_replica(parts["loss"])
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """Returns the metrics that `compute_loss` has recorded."""
         del x, y, y_pred, sample_weight
         return self.get_metrics_result()
 
+    def initialize_codebook(self, images, method: str, seed: int) -> None:
+        """Places the codebook before the first step; see `Quantizer.initialize`.
+
+        Args:
+            images: float32 in [−1, 1], [B, H, W, C].
+            method: "random", "data" or "kmeans".
+            seed: Of the random choices.
+        """
+        z = self.encoder(images, training=False)
+        self.quantizer.initialize(self.quantizer.as_vectors(z), method, seed)
+
     def encode(self, images):
-        """Maps uint8 images [B, H, W, C] to codes [B, h, w] int32."""
-        return self.quantizer.nearest(self.encoder(scale_images(images), training=False))
+        """Maps uint8 images [B, H, W, C] to codes [B, *layout.shape] int32."""
+        return self.quantize_images(scale_images(images)).codes
 
     def decode(self, codes):
-        """Maps codes [B, h, w] in [0, num_codes) to uint8 images [B, H, W, C]."""
-        images = self.decoder(self.quantizer.lookup(codes), training=False)
+        """Maps codes [B, *layout.shape] in [0, num_codes) to uint8 images [B, H, W, C]."""
+        images = self.decoder(self.latents(codes), training=False)
         pixels = ops.clip(ops.round((images + 1.0) * 127.5), 0, 255)
         return ops.cast(pixels, "uint8")
 
     def get_config(self):
         """Returns the constructor's arguments."""
-        return {**super().get_config(), **self._config}
+        return {
+            **super().get_config(),
+            **self.network,
+            "quantizer": keras.saving.serialize_keras_object(self.quantizer),
+            "data_variance": self.data_variance,
+            "adversarial": self.adversarial,
+            "adversarial_start": self.adversarial_start,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        """Returns the model that `get_config` was asked of."""
+        quantizer = keras.saving.deserialize_keras_object(config["quantizer"])
+        return cls(**{**config, "quantizer": quantizer})
 
 
 def scale_images(images):
     """Maps uint8 pixels to float32 in [−1, 1]."""
     return ops.cast(images, "float32") / 127.5 - 1.0
-
-
-def build_model(config: Config, *, data_variance: float) -> VQVAE:
-    """Returns an untrained, built model for a run.
-
-    Args:
-        config: The run.
-        data_variance: Variance of the training pixels on [−1, 1].
-    """
-    # One up, since Dataset.shuffle takes no tensor as its seed where the global seed is zero.
-    keras.utils.set_random_seed(config.seed + 1)
-    settings = config.vqvae
-    model = VQVAE(
-        image_shape=config.image_shape,
-        num_codes=settings.num_codes,
-        code_dim=settings.code_dim,
-        downsampling=settings.downsampling,
-        width=settings.width,
-        residual_layers=settings.residual_layers,
-        residual_width=settings.residual_width,
-        commitment=settings.commitment,
-        codebook_update=settings.codebook_update,
-        ema_decay=settings.ema_decay,
-        restart_below=settings.restart_below,
-        data_variance=data_variance,
-        dtype=settings.dtype,
-    )
-    model.build((None, *config.image_shape))
-    return model

@@ -39,13 +39,13 @@ class ResidualBlock(layers.Layer):
 
 
 def build_encoder(
-    image_shape, *, code_dim, downsampling, width, residual_layers, residual_width, dtype
+    image_shape, *, latent_channels, downsampling, width, residual_layers, residual_width, dtype
 ) -> keras.Model:
-    """Returns the network from images [B, H, W, C] to [B, H/f, W/f, code_dim].
+    """Returns the network from images [B, H, W, C] to [B, H/f, W/f, latent_channels].
 
     Args:
         image_shape: (H, W, C); H and W are multiples of `downsampling`.
-        code_dim: Channels of the output.
+        latent_channels: Channels of the output.
         downsampling: The factor f, a power of two; one strided convolution for each doubling.
         width: Channels of the residual stack; convolutions before the last doubling have half.
         residual_layers: Number of residual blocks.
@@ -61,18 +61,18 @@ def build_encoder(
         x = conv(channels, 4, strides=2, activation="relu")(x)
     x = conv(width, 3)(x)
     x = _residual_stack(x, width, residual_layers, residual_width, dtype)
-    return keras.Model(images, conv(code_dim, 1)(x), name="encoder")
+    return keras.Model(images, conv(latent_channels, 1)(x), name="encoder")
 
 
 def build_decoder(
-    image_shape, *, code_dim, downsampling, width, residual_layers, residual_width, dtype
+    image_shape, *, latent_channels, downsampling, width, residual_layers, residual_width, dtype
 ) -> keras.Model:
-    """Returns the network from [B, H/f, W/f, code_dim] to images [B, H, W, C] float32.
+    """Returns the network from [B, H/f, W/f, latent_channels] to images [B, H, W, C] float32.
 
     The mirror of `build_encoder`; the same arguments.
     """
     height, image_width, channels = image_shape
-    latents = keras.Input((height // downsampling, image_width // downsampling, code_dim))
+    latents = keras.Input((height // downsampling, image_width // downsampling, latent_channels))
     upsample = functools.partial(
         layers.Conv2DTranspose, kernel_size=4, strides=2, padding="same", dtype=dtype
     )
@@ -82,6 +82,35 @@ def build_decoder(
         x = upsample(width // 2, activation="relu")(x)
     images = layers.Activation("linear", dtype="float32")(upsample(channels)(x))
     return keras.Model(latents, images, name="decoder")
+
+
+def build_coarser(
+    shape, latent_channels, width, *, residual_layers, residual_width, dtype
+) -> keras.Model:
+    """Returns the network from features of `shape` to [B, h/2, w/2, latent_channels]."""
+    features = keras.Input(shape)
+    conv = functools.partial(layers.Conv2D, padding="same", dtype=dtype)
+    x = conv(width, 4, strides=2, activation="relu")(features)
+    x = conv(width, 3)(x)
+    x = _residual_stack(x, width, residual_layers, residual_width, dtype)
+    return keras.Model(features, conv(latent_channels, 1)(x), name="top_encoder")
+
+
+def build_finer(
+    shape, latent_channels, width, *, residual_layers, residual_width, dtype
+) -> keras.Model:
+    """Returns the network from quantized vectors of `shape` to [B, 2h, 2w, latent_channels]."""
+    quantized = keras.Input(shape)
+    x = layers.Conv2D(width, 3, padding="same", dtype=dtype)(quantized)
+    x = _residual_stack(x, width, residual_layers, residual_width, dtype)
+    x = layers.Conv2DTranspose(latent_channels, 4, strides=2, padding="same", dtype=dtype)(x)
+    return keras.Model(quantized, x, name="top_decoder")
+
+
+def build_projection(shape, channels, *, dtype) -> keras.Model:
+    """Returns the linear map from vectors of `shape` to as many of `channels` numbers."""
+    x = keras.Input(shape)
+    return keras.Model(x, layers.Conv2D(channels, 1, dtype=dtype)(x), name="bottom_projection")
 
 
 def _residual_stack(x, width, residual_layers, residual_width, dtype):

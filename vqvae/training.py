@@ -1,14 +1,22 @@
 """Trains the VQ-VAE of a run on its prepared images."""
 
+import functools
+
 import keras
 import numpy as np
 import tensorflow as tf
+from etils import epath
 
 from configs import Config, VqbeamError
+from vqvae.augmentation import augment
+from vqvae.building import build_model
+from vqvae.devices import data_parallel, device_count
 from vqvae.figures import reconstruction_figure, save_png
 from vqvae.fitting import fit, load_model, save_model
+from vqvae.layout import code_layout
 from vqvae.metrics import psnr
-from vqvae.model import VQVAE, build_model
+from vqvae.model import VQVAE
+from vqvae.optimizers import build_optimizer
 from vqvae.records import damaged_records, open_dataset, read_split, training_batches
 from vqvae.run_folder import RunFolder
 
@@ -37,12 +45,14 @@ def train_vqvae(run_path: str) -> dict:
     images = run.require("prepare")
     config = run.load_config()
     run.begin(STAGE)
-    with damaged_records(run.folder("prepare")):
-        model, history = _fit(run, config, images)
-        measures = evaluate(model, _validation(run, config))
-        figure = _figure_images(run)
     outputs = [run.folder(STAGE) / MODEL_FILE, run.folder(STAGE) / "reconstructions.png"]
-    save_model(model, outputs[0])
+    with damaged_records(run.folder("prepare")):
+        history = _fit(run, config, images)
+        # What is measured is what is stored.
+        model = load_model(outputs[0])
+        model.compile()
+        measures = evaluate(model, _validation(run, config.encode.batch_size))
+        figure = _figure_images(run)
     save_png(reconstruction_figure(figure, reconstruct(model, figure)), outputs[1])
     return run.finish(
         STAGE,
@@ -67,13 +77,12 @@ def load_vqvae(run: RunFolder) -> VQVAE:
 
 
 def check_fits(model, config: Config, path) -> None:
-    """Raises a VqbeamError where a stage's model has another codebook or grid than the config."""
-    found = (model.num_codes, tuple(model.grid))
-    wanted = (config.vqvae.num_codes, config.grid)
-    if found != wanted:
+    """Raises a VqbeamError where the codes of a stage's model lie otherwise than the run's."""
+    layout = code_layout(config)
+    if model.layout != layout:
         raise VqbeamError(
-            f"{path} has {found[0]} codes and grid {found[1]}, the run's config says {wanted[0]} "
-            f"and {wanted[1]}; delete {path.parent} and train again"
+            f"{path} has codes of layout {model.layout.describe()}, the run's config says "
+            f"{layout.describe()}; delete {path.parent} and train again"
         )
 
 
@@ -98,52 +107,61 @@ def evaluate(model: VQVAE, batches) -> dict[str, float]:
     }
 
 
-def _fit(run: RunFolder, config: Config, images: dict) -> tuple[VQVAE, list[dict]]:
+def _fit(run: RunFolder, config: Config, images: dict) -> list[dict]:
+    """Trains the model and writes it; returns the measures of each epoch."""
     settings = config.vqvae
-    model = build_model(config, data_variance=images["statistics"]["variance"])
-    schedule = keras.optimizers.schedules.CosineDecay(
-        settings.learning_rate, settings.steps, alpha=0.05
-    )
-    model.compile(keras.optimizers.Adam(schedule))
+    with data_parallel(settings.batch_size):
+        model = build_model(config, data_variance=images["statistics"]["variance"])
+        model.compile(build_optimizer(settings))
+        batches = functools.partial(_training, run, config, images)
+        first = next(iter(batches(0)))
+        model.initialize_codebook(first, settings.codebook_init, config.seed)
+        history = fit(
+            model,
+            batches=batches,
+            validation=_validation(run, settings.batch_size, _VALIDATION_IMAGES),
+            folder=run.folder(STAGE),
+            fingerprint=run.fingerprint(STAGE),
+            steps=settings.steps,
+            steps_per_epoch=settings.steps_per_epoch,
+            batch_size=settings.batch_size,
+            title="train vqvae",
+            seed=config.seed,
+            callbacks=[Pictures(run.folder(STAGE) / "logs" / "images", _figure_images(run))],
+        )
+    save_model(model, run.folder(STAGE) / MODEL_FILE)
+    return history
+
+
+def _training(run: RunFolder, config: Config, images: dict, first_step: int):
+    """Returns endless batches in [−1, 1], from that of a step on."""
+    settings = config.vqvae
     dataset = read_split(open_dataset(run.folder("prepare")), "train").map(
         lambda example: example["image"], num_parallel_calls=tf.data.AUTOTUNE
     )
-
-    def batches(first_step):
-        return (
-            training_batches(
-                dataset,
-                size=images["counts"]["train"],
-                batch_size=settings.batch_size,
-                first_step=first_step,
-                seed=config.seed,
-            )
-            .map(scale_batch, num_parallel_calls=2)
-            .prefetch(4)
-        )
-
-    history = fit(
-        model,
-        batches=batches,
-        validation=_validation(run, config, _VALIDATION_IMAGES),
-        folder=run.folder(STAGE),
-        fingerprint=run.fingerprint(STAGE),
-        steps=settings.steps,
-        steps_per_epoch=settings.steps_per_epoch,
+    batches = training_batches(
+        dataset,
+        size=images["counts"]["train"],
         batch_size=settings.batch_size,
-        title="train vqvae",
+        first_step=first_step,
         seed=config.seed,
-        callbacks=[ReconstructionImages(run, _figure_images(run))],
     )
-    return model, history
+
+    def prepare(step, batch):
+        return scale_batch(augment(batch, settings.augment, config.seed, step))
+
+    return batches.enumerate(first_step).map(prepare, num_parallel_calls=2).prefetch(4)
 
 
-def _validation(run: RunFolder, config: Config, images: int | None = None):
+def _validation(run: RunFolder, batch_size: int, images: int | None = None):
+    """Returns batches of the validation split: of all of it, or of about so many images."""
     builder = open_dataset(run.folder("prepare"))
     size = builder.info.splits["validation"].num_examples
-    last = min(size, images or size)
-    examples = read_split(builder, "validation", last=last)
-    return examples.map(lambda e: e["image"]).batch(config.encode.batch_size).map(scale_batch)
+    if images is not None:
+        # Several devices share a batch evenly.
+        size = max(1, min(size, images) // device_count()) * device_count()
+    examples = read_split(builder, "validation", last=size)
+    return examples.map(lambda e: e["image"]).batch(batch_size).map(scale_batch)
 
 
 def _figure_images(run: RunFolder) -> np.ndarray:
@@ -158,17 +176,28 @@ def scale_batch(images):
     return tf.cast(images, tf.float32) / 127.5 - 1.0
 
 
-class ReconstructionImages(keras.callbacks.Callback):
-    """Shows TensorBoard the same held-out images, with their reconstructions, after each epoch."""
+class Pictures(keras.callbacks.Callback):
+    """Shows TensorBoard, after each epoch, how training goes.
 
-    def __init__(self, run: RunFolder, images: np.ndarray):
+    It writes the same held-out images each time with their reconstructions, and how often each
+    code was chosen on the validation images.
+
+    Args:
+        folder: Of the event files.
+        images: uint8 [N, H, W, C].
+    """
+
+    def __init__(self, folder: epath.Path, images: np.ndarray):
         super().__init__()
         self.images = images
-        self.writer = tf.summary.create_file_writer(str(run.folder(STAGE) / "logs" / "images"))
+        self.writer = tf.summary.create_file_writer(str(folder))
 
     def on_epoch_end(self, epoch, logs=None):
-        """Writes the picture."""
+        """Writes both; the counts are those of the validation that has just ended."""
         figure = reconstruction_figure(self.images, reconstruct(self.model, self.images))
+        counts = keras.ops.convert_to_numpy(self.model.codebook_use.counts)
         with self.writer.as_default():
             tf.summary.image("reconstructions", np.asarray(figure)[None], step=epoch)
+            for level, of_level in enumerate(counts):
+                tf.summary.histogram(f"codebook_use/level_{level}", of_level, step=epoch)
         self.writer.flush()

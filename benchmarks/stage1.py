@@ -1,0 +1,172 @@
+"""Times stage 1 beside the same network in PyTorch with vector-quantize-pytorch, on a CPU.
+
+    python -m venv torchenv
+    torchenv/bin/pip install -r benchmarks/requirements-torch.txt
+    python benchmarks/stage1.py --torch-python torchenv/bin/python
+
+Three things are measured: training of the classic VQ-VAE for CIFAR-10, with the optimizer and the
+codebook's moving averages; and time and peak memory of the quantizer's forward alone, at several
+(N, K, D). PyTorch is first measured in float32 and bfloat16 (autocast), contiguous and
+channels-last, eager and compiled (which takes a C++ compiler), and then runs its fastest variants.
+Both sides take turns, each time in a process of its own, and the medians over the turns count.
+Let nothing else run meanwhile. The table goes to standard output.
+"""
+
+import argparse
+import json
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+
+FOLDER = pathlib.Path(__file__).parent
+QUANTIZERS = ((8192, 512, 64), (8192, 8192, 8), (2048, 65536, 32))
+CASES = (("training",), *(("quantizer", *map(str, sizes)) for sizes in QUANTIZERS))
+BATCH_SIZE = 32
+DTYPES = ("float32", "bfloat16")
+
+
+class Results:
+    """Measurements of one side in one case, over all turns."""
+
+    def __init__(self):
+        self.seconds = defaultdict(lambda: defaultdict(list))
+        self.records = {}
+        self.least_bytes = {}
+
+    def add(self, records: list[dict]) -> None:
+        """Takes in what one process reported."""
+        for record in records:
+            work = record["work"]
+            self.records[work] = record
+            if "seconds" in record:
+                self.seconds[work][record["variant"]].append(record["seconds"])
+            if "bytes" in record:
+                self.least_bytes[work] = min(record["bytes"], self.least_bytes.get(work, 2**62))
+
+    def fastest(self, work: str) -> tuple[float, str]:
+        """Returns the shortest median time of any variant in seconds, and the variant."""
+        return min((statistics.median(times), name) for name, times in self.seconds[work].items())
+
+    def fastest_variants(self) -> list[str]:
+        """Returns the fastest variant of each kind of work."""
+        return sorted({self.fastest(work)[1] for work in self.seconds} - {""})
+
+
+def ask(python: str, script: str, arguments: list[str]) -> list[dict]:
+    """Runs one side in a process of its own; returns what it reports."""
+    start = time.perf_counter()
+    command = [python, str(FOLDER / script), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
+    title = f"{script.removesuffix('.py')} {' '.join(arguments)}"
+    print(f"{title}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+
+def measure(case: tuple[str, ...], torch_python: str, turns: int) -> tuple[Results, Results]:
+    """Measures one case on both sides; PyTorch in all its variants first."""
+    tried, ours, theirs = Results(), Results(), Results()
+    tried.add(ask(torch_python, "stage1_torch.py", [*case]))
+    for _ in range(turns):
+        ours.add(ask(sys.executable, "stage1_vqbeam.py", [*case]))
+        theirs.add(ask(torch_python, "stage1_torch.py", [*case, *tried.fastest_variants()]))
+    for work, least in tried.least_bytes.items():
+        theirs.least_bytes[work] = min(least, theirs.least_bytes[work])
+    return ours, theirs
+
+
+def training_rows(ours: Results, theirs: Results) -> list[list[str]]:
+    """Returns the rows of training: images per second, and their share of the limit."""
+    rows, best = [], []
+    for dtype in DTYPES:
+        mine, _ = ours.fastest(f"training, {dtype}")
+        other, variant = theirs.fastest(f"training, {dtype}")
+        best.append((mine, other, variant))
+        rows.append(training_row(f"training, {dtype}", mine, other, variant))
+    other, variant = min((other, variant) for _, other, variant in best)
+    rows.append(training_row("training, each at its best", min(best)[0], other, variant))
+    for dtype in DTYPES:
+        shares = [
+            limit_seconds(side, dtype) / side.fastest(f"training, {dtype}")[0]
+            for side in (ours, theirs)
+        ]
+        rows.append([f"share of the matmul limit, {dtype}", *(f"{s:.0%}" for s in shares), "", ""])
+    return rows
+
+
+def training_row(title: str, mine: float, other: float, variant: str) -> list[str]:
+    """Returns a row of images per second, from the seconds of a step."""
+    rates = [f"{BATCH_SIZE / seconds:,.0f} images/s" for seconds in (mine, other)]
+    return [title, *rates, f"×{other / mine:.2f}", variant]
+
+
+def limit_seconds(side: Results, dtype: str) -> float:
+    """Returns how long a step's multiplications take at the speed of one matrix product."""
+    rows, inner, columns = side.records[f"matmul, {dtype}"]["shape"]
+    speed = rows * inner * columns / side.fastest(f"matmul, {dtype}")[0]
+    # Forward, gradient of the inputs, gradient of the weights.
+    return 3 * BATCH_SIZE * side.records["network"]["multiply_adds"] / speed
+
+
+def quantizer_rows(sizes: tuple[str, ...], ours: Results, theirs: Results) -> list[list[str]]:
+    """Returns the rows of the quantizer: milliseconds and megabytes."""
+    rows = []
+    for work in ("evaluation", "training"):
+        title = f"quantizer {'×'.join(sizes)}, {work}"
+        mine, _ = ours.fastest(work)
+        other, variant = theirs.fastest(work)
+        times = [f"{1e3 * seconds:,.1f} ms" for seconds in (mine, other)]
+        rows.append([f"{title}: time", *times, f"×{other / mine:.2f}", variant])
+        sizes_used = [side.least_bytes[work] for side in (ours, theirs)]
+        memory = [f"{used / 1e6:,.0f} MB" for used in sizes_used]
+        share = f"×{sizes_used[0] / max(1, sizes_used[1]):.2f}"
+        rows.append([f"{title}: memory", *memory, share, "least of all"])
+        check_agreement(title, ours.records[work]["error"], theirs.records[work]["error"])
+    return rows
+
+
+def check_agreement(title: str, mine: float, other: float) -> None:
+    """Stops where the two sides have not quantized alike: they were given the same numbers."""
+    if abs(mine - other) > 1e-2 * other:
+        sys.exit(f"{title}: mean squared error {mine} in vqbeam, {other} in PyTorch")
+
+
+def table(rows: list[list[str]]) -> str:
+    """Returns rows as Markdown."""
+    header = ["", "vqbeam", "PyTorch at its best", "ratio", "that is"]
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    """Measures everything and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--torch-python", required=True, help="Python that has PyTorch")
+    parser.add_argument("--turns", type=int, default=3, help="turns of each side (default 3)")
+    parser.add_argument("--only", choices=("training", "quantizer"), help="leave the rest out")
+    parser.add_argument("--output", type=pathlib.Path, help="JSON file of all that was measured")
+    arguments = parser.parse_args()
+    rows, output = [], []
+    for case in CASES:
+        if arguments.only in (None, case[0]):
+            ours, theirs = measure(case, arguments.torch_python, arguments.turns)
+            found = training_rows if case == ("training",) else quantizer_rows
+            rows += found(*(case[1:] and [case[1:]]), ours, theirs)
+            sides = {"vqbeam": ours, "torch": theirs}
+            output.append({"case": case} | {name: vars(side) for name, side in sides.items()})
+            if case == ("training",):
+                network = {name: side.records["network"] for name, side in sides.items()}
+                print(f"networks: {network}", file=sys.stderr)
+    print(f"{platform.processor() or platform.machine()}, {time.strftime('%Y-%m-%d')}\n")
+    print(table(rows))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(output, indent=1))
+
+
+if __name__ == "__main__":
+    main()

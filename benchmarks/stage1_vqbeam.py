@@ -1,0 +1,158 @@
+"""The vqbeam side of `stage1.py`.
+
+    python benchmarks/stage1_vqbeam.py training
+    python benchmarks/stage1_vqbeam.py quantizer N K D
+
+Prints a JSON object for each measurement.
+"""
+
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["KERAS_BACKEND"] = "tensorflow"
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
+
+import keras
+import stage1_work as work
+import tensorflow as tf
+
+from configs import load_preset, override
+from vqvae.building import build_model
+from vqvae.fitting import StopOnNaN
+from vqvae.quantizers.vector import VectorQuantizer
+from vqvae.training import scale_batch
+
+POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
+
+
+class BlockTimes(keras.callbacks.Callback):
+    """Takes the time of each epoch of `fit`."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Starts the clock."""
+        self.start = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Stops the clock."""
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def build(dtype):
+    """Returns the VQ-VAE of van den Oord et al. 2017, section 4.1, on CIFAR-10."""
+    settings = {
+        "num_codes": work.NUM_CODES,
+        "code_dim": work.CODE_DIM,
+        "downsampling": 4,
+        "width": work.WIDTH,
+        "residual_layers": work.RESIDUAL_LAYERS,
+        "residual_width": work.RESIDUAL_WIDTH,
+        "commitment": work.COMMITMENT,
+        "ema_decay": work.DECAY,
+        "restart_below": 0.0,  # as on the other side
+        "dtype": POLICIES[dtype],
+    }
+    config = override(load_preset("cifar10"), {f"vqvae.{k}": v for k, v in settings.items()})
+    return build_model(config, data_variance=1.0)
+
+
+def batches():
+    """Returns endless batches from memory, as training has them."""
+    images = tf.data.Dataset.from_tensor_slices(work.training_images())
+    images = images.shuffle(1024, seed=0).repeat().batch(work.BATCH_SIZE, drop_remainder=True)
+    return images.map(scale_batch, num_parallel_calls=2).prefetch(4)
+
+
+def time_training(dtype):
+    """Reports the time of a training step of `fit`."""
+    model = build(dtype)
+    model.compile(keras.optimizers.Adam(work.LEARNING_RATE))
+    model.fit(batches(), steps_per_epoch=work.WARM_UP_STEPS, verbose=0)
+    times = BlockTimes()
+    model.fit(
+        batches(),
+        steps_per_epoch=work.BLOCK_STEPS,
+        epochs=work.BLOCKS,
+        verbose=0,
+        callbacks=[StopOnNaN(), times],
+    )
+    step = statistics.median(times.seconds) / work.BLOCK_STEPS
+    work.report(f"training, {dtype}", dtype, seconds=step)
+
+
+def multiply_adds(model):
+    """Counts the multiplications of the convolutions for one image, forward."""
+    image = tf.TensorSpec((1, *model.encoder.input_shape[1:]))
+    graph = tf.function(model).get_concrete_function(image).graph
+    # The input that holds the smaller of the two images, or None for the output.
+    places = {"Conv2D": None, "Conv2DBackpropInput": 2}
+    count = 0
+    for op in graph.get_operations():
+        if op.type in places:
+            place = places[op.type]
+            positions = op.outputs[0] if place is None else op.inputs[place]
+            kernel = op.inputs[1].shape.num_elements()
+            count += kernel * positions.shape[1] * positions.shape[2]
+    return count
+
+
+def training():
+    """Reports training, the size of the network, and how fast matrices are multiplied."""
+    for dtype in POLICIES:
+        time_training(dtype)
+    multiply = tf.function(tf.matmul)
+    for dtype in POLICIES:
+        a, b = (tf.cast(tf.random.normal(shape), dtype) for shape in work.matmul_shapes())
+        work.report(
+            f"matmul, {dtype}",
+            shape=work.MATMUL,
+            seconds=work.seconds(lambda a=a, b=b: multiply(a, b)),
+        )
+    model = build("float32")
+    parameters = sum(weight.numpy().size for weight in model.trainable_variables)
+    work.report("network", parameters=parameters, multiply_adds=multiply_adds(model))
+
+
+def build_quantizer(num_codes, dim):
+    """Returns a quantizer with moving averages, which never moves codes onto the data."""
+    layer = VectorQuantizer(num_codes, dim, decay=work.DECAY, commitment=work.COMMITMENT)
+    layer.build((None, None, dim))
+    return layer
+
+
+def quantizer(size, num_codes, dim):
+    """Reports time and memory of the quantizer's forward, in evaluation and in training."""
+    vectors, codebook = work.quantizer_operands(size, num_codes, dim)
+    vectors = tf.constant(vectors)
+    layer = build_quantizer(num_codes, dim)
+    tf.function(build_quantizer(8, dim))(vectors[:, :8])  # loads what the library loads at first
+    before = work.resident_bytes()
+    for training in (False, True):
+        layer.codebook.assign(codebook)
+        run = tf.function(lambda z, training=training: layer(z, training=training))
+
+        def forward(run=run):
+            return run(vectors)
+
+        error = float(tf.reduce_mean(tf.square(forward().quantized - vectors)))
+        work.report(
+            "training" if training else "evaluation",
+            "float32",
+            seconds=work.seconds(forward),
+            bytes=work.peak_bytes(forward, before),
+            error=error,
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "training":
+        training()
+    else:
+        quantizer(*map(int, sys.argv[2:5]))

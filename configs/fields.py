@@ -1,0 +1,51 @@
+"""Config fields that know their help text and their range, and sections that check them."""
+
+import dataclasses
+from typing import Any
+
+from configs.errors import VqbeamError
+
+
+def field(
+    help: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """Returns a dataclass field whose metadata hold what the arguments say."""
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Section:
+    """Checks each field of a config section against the range in its metadata."""
+
+    prefix = ""
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            check(f"{self.prefix}.{f.name}", getattr(self, f.name), f.metadata)
+
+
+def check_epochs(prefix: str, steps: int, steps_per_epoch: int) -> None:
+    """Raises a VqbeamError where checkpoints would not fall on the last step."""
+    if steps > steps_per_epoch and steps % steps_per_epoch:
+        raise VqbeamError(
+            f"{prefix}.steps is {steps}; make it a whole multiple of {prefix}.steps_per_epoch "
+            f"({steps_per_epoch})"
+        )
+
+
+def check(name: str, value: Any, limits: Any) -> None:
+    """Raises a VqbeamError where a value is out of the range in its field's metadata."""
+    if value is None:
+        return
+    choices, minimum, maximum = limits["choices"], limits["minimum"], limits["maximum"]
+    if choices is not None and value not in choices:
+        raise VqbeamError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+    if minimum is not None and value < minimum:
+        raise VqbeamError(f"{name} is {value}; it must be at least {minimum}")
+    if maximum is not None and value > maximum:
+        raise VqbeamError(f"{name} is {value}; it must be at most {maximum}")

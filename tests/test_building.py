@@ -1,0 +1,97 @@
+import keras
+import numpy as np
+import pytest
+from quantizer_checks import array
+
+from vqvae.building import build_model, build_quantizer
+from vqvae.hierarchy import HierarchicalVQVAE
+from vqvae.layout import code_layout
+from vqvae.model import VQVAE
+from vqvae.quantizers.finite_scalar import FiniteScalarQuantizer
+from vqvae.quantizers.linear import LinearVectorQuantizer
+from vqvae.quantizers.lookup_free import LookupFreeQuantizer
+from vqvae.quantizers.residual import ResidualQuantizer
+from vqvae.quantizers.vector import VectorQuantizer
+
+COMMON = {"commitment": 0.7, "entropy": 0.1}
+LOOKUP = {"estimator": "rotation"}
+CODEBOOK = {"decay": 0.9, "restart_below": 0.2}
+FROM_CONFIG = {"decay": "ema_decay", "update": "codebook_update"}
+KINDS = {
+    "vector": (VectorQuantizer, {"lookup": "cosine", **COMMON, **LOOKUP, **CODEBOOK}),
+    "residual": (ResidualQuantizer, {"update": "gradient", **COMMON, **LOOKUP, **CODEBOOK}),
+    "simvq": (LinearVectorQuantizer, {"lookup": "cosine", **COMMON, **LOOKUP}),
+    "fsq": (FiniteScalarQuantizer, {}),
+    "lfq": (LookupFreeQuantizer, COMMON),
+}
+SIZES = {
+    "residual": {"depth": 3},
+    "fsq": {"fsq_levels": "4,3"},
+    "lfq": {"num_codes": 16},
+}
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_quantizers_take_all_from_the_config(tiny_config, name):
+    kind, settings = KINDS[name]
+    changes = {FROM_CONFIG.get(key, key): value for key, value in settings.items()}
+    changes |= {"quantizer": name, **SIZES.get(name, {})}
+    config = tiny_config(**{f"vqvae__{key}": value for key, value in changes.items()}).vqvae
+    layer = build_quantizer(config)
+    assert type(layer) is kind and not layer.built
+    assert layer.num_codes == config.num_codes and layer.levels == config.depth
+    found = layer.get_config()
+    assert {key: found[key] for key in settings} == settings
+    if name == "fsq":
+        assert layer.levels_per_channel == (4, 3)
+    else:
+        assert layer.dim == (4 if name == "lfq" else config.code_dim)
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+@pytest.mark.parametrize("grids", [1, 2])
+def test_models_of_every_kind_have_the_layout_of_their_config(tiny_config, name, grids):
+    if name == "residual" and grids == 2:
+        pytest.skip("the config refuses it")
+    changes = {"quantizer": name, "grids": grids, **SIZES.get(name, {})}
+    config = tiny_config(**{f"vqvae__{key}": value for key, value in changes.items()})
+    model = build_model(config, data_variance=0.2)
+    assert type(model) is (VQVAE if grids == 1 else HierarchicalVQVAE)
+    assert model.built and model.layout == code_layout(config)
+    assert model.data_variance == 0.2
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
+    codes = model.encode(images)
+    assert tuple(codes.shape) == (3, *model.layout.shape)
+    assert tuple(model.decode(codes).shape) == images.shape
+
+
+def test_networks_take_all_from_the_config(tiny_config):
+    config = tiny_config(
+        vqvae__downsampling=2,
+        vqvae__residual_layers=2,
+        vqvae__dtype="mixed_bfloat16",
+        vqvae__adversarial=0.3,
+        vqvae__adversarial_start=5,
+    )
+    model = build_model(config, data_variance=0.2)
+    found = model.get_config()
+    for name in ("downsampling", "width", "residual_layers", "residual_width"):
+        assert found[name] == getattr(config.vqvae, name), name
+    assert found["image_shape"] == config.image_shape
+    assert (found["adversarial"], found["adversarial_start"]) == (0.3, 5)
+    assert model.compute_dtype == "bfloat16" and model.discriminator.compute_dtype == "bfloat16"
+    assert not hasattr(build_model(tiny_config(), data_variance=1.0), "discriminator")
+
+
+def test_weights_depend_on_the_seed_alone(tiny_config):
+    one, same, other = (
+        build_model(tiny_config(seed=seed), data_variance=1.0) for seed in (0, 0, 1)
+    )
+    for a, b in zip(one.weights, same.weights, strict=True):
+        np.testing.assert_array_equal(array(a), array(b))
+    for name in ("encoder", "decoder"):
+        kernel = [array(getattr(model, name).trainable_variables[0]) for model in (one, other)]
+        assert np.abs(kernel[0] - kernel[1]).max() > 0.01
+    codebooks = [array(model.quantizer.codebook) for model in (one, other)]
+    assert np.abs(codebooks[0] - codebooks[1]).max() > 0.01
+    assert keras.config.dtype_policy().name == "float32"

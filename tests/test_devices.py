@@ -1,0 +1,27 @@
+import keras
+import pytest
+
+from configs import VqbeamError
+from vqvae.devices import data_parallel, device_count
+
+
+def test_one_device_needs_nothing():
+    with data_parallel(7):
+        assert keras.distribution.distribution() is None
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            assert not tf.distribute.has_strategy()
+
+
+def test_device_count(monkeypatch):
+    assert device_count() == len(keras.distribution.list_devices())
+    monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["gpu:0", "gpu:1", "gpu:2"])
+    assert device_count() == 3
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(monkeypatch):
+    monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["gpu:0", "gpu:1", "gpu:2"])
+    message = "a batch of 64 cannot be shared evenly by 3 devices; make it a multiple, or choose"
+    with pytest.raises(VqbeamError, match=message), data_parallel(64):
+        raise AssertionError("the block was entered")

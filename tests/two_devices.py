@@ -1,0 +1,129 @@
+"""Trains on two devices and on one, and compares; run by test_replicas.py in its own process.
+
+    python tests/two_devices.py FOLDER
+
+The devices of a process are set before its backend starts, hence the process of its own.
+"""
+
+import contextlib
+import os
+import pathlib
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parent.parent)]
+
+import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+)
+
+import keras  # noqa: E402
+from conftest import _config, _prepared_run  # noqa: E402
+from quantizer_checks import array  # noqa: E402
+
+from configs import VqbeamError  # noqa: E402
+from vqvae.building import build_model  # noqa: E402
+from vqvae.devices import data_parallel, device_count  # noqa: E402
+from vqvae.optimizers import build_optimizer  # noqa: E402
+from vqvae.training import load_vqvae, train_vqvae  # noqa: E402
+
+STEPS, BATCH = 4, 8
+IMAGES = np.random.default_rng(0).uniform(-1, 1, (STEPS * BATCH, 8, 8, 1)).astype("float32")
+# Unlike halves, so that a share of a batch is not as good as the whole.
+IMAGES[BATCH // 2 :: BATCH] = 0.9
+SAME = {
+    "gradient": {"codebook_update": "gradient", "entropy": 0.3, "clip_norm": 0.1},
+    "ema, two grids": {"grids": 2, "adversarial": 0.3, "adversarial_start": 1, "weight_ema": 0.5},
+}
+
+
+def config_of(**changes):
+    defaults = {"restart_below": 0.0, "steps": STEPS, "steps_per_epoch": STEPS}
+    return _config(**{f"vqvae__{name}": value for name, value in (defaults | changes).items()})
+
+
+def train(config, scope):
+    """Returns a trained model and the measures of its one epoch."""
+    with scope:
+        model = build_model(config, data_variance=0.3)
+        model.compile(build_optimizer(config.vqvae))
+        model.initialize_codebook(IMAGES, "data", seed=0)
+        data = tf.data.Dataset.from_tensor_slices(IMAGES).batch(BATCH)
+        history = model.fit(
+            data.repeat(),
+            steps_per_epoch=STEPS,
+            validation_data=data.take(2),
+            shuffle=False,
+            verbose=0,
+        )
+    return model, history.history
+
+
+def copies(variable):
+    """What each device holds of a variable."""
+    if keras.backend.backend() == "jax":
+        return [np.asarray(shard.data) for shard in variable.value.addressable_shards]
+    return [np.asarray(value) for value in variable.value.values]
+
+
+def check_devices_agree(model):
+    for variable in model.variables:
+        if "seed_generator" not in variable.path:
+            first, second = copies(variable)
+            np.testing.assert_array_equal(first, second, err_msg=variable.path)
+
+
+def check_two_devices_are_as_good_as_one(name):
+    config = config_of(**SAME[name])
+    one, history = train(config, contextlib.nullcontext())
+    two, other = train(config, data_parallel(BATCH))
+    check_devices_agree(two)
+    assert set(history) == set(other)
+    for key in history:
+        np.testing.assert_allclose(other[key], history[key], rtol=1e-3, atol=1e-5, err_msg=key)
+    moved = 0
+    start = build_model(config, data_variance=0.3)
+    for a, b, before in zip(one.weights, two.weights, start.weights, strict=True):
+        a, b, before = array(a), copies(b)[0], array(before)
+        moved += np.abs(a - before).max() > 1e-4
+        # Adam divides by the size of the gradient, which rounding changes.
+        np.testing.assert_allclose(b, a, rtol=2e-4, atol=5e-5, err_msg=name)
+    assert moved > len(one.weights) // 2
+
+
+def check_restarts_are_the_same_on_both_devices():
+    config = config_of(codebook_update="gradient", restart_below=0.6)
+    model, _ = train(config, data_parallel(BATCH))
+    check_devices_agree(model)
+    assert (np.abs(array(model.quantizer.moves)).max(1) > 0).sum() > 2, "nothing restarted"
+
+
+def check_a_whole_stage(folder):
+    # An odd number of validation images: what the devices share is even.
+    config = _config(vqvae__weight_ema=0.5, vqvae__codebook_init="kmeans", vqvae__steps=4)
+    run, _ = _prepared_run(folder / "run", config, validation=11)
+    manifest = train_vqvae(str(run.root))
+    assert len(manifest["history"]) == 2
+    assert np.isfinite(list(manifest["measures"].values())).all()
+    assert load_vqvae(run).quantizer.built
+    run, _ = _prepared_run(folder / "odd", _config(vqvae__batch_size=7))
+    try:
+        train_vqvae(str(run.root))
+    except VqbeamError as error:
+        assert "a batch of 7 cannot be shared evenly by 2 devices" in str(error)
+    else:
+        raise AssertionError("a batch of 7 was shared by 2 devices")
+
+
+if __name__ == "__main__":
+    assert device_count() == 2
+    for case in SAME:
+        print(case, flush=True)
+        check_two_devices_are_as_good_as_one(case)
+    print("restarts", flush=True)
+    check_restarts_are_the_same_on_both_devices()
+    print("stage", flush=True)
+    check_a_whole_stage(pathlib.Path(sys.argv[1]))

@@ -1,0 +1,63 @@
+"""From a run's config to an untrained model."""
+
+import keras
+
+from configs import Config, VQVAEConfig
+from vqvae.hierarchy import HierarchicalVQVAE
+from vqvae.model import VQVAE
+from vqvae.quantizers.base import Quantizer
+from vqvae.quantizers.finite_scalar import FiniteScalarQuantizer
+from vqvae.quantizers.linear import LinearVectorQuantizer
+from vqvae.quantizers.lookup_free import LookupFreeQuantizer
+from vqvae.quantizers.residual import ResidualQuantizer
+from vqvae.quantizers.vector import VectorQuantizer
+
+
+def build_model(config: Config, *, data_variance: float) -> VQVAE:
+    """Returns an untrained, built model for a run.
+
+    Args:
+        config: The run.
+        data_variance: Variance of the training pixels on [−1, 1].
+    """
+    # One up, since Dataset.shuffle takes no tensor as its seed where the global seed is zero.
+    keras.utils.set_random_seed(config.seed + 1)
+    settings = config.vqvae
+    kind = VQVAE if settings.grids == 1 else HierarchicalVQVAE
+    return kind(
+        image_shape=config.image_shape,
+        quantizer=build_quantizer(settings),
+        downsampling=settings.downsampling,
+        width=settings.width,
+        residual_layers=settings.residual_layers,
+        residual_width=settings.residual_width,
+        data_variance=data_variance,
+        adversarial=settings.adversarial,
+        adversarial_start=settings.adversarial_start,
+        dtype=settings.dtype,
+    )
+
+
+def build_quantizer(settings: VQVAEConfig) -> Quantizer:
+    """Returns the quantizer that the settings name."""
+    losses = {"commitment": settings.commitment, "entropy": settings.entropy}
+    lookup = {"lookup": settings.lookup, "estimator": settings.estimator}
+    codebook = {
+        "update": settings.codebook_update,
+        "decay": settings.ema_decay,
+        "restart_below": settings.restart_below,
+        "balance": settings.balance,
+    }
+    size = (settings.num_codes, settings.code_dim)
+    match settings.quantizer:
+        case "vector":
+            return VectorQuantizer(*size, **lookup, **codebook, **losses)
+        case "residual":
+            return ResidualQuantizer(settings.depth, *size, **lookup, **codebook, **losses)
+        case "simvq":
+            return LinearVectorQuantizer(*size, **lookup, **losses)
+        case "fsq":
+            return FiniteScalarQuantizer(settings.fsq_sizes)
+        case "lfq":
+            return LookupFreeQuantizer(settings.num_codes.bit_length() - 1, **losses)
+    raise ValueError(settings.quantizer)

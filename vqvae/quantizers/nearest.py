@@ -1,0 +1,116 @@
+"""The nearest code of every vector, without ever holding all their distances."""
+
+import contextlib
+
+import keras
+from keras import ops
+
+# Numbers of a block of scores: 4 MB, which a processor core's cache holds.
+BLOCK_SIZE = 2**20
+# More codes than this are taken in several blocks.
+_MAX_CODES = 4096
+# Codes whose scores are first reduced to their maximum: a maximum over a short, fixed number of
+# neighbours runs in vector instructions, and argmax over all codes does not.
+_GROUP = 64
+
+
+def nearest_codes(vectors, codebook, penalties=None, block_size=BLOCK_SIZE):
+    """Returns the index of the nearest code of each vector by squared L2 distance.
+
+    Of codes that are equally near, the first is taken. The nearest code is that of the largest
+    z·e − ‖e‖²/2, half of what ‖z‖² − ‖z − e‖² is; these scores are computed in float32, in blocks
+    of rows and codes, so that memory does not grow with N times K. No gradient flows.
+
+    Args:
+        vectors: [N, D] float32. N may be 0, or not known until the graph runs.
+        codebook: [K, D] float32.
+        penalties: [K] float32, added to the squared distances to each code; None for none.
+        block_size: About how many scores are held at once.
+
+    Returns:
+        [N] int32 in [0, K).
+    """
+    codes = _code_blocks(ops.stop_gradient(codebook), penalties, block_size)  # [G, D + 1, k]
+    size = ops.shape(vectors)[0]
+    rows = _row_blocks(ops.stop_gradient(vectors), max(1, block_size // codes.shape[-1]))
+    with _full_precision():
+        if rows.shape[0] == 1:
+            nearest = _nearest_of_block(rows[0], codes)
+        else:
+            nearest = ops.map(lambda block: _nearest_of_block(block, codes), rows)
+    return ops.reshape(nearest, (-1,))[:size]
+
+
+def _code_blocks(codebook, penalties, block_size):
+    """Lays codes out as [G, D + 1, k]: columns e, under each −‖e‖²/2, for codes added −inf."""
+    num_codes = codebook.shape[0]
+    count = -(-num_codes // min(_MAX_CODES, max(_GROUP, block_size)))
+    width = _GROUP * -(-num_codes // (count * _GROUP))
+    added = count * width - num_codes
+    offsets = ops.sum(ops.square(codebook), axis=1, keepdims=True)
+    if penalties is not None:
+        offsets = offsets + ops.stop_gradient(penalties)[:, None]
+    codes = ops.concatenate(
+        [
+            ops.pad(codebook, ((0, added), (0, 0))),
+            ops.pad(-0.5 * offsets, ((0, added), (0, 0)), constant_values=-float("inf")),
+        ],
+        axis=1,
+    )
+    return ops.transpose(ops.reshape(codes, (count, width, -1)), (0, 2, 1))
+
+
+def _row_blocks(vectors, most):
+    """Lays vectors out as [B, R, D + 1], with a last column of ones, R at most `most`."""
+    size, dim = ops.shape(vectors)
+    filled = ops.maximum(size, 1) if ops.is_tensor(size) else max(size, 1)
+    count = -(-filled // most)
+    length = -(-filled // count)
+    rows = ops.concatenate([vectors, ops.ones_like(vectors[:, :1])], axis=1)
+    # Not ops.pad, which takes no widths that are known only when the graph runs.
+    rows = ops.concatenate([rows, ops.zeros((count * length - size, dim + 1))], axis=0)
+    return ops.reshape(rows, (count, length, dim + 1))
+
+
+def _nearest_of_block(rows, codes):
+    """Maps rows [R, D + 1] and codes [G, D + 1, k] to indices [R], one code block at a time."""
+    count, _, width = codes.shape
+
+    def step(i, found):
+        best, index = _best_of_block(rows, codes[i])
+        better = best > found[0]  # not ≥: the first of equal codes stays
+        return ops.where(better, best, found[0]), ops.where(better, index + i * width, found[1])
+
+    first = _best_of_block(rows, codes[0])
+    return first[1] if count == 1 else ops.fori_loop(1, count, step, first)[1]
+
+
+def _best_of_block(rows, codes):
+    """Returns the highest score of each row [R] and the index [R] of the code that has it."""
+    groups = codes.shape[1] // _GROUP
+    scores = ops.reshape(ops.matmul(rows, codes), (-1, groups, _GROUP))
+    highest = ops.max(scores, axis=2)  # [R, groups]
+    best = ops.max(highest, axis=1)
+    group = _first(highest == best[:, None])
+    places = ops.arange(ops.shape(rows)[0], dtype="int32") * groups + group
+    members = ops.take(ops.reshape(scores, (-1, _GROUP)), places, axis=0)  # [R, _GROUP]
+    return best, group * _GROUP + _first(members == best[:, None])
+
+
+def _first(mask):
+    """Returns the place of the first True of each row; 0 where there is none, as with NaN."""
+    # Over integers, since Keras's argmax of floats makes several passes for the sake of −0.0.
+    return ops.argmax(ops.cast(mask, "int32"), axis=1)
+
+
+def _full_precision():
+    """Returns a context in which GPUs multiply float32 without dropping digits (TF32)."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.default_matmul_precision("highest")
+    import tensorflow as tf
+
+    # TensorFlow has one switch for the whole process, and none for a single product.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    return contextlib.nullcontext()

@@ -15,13 +15,14 @@ class VQVAEConfig(Section):
     prefix = "vqvae"
 
     quantizer: str = field(
-        "vector: nearest of a codebook; residual: several such in turn; fsq: rounded numbers; "
-        "lfq: signs; simvq: a learned map of a fixed codebook",
+        "vector: nearest of a codebook; predictive: of what its neighbours cannot predict; "
+        "residual: several codes in turn; fsq: rounded numbers; lfq: signs; simvq: a learned map "
+        "of a fixed codebook",
         "vector",
-        choices=("vector", "residual", "fsq", "lfq", "simvq"),
+        choices=("vector", "predictive", "residual", "fsq", "lfq", "simvq"),
     )
     num_codes: int = field("codebook size K, of each level", 512, minimum=2, maximum=2**20)
-    code_dim: int = field("length D of a codebook vector (vector, residual, simvq)", 64, minimum=1)
+    code_dim: int = field("length D of a codebook vector (not fsq, lfq)", 64, minimum=1)
     depth: int = field("codes at each position (residual)", 1, minimum=1, maximum=64)
     grids: int = field(
         "1, or 2 for VQ-VAE-2: a top grid of half the sides as well", 1, minimum=1, maximum=2
@@ -39,12 +40,13 @@ class VQVAEConfig(Section):
         "nearest by distance or by angle (vector, simvq)", "l2", choices=("l2", "cosine")
     )
     estimator: str = field(
-        "how the gradient passes the quantizer (vector, residual, simvq)",
+        "how the gradient passes the quantizer (not fsq, lfq)",
         "straight_through",
         choices=("straight_through", "rotation"),
     )
     codebook_update: str = field(
-        "what moves the codebook: moving averages or the codebook loss (vector, residual)",
+        "what moves the codebook: moving averages or the codebook loss "
+        "(vector, predictive, residual)",
         "ema",
         choices=("ema", "gradient"),
     )
@@ -56,13 +58,14 @@ class VQVAEConfig(Section):
     ema_decay: float = field("decay of the moving averages", 0.99, minimum=0, maximum=0.99999)
     restart_below: float = field(
         "move codes used less than this share of the mean onto data; 0 for never "
-        "(vector, residual)",
+        "(vector, predictive, residual)",
         0.03,
         minimum=0,
         maximum=0.9,
     )
     balance: float = field(
-        "how strongly codes in much use are avoided; 0 takes the nearest (vector, residual)",
+        "how strongly codes in much use are avoided; 0 takes the nearest "
+        "(vector, predictive, residual)",
         0.0,
         minimum=0,
         maximum=10,
@@ -121,6 +124,8 @@ class VQVAEConfig(Section):
     def _check_quantizer(self):
         if self.quantizer == "residual" and (self.grids > 1 or self.lookup == "cosine"):
             raise VqbeamError("vqvae.quantizer is residual; use vqvae.grids 1, vqvae.lookup l2")
+        if self.quantizer == "predictive" and self.lookup == "cosine":
+            raise VqbeamError("vqvae.quantizer is predictive; use vqvae.lookup l2")
         if self.quantizer == "residual" and self.depth < 2:
             raise VqbeamError("vqvae.quantizer is residual; set vqvae.depth to 2 or more")
         if self.quantizer != "residual" and self.depth > 1:

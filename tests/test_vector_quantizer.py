@@ -12,6 +12,7 @@ from quantizer_checks import (
     state,
 )
 
+from vqvae.metrics import perplexity
 from vqvae.quantizers.vector import VectorQuantizer
 
 K, D = 9, 4
@@ -333,3 +334,48 @@ def test_initialize_a_trainable_codebook():
     error = np.square(vectors - array(layer.decode_codes(layer.encode(vectors)))).mean()
     assert error < 0.6 * vectors.var()
     assert array(layer.usage).sum() == 60
+
+
+def test_balance_adds_a_penalty_for_usage_to_the_squared_distances():
+    balance, error = 0.4, 2.0
+    layer = build(balance=balance)
+    usage = np.float32([50, 1, 3, 8, 0, 20, 5, 9, 2])
+    layer.usage.assign(usage)
+    layer.mean_error.assign(error)
+    z = latents(40, 5, D)
+    share = np.maximum(np.float64(usage) / usage.mean(), layer.smallest_share)
+    distances = np.square(z[..., None, :] - np.float64(array(layer.codebook))).sum(-1)
+    costs = distances + balance * error * np.log(share)
+    found = array(layer.encode(z))
+    np.testing.assert_array_equal(found, costs.argmin(-1))
+    np.testing.assert_array_equal(array(layer(z).codes), found)
+    assert (found != distances.argmin(-1)).mean() > 0.1
+    # What is chosen is handed on as it is: the penalty is no part of the vectors or the losses.
+    chosen = array(layer.codebook)[found]
+    np.testing.assert_allclose(array(layer(z).quantized), chosen, atol=1e-6)
+    np.testing.assert_allclose(
+        array(layer(z).losses["commitment"]), 0.25 * np.square(z - chosen).mean(), rtol=1e-5
+    )
+
+
+def test_balance_follows_the_error_of_the_codes_chosen():
+    layer = build(balance=0.4, decay=0.0)
+    expected = 0.0
+    for seed in range(3):
+        z = latents(6, 5, D, seed=seed)
+        chosen = array(layer.codebook)[array(layer.encode(z))]
+        expected = 0.99 * expected + 0.01 * np.square(z - chosen).sum(-1).mean()
+        layer(z, training=True)
+        np.testing.assert_allclose(array(layer.mean_error), expected, rtol=1e-4)
+
+
+def test_balance_evens_out_the_use_of_codes():
+    # Vectors crowd at the origin, and few codes lie there.
+    z = (latents(600, D) ** 3).astype("float32")
+    perplexities = []
+    for balance in (0.0, 0.5, 1.0):
+        layer = build(balance=balance)
+        for _ in range(100):
+            layer(z, training=True)
+        perplexities.append(perplexity(np.bincount(array(layer.encode(z)), minlength=K)))
+    assert perplexities[1] > 1.1 * perplexities[0] and perplexities[2] > perplexities[1]

@@ -9,6 +9,7 @@ from vqvae.quantizers.base import Quantizer
 from vqvae.quantizers.finite_scalar import FiniteScalarQuantizer
 from vqvae.quantizers.linear import LinearVectorQuantizer
 from vqvae.quantizers.lookup_free import LookupFreeQuantizer
+from vqvae.quantizers.predictive import PredictiveQuantizer
 from vqvae.quantizers.residual import ResidualQuantizer
 from vqvae.quantizers.vector import VectorQuantizer
 
@@ -52,6 +53,8 @@ def build_quantizer(settings: VQVAEConfig) -> Quantizer:
     match settings.quantizer:
         case "vector":
             return VectorQuantizer(*size, **lookup, **codebook, **losses)
+        case "predictive":
+            return PredictiveQuantizer(*size, **lookup, **codebook, **losses)
         case "residual":
             return ResidualQuantizer(settings.depth, *size, **lookup, **codebook, **losses)
         case "simvq":

@@ -43,6 +43,8 @@ def loss_gradients(model: VQVAE, images, losses: Callable = losses_of) -> dict:
 def part_variables(model: VQVAE, part: str) -> list[keras.Variable]:
     """Returns the trainable variables of "encoder", "codebook", "decoder" or "discriminator"."""
     layers = [getattr(model, name) for name in _LAYERS[part] if hasattr(model, name)]
+    if codebooks(model) and part == "codebook":  # the predictions between them are no codebook
+        layers = codebooks(model)
     return [variable for layer in layers for variable in layer.trainable_variables]
 
 

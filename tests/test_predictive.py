@@ -1,0 +1,153 @@
+import keras
+import numpy as np
+import pytest
+from quantizer_checks import (
+    array,
+    built,
+    check_quantizer,
+    gradient,
+    latents,
+    nearest_codes,
+)
+
+from vqvae.quantizers.predictive import PredictiveQuantizer
+
+K, D = 9, 3
+
+
+def make(**settings):
+    """A layer whose predictions are something from the start."""
+    layer = PredictiveQuantizer(K, D, **settings)
+    for seed, convolution in enumerate(layer.predictions):
+        convolution.kernel_initializer = keras.initializers.RandomNormal(stddev=0.2, seed=seed)
+        convolution.bias_initializer = keras.initializers.RandomNormal(stddev=0.2, seed=seed)
+    return layer
+
+
+def turn_of(row, column):
+    return 2 if row % 2 != column % 2 else row % 2
+
+
+def convolved(convolution, grid, row, column):
+    """One output of a 3×3 convolution, by its definition."""
+    kernel, total = array(convolution.kernel), np.float64(array(convolution.bias))
+    for dy in (-1, 0, 1):
+        for dx in (-1, 0, 1):
+            y, x = row + dy, column + dx
+            if 0 <= y < grid.shape[0] and 0 <= x < grid.shape[1]:
+                total = total + grid[y, x] @ np.float64(kernel[dy + 1, dx + 1])
+    return total
+
+
+def in_numpy(layer, z):
+    """Cell by cell, in three turns, each from a grid in which the later cells are zeros."""
+    codebook = np.float64(array(layer.vector.codebook))
+    codes, quantized, errors = np.zeros(z.shape[:3], int), np.zeros(z.shape), np.zeros(z.shape)
+    for image in range(len(z)):
+        for turn in range(3):
+            known = quantized[image].copy()
+            for row, column in np.ndindex(z.shape[1:3]):
+                if turn_of(row, column) != turn:
+                    continue
+                guess = 0.0
+                if turn:
+                    guess = convolved(layer.predictions[turn - 1], known, row, column)
+                left = np.float64(z[image, row, column]) - guess
+                code = nearest_codes(left, codebook)
+                codes[image, row, column] = code
+                quantized[image, row, column] = guess + codebook[code]
+                errors[image, row, column] = left - codebook[code]
+    error = np.square(errors).mean()
+    losses = {"commitment": layer.vector.commitment * error}
+    if "codebook" in layer.loss_names:
+        losses["codebook"] = error
+    return codes, quantized, losses, error
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"decay": 0.5}, {"update": "gradient", "commitment": 0.6}],
+    ids=["ema", "gradient"],
+)
+def test_all_that_holds_for_quantizers(settings):
+    check_quantizer(lambda: make(**settings), in_numpy, shapes=((0, 2, 2), (1, 1, 1)))
+
+
+def test_without_predictions_it_is_a_vector_quantizer():
+    layer = built(PredictiveQuantizer(K, D))
+    z = latents(2, 4, 5, D)
+    result = layer(z)
+    plain = layer.vector(z)
+    np.testing.assert_array_equal(array(result.codes), array(plain.codes))
+    np.testing.assert_allclose(array(result.quantized), array(plain.quantized), atol=1e-6)
+
+
+def test_each_turn_sees_those_before_it_alone():
+    layer = built(make())
+    z = latents(1, 4, 4, D)
+    before = array(layer(z).quantized)[0]
+    for moved in range(3):
+        other = z.copy()
+        for row, column in np.ndindex(4, 4):
+            if turn_of(row, column) == moved:
+                other[0, row, column] += 5
+        after = array(layer(other).quantized)[0]
+        for row, column in np.ndindex(4, 4):
+            if turn_of(row, column) < moved:
+                np.testing.assert_array_equal(after[row, column], before[row, column])
+        assert np.abs(after - before).max() > 1
+
+
+def test_a_training_step_predicts_by_the_codebook_before_it():
+    layer = built(make(decay=0.0))
+    z = latents(2, 3, 5, D)
+    codes, quantized, _, _ = in_numpy(layer, z)
+    result = layer(z, training=True)
+    np.testing.assert_array_equal(array(result.codes), codes)
+    np.testing.assert_allclose(array(result.quantized), quantized, atol=1e-5)
+    # With no memory, a code is the mean of what was left for it in all turns.
+    after = array(layer.vector.codebook)
+    left = z - quantized + np.float64(built(make()).vector.codebook)[codes]
+    for code in np.unique(codes):
+        np.testing.assert_allclose(after[code], left[codes == code].mean(0), rtol=1e-3, atol=1e-4)
+
+
+def test_gradient_passes_the_predictions_by():
+    layer = built(make())
+    z, weights = latents(1, 3, 4, D), latents(1, 3, 4, D, seed=5)
+    found = gradient(lambda x: keras.ops.sum(layer(x).quantized * weights), z)
+    np.testing.assert_allclose(found, weights, atol=1e-6)
+
+
+def test_predictions_learn_from_the_commitment_loss():
+    # Columns alike, so that neighbours can be told exactly.
+    images = np.repeat(latents(16, 4, 1, D), 4, axis=2)
+    layer = PredictiveQuantizer(K, D, update="gradient")
+
+    class Trained(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def call(self, x, training=False):
+            return self.layer(x, training=training)
+
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            return sum(y_pred.losses.values())
+
+    trained = Trained()
+    trained.compile(keras.optimizers.Adam(0.02))
+    losses = trained.fit(images, epochs=60, batch_size=16, verbose=0).history["loss"]
+    assert all(np.abs(array(c.kernel)).max() > 0.05 for c in layer.predictions)
+    still = [c.get_weights() for c in layer.predictions]
+    for convolution in layer.predictions:
+        convolution.set_weights([np.zeros_like(w) for w in convolution.get_weights()])
+    without = sum(float(x) for x in layer(images).losses.values())
+    for convolution, weights in zip(layer.predictions, still, strict=True):
+        convolution.set_weights(weights)
+    assert losses[-1] < 0.8 * without
+
+
+def test_refuses_a_cosine_lookup():
+    with pytest.raises(ValueError, match="use 'l2'"):
+        PredictiveQuantizer(K, D, lookup="cosine")

@@ -35,9 +35,9 @@ def describe(run_dir: str) -> str:
 def _quantizer(settings: VQVAEConfig) -> str:
     """Returns the kind of quantizer, with those settings that it uses."""
     parts = [f"{settings.quantizer} quantizer"]
-    if settings.quantizer in ("vector", "residual", "simvq"):
+    if settings.quantizer in ("vector", "predictive", "residual", "simvq"):
         parts.append(f"D = {settings.code_dim}")
-    if settings.quantizer in ("vector", "residual"):
+    if settings.quantizer in ("vector", "predictive", "residual"):
         parts.append(f"codebook by {settings.codebook_update}")
     return ", ".join(parts)
 

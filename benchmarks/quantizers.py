@@ -20,8 +20,9 @@ BATCH_SIZE = 32
 
 # The recipe of van den Oord et al. 2017 with moving averages, which every row changes in one thing.
 CLASSIC = (
+    "--vqvae.quantizer vector --vqvae.residual-width 32 --vqvae.optimizer adam "
     "--vqvae.learning-rate 3e-4 --vqvae.schedule constant --vqvae.warmup-steps 0 "
-    "--vqvae.optimizer adam --vqvae.restart-below 0 --vqvae.balance 0"
+    "--vqvae.restart-below 0 --vqvae.balance 0"
 )
 OPTIONS = {
     "EMA (the classic recipe)": "",
@@ -34,6 +35,7 @@ OPTIONS = {
     "+ cosine schedule from 1e-3": "--vqvae.schedule cosine --vqvae.learning-rate 1e-3",
     "+ Muon, cosine schedule from 3e-3": "--vqvae.optimizer muon --vqvae.schedule cosine "
     "--vqvae.learning-rate 3e-3",
+    "+ predictive": "--vqvae.quantizer predictive --vqvae.residual-width 16",
     "FSQ 8,8,8": "--vqvae.quantizer fsq",
     "residual, 2 levels": "--vqvae.quantizer residual --vqvae.depth 2",
 }
@@ -41,6 +43,7 @@ FAMILIES = {
     "vector, EMA": "",
     "vector, gradient": "--vqvae.codebook-update gradient --vqvae.codebook-init kmeans",
     "vector, cosine lookup": "--vqvae.lookup cosine",
+    "predictive": "--vqvae.quantizer predictive",
     "residual, 2 levels": "--vqvae.quantizer residual --vqvae.depth 2",
     "FSQ 8,8,4": "--vqvae.quantizer fsq --vqvae.fsq-levels 8,8,4",
     "LFQ": "--vqvae.quantizer lfq --vqvae.entropy 0.1",

@@ -48,6 +48,7 @@ class BlockTimes(keras.callbacks.Callback):
 def build(dtype):
     """Returns the VQ-VAE of van den Oord et al. 2017, section 4.1, on CIFAR-10."""
     settings = {
+        "quantizer": "vector",
         "num_codes": work.NUM_CODES,
         "code_dim": work.CODE_DIM,
         "downsampling": 4,
@@ -56,7 +57,8 @@ def build(dtype):
         "residual_width": work.RESIDUAL_WIDTH,
         "commitment": work.COMMITMENT,
         "ema_decay": work.DECAY,
-        "restart_below": 0.0,  # as on the other side
+        "restart_below": 0.0,  # as on the other side, like the next
+        "balance": 0.0,
         "dtype": POLICIES[dtype],
     }
     config = override(load_preset("cifar10"), {f"vqvae.{k}": v for k, v in settings.items()})

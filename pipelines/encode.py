@@ -19,8 +19,8 @@ from pipelines.shards import (
     write_shard_once,
 )
 from vqvae.compilation import compile_function
-from vqvae.layout import CodeLayout, code_layout
-from vqvae.metrics import perplexity
+from vqvae.layout import code_layout
+from vqvae.metrics import by_level, count_codes, perplexity
 from vqvae.records import (
     CODES_VERSION,
     Shard,
@@ -109,13 +109,6 @@ def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
     return run_path, report
 
 
-def count_codes(codes: np.ndarray, layout: CodeLayout) -> np.ndarray:
-    """Returns how often each level uses each code, int64 [levels, K], in codes [N, *shape]."""
-    rows = codes.reshape(-1, layout.length) + layout.level * layout.num_codes
-    counts = np.bincount(rows.ravel(), minlength=layout.levels * layout.num_codes)
-    return counts.reshape(layout.levels, layout.num_codes)
-
-
 def _batches(builder, part: ImageShard, batch_size: int):
     """Returns the batches of a shard as NumPy arrays; TFDS refuses to read an empty one."""
     if part.first == part.last:
@@ -147,15 +140,10 @@ def finish_codes(shards: Sequence[tuple[str, ShardReport]]) -> str:
         files,
         counts=counts,
         label_names=names,
-        perplexity=_by_level([perplexity(counts) for counts in use]),
-        codes_used=_by_level(np.count_nonzero(use, axis=1).tolist()),
+        perplexity=by_level([perplexity(counts) for counts in use]),
+        codes_used=by_level(np.count_nonzero(use, axis=1).tolist()),
     )
     return str(run.root)
-
-
-def _by_level(values: list):
-    """Returns the values of all levels, or that of the only one."""
-    return values if len(values) > 1 else values[0]
 
 
 def _load_encoder(run: RunFolder):

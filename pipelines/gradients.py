@@ -20,9 +20,9 @@ from vqvae.gradient_figure import gradient_figure
 from vqvae.gradients import Audit, audit, estimator_of, set_estimator, training_errors
 from vqvae.model import VQVAE
 from vqvae.progress import progress_bar
-from vqvae.records import damaged_records, open_dataset, read_split, training_batches
+from vqvae.records import damaged_records
 from vqvae.run_folder import RunFolder
-from vqvae.training import load_vqvae
+from vqvae.training import load_vqvae, scale_batch, training_images
 
 _PARTS = ("encoder", "codebook", "decoder", "discriminator")
 
@@ -155,20 +155,12 @@ def _trained(subject: _Subject, estimators: list[str], steps: int) -> dict[str, 
 def _of_run(run: RunFolder) -> _Subject:
     config = run.load_config()
     model = load_vqvae(run)
-    images = run.require("prepare")
+    run.require("prepare")
 
     def batches():
         # As in training: the order of the images depends on TensorFlow's own seed as well.
         keras.utils.set_random_seed(config.seed + 1)
-        split = read_split(open_dataset(run.folder("prepare")), "train")
-        found = training_batches(
-            split.map(lambda example: example["image"]),
-            size=images["counts"]["train"],
-            batch_size=config.vqvae.batch_size,
-            first_step=0,
-            seed=config.seed,
-        )
-        return map(_scaled, found.as_numpy_iterator())
+        return training_images(run).map(scale_batch).as_numpy_iterator()
 
     return _Subject(f"run {run.root}", config, model, batches)
 
@@ -181,7 +173,7 @@ def _of_preset(config: Config) -> _Subject:
         images = _endless_images(config, units)
         while True:
             batch = itertools.islice(images, config.vqvae.batch_size)
-            yield _scaled(np.stack(list(batch)))
+            yield scale_batch(np.stack(list(batch))).numpy()
 
     first = next(batches())
     # The variance of one batch stands for that of all images, which no one has read.
@@ -202,11 +194,6 @@ def _endless_images(config: Config, units: Sequence[Unit]) -> Iterator[np.ndarra
                 found = True
         if not found:
             raise VqbeamError(f"{data.source} has no training image that can be decoded; check it")
-
-
-def _scaled(images: np.ndarray) -> np.ndarray:
-    """Maps uint8 pixels to float32 in [−1, 1]."""
-    return images.astype("float32") / np.float32(127.5) - np.float32(1.0)
 
 
 def _readable(run_dir: str | None):

@@ -10,7 +10,6 @@ from pipelines.cli import user_message
 from pipelines.encode import STAGE, EncodeImages, ImageShard, encode_shard, finish_codes
 from vqvae.building import build_model
 from vqvae.fitting import save_model
-from vqvae.layout import CodeLayout
 from vqvae.records import Shard
 from vqvae.run_folder import RunFolder
 from vqvae.training import MODEL_FILE, load_vqvae
@@ -100,12 +99,6 @@ def test_codes_of_several_levels(make_run, settings, shape, level):
         assert manifest["perplexity"][number] == pytest.approx(np.exp(entropy))
         assert manifest["codes_used"][number] == len(counts) > 2
     assert len(manifest["perplexity"]) == len(manifest["codes_used"]) == 2
-
-
-def test_each_level_is_counted_by_itself():
-    codes = np.array([[[[0, 2], [0, 1]]], [[[2, 2], [0, 2]]]], "uint16")  # [2, 1, 2, 2]
-    counts = encode.count_codes(codes, CodeLayout(3, ((1, 2),), depth=2))
-    np.testing.assert_array_equal(counts, [[3, 0, 1], [0, 1, 3]])
 
 
 def test_two_workers_write_the_same(run, tmp_path):

@@ -10,6 +10,7 @@ from vqvae.metrics import (
     CodebookUse,
     bits_per_image,
     compression_ratio,
+    count_codes,
     nmse,
     perplexity,
     psnr,
@@ -25,6 +26,12 @@ def entropy_perplexity(counts):
     share = np.array(counts) / np.sum(counts)
     share = share[share > 0]
     return np.exp(-np.sum(share * np.log(share)))
+
+
+def test_each_level_is_counted_by_itself():
+    codes = np.array([[[[0, 2], [0, 1]]], [[[2, 2], [0, 2]]]], "uint16")  # [2, 1, 2, 2]
+    counts = count_codes(codes, CodeLayout(3, ((1, 2),), depth=2))
+    np.testing.assert_array_equal(counts, [[3, 0, 1], [0, 1, 3]])
 
 
 def test_codebook_use_counts_over_batches():

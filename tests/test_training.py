@@ -238,9 +238,8 @@ def test_batches_are_augmented_by_step(trained, monkeypatch):
     varied = dataclasses.replace(
         config, vqvae=dataclasses.replace(config.vqvae, augment="flip_crop")
     )
-    images = run.manifest("prepare")
     plain, first, later = (
-        list(training._training(run, used, images, step).take(3).as_numpy_iterator())
+        list(training._training(run, used, step).take(3).as_numpy_iterator())
         for used, step in ((config, 0), (varied, 0), (varied, 1))
     )
     assert all((a != b).any() for a, b in zip(plain, first, strict=True))

@@ -9,7 +9,16 @@ from vqvae.compilation import compile_function
 from vqvae.features import Extract, feature_extractor
 from vqvae.frechet import Moments, frechet_distance
 from vqvae.layout import CodeLayout
-from vqvae.metrics import bits_per_image, compression_ratio, nmse, perplexity, psnr, ssim
+from vqvae.metrics import (
+    bits_per_image,
+    by_level,
+    compression_ratio,
+    count_codes,
+    nmse,
+    perplexity,
+    psnr,
+    ssim,
+)
 from vqvae.model import VQVAE
 from vqvae.progress import progress_bar
 from vqvae.records import damaged_records, open_dataset, read_split
@@ -104,10 +113,7 @@ class _Sums:
         errors = originals.astype(np.float64) - copies
         self.squared_error += np.square(errors).sum()
         self.ssim += ssim(originals, copies).sum(dtype=np.float64)
-        codes = codes.reshape(len(codes), -1)
-        for level, counts in enumerate(self.code_counts):
-            of_level = codes[:, self.layout.level == level].ravel()
-            counts += np.bincount(of_level, minlength=self.layout.num_codes)
+        self.code_counts += count_codes(codes, self.layout)
         if self.extract:
             for moments, images in zip(self.moments, (originals, copies), strict=True):
                 moments.add(self.extract(images))
@@ -123,8 +129,8 @@ class _Sums:
             "psnr": psnr(mse),
             "ssim": float(self.ssim / self.images),
             **self._frechet(),
-            "perplexity": _by_level([perplexity(counts) for counts in self.code_counts]),
-            "codes_used": _by_level([int((counts > 0).sum()) for counts in self.code_counts]),
+            "perplexity": by_level([perplexity(counts) for counts in self.code_counts]),
+            "codes_used": by_level([int((counts > 0).sum()) for counts in self.code_counts]),
             "num_codes": self.layout.num_codes,
             "bits_per_image": bits,
             "compression_ratio": compression_ratio(image_shape, bits),
@@ -138,7 +144,3 @@ class _Sums:
             "frechet": frechet_distance(originals, copies),
             "feature_dim": len(originals.mean),
         }
-
-
-def _by_level(values: list):
-    return values if len(values) > 1 else values[0]

@@ -64,6 +64,18 @@ class CodebookUse(keras.metrics.Metric):
         return cls(**{**config, "layout": CodeLayout(**config["layout"])})
 
 
+def count_codes(codes: np.ndarray, layout: CodeLayout) -> np.ndarray:
+    """Returns how often each level uses each code, int64 [levels, K], in codes [N, *shape]."""
+    rows = codes.reshape(-1, layout.length) + layout.level * layout.num_codes
+    counts = np.bincount(rows.ravel(), minlength=layout.levels * layout.num_codes)
+    return counts.reshape(layout.levels, layout.num_codes)
+
+
+def by_level(values: list):
+    """Returns the values of all levels, or that of the only one."""
+    return values if len(values) > 1 else values[0]
+
+
 def perplexity(counts: np.ndarray) -> float:
     """Returns the exponential of the entropy in nats of `counts`, [K] non-negative."""
     share = counts[counts > 0] / counts.sum()

@@ -113,9 +113,10 @@ def _fit(run: RunFolder, config: Config, images: dict) -> list[dict]:
     with data_parallel(settings.batch_size):
         model = build_model(config, data_variance=images["statistics"]["variance"])
         model.compile(build_optimizer(settings))
-        batches = functools.partial(_training, run, config, images)
-        first = next(iter(batches(0)))
-        model.initialize_codebook(first, settings.codebook_init, config.seed)
+        batches = functools.partial(_training, run, config)
+        if settings.codebook_init != "random":  # or the first batch would be read for nothing
+            first = next(iter(batches(0)))
+            model.initialize_codebook(first, settings.codebook_init, config.seed)
         history = fit(
             model,
             batches=batches,
@@ -133,23 +134,29 @@ def _fit(run: RunFolder, config: Config, images: dict) -> list[dict]:
     return history
 
 
-def _training(run: RunFolder, config: Config, images: dict, first_step: int):
-    """Returns endless batches in [−1, 1], from that of a step on."""
-    settings = config.vqvae
-    dataset = read_split(open_dataset(run.folder("prepare")), "train").map(
+def training_images(run: RunFolder, first_step: int = 0):
+    """Returns endless batches of uint8 images in the order of training, from that of a step on."""
+    config = run.load_config()
+    builder = open_dataset(run.folder("prepare"))
+    dataset = read_split(builder, "train").map(
         lambda example: example["image"], num_parallel_calls=tf.data.AUTOTUNE
     )
-    batches = training_batches(
+    return training_batches(
         dataset,
-        size=images["counts"]["train"],
-        batch_size=settings.batch_size,
+        size=builder.info.splits["train"].num_examples,
+        batch_size=config.vqvae.batch_size,
         first_step=first_step,
         seed=config.seed,
     )
 
-    def prepare(step, batch):
-        return scale_batch(augment(batch, settings.augment, config.seed, step))
 
+def _training(run: RunFolder, config: Config, first_step: int):
+    """Returns endless batches in [−1, 1], from that of a step on."""
+
+    def prepare(step, batch):
+        return scale_batch(augment(batch, config.vqvae.augment, config.seed, step))
+
+    batches = training_images(run, first_step)
     return batches.enumerate(first_step).map(prepare, num_parallel_calls=2).prefetch(4)
 
 

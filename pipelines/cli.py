@@ -10,10 +10,10 @@ import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 
-import configs
 from configs import VqbeamError
 from pipelines.arguments import Command, parse
 from pipelines.parser import UsageError
+from pipelines.verbs import VERBS, function
 
 # A builtin exception or one with its module, at the start of a line.
 _EXCEPTION_LINE = re.compile(
@@ -64,39 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(command: Command) -> None:
-    if command.verb == "presets":
-        _print_presets()
-    elif command.verb == "inspect":
-        from pipelines.inspect import describe
-
-        print(describe(**command.arguments))
-    elif command.verb == "reconstruct":
-        from pipelines.reconstruct import reconstruct
-
-        reconstruct(**command.arguments)
-    elif command.verb == "evaluate":
-        from pipelines.evaluate import evaluate
-
-        evaluate(**command.arguments)
-    elif command.verb == "gradients":
-        from pipelines.gradients import gradients
-
-        gradients(**command.arguments)
-    elif command.verb == "sample":
-        from pipelines.sample import sample
-
-        sample(**command.arguments)
-    else:
-        from pipelines.run import run_stages
-
-        run_stages(**command.arguments)
-
-
-def _print_presets() -> None:
-    names = configs.preset_names()
-    width = max(map(len, names))
-    for name in names:
-        print(f"{name:<{width}}  {configs.preset_summary(name)}")
+    said = function(VERBS[command.verb].work)(**command.arguments)
+    if isinstance(said, str):
+        print(said)
 
 
 def user_message(error: BaseException) -> str | None:

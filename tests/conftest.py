@@ -93,8 +93,8 @@ def finished_run(tmp_path_factory):
     """A run with all its stages done, from a small folder of images in three classes."""
     from pipeline_fixtures import small_config, write_images
 
-    from pipelines.arguments import STAGES
     from pipelines.run import run_stages
+    from pipelines.stage_arguments import STAGES
     from vqvae.run_folder import RunFolder
 
     folder = tmp_path_factory.mktemp("finished")
@@ -103,3 +103,13 @@ def finished_run(tmp_path_factory):
     config = small_config(f"folder:{folder / 'source'}", data__max_failed=0.1, sample__guidance=2.0)
     run_stages(config, str(folder / "run"), STAGES, ["--runner=FnApiRunner"])
     return RunFolder(folder / "run")
+
+
+@pytest.fixture
+def preset(tmp_path):
+    """The path of a preset file."""
+    from argument_checks import PRESET
+
+    path = tmp_path / "own.py"
+    path.write_text(PRESET)
+    return str(path)

@@ -3,7 +3,7 @@ import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
-from pipelines.arguments import STAGES
+from pipelines.stage_arguments import STAGES
 from pipelines.stages import GPU_HINTS, transform
 from vqvae import run_folder
 

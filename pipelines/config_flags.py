@@ -1,0 +1,49 @@
+"""Flags for the fields of a config, and the config that they make of a preset."""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import configs
+from configs import SECTIONS, Config, VqbeamError
+from pipelines.parser import Parser
+
+
+def add_config(parser: Parser, sections: Iterable[str]) -> dict[str, str]:
+    """Adds `--seed` and a flag for each field of the sections; returns them by dotted name."""
+    parser.add("--seed", int, "seed of all random numbers (unset: the preset's)")
+    flags = {"seed": "--seed"}
+    for section in sections:
+        title = f"config: {section} (unset: the preset's value)"
+        group = parser.add_argument_group(title, SECTIONS[section].__doc__)
+        flags |= parser.add_fields(section, f"--{section}.", group)
+    return flags
+
+
+def overridden(config: Config, given: Mapping[str, Any], flags: Mapping[str, str]) -> Config:
+    """Returns the config with what the given flags set."""
+    values = {name: given[flag] for name, flag in flags.items() if flag in given}
+    config = in_range(lambda: configs.override(config, values), flags)
+    return _with_whole_path(config)
+
+
+def _with_whole_path(config: Config) -> Config:
+    """Returns the config with a local folder of images named from the root.
+
+    A run may be gone on with from another working directory.
+    """
+    kind, _, path = config.data.source.partition(":")
+    if kind != "folder" or "://" in path:
+        return config
+    whole = os.path.abspath(os.path.expanduser(path))
+    return configs.override(config, {"data.source": f"folder:{whole}"})
+
+
+def in_range(build: Callable[[], Any], flags: Mapping[str, str]) -> Any:
+    """Returns `build()`; what it says of a field, it says of the flag that sets the field."""
+    try:
+        return build()
+    except VqbeamError as error:
+        message = re.sub(r"[a-z]+\.[a-z_]+", lambda name: flags.get(name[0], name[0]), str(error))
+        raise VqbeamError(message) from None

@@ -1,0 +1,73 @@
+"""The verbs of the command line: what each does, who reads its words, and who does its work."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from pipelines.parser import Parser
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """One verb.
+
+    Attributes:
+        summary: What it does, for the help.
+        grammar: MODULE:FUNCTION of `pipelines` that turns the verb and the words behind it into
+            the keyword arguments of the next.
+        work: MODULE:FUNCTION of `pipelines` that does the work; a text that it returns is printed.
+    """
+
+    summary: str
+    grammar: str
+    work: str
+
+
+_STAGES = {"grammar": "stage_arguments:parse_stages", "work": "run:run_stages"}
+
+VERBS = {
+    "run": Verb("take a dataset to new images: all stages as one Beam pipeline", **_STAGES),
+    "prepare": Verb("write the images of a dataset, cropped and resized, as TFRecords", **_STAGES),
+    "train-vqvae": Verb("train the VQ-VAE on the prepared images", **_STAGES),
+    "encode": Verb("turn every image into a grid of codes, as TFRecords", **_STAGES),
+    "train-prior": Verb("train the transformer prior on the codes", **_STAGES),
+    "sample": Verb(
+        "draw new images from a trained run", "draw_arguments:parse_sample", "sample:sample"
+    ),
+    "reconstruct": Verb(
+        "draw held-out images above their reconstructions",
+        "run_arguments:parse_reconstruct",
+        "reconstruct:reconstruct",
+    ),
+    "evaluate": Verb(
+        "measure a trained run on all of its held-out images",
+        "run_arguments:parse_evaluate",
+        "evaluate:evaluate",
+    ),
+    "inspect": Verb(
+        "show what is in a run: stages, sizes, losses, codebook use",
+        "run_arguments:parse_inspect",
+        "inspect:describe",
+    ),
+    "gradients": Verb(
+        "show which part of a model the gradient of each loss reaches",
+        "run_arguments:parse_gradients",
+        "gradients:gradients",
+    ),
+    "presets": Verb(
+        "list the presets, a line each", "run_arguments:parse_presets", "presets:describe"
+    ),
+}
+
+
+def function(name: str) -> Callable[..., Any]:
+    """Returns the function that MODULE:FUNCTION names; its module loads only now."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(f"pipelines.{module}"), attribute)
+
+
+def verb_parser(verb: str, usage: str, **texts: str) -> Parser:
+    """Returns a parser for the words behind a verb."""
+    summary = VERBS[verb].summary
+    return Parser(verb, usage, description=f"{summary[:1].upper()}{summary[1:]}.", **texts)

@@ -1,0 +1,243 @@
+import pytest
+from argument_checks import PRESET, refusal
+
+import configs
+from pipelines.arguments import parse
+from pipelines.parser import Parser
+from pipelines.stage_arguments import STAGES
+
+FIELDS = list(configs.field_types())
+PIPELINE_VERBS = ["run", *STAGES[:-1]]
+
+
+@pytest.fixture
+def parse_run(preset):
+    return lambda *words: parse(["run", preset, "--run-dir", "d", *words]).arguments
+
+
+def value_for(field, kind):
+    """Returns another value of a field than its default, within its range."""
+    limits = field.metadata
+    if limits.get("choices"):
+        return limits["choices"][-1]
+    if kind is str:
+        return "glyphs"
+    low, high = limits.get("minimum") or 0, limits.get("maximum")
+    return kind(low) if high is None else kind(min(high, low + 4))
+
+
+@pytest.mark.parametrize("verb", PIPELINE_VERBS)
+def test_pipeline_verbs(verb, preset):
+    command = parse([verb, preset, "--run-dir", "runs/x"])
+    assert command.verb == verb
+    assert command.arguments == {
+        "config": configs.load_preset(preset),
+        "run_dir": "runs/x",
+        "stages": STAGES if verb == "run" else (verb,),
+        "beam_args": ["--runner=FnApiRunner"],
+    }
+
+
+def test_flags_may_stand_before_the_preset(preset):
+    words = ["run", "--runner", "FnApiRunner", "--seed=3", "--run-dir=d", preset]
+    given = parse(words).arguments
+    assert given["config"].seed == 3
+    assert given["beam_args"] == ["--runner=FnApiRunner"]
+
+
+@pytest.mark.parametrize("separator", ["-", "_"])
+@pytest.mark.parametrize("name,field,kind", FIELDS, ids=[name for name, _, _ in FIELDS])
+def test_every_config_field_is_a_flag(name, field, kind, separator):
+    parser = Parser("run", "")
+    parser.add("--seed", int, "")
+    fields = {"seed": "--seed"}
+    for section in configs.SECTIONS:
+        fields |= parser.add_fields(section, f"--{section}.", None)
+    value = value_for(field, kind)
+    given = parser.parse_words([f"--{name.replace('_', separator)}", str(value)])
+    assert given[fields[name]] == value
+    assert type(given[fields[name]]) is kind
+
+
+def test_overrides_reach_the_config(parse_run):
+    config = parse_run(
+        "--seed", "7", "--vqvae.num-codes=64", "--vqvae.learning_rate", "1e-2", "--data.fit", "pad"
+    )["config"]
+    assert config.seed == 7
+    assert config.vqvae.num_codes == 64
+    assert config.vqvae.learning_rate == 0.01
+    assert config.data.fit == "pad"
+
+
+def test_none_unsets_an_optional_field(tmp_path, preset):
+    path = tmp_path / "limited.py"
+    path.write_text(
+        PRESET.replace('source="glyphs"', 'source="glyphs", max_images=5, data_dir="x"')
+    )
+    words = ["run", str(path), "--run-dir", "d"]
+    assert parse(words).arguments["config"].data.max_images == 5
+    words += ["--data.max-images", "none", "--data.data-dir", "none"]
+    data = parse(words).arguments["config"].data
+    assert data.max_images is None and data.data_dir is None
+    assert "'none' is not a whole number" in refusal(*words, "--data.height", "none")
+
+
+def test_smoke_comes_before_explicit_flags(parse_run, preset):
+    smoke = parse_run("--smoke")["config"]
+    assert smoke == configs.smoke(configs.load_preset(preset))
+    mixed = parse_run("--vqvae.steps", "8", "--smoke")["config"]
+    assert mixed == configs.override(smoke, {"vqvae.steps": 8})
+
+
+@pytest.mark.parametrize("name", configs.preset_names())
+def test_built_in_presets(name):
+    given = parse(["run", name, "--run-dir", "d", "--smoke"]).arguments
+    assert given["config"] == configs.smoke(configs.load_preset(name))
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--vqvae.num-codes", "1"], "--vqvae.num-codes is 1; it must be at least 2"),
+        (["--vqvae.num_codes", "-1"], "--vqvae.num-codes is -1; it must be at least 2"),
+        (["--prior.dropout", "2"], "--prior.dropout is 2.0; it must be at most 0.9"),
+        (["--data.fit", "x"], "--data.fit is 'x'; choose one of crop, pad"),
+        (["--data.height", "30"], "--data.height is 30, which --vqvae.downsampling (4) does not"),
+    ],
+)
+def test_values_out_of_range_name_the_flag(parse_run, words, message):
+    with pytest.raises(configs.VqbeamError) as caught:
+        parse_run(*words)
+    assert str(caught.value).startswith(message)
+
+
+def test_unknown_preset():
+    with pytest.raises(configs.VqbeamError, match="no preset is named 'nothing-like-it'"):
+        parse(["run", "nothing-like-it", "--run-dir", "d"])
+
+
+@pytest.mark.parametrize(
+    "words,passed",
+    [
+        (["--runner=DirectRunner"], ["--runner=DirectRunner"]),
+        (["--runner", "dataflow"], ["--runner=dataflow"]),
+        (["--streaming"], ["--runner=FnApiRunner", "--streaming"]),
+        (
+            ["--experiments", "a", "--experiments=b=c,d", "--experiment", "e"],
+            ["--runner=FnApiRunner", "--experiments=a", "--experiments=b=c,d", "--experiment=e"],
+        ),
+        (
+            ["--project", "p", "--region=r", "--temp_location", "gs://b/t"],
+            ["--runner=FnApiRunner", "--project=p", "--region=r", "--temp_location=gs://b/t"],
+        ),
+        (["--direct-num-workers", "4"], ["--runner=FnApiRunner", "--direct_num_workers=4"]),
+        (["--label", "a=b"], ["--runner=FnApiRunner", "--label=a=b"]),
+        (
+            ["--sdk_harness_log_level_overrides", '{"a": "INFO"}'],
+            ["--runner=FnApiRunner", '--sdk_harness_log_level_overrides={"a": "INFO"}'],
+        ),
+        (
+            ["--update_compatibility_version", "--s3_disable_ssl"],
+            ["--runner=FnApiRunner", "--update_compatibility_version", "--s3_disable_ssl"],
+        ),
+    ],
+)
+def test_beam_options_are_passed_on(parse_run, words, passed):
+    assert parse_run(*words)["beam_args"] == passed
+
+
+def test_beam_understands_what_is_passed_on(parse_run):
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    passed = parse_run(
+        "--experiments", "a", "--direct_num_workers", "2", "--streaming", "--project", "p"
+    )["beam_args"]
+    options = PipelineOptions(passed).get_all_options(drop_default=True)
+    assert options["experiments"] == ["a"]
+    assert options["direct_num_workers"] == 2
+    assert options["streaming"] is True
+    assert options["project"] == "p"
+    assert options["runner"] == "FnApiRunner"
+
+
+def test_a_runner_may_be_a_class_path(parse_run):
+    path = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+    assert parse_run("--runner", path)["beam_args"] == [f"--runner={path}"]
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--runer=DataflowRunner"], "vqbeam: unknown flag --runer; did you mean --runner?"),
+        (["--run", "FnApiRunner"], "vqbeam: unknown flag --run; did you mean --runner?"),
+        (["--project_dir", "p"], "vqbeam: unknown flag --project_dir; did you mean --project?"),
+        (["--num-codes", "3"], "vqbeam: unknown flag --num-codes; did you mean --vqvae.num-codes?"),
+        (
+            ["--steps=3"],
+            "vqbeam: unknown flag --steps; did you mean --vqvae.steps or --prior.steps?",
+        ),
+        (["--vqvae.num-code=3"], "vqbeam: unknown flag --vqvae.num-code; did you mean"),
+        (["--zzzzqqqq"], "vqbeam: unknown flag --zzzzqqqq; see vqbeam run --help"),
+        (["-x"], "vqbeam: unknown flag -x; see vqbeam run --help"),
+    ],
+)
+def test_unknown_flags(preset, words, message):
+    assert refusal("run", preset, "--run-dir", "d", *words).startswith(message)
+
+
+def test_an_unknown_flag_is_named_before_anything_else_is_missed():
+    assert "unknown flag --rundir; did you mean --run-dir?" in refusal("run", "--rundir", "d")
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--runner=dataflw"], "--runner: there is no runner 'dataflw'; did you mean Dataflow"),
+        (["--runner=nope"], "--runner: there is no runner 'nope'; use FnApiRunner"),
+        (["--runner=no.such.Runner"], "--runner: 'no.such.Runner' does not load: No module named"),
+        (["--runner=os.path.Runner"], "--runner: 'os.path.Runner' does not load: "),
+        (["--runner=DaskRunner"], "--runner: Beam's DaskRunner drops data"),
+        (["--runner=apache_beam.runners.dask.dask_runner.DaskRunner"], "--runner: Beam's Dask"),
+        (["--runner"], "--runner: needs a value"),
+        (["--direct_num_workers=a"], "--direct_num_workers: Beam does not take 'a' here"),
+        (["--direct_running_mode=a"], "--direct_running_mode: invalid choice: 'a' (choose from"),
+        (["--vqvae.num-codes", "abc"], "--vqvae.num-codes: 'abc' is not a whole number"),
+        (["--vqvae.num-codes", "1.5"], "--vqvae.num-codes: '1.5' is not a whole number"),
+        (["--vqvae.num-codes"], "--vqvae.num-codes: needs a value"),
+        (["--vqvae.learning-rate", "fast"], "--vqvae.learning-rate: 'fast' is not a number"),
+        (["--vqvae.learning-rate", "nan"], "--vqvae.learning-rate: 'nan' is not a number"),
+        (["--data.image-key", ""], "--data.image-key: is empty"),
+        (["--smoke=1"], "--smoke: takes no value"),
+        (["stray"], "unexpected argument 'stray'"),
+    ],
+)
+def test_malformed_command_lines(preset, words, message):
+    line = refusal("run", preset, "--run-dir", "d", *words)
+    assert line.startswith(f"vqbeam run: {message}")
+    assert line.endswith("(see vqbeam run --help)")
+
+
+def test_help_shows_each_field_with_its_text_and_range(capsys):
+    with pytest.raises(SystemExit):
+        parse(["run", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, field, _ in FIELDS:
+        assert f"--{name.replace('_', '-')} " in shown
+        assert field.metadata.get("help", "") in shown
+    assert "codebook size K, of each level (2 to 1,048,576)" in shown
+    assert "--data.fit {crop,pad}" in shown
+
+
+def test_a_folder_of_images_is_named_from_the_root(parse_run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    whole = {
+        "photos": f"{tmp_path}/photos",
+        "../photos/": f"{tmp_path.parent}/photos",
+        "~/photos": "/home/me/photos",
+        "/a/b": "/a/b",
+        "gs://bucket/photos": "gs://bucket/photos",
+    }
+    for given, path in whole.items():
+        assert parse_run(f"--data.source=folder:{given}")["config"].data.source == f"folder:{path}"
+    assert parse_run("--data.source=tfds:mnist")["config"].data.source == "tfds:mnist"

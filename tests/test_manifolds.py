@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+
+import vqvae.manifolds as manifolds
+from vqvae.manifolds import Manifold, precision_recall
+
+
+def line(*places):
+    """Points on a line in three dimensions, so that their distances are those of their places."""
+    return np.outer(places, [2 / 3, 2 / 3, 1 / 3]) + 100
+
+
+def test_radii_on_a_line():
+    places = (0, 1, 3, 7, 20)
+    one, three = (Manifold(line(*places), k) for k in (1, 3))
+    assert one.radii == pytest.approx(np.square([1, 1, 2, 4, 13]), rel=1e-3)
+    assert three.radii == pytest.approx(np.square([7, 6, 4, 7, 19]), rel=1e-3)
+    assert one.radii.dtype == np.float32
+
+
+def test_precision_and_recall_on_a_line():
+    # Balls of 1 around 0 and 1, of 9 around 10.
+    real = Manifold(line(0, 1, 10), 1)
+    # Balls of 0.2 around 0.4 and 0.6, of 29.4 around 30.
+    other = Manifold(line(0.4, 0.6, 30), 1)
+    # 0.4 and 0.6 look real, 30 does not; 30's ball alone reaches 1 and 10, and none reaches 0.
+    assert precision_recall(real, other) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
+    assert precision_recall(other, real) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
+
+
+def test_few_but_true_and_many_but_false():
+    numbers = np.random.default_rng(0)
+    real = numbers.normal(size=(300, 4))
+    narrow = Manifold(numbers.normal(size=(300, 4)) * 0.1)
+    wide = Manifold(numbers.normal(size=(300, 4)) * 20)
+    real = Manifold(real)
+    precision, recall = precision_recall(real, narrow)
+    assert precision > 0.95 and recall < 0.2
+    precision, recall = precision_recall(real, wide)
+    assert precision < 0.2 and recall > 0.9
+
+
+@pytest.mark.parametrize("block", [1, 700, 10**6])
+def test_in_numpy_whatever_the_blocks(monkeypatch, block):
+    monkeypatch.setattr(manifolds, "_BLOCK", block)
+    numbers = np.random.default_rng(1)
+    first, second = numbers.normal(size=(40, 5)), numbers.normal(size=(50, 5)) + 0.5
+
+    def distances(a, b):
+        return np.linalg.norm(a[:, None] - b[None], axis=-1)
+
+    radii = [np.sort(distances(x, x), axis=1)[:, 3] for x in (first, second)]
+    across = distances(second, first)
+    expected = (across <= radii[0]).any(axis=1).mean(), (across.T <= radii[1]).any(axis=1).mean()
+    assert 0 < expected[0] < 1 and 0 < expected[1] < 1
+    found = precision_recall(Manifold(first), Manifold(second))
+    assert found == pytest.approx(expected)
+
+
+def test_a_set_and_itself():
+    points = Manifold(np.random.default_rng(2).normal(size=(30, 3)))
+    assert precision_recall(points, points) == (1, 1)
+
+
+def test_too_few_for_neighbours():
+    with pytest.raises(ValueError, match="3 features have no 3 neighbours each"):
+        Manifold(np.zeros((3, 2)))

@@ -34,7 +34,7 @@ def load_classifier(run: RunFolder) -> keras.Model:
         VqbeamError: The images are not prepared or damaged, or the run has fewer than two classes.
     """
     prepared = run.require("prepare")
-    if len(prepared["label_names"]) < 2:
+    if label_obstacle(prepared):
         raise VqbeamError(
             f"{run.root} has no classes, and the classifier learns from them; use "
             "--features inception"
@@ -52,6 +52,16 @@ def load_classifier(run: RunFolder) -> keras.Model:
     save_model(model, path)
     write_json(facts, {**identity, "accuracy": accuracy})
     return model
+
+
+def label_obstacle(prepared: dict) -> str | None:
+    """Returns why a run's images cannot teach a classifier, or None where they can.
+
+    Args:
+        prepared: The manifest of the prepare stage.
+    """
+    few = len(prepared["label_names"]) < 2
+    return "no classes for the classifier to learn" if few else None
 
 
 def classifier_accuracy(run: RunFolder) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import keras
 import numpy as np
 
+from vqvae.classifier import label_obstacle
 from vqvae.compilation import compile_function
 from vqvae.features import Extract, feature_extractor
 from vqvae.frechet import Moments, frechet_distance
@@ -75,8 +76,8 @@ def evaluate_vqvae(run: RunFolder, features: str = "classifier") -> dict:
 
 def _frechet_obstacle(prepared: dict, features: str) -> str | None:
     """Returns why there is no Fréchet distance for a run, or None where there is one."""
-    if features == "classifier" and len(prepared["label_names"]) < 2:
-        return "no classes for the classifier to learn; --features inception needs none"
+    if features == "classifier" and label_obstacle(prepared):
+        return f"{label_obstacle(prepared)}; --features inception needs none"
     if prepared["counts"]["validation"] < 2:
         return "a single image has no covariance; hold out more"
     return None

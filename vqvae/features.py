@@ -36,11 +36,12 @@ def feature_extractor(run: RunFolder, name: str) -> Extract:
             downloaded.
     """
     if name == "classifier":
-        return _compiled(feature_model(load_classifier(run)))
-    return _in_small_batches(_compiled(_inception(run)))
+        return compiled(feature_model(load_classifier(run)))
+    return _in_small_batches(compiled(_inception(run)))
 
 
-def _compiled(model: keras.Model) -> Extract:
+def compiled(model: keras.Model) -> Extract:
+    """Returns what a model makes of uint8 images, float32 [B, D], as a function of NumPy arrays."""
     extract = compile_function(
         lambda images: model(images, training=False), model.variables, jit=False
     )

@@ -1,0 +1,29 @@
+"""How likely a prior finds codes that are given."""
+
+from collections.abc import Callable
+
+import keras
+import numpy as np
+from keras import ops
+
+from prior.transformer import CodePrior
+from vqvae.compilation import compile_function
+
+# From codes int [B, *layout.shape] and labels int [B] to nats float32 [B], all NumPy.
+Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def code_scorer(prior: CodePrior) -> Score:
+    """Returns a compiled function from codes and labels to the log-likelihood of the codes.
+
+    It is the sum over all positions of log p(code | label, codes before it), in nats, 0 at most.
+    """
+
+    def score(codes, labels):
+        logits = prior({"codes": codes, "labels": labels}, training=False)
+        flat = ops.reshape(codes, (-1, prior.layout.length))
+        losses = keras.losses.sparse_categorical_crossentropy(flat, logits, from_logits=True)
+        return -ops.sum(losses, axis=-1)
+
+    compiled = compile_function(score, prior.variables, jit=False)
+    return lambda codes, labels: ops.convert_to_numpy(compiled(codes, labels))

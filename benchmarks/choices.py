@@ -19,7 +19,7 @@ import tensorflow as tf
 from keras import ops
 
 from pipelines.images import encode_png
-from prior.sampler import draw_codes
+from prior.drawing import draw_codes
 from prior.transformer import CodePrior
 from vqvae.layout import CodeLayout
 
@@ -76,10 +76,11 @@ def filters() -> None:
     """Interval halving against a sort, for top-k and top-p."""
     logits, uniform = tf.random.normal((64, 512)), tf.random.uniform((64, 1))
     one, top_k, top_p = tf.constant(1.0), tf.constant(50.0), tf.constant(0.9)
+    min_p = tf.constant(0.0)
 
     @tf.function(jit_compile=True)
     def halving():
-        return draw_codes(logits, uniform, one, top_k, top_p, filtered=True)
+        return draw_codes(logits, uniform, one, top_k, top_p, min_p, filtered=True)
 
     @tf.function(jit_compile=True)
     def sorting():

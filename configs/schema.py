@@ -8,6 +8,7 @@ import dataclasses
 
 from configs.errors import VqbeamError
 from configs.fields import Section, check, check_epochs, field
+from configs.sample_config import SampleConfig
 from configs.vqvae_config import VQVAEConfig
 
 
@@ -88,22 +89,6 @@ class PriorConfig(Section):
                 f"prior.width is {self.width} and prior.heads is {self.heads}; the width of a "
                 "head must be a whole multiple of 4, for 2-D rotary positions"
             )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleConfig(Section):
-    """How new images are drawn, unless the command line says otherwise."""
-
-    prefix = "sample"
-
-    num: int = field("images to draw", 64, minimum=1)
-    temperature: float = field("divides the logits; 0 takes the likeliest code", 1.0, minimum=0)
-    top_k: int = field("draw from the K likeliest codes only; 0 for all", 0, minimum=0)
-    top_p: float = field(
-        "draw from the smallest set of codes with this probability", 1.0, minimum=0, maximum=1
-    )
-    guidance: float = field("classifier-free guidance scale; 1 for none", 1.0, minimum=0)
-    batch_size: int = field("images drawn at once", 64, minimum=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

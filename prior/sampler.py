@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from configs import VqbeamError
+from configs import SampleConfig, VqbeamError
+from prior.drawing import draw_codes
+from prior.guidance import guidance_scales
 from prior.transformer import CodePrior
 from prior.uniforms import uniforms
 from vqvae.compilation import compile_function
 
 # Attention reads its cache in full, so the cache starts short and grows.
 SEGMENTS = 4
-# Enough for an interval of 100 to shrink below the spacing of float32 logits.
-HALVINGS = 40
 
 
 class Sampler:
@@ -27,7 +27,7 @@ class Sampler:
     different batch sizes or backends part ways, which is rare.
 
     All settings are inputs of the compiled program: it is compiled once with and once without
-    guidance, and once with and once without filters, when first asked for.
+    guidance, filters, a second class, and codes to keep, when first asked for.
 
     Args:
         model: The prior. Weights assigned to it later on are seen.
@@ -52,11 +52,15 @@ class Sampler:
         labels: np.ndarray,
         seed: int,
         *,
-        first_index: int = 0,
+        indices: np.ndarray | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        guidance: float = 1.0,
+        min_p: float = 0.0,
+        guidance: float | np.ndarray = 1.0,
+        towards: tuple[np.ndarray, np.ndarray] | None = None,
+        known: np.ndarray | None = None,
+        keep: np.ndarray | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """Draws the codes of one image for each label.
@@ -64,14 +68,22 @@ class Sampler:
         Args:
             labels: Integers [N] from 0 up to `model.null_label`; -1 means no class as well.
             seed: Any integer.
-            first_index: Index of the first image among those of the seed.
+            indices: Integers [N], which image of the seed each is; 0, 1, ... by default.
             temperature: Divides the logits; 0 takes the likeliest code.
-            top_k: Draw from the k likeliest codes only; 0 for all.
-            top_p: Draw from the fewest of the likeliest codes whose probability, after `top_k`, is
-                at least this (Holtzman et al., https://arxiv.org/abs/1904.09751); in (0, 1].
+            top_k: Draw from the k likeliest codes only; 0 for all. `prior.drawing` says how this
+                and the next two work together.
+            top_p: Draw from the fewest of the likeliest codes with this probability; in (0, 1].
+            min_p: Draw from codes at least this share as probable as the likeliest; in [0, 1).
             guidance: Scale s of classifier-free guidance, u + s·(c - u), where c and u are the
                 logits with and without the class (Ho and Salimans,
-                https://arxiv.org/abs/2207.12598, eq. 6, with s = 1 + w); 1 for none.
+                https://arxiv.org/abs/2207.12598, eq. 6, with s = 1 + w); 1 for none. One for all
+                positions, or [T], one for each.
+            towards: A second label [N] and its weight w [N], in [0, 1], of each image: in place of
+                c stand (1 - w)·c + w·c', where c' are the logits with the second class.
+            known: Integers [N, *layout.shape] in [0, K), codes of images that are there in part.
+            keep: Bool, of the shape of `known` or of one image: the codes of `known` that are
+                taken over. Each of the others is drawn given those before it in the sequence,
+                kept or drawn; what is kept after it has no influence.
             on_batch: Called after each batch with the number of images drawn so far.
 
         Returns:
@@ -81,30 +93,45 @@ class Sampler:
             VqbeamError: A setting or a label is out of range, or an unconditional model is given a
                 guidance scale.
         """
-        labels = np.asarray(labels, "int32")
-        self._check(labels, temperature, top_k, top_p, guidance)
-        layout, num_codes = self.model.layout, self.model.layout.num_codes
-        filtered = 0 < top_k < num_codes or top_p < 1
-        program = self._program(guidance != 1, filtered)
-        settings = (
-            np.asarray(temperature, "float32"),
-            np.asarray(top_k or num_codes, "float32"),
-            np.asarray(top_p, "float32"),
-            np.asarray(guidance, "float32"),
-        )
+        labels, layout = np.asarray(labels, "int32"), self.model.layout
+        scales = np.broadcast_to(np.asarray(guidance, "float32"), (layout.length,))
+        self._check(labels, temperature, top_k, top_p, min_p, scales)
+        settings = {
+            "temperature": temperature,
+            "top_k": top_k or layout.num_codes,
+            "top_p": top_p,
+            "min_p": min_p,
+            "guidance": scales,
+        }
+        settings = {name: np.asarray(value, "float32") for name, value in settings.items()}
+        images = {"labels": labels}
+        if towards is not None:
+            images["towards"] = np.asarray(towards[0], "int32")
+            images["blend"] = np.asarray(towards[1], "float32")
+            self._check_labels(images["towards"])
+        if known is not None:
+            keep = np.broadcast_to(np.asarray(keep, bool), np.shape(known))
+            images["known"] = np.asarray(known, "int32").reshape(-1, layout.length)
+            images["keep"] = keep.reshape(-1, layout.length)
+        filtered = 0 < top_k < layout.num_codes or top_p < 1 or min_p > 0
+        program = self._program(bool(np.any(scales != 1)), filtered)
+        indices = np.arange(len(labels)) if indices is None else np.asarray(indices)
         codes = np.zeros((len(labels), layout.length), "int32")
         for start in range(0, len(labels), self.batch_size):
-            batch = labels[start : start + self.batch_size]
-            padded = np.pad(batch, (0, self.batch_size - len(batch)), mode="edge")
-            indices = first_index + start + np.arange(self.batch_size)
-            numbers = uniforms(seed, indices, layout.length)
-            drawn = ops.convert_to_numpy(program(padded, numbers, *settings))
-            codes[start : start + len(batch)] = drawn[: len(batch)]
+            rows = slice(start, start + self.batch_size)
+            numbers = uniforms(seed, indices[rows], layout.length)
+            batch = {"uniforms": numbers} | {name: array[rows] for name, array in images.items()}
+            padded = {name: self._padded(array) for name, array in batch.items()}
+            codes[rows] = ops.convert_to_numpy(program(padded, settings))[: len(numbers)]
             if on_batch is not None:
-                on_batch(start + len(batch))
+                on_batch(start + len(numbers))
         return codes.reshape(-1, *layout.shape)
 
-    def _check(self, labels, temperature, top_k, top_p, guidance):
+    def _padded(self, rows: np.ndarray) -> np.ndarray:
+        missing = self.batch_size - len(rows)
+        return np.pad(rows, ((0, missing), *[(0, 0)] * (rows.ndim - 1)), mode="edge")
+
+    def _check(self, labels, temperature, top_k, top_p, min_p, scales):
         model, num_codes = self.model, self.model.layout.num_codes
         if not temperature >= 0:
             raise VqbeamError(f"temperature is {temperature}; it must be at least 0")
@@ -115,12 +142,19 @@ class Sampler:
             )
         if not 0 < top_p <= 1:
             raise VqbeamError(f"top_p is {top_p}; it must be above 0 and at most 1, which is all")
-        if not 0 <= guidance < np.inf:
-            raise VqbeamError(f"guidance is {guidance}; it must be at least 0; 1 is none")
-        if guidance != 1 and model.num_labels == 0:
+        if not 0 <= min_p < 1:
+            raise VqbeamError(f"min_p is {min_p}; it must be at least 0, which is all, and below 1")
+        wrong, guided = scales[~((scales >= 0) & (scales < np.inf))], scales[scales != 1]
+        if wrong.size:
+            raise VqbeamError(f"guidance is {wrong[0]:g}; it must be at least 0; 1 is none")
+        if guided.size and model.num_labels == 0:
             raise VqbeamError(
-                f"guidance is {guidance}, but the prior was trained without classes; set it to 1"
+                f"guidance is {guided[0]:g}, but the prior was trained without classes; set it to 1"
             )
+        self._check_labels(labels)
+
+    def _check_labels(self, labels):
+        model = self.model
         wrong = labels[(labels < -1) | (labels > model.null_label)]
         if wrong.size:
             raise VqbeamError(
@@ -131,14 +165,22 @@ class Sampler:
             )
 
 
+def sampler_arguments(settings: SampleConfig, length: int) -> dict[str, Any]:
+    """Returns the arguments of a `Sampler` that a config's section stands for.
+
+    Args:
+        settings: The section.
+        length: Codes of an image.
+    """
+    names = ("temperature", "top_k", "top_p", "min_p")
+    arguments = {name: getattr(settings, name) for name in names}
+    return arguments | {"guidance": guidance_scales(settings, length)}
+
+
 def sample_codes(
     model: CodePrior,
-    labels,
-    uniforms,
-    temperature,
-    top_k,
-    top_p,
-    guidance,
+    images: dict[str, Any],
+    settings: dict[str, Any],
     *,
     guided: bool,
     filtered: bool,
@@ -148,32 +190,37 @@ def sample_codes(
 
     Args:
         model: The prior.
-        labels: int32 tensor [B].
-        uniforms: float32 tensor [B, T] in [0, 1).
-        temperature: float32 scalar; see `Sampler` for this and the next three.
-        top_k: float32 scalar from 1 to K.
-        top_p: float32 scalar in (0, 1].
-        guidance: float32 scalar.
+        images: What differs from image to image; see `Sampler` for all but the second: `labels`,
+            int32 [B]; `uniforms`, float32 [B, T] in [0, 1); and, where they are wanted, `towards`,
+            int32 [B], and `blend`, float32 [B]; `known`, int32 [B, T], and `keep`, bool [B, T].
+        settings: float32 tensors, what is the same for all: `temperature`, `top_k` from 1 to K,
+            `top_p` and `min_p`, which are scalars, and `guidance` [T].
         guided: Whether `guidance` is used, which takes twice the work.
-        filtered: Whether `top_k` and `top_p` are used.
+        filtered: Whether the filters are used.
         segments: How often the cache grows; the codes do not depend on it.
 
     Returns:
         An int32 tensor [B, T].
     """
-    batch_size, length = labels.shape[0], model.layout.length
-    x = model.embed_labels(labels)
+    labels, filters = images["labels"], ("temperature", "top_k", "top_p", "min_p")
+    batch_size, length = ops.shape(labels)[0], model.layout.length
+    classes = [images[name] for name in ("labels", "towards") if name in images]
     if guided:
-        x = ops.concatenate([x, model.embed_labels(ops.full_like(labels, model.null_label))])
+        classes.append(ops.full_like(labels, model.null_label))
+    x = ops.concatenate([model.embed_labels(one) for one in classes])
 
     def advance(position, x, codes, caches):
+        def here(name):
+            return ops.slice(images[name], (0, position), (batch_size, 1))
+
         logits, caches = model.step(x, caches, position)
-        if guided:
-            with_class, without = ops.split(logits, 2)
-            logits = without + guidance * (with_class - without)
-        uniform = ops.slice(uniforms, (0, position), (batch_size, 1))
-        code = draw_codes(logits, uniform, temperature, top_k, top_p, filtered=filtered)
-        x = model.embed_codes(ops.concatenate([code, code]) if guided else code, position)
+        scale = ops.take(settings["guidance"], position) if guided else None
+        logits = _combined(ops.split(logits, len(classes)), images.get("blend"), scale)
+        drawing = [settings[name] for name in filters]
+        code = draw_codes(logits, here("uniforms"), *drawing, filtered=filtered)
+        if "known" in images:
+            code = ops.where(here("keep"), here("known"), code)
+        x = model.embed_codes(ops.concatenate([code] * len(classes)), position)
         return position + 1, x, ops.slice_update(codes, (0, position), code), caches
 
     bounds = sorted({math.ceil(length * i / segments) for i in range(1, segments + 1)})
@@ -181,7 +228,7 @@ def sample_codes(
         ops.zeros((), "int32"),
         x,
         ops.zeros((batch_size, length), "int32"),
-        model.empty_caches(x.shape[0], 0),
+        model.empty_caches(ops.shape(x)[0], 0),
     )
     for bound in bounds:
         state = (*state[:3], _grown(state[3], bound))
@@ -189,64 +236,16 @@ def sample_codes(
     return state[2]
 
 
+def _combined(logits: list, blend, scale):
+    """Returns the logits to draw from, of those with a class, with another, and with none."""
+    with_class = logits[0]
+    if blend is not None:
+        with_class = (1 - blend[:, None]) * logits[0] + blend[:, None] * logits[1]
+    return with_class if scale is None else logits[-1] + scale * (with_class - logits[-1])
+
+
 def _grown(caches: list, length: int) -> list:
     return [
         tuple(ops.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))) for x in pair)
         for pair in caches
     ]
-
-
-def draw_codes(logits, uniform, temperature, top_k, top_p, *, filtered: bool):
-    """Turns uniform numbers into codes, by inversion of the cumulative probabilities.
-
-    Args:
-        logits: float32 tensor [B, K].
-        uniform: float32 tensor [B, 1] in [0, 1).
-        temperature: float32 scalar; see `Sampler` for this and the next two.
-        top_k: float32 scalar from 1 to K.
-        top_p: float32 scalar in (0, 1].
-        filtered: Whether `top_k` and `top_p` are used.
-
-    Returns:
-        An int32 tensor [B, 1]: the first code whose cumulative probability is above `uniform`.
-    """
-    num_codes = logits.shape[-1]
-    likeliest = ops.cast(ops.argmax(logits, axis=-1, keepdims=True), "int32")
-    logits = logits - ops.max(logits, axis=-1, keepdims=True)
-    weights = ops.exp(logits / ops.where(temperature > 0, temperature, 1.0))
-    if filtered:
-        weights = _keep_largest(weights, logits, ops.ones_like(logits), top_k)
-        probabilities = weights / ops.sum(weights, axis=-1, keepdims=True)
-        weights = _keep_largest(weights, logits, probabilities, top_p)
-    cumulative = ops.cumsum(weights, axis=-1)
-    # XLA adds up in parallel, so that the sum may waver by a rounding where a weight is 0: such a
-    # code must be passed over by name. A total times a number below 1 is below the total, even
-    # when rounded, so there is always a code left.
-    total = ops.max(cumulative * ops.cast(weights > 0, "float32"), axis=-1, keepdims=True)
-    reached = (weights > 0) & (cumulative > uniform * total)
-    code = ops.min(ops.where(reached, ops.arange(num_codes), num_codes), axis=-1, keepdims=True)
-    return ops.where(temperature > 0, ops.cast(code, "int32"), likeliest)
-
-
-def _keep_largest(weights, logits, shares, target):
-    """Zeroes the weights of all but the fewest largest logits whose shares reach the target.
-
-    Of equal logits the first are kept, as `argmax` does. Sorting would do the same, but XLA sorts
-    slowly on a CPU: halving intervals takes a third of the time (benchmarks/choices.py).
-    """
-
-    def halve(_, interval):
-        low, high = interval
-        middle = (low + high) / 2
-        share = ops.sum(ops.where(logits >= middle, shares, 0.0), axis=-1, keepdims=True)
-        enough = share >= target
-        return ops.where(enough, middle, low), ops.where(enough, high, middle)
-
-    interval = [f(logits, axis=-1, keepdims=True) for f in (ops.min, ops.max)]
-    low, _ = ops.fori_loop(0, HALVINGS, halve, tuple(interval))
-    smallest = ops.min(ops.where(logits >= low, logits, np.inf), axis=-1, keepdims=True)
-    above = logits > smallest
-    missing = target - ops.sum(ops.where(above, shares, 0.0), axis=-1, keepdims=True)
-    tied = ops.where(logits == smallest, shares, 0.0)
-    first = (logits == smallest) & (ops.cumsum(tied, axis=-1) - tied < missing)
-    return ops.where(above | first, weights, 0.0)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from keras import ops
 
-from configs import VqbeamError
-from prior.sampler import Sampler, draw_codes, sample_codes
+from configs import SampleConfig, VqbeamError
+from prior.guidance import guidance_scales
+from prior.sampler import Sampler, sample_codes, sampler_arguments
 from prior.transformer import CodePrior
 from prior.uniforms import uniforms
 from vqvae.compilation import compile_function
@@ -45,8 +46,26 @@ def any_sampler(request):
     return Sampler(build(layout=request.param), batch_size=8)
 
 
+def settings_of(layout):
+    """What a program takes where nothing is set."""
+    scalars = {"temperature": 1, "top_k": K, "top_p": 1, "min_p": 0}
+    guidance = np.ones(layout.length, "float32")
+    return {name: np.array(x, "float32") for name, x in scalars.items()} | {"guidance": guidance}
+
+
 def whole_logits(model, codes, labels):
     return ops.convert_to_numpy(model({"codes": codes, "labels": labels}))
+
+
+def scales(schedule, layout=FLAT, **changes):
+    settings = SampleConfig(guidance=1.5, guidance_schedule=schedule, **changes)
+    return guidance_scales(settings, layout.length)
+
+
+def clamps(layout):
+    """Codes of which every third is kept."""
+    known = np.random.default_rng(1).integers(K, size=(8, *layout.shape))
+    return {"known": known, "keep": (np.arange(layout.length) % 3 == 1).reshape(layout.shape)}
 
 
 LABEL_ROWS = np.arange(8) % (LABELS + 1)
@@ -62,13 +81,18 @@ def test_shape_range_and_seed(any_sampler):
 
 @pytest.mark.parametrize(
     ("batch_size", "settings"),
-    [(1, {}), (3, dict(temperature=0.9, top_k=9, top_p=0.95, guidance=1.5))],
+    [(1, {}), (3, dict(temperature=0.9, top_k=9, top_p=0.95, min_p=0.02))],
 )
 def test_images_do_not_depend_on_the_batch(any_sampler, batch_size, settings):
+    if settings:
+        layout = any_sampler.model.layout
+        settings = settings | {"guidance": scales("linear", layout)} | clamps(layout)
     expected = any_sampler(LABEL_ROWS, seed=1, **settings)
     other = Sampler(any_sampler.model, batch_size)
     np.testing.assert_array_equal(other(LABEL_ROWS, seed=1, **settings), expected)
-    later = other(LABEL_ROWS[5:], seed=1, first_index=5, **settings)
+    if "known" in settings:
+        settings["known"] = settings["known"][5:]
+    later = other(LABEL_ROWS[5:], seed=1, indices=np.arange(5, 8), **settings)
     np.testing.assert_array_equal(later, expected[5:])
 
 
@@ -86,7 +110,14 @@ def test_greedy_is_the_argmax_of_the_whole_sequence(any_sampler):
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-5), dict(temperature=1e-30)]
+    "settings",
+    [
+        dict(top_k=1),
+        dict(top_p=1e-6),
+        dict(min_p=0.999),
+        dict(temperature=1e-5),
+        dict(temperature=1e-30),
+    ],
 )
 def test_limits_of_the_settings_are_greedy(sampler, settings):
     greedy = sampler(LABEL_ROWS, seed=1, temperature=0)
@@ -99,17 +130,82 @@ def test_filters_that_keep_all_change_nothing(sampler):
         np.testing.assert_array_equal(sampler(LABEL_ROWS, seed=1, **settings), expected)
 
 
-def test_codes_follow_their_uniform_numbers(any_sampler):
-    codes = any_sampler(LABEL_ROWS, seed=1, temperature=0.7, guidance=2.0)
-    scores = [
+@pytest.mark.parametrize("schedule", ["constant", "linear", "interval"])
+def test_codes_follow_their_uniform_numbers(any_sampler, schedule):
+    layout = any_sampler.model.layout
+    guidance = scales(schedule, layout, guidance_start=0.3, guidance_end=0.8)
+    codes = any_sampler(LABEL_ROWS, seed=1, temperature=0.7, guidance=guidance)
+    with_class, without = (
         whole_logits(any_sampler.model, codes, labels).astype("float64")
         for labels in (LABEL_ROWS, np.full(8, LABELS))
-    ]
-    scores = (scores[1] + 2.0 * (scores[0] - scores[1])) / 0.7
-    probabilities = np.exp(scores - scores.max(-1, keepdims=True))
+    )
+    logits = without + guidance[:, None] * (with_class - without)
+    np.testing.assert_array_equal(codes.reshape(8, -1), drawn_from(logits / 0.7))
+
+
+def drawn_from(logits):
+    """The codes of seed 1 for logits [8, T, K], in double precision."""
+    probabilities = np.exp(logits - logits.max(-1, keepdims=True))
     cdf = (probabilities / probabilities.sum(-1, keepdims=True)).cumsum(-1)
-    expected = (cdf <= uniforms(1, np.arange(8), cdf.shape[1])[..., None]).sum(-1)
+    return (cdf <= uniforms(1, np.arange(8), cdf.shape[1])[..., None]).sum(-1)
+
+
+def test_kept_codes_stay_and_the_others_follow_those_before_them(any_sampler):
+    layout = any_sampler.model.layout
+    clamped = clamps(layout)
+    known, keep = clamped["known"].reshape(8, -1), clamped["keep"].ravel()
+    codes = any_sampler(LABEL_ROWS, seed=1, **clamped)
+    logits = whole_logits(any_sampler.model, codes, LABEL_ROWS).astype("float64")
+    expected = np.where(keep, known, drawn_from(logits))
     np.testing.assert_array_equal(codes.reshape(8, -1), expected)
+    assert np.any(codes != any_sampler(LABEL_ROWS, seed=1))
+
+
+def test_a_mask_may_be_of_one_image_or_of_each(sampler):
+    known = np.random.default_rng(0).integers(K, size=(8, *GRID))
+    keep = np.random.default_rng(1).random((8, *GRID)) < 0.5
+    codes = sampler(LABEL_ROWS, seed=1, known=known, keep=keep)
+    np.testing.assert_array_equal(codes[keep], known[keep])
+    for row in (0, 5):
+        alone = sampler(LABEL_ROWS, seed=1, known=known, keep=keep[row])
+        np.testing.assert_array_equal(alone[row], codes[row])
+
+
+def test_nothing_and_everything_kept(sampler):
+    known = np.random.default_rng(0).integers(K, size=(8, *GRID))
+    nothing, everything = np.zeros(GRID, bool), np.ones(GRID, bool)
+    free = sampler(LABEL_ROWS, seed=1, known=known, keep=nothing)
+    np.testing.assert_array_equal(free, sampler(LABEL_ROWS, seed=1))
+    kept = sampler(LABEL_ROWS, seed=1, known=known, keep=everything)
+    np.testing.assert_array_equal(kept, known)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_between_two_classes(any_sampler, guidance):
+    others, blend = (LABEL_ROWS + 2) % LABELS, np.linspace(0, 1, 8)
+    codes = any_sampler(LABEL_ROWS, seed=1, guidance=guidance, towards=(others, blend))
+    first, second, without = (
+        whole_logits(any_sampler.model, codes, labels).astype("float64")
+        for labels in (LABEL_ROWS, others, np.full(8, LABELS))
+    )
+    blend = blend[:, None, None]
+    logits = without + guidance * ((1 - blend) * first + blend * second - without)
+    np.testing.assert_array_equal(codes.reshape(8, -1), drawn_from(logits))
+    ends = any_sampler(LABEL_ROWS, seed=1, guidance=guidance)[0]
+    np.testing.assert_array_equal(codes[0], ends)
+
+
+def test_the_arguments_of_a_config():
+    settings = SampleConfig(temperature=0.7, top_k=3, top_p=0.9, min_p=0.1, guidance=2)
+    arguments = sampler_arguments(settings, 4)
+    assert arguments.pop("guidance").tolist() == [2, 2, 2, 2]
+    assert arguments == {"temperature": 0.7, "top_k": 3, "top_p": 0.9, "min_p": 0.1}
+
+
+def test_indices_choose_the_random_numbers(sampler):
+    codes = sampler(np.zeros(3), seed=1, indices=[4, 4, 0])
+    np.testing.assert_array_equal(codes[0], codes[1])
+    np.testing.assert_array_equal(codes[[1, 2]], sampler(np.zeros(5), seed=1)[[4, 0]])
 
 
 def test_frequencies_for_one_code():
@@ -130,9 +226,9 @@ def test_guidance_zero_is_the_null_class(sampler):
 
 
 def test_guidance_one_is_the_class(sampler):
-    program = sampler._program(guided=True, filtered=False)
-    ones = [np.float32(1)] * 4
-    codes = program(LABEL_ROWS.astype("int32"), uniforms(1, np.arange(8), T), *map(np.array, ones))
+    program = sampler._program(True, False)
+    images = {"labels": LABEL_ROWS.astype("int32"), "uniforms": uniforms(1, np.arange(8), T)}
+    codes = program(images, settings_of(FLAT))
     expected = sampler(LABEL_ROWS, seed=1, guidance=1).reshape(-1, T)
     np.testing.assert_array_equal(ops.convert_to_numpy(codes), expected)
 
@@ -142,7 +238,7 @@ def test_guidance_one_is_the_class(sampler):
 )
 def test_a_growing_cache_gives_the_same_codes(layout):
     model, length = build(layout=layout), layout.length
-    settings = [np.array(x, "float32") for x in (1, K, 1, 1)]
+    images = {"labels": np.arange(4, dtype="int32"), "uniforms": uniforms(0, np.arange(4), length)}
     codes = []
     for segments in (1, 4):
 
@@ -150,11 +246,8 @@ def test_a_growing_cache_gives_the_same_codes(layout):
             options = dict(guided=False, filtered=False, segments=segments)
             return sample_codes(model, *tensors, **options)
 
-        numbers = uniforms(0, np.arange(4), length)
-        tensors = (np.arange(4, dtype="int32"), numbers, *settings)
-        codes.append(
-            ops.convert_to_numpy(compile_function(program, model.weights, jit=True)(*tensors))
-        )
+        compiled = compile_function(program, model.weights, jit=True)
+        codes.append(ops.convert_to_numpy(compiled(images, settings_of(layout))))
     np.testing.assert_array_equal(*codes)
 
 
@@ -165,8 +258,12 @@ def test_settings_compile_nothing_anew(monkeypatch):
     sampler([0, 1], 0, temperature=1, top_k=3, top_p=0.9, guidance=2)
     once = len(traced)
     sampler([2, 1], 1, temperature=0.5, top_k=4, top_p=0.8, guidance=3.5)
-    sampler([2], 2, temperature=0, top_k=5, guidance=0.5)
+    sampler([2], 2, temperature=0, top_k=5, min_p=0.1, guidance=scales("linear"))
     assert len(traced) == once > 0
+    sampler([2], 2, known=np.zeros((1, *GRID)), keep=np.zeros(GRID))
+    twice = len(traced)
+    sampler([1, 2], 2, known=np.ones((2, *GRID)), keep=np.ones((2, *GRID)))
+    assert len(traced) == twice > once
 
 
 def test_new_weights_are_seen():
@@ -196,7 +293,11 @@ def test_unconditional_model():
         (dict(top_k=-1), "top_k is -1"),
         (dict(top_p=0), "top_p is 0"),
         (dict(top_p=1.1), "top_p is 1.1"),
+        (dict(min_p=-0.1), "min_p is -0.1"),
+        (dict(min_p=1), "min_p is 1; it must be .* below 1"),
         (dict(guidance=-1), "guidance is -1"),
+        (dict(guidance=[1, 1, 1, 1, 1, math.nan]), "guidance is nan"),
+        (dict(towards=([LABELS + 1], [0.5])), f"label {LABELS + 1} is out of range"),
         (dict(labels=[LABELS + 1]), f"label {LABELS + 1} is out of range.* 0 to {LABELS - 1}"),
         (dict(labels=[-2]), "label -2 is out of range"),
     ],
@@ -214,69 +315,16 @@ def test_an_unconditional_model_takes_neither_label_nor_guidance():
         sampler([3], 0)
 
 
-def numpy_draw(logits, uniform, temperature, top_k, top_p):
-    """The code for one row, by sorting, in double precision."""
-    order = np.argsort(-logits, kind="stable")[:top_k]
-    weights = np.exp((logits[order] - logits[order[0]]).astype("float64") / temperature)
-    weights /= weights.sum()
-    kept = order[np.cumsum(weights) - weights < top_p]
-    probabilities = np.zeros(len(logits))
-    probabilities[kept] = weights[: len(kept)]
-    cdf = np.cumsum(probabilities)
-    return np.argmax(cdf > uniform * cdf[-1])
-
-
-def compiled_draw(filtered=True):
-    def draw(*tensors):
-        return draw_codes(*tensors, filtered=filtered)
-
-    return compile_function(draw, [], jit=True)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_draws_against_numpy(tied):
-    random, draw = np.random.default_rng(0), compiled_draw()
-    for _ in range(20):
-        logits = random.normal(size=(32, 50), scale=3).astype("float32")
-        if tied:
-            logits = logits.round()
-        uniform = random.random((32, 1), dtype="float32")
-        settings = random.uniform(0.3, 2), random.integers(1, 51), random.uniform(0.05, 1)
-        scalars = [np.array(x, "float32") for x in settings]
-        codes = ops.convert_to_numpy(draw(logits, uniform, *scalars)).ravel()
-        rows = zip(logits, uniform, strict=True)
-        np.testing.assert_array_equal(codes, [numpy_draw(*row, *settings) for row in rows])
-
-
-def test_a_filtered_code_is_never_drawn():
-    random, draw = np.random.default_rng(0), compiled_draw()
-    scalars = [np.array(x, "float32") for x in (1, 3, 1)]
-    for uniform in (0.0, 0.5, 1 - 2**-24):
-        logits = random.normal(size=(500, 512)).astype("float32")
-        codes = ops.convert_to_numpy(draw(logits, np.full((500, 1), uniform, "float32"), *scalars))
-        best = np.argsort(-logits, axis=-1)[:, :3]
-        assert np.all(np.any(codes == best, axis=-1))
-        if uniform != 0.5:
-            extreme = best.min(-1) if uniform == 0 else best.max(-1)
-            np.testing.assert_array_equal(codes.ravel(), extreme)
-
-
-@pytest.mark.parametrize("filtered", [False, True])
-def test_extreme_logits_draw_a_code(filtered):
-    logits = np.array([[0, 1e4, 0], [-1e30, 0, -1e30], [0, 0, 0], [-1e4, -1e4, 1]], "float32")
-    uniform = np.full((4, 1), 1 - 2**-24, "float32")
-    for temperature, tied in ((1, 2), (1e-20, 2), (0, 0)):
-        scalars = [np.array(x, "float32") for x in (temperature, 3, 1)]
-        codes = ops.convert_to_numpy(compiled_draw(filtered)(logits, uniform, *scalars))
-        np.testing.assert_array_equal(codes.ravel(), [1, 1, tied, 2])
-
-
 OTHER_BACKEND = """
 import sys
 import keras, numpy as np
 from prior.sampler import Sampler
 model = keras.saving.load_model(sys.argv[1])
-np.save(sys.argv[2], Sampler(model, 4)(np.arange(4), 5, top_p=0.9, guidance=1.5))
+sampler = Sampler(model, 4)
+known, keep, guidance = (np.load(sys.argv[2])[name] for name in ("known", "keep", "guidance"))
+free = sampler(np.arange(4), 5, top_p=0.9, guidance=1.5)
+clamped = sampler(np.arange(4), 5, min_p=0.1, guidance=guidance, known=known, keep=keep)
+np.savez(sys.argv[3], free=free, clamped=clamped)
 """
 
 
@@ -285,10 +333,17 @@ def test_backends_draw_the_same_images(sampler, tmp_path):
     pytest.importorskip("jax")
     other = "jax" if keras.backend.backend() == "tensorflow" else "tensorflow"
     sampler.model.save(tmp_path / "model.keras")
+    clamped = clamps(FLAT) | {"guidance": scales("linear")}
+    clamped["known"] = clamped["known"][:4]
+    np.savez(tmp_path / "clamped.npz", **clamped)
+    files = [tmp_path / name for name in ("model.keras", "clamped.npz", "codes.npz")]
     subprocess.run(
-        [sys.executable, "-c", OTHER_BACKEND, tmp_path / "model.keras", tmp_path / "codes.npy"],
+        [sys.executable, "-c", OTHER_BACKEND, *files],
         env=os.environ | {"KERAS_BACKEND": other, "PYTHONPATH": os.pathsep.join(sys.path)},
         check=True,
     )
-    expected = sampler(np.arange(4), 5, top_p=0.9, guidance=1.5)
-    np.testing.assert_array_equal(np.load(tmp_path / "codes.npy"), expected)
+    drawn = np.load(files[-1])
+    free = sampler(np.arange(4), 5, top_p=0.9, guidance=1.5)
+    np.testing.assert_array_equal(drawn["free"], free)
+    expected = sampler(np.arange(4), 5, min_p=0.1, **clamped)
+    np.testing.assert_array_equal(drawn["clamped"], expected)

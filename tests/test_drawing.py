@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+from keras import ops
+
+from prior.drawing import draw_codes
+from vqvae.compilation import compile_function
+
+
+def numpy_draw(logits, uniform, temperature, top_k, top_p, min_p):
+    """The code for one row, by sorting, in double precision."""
+    order = np.argsort(-logits, kind="stable")[:top_k]
+    weights = np.exp((logits[order] - logits[order[0]]).astype("float64") / temperature)
+    weights /= weights.sum()
+    kept = order[(np.cumsum(weights) - weights < top_p) & (weights >= min_p * weights[0])]
+    probabilities = np.zeros(len(logits))
+    probabilities[kept] = weights[: len(kept)]
+    cdf = np.cumsum(probabilities)
+    return np.argmax(cdf > uniform * cdf[-1])
+
+
+def compiled_draw(filtered=True):
+    def draw(*tensors):
+        return draw_codes(*tensors, filtered=filtered)
+
+    return compile_function(draw, [], jit=True)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_draws_against_numpy(tied):
+    random, draw = np.random.default_rng(0), compiled_draw()
+    for _ in range(20):
+        logits = random.normal(size=(32, 50), scale=3).astype("float32")
+        if tied:
+            logits = logits.round()
+        uniform = random.random((32, 1), dtype="float32")
+        settings = random.uniform(0.3, 2), random.integers(1, 51), random.uniform(0.05, 1)
+        settings += (random.choice([0, random.uniform(0, 0.5)]),)
+        scalars = [np.array(x, "float32") for x in settings]
+        codes = ops.convert_to_numpy(draw(logits, uniform, *scalars)).ravel()
+        rows = zip(logits, uniform, strict=True)
+        np.testing.assert_array_equal(codes, [numpy_draw(*row, *settings) for row in rows])
+
+
+def test_a_filtered_code_is_never_drawn():
+    random, draw = np.random.default_rng(0), compiled_draw()
+    scalars = [np.array(x, "float32") for x in (1, 3, 1, 0)]
+    for uniform in (0.0, 0.5, 1 - 2**-24):
+        logits = random.normal(size=(500, 512)).astype("float32")
+        codes = ops.convert_to_numpy(draw(logits, np.full((500, 1), uniform, "float32"), *scalars))
+        best = np.argsort(-logits, axis=-1)[:, :3]
+        assert np.all(np.any(codes == best, axis=-1))
+        if uniform != 0.5:
+            extreme = best.min(-1) if uniform == 0 else best.max(-1)
+            np.testing.assert_array_equal(codes.ravel(), extreme)
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_extreme_logits_draw_a_code(filtered):
+    logits = np.array([[0, 1e4, 0], [-1e30, 0, -1e30], [0, 0, 0], [-1e4, -1e4, 1]], "float32")
+    uniform = np.full((4, 1), 1 - 2**-24, "float32")
+    for temperature, tied in ((1, 2), (1e-20, 2), (0, 0)):
+        scalars = [np.array(x, "float32") for x in (temperature, 3, 1, 0)]
+        codes = ops.convert_to_numpy(compiled_draw(filtered)(logits, uniform, *scalars))
+        np.testing.assert_array_equal(codes.ravel(), [1, 1, tied, 2])
+
+
+def test_min_p_keeps_what_is_likely_enough_at_the_temperature():
+    # Shares of the likeliest at temperature 1: 1, 0.4, 0.2; at temperature 2 their square roots.
+    logits = np.log([[0.4, 1, 0.2]]).astype("float32").repeat(1000, 0)
+    uniform = np.linspace(0, 1, 1000, endpoint=False, dtype="float32")[:, None]
+    kept = {(1, 0.3): {0, 1}, (2, 0.3): {0, 1, 2}, (2, 0.5): {0, 1}, (0.5, 0.3): {1}}
+    for (temperature, min_p), expected in kept.items():
+        scalars = [np.array(x, "float32") for x in (temperature, 3, 1, min_p)]
+        codes = ops.convert_to_numpy(compiled_draw()(logits, uniform, *scalars))
+        assert set(codes.ravel().tolist()) == expected

@@ -7,7 +7,8 @@ documentation have one source.
 import dataclasses
 
 from configs.errors import VqbeamError
-from configs.fields import Section, check, check_epochs, field
+from configs.fields import Section, check, field
+from configs.prior_config import PriorConfig
 from configs.sample_config import SampleConfig
 from configs.vqvae_config import VQVAEConfig
 
@@ -54,41 +55,12 @@ class EncodeConfig(Section):
     prefix = "encode"
 
     batch_size: int = field("images encoded at once", 256, minimum=1)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PriorConfig(Section):
-    """Transformer and training of stage 2."""
-
-    prefix = "prior"
-
-    layers: int = field("transformer blocks", 6, minimum=1)
-    width: int = field("width of the residual stream", 256, minimum=4)
-    heads: int = field("attention heads", 8, minimum=1)
-    dropout: float = field("dropout rate in the blocks", 0.1, minimum=0, maximum=0.9)
-    label_dropout: float = field(
-        "share of examples trained without their label, for guidance", 0.1, minimum=0, maximum=1
+    augment: str = field(
+        "encode variants of the training images as well: flip adds their mirror images; ten_crop "
+        "shifts by a twentieth of the sides to four corners, and mirrors all five",
+        "none",
+        choices=("none", "flip", "ten_crop"),
     )
-    batch_size: int = field("code grids in a training batch", 64, minimum=1)
-    steps: int = field("training steps in all", 10_000, minimum=1)
-    steps_per_epoch: int = field("steps between checkpoints", 500, minimum=1)
-    learning_rate: float = field("peak learning rate of AdamW", 1e-3, minimum=0)
-    warmup_steps: int = field("steps of linear warm-up", 200, minimum=0)
-    weight_decay: float = field("decoupled weight decay", 0.05, minimum=0)
-    dtype: str = field(
-        "compute precision of the transformer",
-        "float32",
-        choices=("float32", "mixed_bfloat16", "mixed_float16"),
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_epochs(self.prefix, self.steps, self.steps_per_epoch)
-        if self.width % self.heads or (self.width // self.heads) % 4:
-            raise VqbeamError(
-                f"prior.width is {self.width} and prior.heads is {self.heads}; the width of a "
-                "head must be a whole multiple of 4, for 2-D rotary positions"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

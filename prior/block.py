@@ -25,20 +25,32 @@ class Block(keras.layers.Layer):
         layout: How the codes of an image lie in a sequence of T.
         width: Width of the residual stream.
         heads: Attention heads; `width / heads` is a multiple of 4.
+        kv_heads: Heads of keys and values, each shared by `heads / kv_heads` heads of queries, so
+            that caches are smaller (Ainslie et al., "GQA", https://arxiv.org/abs/2305.13245);
+            0 for as many as `heads`.
         dropout: Dropout rate on what each branch adds.
     """
 
     def __init__(
-        self, layout: CodeLayout, width: int, heads: int, dropout: float = 0.0, **kwargs: Any
+        self,
+        layout: CodeLayout,
+        width: int,
+        heads: int,
+        kv_heads: int = 0,
+        dropout: float = 0.0,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.layout, self.width, self.heads = CodeLayout.of(layout), width, heads
+        self.kv_heads = kv_heads or heads
         self.head_dim = width // heads
         self.hidden = math.ceil(8 * width / 3 / 32) * 32
         self.cos, self.sin = rotary_tables(self.layout.rows, self.layout.columns, self.head_dim)
         policy = self.dtype_policy
         self.attention_norm = keras.layers.RMSNormalization(dtype=policy)
-        self.qkv = keras.layers.Dense(3 * width, use_bias=False, dtype=policy)
+        self.qkv = keras.layers.Dense(
+            width + 2 * self.kv_heads * self.head_dim, use_bias=False, dtype=policy
+        )
         self.attention_output = keras.layers.Dense(width, use_bias=False, dtype=policy)
         self.mlp_norm = keras.layers.RMSNormalization(dtype=policy)
         self.gate_and_up = keras.layers.Dense(2 * self.hidden, use_bias=False, dtype=policy)
@@ -74,7 +86,7 @@ class Block(keras.layers.Layer):
 
         Args:
             x: Tensor [B, 1, width], the input at `position`.
-            key_cache: Rotated keys [B, heads, C, width / heads]; those from `position` on are
+            key_cache: Rotated keys [B, kv_heads, C, width / heads]; those from `position` on are
                 not read.
             value_cache: Values, of the same shape.
             position: int32 scalar below C.
@@ -94,25 +106,38 @@ class Block(keras.layers.Layer):
         return x + self._mlp(x), key_cache, value_cache
 
     def empty_caches(self, batch_size: int, length: int) -> tuple:
-        """Returns zeros for `step` to fill: keys and values [B, heads, length, width / heads]."""
-        shape = (batch_size, self.heads, length, self.head_dim)
+        """Returns zeros for `step` to fill: keys and values.
+
+        Both are [B, kv_heads, length, width / heads].
+        """
+        shape = (batch_size, self.kv_heads, length, self.head_dim)
         return ops.zeros(shape, self.compute_dtype), ops.zeros(shape, self.compute_dtype)
 
     def _query_key_value(self, x, cos, sin):
         qkv = self.qkv(self.attention_norm(x))
-        qkv = ops.reshape(qkv, (-1, x.shape[1], 3, self.heads, self.head_dim))
-        query, key, value = ops.unstack(ops.transpose(qkv, (2, 0, 3, 1, 4)))  # [B, H, N, D] each
+        qkv = ops.reshape(qkv, (-1, x.shape[1], self.heads + 2 * self.kv_heads, self.head_dim))
+        ends = self.heads, self.heads + self.kv_heads
+        # [B, H, N, D], and twice [B, G, N, D]
+        query, key, value = ops.split(ops.transpose(qkv, (0, 2, 1, 3)), ends, axis=1)
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
     def _attend(self, query, key, value, mask):
         # Trained on a CPU in float32, this takes two thirds of the time of
         # `ops.dot_product_attention` (benchmarks/choices.py).
-        query = query * self.head_dim**-0.5
-        scores = ops.matmul(query, ops.swapaxes(key, -1, -2))  # [B, H, N, C]
+        length = query.shape[2]
+        query = self._grouped(query * self.head_dim**-0.5)
+        scores = ops.matmul(query, ops.swapaxes(key, -1, -2))
+        scores = ops.reshape(scores, (-1, self.heads, length, key.shape[2]))
         scores = ops.where(mask, ops.cast(scores, "float32"), -1e9)
-        weights = ops.cast(ops.softmax(scores), value.dtype)
-        attended = ops.transpose(ops.matmul(weights, value), (0, 2, 1, 3))  # [B, N, H, D]
-        return self.attention_output(ops.reshape(attended, (-1, query.shape[2], self.width)))
+        weights = self._grouped(ops.cast(ops.softmax(scores), value.dtype))
+        attended = ops.reshape(ops.matmul(weights, value), (-1, self.heads, length, self.head_dim))
+        attended = ops.transpose(attended, (0, 2, 1, 3))  # [B, N, H, D]
+        return self.attention_output(ops.reshape(attended, (-1, length, self.width)))
+
+    def _grouped(self, x):
+        """Puts the heads that share keys below each other: [B, H, N, C] to [B, G, H / G · N, C]."""
+        rows = self.heads // self.kv_heads * x.shape[2]
+        return ops.reshape(x, (-1, self.kv_heads, rows, x.shape[3]))
 
     def _mlp(self, x):
         gate, up = ops.split(self.gate_and_up(self.mlp_norm(x)), 2, axis=-1)
@@ -124,6 +149,7 @@ class Block(keras.layers.Layer):
             "layout": dataclasses.asdict(self.layout),
             "width": self.width,
             "heads": self.heads,
+            "kv_heads": self.kv_heads,
             "dropout": self.dropout.rate,
         }
         return super().get_config() | own

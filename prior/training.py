@@ -1,14 +1,19 @@
 """Trains the prior of a run on the codes of its images."""
 
 import math
+from collections.abc import Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from configs import Config
+from configs import Config, PriorConfig
+from prior.pictures import Pictures
 from prior.transformer import CodePrior
+from vqvae.devices import data_parallel, device_count
 from vqvae.fitting import fit, load_model, save_model
-from vqvae.layout import code_layout
+from vqvae.layout import CodeLayout, code_layout
+from vqvae.optimizers import AdamW, optimizer_options
 from vqvae.records import (
     damaged_records,
     label_names,
@@ -17,10 +22,11 @@ from vqvae.records import (
     training_batches,
 )
 from vqvae.run_folder import RunFolder
-from vqvae.schedules import learning_rate
-from vqvae.training import MODEL_FILE, check_fits
+from vqvae.training import MODEL_FILE, check_fits, load_vqvae
 
 STAGE = "train-prior"
+# Enough to see where training goes; the whole split is measured once, at the end.
+_VALIDATION_IMAGES = 2048
 
 
 def train_prior(run_path: str) -> dict:
@@ -40,12 +46,13 @@ def train_prior(run_path: str) -> dict:
     codes = run.require("encode")
     config = run.load_config()
     run.begin(STAGE)
-    with damaged_records(run.folder("encode")):
-        model = build_prior(config, num_labels=len(codes["label_names"]))
-        history = _fit(model, run, config, codes)
-        measures = evaluate(model, _validation(run, config), config)
     path = run.folder(STAGE) / MODEL_FILE
-    save_model(model, path)
+    with damaged_records(run.folder("encode")):
+        history = _fit(run, config, codes)
+        # What is measured is what is stored.
+        model = load_model(path)
+        model.compile()
+        measures = evaluate(model, _validation(run, config), config)
     return run.finish(
         STAGE,
         [path],
@@ -66,6 +73,7 @@ def build_prior(config: Config, *, num_labels: int) -> CodePrior:
         layers=config.prior.layers,
         width=config.prior.width,
         heads=config.prior.heads,
+        kv_heads=config.prior.kv_heads,
         dropout=config.prior.dropout,
         dtype=config.prior.dtype,
     )
@@ -92,31 +100,72 @@ def evaluate(model: CodePrior, batches, config: Config) -> dict[str, float]:
         over the H·W·C numbers of an image. It counts the codes alone, not what the decoder loses.
     """
     nats = float(model.evaluate(batches, return_dict=True, verbose=0)["loss"])
-    bits = nats * model.layout.length / math.log(2)
-    return {"nats_per_code": nats, "bits_per_dim": bits / math.prod(config.image_shape)}
+    return {"nats_per_code": nats, "bits_per_dim": bits_per_dim(nats, model.layout, config)}
 
 
-def _fit(model: CodePrior, run: RunFolder, config: Config, codes: dict) -> list[dict]:
-    settings = config.prior
-    schedule = learning_rate(
-        settings.learning_rate, steps=settings.steps, warmup_steps=settings.warmup_steps
-    )
-    optimizer = keras.optimizers.AdamW(
-        schedule, weight_decay=settings.weight_decay, beta_2=0.95, global_clipnorm=1.0
+def bits_per_dim(nats_per_code: float, layout: CodeLayout, config: Config) -> float:
+    """Returns nats per code as bits for each of the H·W·C numbers of an image."""
+    return nats_per_code * layout.length / math.log(2) / math.prod(config.image_shape)
+
+
+def build_optimizer(settings: PriorConfig) -> AdamW:
+    """Returns the optimizer of stage 2, with its schedule."""
+    optimizer = AdamW(
+        weight_decay=settings.weight_decay, beta_2=0.95, **optimizer_options(settings)
     )
     optimizer.exclude_from_weight_decay(var_names=["scale", "embeddings"])
-    model.compile(optimizer)
-    return fit(
-        model,
-        batches=lambda first_step: _training(run, config, codes, model, first_step),
-        validation=_validation(run, config, limit=2048),
-        folder=run.folder(STAGE),
-        fingerprint=run.fingerprint(STAGE),
-        steps=settings.steps,
-        steps_per_epoch=settings.steps_per_epoch,
-        batch_size=settings.batch_size,
-        title="train prior",
-        seed=config.seed,
+    return optimizer
+
+
+def _fit(run: RunFolder, config: Config, codes: dict) -> list[dict]:
+    """Trains the model and writes it; returns the measures of each epoch."""
+    settings = config.prior
+    callbacks = [_BitsPerDimension(config)]
+    if settings.pictures and run.manifest("train-vqvae"):  # codes alone may be all there is
+        callbacks.append(_pictures(run, config, codes["label_names"]))
+    with data_parallel(settings.batch_size // settings.grad_accumulation):
+        model = build_prior(config, num_labels=len(codes["label_names"]))
+        model.parts = settings.grad_accumulation
+        model.compile(build_optimizer(settings))
+        history = fit(
+            model,
+            batches=lambda first_step: _training(run, config, codes, model, first_step),
+            validation=_validation(run, config, limit=_VALIDATION_IMAGES),
+            folder=run.folder(STAGE),
+            fingerprint=run.fingerprint(STAGE),
+            steps=settings.steps,
+            steps_per_epoch=settings.steps_per_epoch,
+            batch_size=settings.batch_size,
+            title="train prior",
+            seed=config.seed,
+            patience=settings.early_stopping,
+            callbacks=callbacks,
+        )
+    save_model(model, run.folder(STAGE) / MODEL_FILE)
+    return history
+
+
+class _BitsPerDimension(keras.callbacks.Callback):
+    """Adds bits per dimension to what is measured in an epoch."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+
+    def on_epoch_end(self, epoch, logs=None):
+        for name in ("", "val_"):
+            nats = logs[f"{name}loss"]
+            logs[f"{name}bits_per_dim"] = bits_per_dim(nats, self.model.layout, self.config)
+
+
+def _pictures(run: RunFolder, config: Config, names: Sequence[str]) -> Pictures:
+    labels = np.resize(np.arange(len(names)) if names else -1, config.prior.pictures)
+    return Pictures(
+        run.folder(STAGE) / "logs" / "images",
+        load_vqvae(run),
+        labels,
+        [names[label] for label in labels] if names else None,
+        config.seed,
     )
 
 
@@ -142,9 +191,11 @@ def _training(run: RunFolder, config: Config, codes: dict, model: CodePrior, fir
 
 def _validation(run: RunFolder, config: Config, limit: int | None = None):
     size = open_dataset(run.folder("encode")).info.splits["validation"].num_examples
-    return _examples(run, "validation", last=min(size, limit or size)).batch(
-        config.prior.batch_size
-    )
+    if limit is not None:
+        size = min(size, limit)
+        # Several devices share a batch evenly.
+        size = size - size % device_count() or size
+    return _examples(run, "validation", last=size).batch(config.prior.batch_size)
 
 
 def _examples(run: RunFolder, split: str, last: int | None = None):

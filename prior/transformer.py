@@ -12,13 +12,14 @@ import keras
 import keras_nlp
 from keras import ops
 
+from prior.accumulation import AccumulatingModel
 from prior.block import Block
 from prior.head import LevelHead
 from vqvae.layout import CodeLayout
 
 
 @keras.saving.register_keras_serializable("vqbeam")
-class CodePrior(keras.Model):
+class CodePrior(AccumulatingModel):
     """The distribution of the codes of an image given its class, one code at a time.
 
     Compile it with an optimizer alone: the loss is its own, the mean cross-entropy in nats per
@@ -36,6 +37,7 @@ class CodePrior(keras.Model):
         layers: Transformer blocks.
         width: Width of the residual stream.
         heads: Attention heads; `width / heads` is a multiple of 4.
+        kv_heads: Heads of keys and values, which divide `heads`; 0 for as many.
         dropout: Dropout rate in the blocks.
 
     Attributes:
@@ -49,12 +51,14 @@ class CodePrior(keras.Model):
         layers: int,
         width: int,
         heads: int,
+        kv_heads: int = 0,
         dropout: float = 0.0,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.layout = layout = CodeLayout.of(layout)
         self.num_labels, self.width, self.heads, self.dropout = num_labels, width, heads, dropout
+        self.kv_heads = kv_heads or heads
         policy = self.dtype_policy
         self.label_embedding = keras.layers.Embedding(num_labels + 1, width, dtype=policy)
         # A row for each code of each level: those of two levels have but their numbers in common.
@@ -67,7 +71,9 @@ class CodePrior(keras.Model):
         self.position_embedding = keras_nlp.layers.PositionEmbedding(
             layout.length, initializer="uniform", dtype=policy
         )
-        self.blocks = [Block(layout, width, heads, dropout, dtype=policy) for _ in range(layers)]
+        self.blocks = [
+            Block(layout, width, heads, kv_heads, dropout, dtype=policy) for _ in range(layers)
+        ]
         self.output_norm = keras.layers.RMSNormalization(dtype=policy)
         self.head = LevelHead(layout, dtype=policy)
         self.cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -128,7 +134,7 @@ class CodePrior(keras.Model):
         return self._logits(x, position)[:, 0], updated
 
     def empty_caches(self, batch_size: int, length: int) -> list:
-        """Returns one pair of caches [B, heads, length, width / heads] for each block."""
+        """Returns one pair of caches [B, kv_heads, length, width / heads] for each block."""
         return [block.empty_caches(batch_size, length) for block in self.blocks]
 
     def embed_labels(self, labels):
@@ -161,6 +167,7 @@ class CodePrior(keras.Model):
             "layers": len(self.blocks),
             "width": self.width,
             "heads": self.heads,
+            "kv_heads": self.kv_heads,
             "dropout": self.dropout,
         }
         return super().get_config() | own

@@ -60,7 +60,15 @@ def test_preset_loads_and_shrinks(name):
             "weight_ema",
             "adversarial",
         ],
-        "prior": ["dtype", "dropout", "label_dropout"],
+        "prior": [
+            "dtype",
+            "dropout",
+            "label_dropout",
+            "schedule",
+            "weight_ema",
+            "clip_norm",
+            "early_stopping",
+        ],
         "sample": ["temperature", "top_k", "top_p", "guidance"],
     }
     for section, fields in kept.items():
@@ -80,6 +88,11 @@ def test_presets_of_the_issue_are_there():
 def test_smoke_grows_nothing(config):
     small = override(config, {"data.max_images": 10, "vqvae.num_codes": 8})
     assert smoke(small).data.max_images == 10 and smoke(small).vqvae.num_codes == 8
+
+
+def test_smoke_keeps_what_must_divide(config):
+    large = override(config, {"prior.kv_heads": 8, "prior.grad_accumulation": 64})
+    assert (smoke(large).prior.kv_heads, smoke(large).prior.grad_accumulation) == (2, 2)
 
 
 def test_a_misspelt_preset_is_told_the_right_name():
@@ -194,6 +207,8 @@ FSQ = {"vqvae.quantizer": "fsq"}
         ({"vqvae.steps": 700}, r"vqvae.steps is 700; .* of vqvae.steps_per_epoch \(500\)"),
         ({"prior.steps": 700}, "prior.steps is 700"),
         ({"prior.heads": 3}, "prior.width is 256 and prior.heads is 3"),
+        ({"prior.kv_heads": 3}, r"prior.heads is 8, which prior.kv_heads \(3\) does not divide"),
+        ({"prior.grad_accumulation": 3}, "prior.batch_size is 64, which prior.grad_accum"),
         ({"prior.width": 48}, "prior.width is 48 and prior.heads is 8; .* multiple of 4"),
         ({"seed": -1}, "seed is -1; it must be at least 0"),
         ({"vqvae.quantizer": "residual"}, "quantizer is residual; set vqvae.depth to 2 or more"),

@@ -13,7 +13,8 @@ from etils import epath
 from keras import layers
 
 from configs import VqbeamError
-from vqvae.fitting import Checkpoints, fit, load_model, save_model
+from vqvae.checkpoints import Checkpoints
+from vqvae.fitting import fit, load_model, save_model
 from vqvae.records import training_batches
 
 STEPS_PER_EPOCH = 3
@@ -62,6 +63,11 @@ def state(model):
     return [np.asarray(variable).copy() for variable in variables]
 
 
+def kept(model):
+    """What a checkpoint holds: all but the random generators, which begin anew in each epoch."""
+    return [np.asarray(v).copy() for v in [*model.weights, *model.optimizer.variables]]
+
+
 def assert_same_state(one, other):
     assert len(one) == len(other)
     for a, b in zip(one, other, strict=True):
@@ -71,6 +77,31 @@ def assert_same_state(one, other):
 def checkpoints(folder, fingerprint="f"):
     found = (pathlib.Path(folder) / "checkpoints" / fingerprint).glob("epoch-*")
     return sorted(path.name for path in found)
+
+
+def test_training_ends_when_it_stalls_with_the_best_weights(tmp_path):
+    rows = tf.data.Dataset.from_tensor_slices(NUMBERS[:, :4]).batch(5)
+    changes = dict(
+        patience=2,
+        batches=lambda first_step: rows.repeat().map(lambda x: (x, x[:, :1] * 0 + 5)),
+        # What is learned is wrong here, and more so with each step.
+        validation=rows.map(lambda x: (x, x[:, :1] * 0 - 5)),
+    )
+    unbroken = build(**AVERAGING)
+    history = train(unbroken, tmp_path / "unbroken", 6, **changes)
+    losses = [epoch["val_loss"] for epoch in history]
+    assert len(losses) == 3 and losses == sorted(losses)
+    # Older than those that are always kept, but the best.
+    assert checkpoints(tmp_path / "unbroken") == [f"epoch-0000{i}.weights.h5" for i in (1, 2, 3)]
+    one = build(**AVERAGING)
+    train(one, tmp_path / "one", 1, **changes)
+    assert_same_state(kept(unbroken), kept(one))
+    # Broken off before the end, and asked for once more after it.
+    train(build(**AVERAGING), tmp_path / "resumed", 2, **changes)
+    for seed in (1, 2):
+        resumed = build(seed=seed, **AVERAGING)
+        assert train(resumed, tmp_path / "resumed", 6, **changes) == history
+        assert_same_state(kept(resumed), kept(unbroken))
 
 
 def test_resumed_is_unbroken_bit_for_bit(tmp_path):

@@ -1,16 +1,23 @@
+import io
 import math
 
 import keras
 import numpy as np
 import pytest
+from event_files import events
+from PIL import Image
 
 from configs import VqbeamError, override
 from prior import training
+from prior.sampler import Sampler
 from prior.training import STAGE, build_prior, evaluate, load_prior, train_prior
 from vqvae import records
+from vqvae.building import build_model
+from vqvae.figures import label_figure
+from vqvae.fitting import save_model
 from vqvae.layout import code_layout
 from vqvae.run_folder import RunFolder
-from vqvae.training import MODEL_FILE
+from vqvae.training import MODEL_FILE, load_vqvae
 
 COUNTS = {"train": 30, "validation": 11}
 SETTINGS = {
@@ -23,6 +30,8 @@ SETTINGS = {
     "prior.steps_per_epoch": 2,
     "prior.warmup_steps": 2,
     "prior.learning_rate": 0.01,
+    "prior.pictures": 0,
+    "prior.early_stopping": 9,
 }
 
 
@@ -84,7 +93,17 @@ def test_writes_model_logs_and_manifest(trained, config):
     assert set(manifest["outputs"]) == {MODEL_FILE}
     assert manifest["label_names"] == ["a", "b", "c"]
     assert len(manifest["history"]) == 4 and manifest["seconds"] > 0
-    assert all({"loss", "val_loss"} <= set(epoch) for epoch in manifest["history"])
+    names = {"loss", "val_loss", "bits_per_dim", "val_bits_per_dim"}
+    assert all(set(epoch) == names for epoch in manifest["history"])
+    for prefix in ("", "val_"):
+        shown = events(run.folder(STAGE) / "logs" / ("validation" if prefix else "train"))
+        for index, epoch in enumerate(manifest["history"]):
+            # Four codes stand for 8·8·1 numbers.
+            bits = epoch[f"{prefix}loss"] * 4 / math.log(2) / 64
+            assert epoch[f"{prefix}bits_per_dim"] == pytest.approx(bits, rel=1e-6)
+            assert shown["epoch_bits_per_dim"][index] == pytest.approx(bits, rel=1e-5)
+    best = min(manifest["history"], key=lambda epoch: epoch["val_loss"])
+    assert manifest["measures"]["nats_per_code"] == pytest.approx(best["val_loss"], rel=1e-5)
     assert list((run.folder(STAGE) / "logs").glob("*"))
     model = load_prior(run)
     assert model.layout == code_layout(config) and model.num_labels == 3
@@ -150,20 +169,56 @@ def test_a_finished_stage_is_left_alone(trained):
     assert (run.folder(STAGE) / MODEL_FILE).stat().mtime == before
 
 
+# Every option that keeps state of its own, at once; with such a rate it soon gets worse.
+STATEFUL = {
+    "prior.steps": 16,
+    "prior.warmup_steps": 3,
+    "prior.schedule": "constant",
+    "prior.learning_rate": 0.3,
+    "prior.weight_ema": 0.6,
+    "prior.grad_accumulation": 2,
+    "prior.early_stopping": 1,
+    "prior.pictures": 4,
+}
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill(*_, **__):
+    raise Killed
+
+
+def stateful_run(path, config):
+    """A run with codes and a VQ-VAE that has learned nothing."""
+    config = override(config, STATEFUL)
+    run, _ = encoded_run(path, config)
+    model = build_model(config, data_variance=1.0)
+    save_model(model, run.folder("train-vqvae") / MODEL_FILE)
+    return run
+
+
 @pytest.mark.slow
-def test_same_run_same_weights_even_when_broken_off(trained, tmp_path, config, monkeypatch):
-    run, _, manifest = trained
-    other, _ = encoded_run(tmp_path / "run", config)
-
-    class Killed(BaseException):
-        pass
-
-    def kill(callback, epoch, logs=None):
-        if epoch == 2:
-            raise Killed
-
+def test_all_state_goes_on_where_training_was_broken_off(tmp_path, config, monkeypatch):
+    run, other = (stateful_run(tmp_path / name, config) for name in ("run", "other"))
+    manifest = train_prior(str(run.root))
+    epochs = len(manifest["history"])
+    losses = [epoch["val_loss"] for epoch in manifest["history"]]
+    best = losses.index(min(losses))
+    assert 1 < epochs == best + 2 < 8
+    assert manifest["measures"]["nats_per_code"] == pytest.approx(losses[best], rel=1e-5)
     with monkeypatch.context() as patch:
-        patch.setattr("vqvae.fitting.StopOnNaN.on_epoch_end", kill)
+        plain = training.Pictures.on_test_begin
+        patch.setattr(
+            "prior.training.Pictures.on_test_begin",
+            lambda self, logs=None: (kill if self.epoch == best + 1 else plain)(self),
+        )
+        with pytest.raises(Killed):
+            train_prior(str(other.root))
+    with monkeypatch.context() as patch:
+        # And once more after the last epoch, before the model is written.
+        patch.setattr("prior.training.save_model", kill)
         with pytest.raises(Killed):
             train_prior(str(other.root))
     assert other.manifest(STAGE) is None
@@ -172,6 +227,18 @@ def test_same_run_same_weights_even_when_broken_off(trained, tmp_path, config, m
     assert again["measures"] == manifest["measures"]
     for one, two in zip(load_prior(run).weights, load_prior(other).weights, strict=True):
         np.testing.assert_array_equal(array(one), array(two), err_msg=one.path)
+    assert_pictures(run, epochs, best)
+
+
+def assert_pictures(run, epochs, best):
+    """The picture of the best epoch is what its weights draw, which are those of the result."""
+    shown = events(run.folder(STAGE) / "logs" / "images")["samples"]
+    assert sorted(shown) == list(range(epochs))
+    labels = np.array([0, 1, 2, 0])
+    codes = Sampler(load_prior(run), 4)(labels, run.load_config().seed)
+    figure = label_figure(array(load_vqvae(run).decode(codes)), ["abc"[label] for label in labels])
+    png = Image.open(io.BytesIO(shown[best][2]))
+    np.testing.assert_array_equal(np.asarray(png), np.asarray(figure))
 
 
 def batches(run, config, model, count, first_step=0):

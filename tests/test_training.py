@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from etils import epath
+from event_files import events
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs import VqbeamError, to_dict
 from vqvae import training
@@ -253,15 +253,6 @@ def test_batches_are_augmented_by_step(trained, monkeypatch):
     # Validation images are never varied.
     held_out = np.concatenate(list(training._validation(run, 4).as_numpy_iterator()))
     np.testing.assert_allclose(held_out, pixels["validation"] / 127.5 - 1, atol=1e-6)
-
-
-def events(folder):
-    accumulator = EventAccumulator(str(folder), size_guidance={"tensors": 0})
-    accumulator.Reload()
-    return {
-        tag: {event.step: tf.make_ndarray(event.tensor_proto) for event in accumulator.Tensors(tag)}
-        for tag in accumulator.Tags()["tensors"]
-    }
 
 
 def test_tensorboard_shows_pictures_and_the_use_of_each_codebook(stateful):

@@ -104,9 +104,12 @@ def test_missing_label_is_the_null_class():
     np.testing.assert_array_equal(missing, null)
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, CodeLayout(K, ((1, 1),))])
-def test_steps_give_the_logits_of_the_whole_sequence(layout):
-    model = build(layout=layout)
+@pytest.mark.parametrize(
+    ("layout", "kv_heads"),
+    [*((layout, 0) for layout in LAYOUTS), (CodeLayout(K, ((1, 1),)), 0), (DEEP, 1), (FLAT, 2)],
+)
+def test_steps_give_the_logits_of_the_whole_sequence(layout, kv_heads):
+    model = build(layout=layout, heads=4, kv_heads=kv_heads)
     random = np.random.default_rng(0)
     inputs = {"codes": random.integers(K, size=(3, *layout.shape)), "labels": np.array([0, 2, 5])}
     whole = logits(model, inputs)
@@ -215,6 +218,23 @@ def test_block_against_numpy():
     np.testing.assert_allclose(y[0], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", [FLAT, DEEP])
+def test_shared_heads_are_repeated_heads(layout):
+    keras.utils.set_random_seed(1)
+    shared, plain = (Block(layout, width=16, heads=4, kv_heads=kv) for kv in (2, 0))
+    x = np.random.default_rng(1).normal(size=(3, layout.length, 16)).astype("float32")
+    shared(x), plain(x)
+    query, key, value = np.split(ops.convert_to_numpy(shared.qkv.kernel.value), [16, 24], axis=1)
+    # Each of the two heads of keys and values, 4 wide, serves two heads of queries.
+    repeated = [np.repeat(w.reshape(16, 2, 4), 2, axis=1).reshape(16, 16) for w in (key, value)]
+    plain.qkv.kernel.assign(np.concatenate([query, *repeated], axis=1))
+    for name in ("attention_output", "gate_and_up", "down"):
+        getattr(plain, name).kernel.assign(getattr(shared, name).kernel)
+    found, expected = (ops.convert_to_numpy(block(x)) for block in (shared, plain))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert [cache.shape for cache in shared.empty_caches(5, 7)] == [(5, 2, 7, 4)] * 2
+
+
 EVERY_KIND = pytest.mark.parametrize(
     ("layout", "dtype"),
     [(FLAT, "float32"), (FLAT, "mixed_bfloat16"), (DEEP, "mixed_bfloat16"), (PYRAMID, "float32")],
@@ -242,7 +262,9 @@ def test_a_saved_model_loads_the_same(tmp_path, layout, dtype):
     np.testing.assert_array_equal(logits(loaded, inputs), logits(model, inputs))
 
 
-@pytest.mark.parametrize("layer", [Block(DEEP, width=16, heads=2, dropout=0.1), LevelHead(PYRAMID)])
+@pytest.mark.parametrize(
+    "layer", [Block(DEEP, width=16, heads=2, kv_heads=1, dropout=0.1), LevelHead(PYRAMID)]
+)
 def test_layer_config_round_trips(layer):
     twin = type(layer).from_config(json.loads(json.dumps(layer.get_config())))
     assert twin.get_config() == layer.get_config() and twin.layout == layer.layout

@@ -6,6 +6,7 @@ The devices of a process are set before its backend starts, hence the process of
 """
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import sys
@@ -23,8 +24,11 @@ tf.config.set_logical_device_configuration(
 import keras  # noqa: E402
 from conftest import _config, _prepared_run  # noqa: E402
 from quantizer_checks import array  # noqa: E402
+from test_prior_training import stateful_run  # noqa: E402
 
-from configs import VqbeamError  # noqa: E402
+from configs import PriorConfig, VqbeamError, override  # noqa: E402
+from prior.training import build_optimizer as build_prior_optimizer  # noqa: E402
+from prior.training import build_prior, load_prior, train_prior  # noqa: E402
 from vqvae.building import build_model  # noqa: E402
 from vqvae.devices import data_parallel, device_count  # noqa: E402
 from vqvae.optimizers import build_optimizer  # noqa: E402
@@ -118,6 +122,46 @@ def check_a_whole_stage(folder):
         raise AssertionError("a batch of 7 was shared by 2 devices")
 
 
+def trained_prior(parts, scope):
+    """Returns a prior after one epoch, its history, and the weights it began with."""
+    settings = PriorConfig(
+        layers=1, width=16, heads=2, dropout=0.0, steps=STEPS, warmup_steps=1, weight_ema=0.5
+    )
+    config = dataclasses.replace(_config(vqvae__num_codes=9), prior=settings)
+    codes = np.random.default_rng(0).integers(9, size=(STEPS * BATCH, 2, 2), dtype="int32")
+    codes[BATCH // 2 :: BATCH] = 1  # unlike halves
+    inputs = {"codes": codes, "labels": codes[:, 0, 0] % 3}
+    with scope:
+        model = build_prior(config, num_labels=3)
+        start = [array(weight) for weight in model.weights]
+        model.parts = parts
+        model.compile(build_prior_optimizer(settings))
+        data = tf.data.Dataset.from_tensor_slices(inputs).batch(BATCH)
+        history = model.fit(data, validation_data=data.take(2), shuffle=False, verbose=0)
+    return model, history.history, start
+
+
+def check_the_prior_of_two_devices_is_as_good_as_that_of_one(parts):
+    one, history, start = trained_prior(1, contextlib.nullcontext())
+    two, other, _ = trained_prior(parts, data_parallel(BATCH // parts))
+    check_devices_agree(two)
+    for key in history:
+        np.testing.assert_allclose(other[key], history[key], rtol=1e-4, err_msg=key)
+    for a, b, before in zip(one.weights, two.weights, start, strict=True):
+        a, b = array(a), copies(b)[0]
+        assert np.abs(a - before).max() > 1e-4
+        np.testing.assert_allclose(b, a, rtol=2e-4, atol=5e-5, err_msg=str(parts))
+
+
+def check_the_whole_stage_of_the_prior(folder):
+    config = override(_config(vqvae__num_codes=9), {"prior.layers": 1, "prior.width": 16})
+    config = override(config, {"prior.heads": 2, "prior.batch_size": 4, "prior.steps_per_epoch": 2})
+    run = stateful_run(folder / "prior", config)
+    manifest = train_prior(str(run.root))
+    assert np.isfinite(list(manifest["measures"].values())).all()
+    assert load_prior(run).built and list((run.folder("train-prior") / "logs/images").iterdir())
+
+
 if __name__ == "__main__":
     assert device_count() == 2
     for case in SAME:
@@ -127,3 +171,8 @@ if __name__ == "__main__":
     check_restarts_are_the_same_on_both_devices()
     print("stage", flush=True)
     check_a_whole_stage(pathlib.Path(sys.argv[1]))
+    for parts in (1, 2):
+        print("prior", parts, flush=True)
+        check_the_prior_of_two_devices_is_as_good_as_that_of_one(parts)
+    print("stage of the prior", flush=True)
+    check_the_whole_stage_of_the_prior(pathlib.Path(sys.argv[1]))

@@ -1,7 +1,6 @@
 """The training loop that both stages share: Keras `fit`, with checkpoints that resume."""
 
 import contextlib
-import json
 import math
 import pathlib
 import sys
@@ -14,8 +13,9 @@ import numpy as np
 from etils import epath
 
 from configs import VqbeamError
+from vqvae.checkpoints import Checkpoints
 from vqvae.progress import FitProgress
-from vqvae.run_folder import write_bytes, write_json
+from vqvae.run_folder import write_bytes
 
 
 def fit(
@@ -30,6 +30,7 @@ def fit(
     batch_size: int,
     title: str,
     seed: int,
+    patience: int = 0,
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> list[dict[str, float]]:
     """Trains a compiled model to a number of steps, from its last checkpoint where it has one.
@@ -48,7 +49,9 @@ def fit(
         batch_size: Images in a batch, for the progress bar.
         title: What the progress bar calls it.
         seed: Of the random numbers that layers draw.
-        callbacks: Further callbacks.
+        patience: Epochs without a better validation loss after which training ends, with the
+            weights of the best epoch; 0 for all the steps and the last weights.
+        callbacks: Further callbacks. What they add to an epoch's measures is shown and kept.
 
     Returns:
         A dictionary of measures for each epoch, those before the last start included.
@@ -56,12 +59,12 @@ def fit(
     Raises:
         VqbeamError: The loss is no longer a finite number.
     """
-    checkpoints = Checkpoints(folder, fingerprint)
+    checkpoints = Checkpoints(folder, fingerprint, patience)
     first_epoch = checkpoints.restore(model)
     epochs = math.ceil(steps / steps_per_epoch)
     # float16 wraps the optimizer, for the scale of the loss.
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    if first_epoch < epochs:
+    if first_epoch < epochs and not checkpoints.stalled:
         first_step = first_epoch * steps_per_epoch
         devices = ", ".join(keras.distribution.list_devices())
         print(f"{title}: step {first_step:,} to {steps:,} on {devices}", file=sys.stderr)
@@ -79,14 +82,16 @@ def fit(
                     StopOnNaN(),
                     *([AveragedWeights()] if optimizer.use_ema else []),
                     Reseed(seed),
+                    *callbacks,
                     keras.callbacks.TensorBoard(str(folder / "logs"), write_graph=False),
                     progress,
-                    *callbacks,
                     checkpoints,
                 ],
             )
-    else:  # killed after the last checkpoint: what Keras does at the end of training
-        optimizer.finalize_variable_values(model.trainable_variables)
+    if patience:
+        checkpoints.restore_best(model)
+    # What Keras does at the end of training, for weights that come from a checkpoint.
+    optimizer.finalize_variable_values(model.trainable_variables)
     return checkpoints.history
 
 
@@ -137,64 +142,6 @@ class Reseed(keras.callbacks.Callback):
         for index, state in enumerate(states):
             numbers = np.random.SeedSequence([self.seed, epoch, index]).generate_state(2)
             state.assign(numbers.astype(state.dtype))
-
-
-class Checkpoints(keras.callbacks.Callback):
-    """Keeps the state after each epoch, in files that are either whole or absent.
-
-    Keras's own BackupAndRestore writes the weights and the epoch one after the other, so that a
-    kill between the two trains an epoch twice; here the epoch is in the file's name.
-
-    Args:
-        folder: Gets `checkpoints/epoch-NNNNN.weights.h5` and `history.json`.
-        fingerprint: Checkpoints made under another one are not restored.
-
-    Attributes:
-        history: One dictionary of measures an epoch.
-    """
-
-    kept = 2
-
-    def __init__(self, folder: epath.Path, fingerprint: str):
-        super().__init__()
-        self.folder = folder / "checkpoints" / fingerprint
-        self.history_file = self.folder / "history.json"
-        self.history: list[dict[str, float]] = []
-
-    def restore(self, model: keras.Model) -> int:
-        """Loads the last whole checkpoint into `model`; returns the number of epochs behind it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.parent.iterdir():
-            if stale != self.folder:
-                stale.rmtree()
-        found = sorted(self.folder.glob("epoch-*.weights.h5"))
-        if not found:
-            return 0
-        model.optimizer.build(model.trainable_variables)
-        with tempfile.TemporaryDirectory() as local:
-            copy = pathlib.Path(local) / found[-1].name
-            copy.write_bytes(found[-1].read_bytes())
-            try:
-                model.load_weights(copy)
-            except (ValueError, OSError) as error:
-                raise VqbeamError(
-                    f"{found[-1]} does not fit the model of this run; delete "
-                    f"{self.folder.parent} to train anew"
-                ) from error
-        epoch = int(found[-1].name.split(".")[0].removeprefix("epoch-"))
-        self.history = json.loads(self.history_file.read_text())[:epoch]
-        return epoch
-
-    def on_epoch_end(self, epoch, logs=None):
-        """Saves model, optimizer and history."""
-        self.history.append({name: float(value) for name, value in logs.items()})
-        write_json(self.history_file, self.history)
-        with tempfile.TemporaryDirectory() as local:
-            weights = pathlib.Path(local) / "model.weights.h5"
-            self.model.save_weights(weights)
-            write_bytes(self.folder / f"epoch-{epoch + 1:05d}.weights.h5", weights.read_bytes())
-        for old in sorted(self.folder.glob("epoch-*.weights.h5"))[: -self.kept]:
-            old.unlink()
 
 
 def save_model(model: keras.Model, path: epath.Path) -> None:

@@ -1,34 +1,39 @@
-"""The optimizers of stage 1: Adam, and Muon for the kernels of convolutions."""
+"""The optimizers: Adam, AdamW, and Muon for the kernels of convolutions."""
 
 import math
+from typing import Any
 
 import keras
 from keras import ops
 
-from configs import VQVAEConfig
+from configs import PriorConfig, VQVAEConfig
 from vqvae.quantizers.replicas import share_of_replica, sum_over_replicas
 from vqvae.schedules import learning_rate
 
 
 def build_optimizer(settings: VQVAEConfig) -> keras.Optimizer:
-    """Returns the optimizer that the settings name, with its schedule."""
+    """Returns the optimizer of stage 1 that the settings name, with its schedule."""
+    options = optimizer_options(settings)
+    if settings.optimizer == "adam":
+        return Adam(**options)
+    # Half the rate for Adam's share: biases, norms, the codebook, and what touches the pixels.
+    return ConvolutionMuon(weight_decay=0.0, adam_weight_decay=0.0, adam_lr_ratio=0.5, **options)
+
+
+def optimizer_options(settings: VQVAEConfig | PriorConfig) -> dict[str, Any]:
+    """Returns what the optimizers of both stages are given: schedule, clipping and average."""
     schedule = learning_rate(
         settings.learning_rate,
         steps=settings.steps,
         warmup_steps=settings.warmup_steps,
         kind=settings.schedule,
     )
-    options = {
+    return {
+        "learning_rate": schedule,
         "global_clipnorm": settings.clip_norm or None,
         "use_ema": settings.weight_ema > 0,
         "ema_momentum": settings.weight_ema,
     }
-    if settings.optimizer == "adam":
-        return Adam(schedule, **options)
-    # Half the rate for Adam's share: biases, norms, the codebook, and what touches the pixels.
-    return ConvolutionMuon(
-        schedule, weight_decay=0.0, adam_weight_decay=0.0, adam_lr_ratio=0.5, **options
-    )
 
 
 class WholeBatchClipping:
@@ -48,6 +53,11 @@ class WholeBatchClipping:
 @keras.saving.register_keras_serializable("vqbeam")
 class Adam(WholeBatchClipping, keras.optimizers.Adam):
     """Keras's Adam, for several devices as well."""
+
+
+@keras.saving.register_keras_serializable("vqbeam")
+class AdamW(WholeBatchClipping, keras.optimizers.AdamW):
+    """Keras's AdamW, for several devices as well."""
 
 
 @keras.saving.register_keras_serializable("vqbeam")

@@ -21,7 +21,7 @@ def progress_bar(title: str, total: int, *, initial: int = 0) -> tqdm.tqdm:
 
 
 class FitProgress(keras.callbacks.Callback):
-    """Shows one bar over the whole of `fit`.
+    """Shows one bar over the whole of `fit`, with the loss in training and held out.
 
     Args:
         title: What is trained.
@@ -33,13 +33,19 @@ class FitProgress(keras.callbacks.Callback):
     def __init__(self, title: str, *, steps: int, first_step: int, batch_size: int):
         super().__init__()
         self.batch_size = batch_size
+        self.held_out: dict[str, str] = {}
         self.bar = progress_bar(title, steps * batch_size, initial=first_step * batch_size)
 
     def on_train_batch_end(self, batch, logs=None):
         """Moves the bar by one batch."""
         self.bar.update(self.batch_size)
         if batch % 10 == 0:
-            self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
+            self.bar.set_postfix(loss=f"{logs['loss']:.4f}", **self.held_out, refresh=False)
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Shows from now on what was measured on the validation images."""
+        shown = [name for name in ("val_loss", "val_bits_per_dim") if name in logs]
+        self.held_out = {name: f"{logs[name]:.4f}" for name in shown}
 
     def on_train_end(self, logs=None):
         """Closes the bar."""

@@ -16,56 +16,16 @@ import argparse
 import json
 import pathlib
 import platform
-import statistics
-import subprocess
 import sys
 import time
-from collections import defaultdict
 
-FOLDER = pathlib.Path(__file__).parent
+from side_by_side import Results, ask, table
+
 QUANTIZERS = ((8192, 512, 64), (8192, 8192, 8), (2048, 65536, 32))
 CASES = (("training",), *(("quantizer", *map(str, sizes)) for sizes in QUANTIZERS))
 BATCH_SIZE = 32
 DTYPES = ("float32", "bfloat16")
-
-
-class Results:
-    """Measurements of one side in one case, over all turns."""
-
-    def __init__(self):
-        self.seconds = defaultdict(lambda: defaultdict(list))
-        self.records = {}
-        self.least_bytes = {}
-
-    def add(self, records: list[dict]) -> None:
-        """Takes in what one process reported."""
-        for record in records:
-            work = record["work"]
-            self.records[work] = record
-            if "seconds" in record:
-                self.seconds[work][record["variant"]].append(record["seconds"])
-            if "bytes" in record:
-                self.least_bytes[work] = min(record["bytes"], self.least_bytes.get(work, 2**62))
-
-    def fastest(self, work: str) -> tuple[float, str]:
-        """Returns the shortest median time of any variant in seconds, and the variant."""
-        return min((statistics.median(times), name) for name, times in self.seconds[work].items())
-
-    def fastest_variants(self) -> list[str]:
-        """Returns the fastest variant of each kind of work."""
-        return sorted({self.fastest(work)[1] for work in self.seconds} - {""})
-
-
-def ask(python: str, script: str, arguments: list[str]) -> list[dict]:
-    """Runs one side in a process of its own; returns what it reports."""
-    start = time.perf_counter()
-    command = [python, str(FOLDER / script), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
-    title = f"{script.removesuffix('.py')} {' '.join(arguments)}"
-    print(f"{title}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+HEADER = ["", "vqbeam", "PyTorch at its best", "ratio", "that is"]
 
 
 def measure(case: tuple[str, ...], torch_python: str, turns: int) -> tuple[Results, Results]:
@@ -136,13 +96,6 @@ def check_agreement(title: str, mine: float, other: float) -> None:
         sys.exit(f"{title}: mean squared error {mine} in vqbeam, {other} in PyTorch")
 
 
-def table(rows: list[list[str]]) -> str:
-    """Returns rows as Markdown."""
-    header = ["", "vqbeam", "PyTorch at its best", "ratio", "that is"]
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def main() -> None:
     """Measures everything and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -163,7 +116,7 @@ def main() -> None:
                 network = {name: side.records["network"] for name, side in sides.items()}
                 print(f"networks: {network}", file=sys.stderr)
     print(f"{platform.processor() or platform.machine()}, {time.strftime('%Y-%m-%d')}\n")
-    print(table(rows))
+    print(table(HEADER, rows))
     if arguments.output:
         arguments.output.write_text(json.dumps(output, indent=1))
 

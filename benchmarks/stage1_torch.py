@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 
+import measuring
 import stage1_work as work
 import torch
 import torch.nn.functional as F
@@ -136,7 +137,9 @@ def time_training(variant):
         for _ in range(work.BLOCK_STEPS):
             step()
         times.append((time.perf_counter() - start) / work.BLOCK_STEPS)
-    work.report(f"training, {variant.split(', ')[0]}", variant, seconds=statistics.median(times))
+    measuring.report(
+        f"training, {variant.split(', ')[0]}", variant, seconds=statistics.median(times)
+    )
 
 
 def training(variants):
@@ -146,12 +149,12 @@ def training(variants):
         time_training(variant)
     for dtype in work.DTYPES:
         a, b = (torch.randn(shape).to(getattr(torch, dtype)) for shape in work.matmul_shapes())
-        work.report(
-            f"matmul, {dtype}", shape=work.MATMUL, seconds=work.seconds(lambda a=a, b=b: a @ b)
+        measuring.report(
+            f"matmul, {dtype}", shape=work.MATMUL, seconds=measuring.seconds(lambda a=a, b=b: a @ b)
         )
     model = VQVAE()
     parameters = sum(weight.numel() for weight in model.parameters())
-    work.report("network", parameters=parameters, multiply_adds=multiply_adds(model))
+    measuring.report("network", parameters=parameters, multiply_adds=multiply_adds(model))
 
 
 def quantizer(size, num_codes, dim, variants):
@@ -159,7 +162,7 @@ def quantizer(size, num_codes, dim, variants):
     vectors, codebook = map(torch.from_numpy, work.quantizer_operands(size, num_codes, dim))
     layer = build_quantizer(num_codes, dim)
     build_quantizer(8, dim)(vectors[:, :8])  # loads what the library loads at first
-    before = work.resident_bytes()
+    before = measuring.resident_bytes()
     # Compiled last, since a compiler leaves memory behind.
     variants = variants or [f"{dtype}, {mode}" for mode in MODES for dtype in work.DTYPES]
     for variant, training in itertools.product(variants, (False, True)):
@@ -168,11 +171,11 @@ def quantizer(size, num_codes, dim, variants):
         layer._codebook.embed.data.copy_(codebook)
         forward = quantizer_forward(layer, vectors, variant)
         error = (forward()[0].detach() - vectors).square().mean().item()
-        work.report(
+        measuring.report(
             "training" if training else "evaluation",
             variant,
-            seconds=work.seconds(forward),
-            bytes=work.peak_bytes(forward, before),
+            seconds=measuring.seconds(forward),
+            bytes=measuring.peak_bytes(forward, before),
             error=error,
         )
 

@@ -10,15 +10,16 @@ import os
 import pathlib
 import statistics
 import sys
-import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["KERAS_BACKEND"] = "tensorflow"
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 
 import keras
+import measuring
 import stage1_work as work
 import tensorflow as tf
+from fit_times import BlockTimes
 
 from configs import load_preset, override
 from vqvae.building import build_model
@@ -27,22 +28,6 @@ from vqvae.quantizers.vector import VectorQuantizer
 from vqvae.training import scale_batch
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
-
-
-class BlockTimes(keras.callbacks.Callback):
-    """Takes the time of each epoch of `fit`."""
-
-    def __init__(self):
-        super().__init__()
-        self.seconds = []
-
-    def on_epoch_begin(self, epoch, logs=None):
-        """Starts the clock."""
-        self.start = time.perf_counter()
-
-    def on_epoch_end(self, epoch, logs=None):
-        """Stops the clock."""
-        self.seconds.append(time.perf_counter() - self.start)
 
 
 def build(dtype):
@@ -86,7 +71,7 @@ def time_training(dtype):
         callbacks=[StopOnNaN(), times],
     )
     step = statistics.median(times.seconds) / work.BLOCK_STEPS
-    work.report(f"training, {dtype}", dtype, seconds=step)
+    measuring.report(f"training, {dtype}", dtype, seconds=step)
 
 
 def multiply_adds(model):
@@ -112,14 +97,14 @@ def training():
     multiply = tf.function(tf.matmul)
     for dtype in POLICIES:
         a, b = (tf.cast(tf.random.normal(shape), dtype) for shape in work.matmul_shapes())
-        work.report(
+        measuring.report(
             f"matmul, {dtype}",
             shape=work.MATMUL,
-            seconds=work.seconds(lambda a=a, b=b: multiply(a, b)),
+            seconds=measuring.seconds(lambda a=a, b=b: multiply(a, b)),
         )
     model = build("float32")
     parameters = sum(weight.numpy().size for weight in model.trainable_variables)
-    work.report("network", parameters=parameters, multiply_adds=multiply_adds(model))
+    measuring.report("network", parameters=parameters, multiply_adds=multiply_adds(model))
 
 
 def build_quantizer(num_codes, dim):
@@ -135,7 +120,7 @@ def quantizer(size, num_codes, dim):
     vectors = tf.constant(vectors)
     layer = build_quantizer(num_codes, dim)
     tf.function(build_quantizer(8, dim))(vectors[:, :8])  # loads what the library loads at first
-    before = work.resident_bytes()
+    before = measuring.resident_bytes()
     for training in (False, True):
         layer.codebook.assign(codebook)
         run = tf.function(lambda z, training=training: layer(z, training=training))
@@ -144,11 +129,11 @@ def quantizer(size, num_codes, dim):
             return run(vectors)
 
         error = float(tf.reduce_mean(tf.square(forward().quantized - vectors)))
-        work.report(
+        measuring.report(
             "training" if training else "evaluation",
             "float32",
-            seconds=work.seconds(forward),
-            bytes=work.peak_bytes(forward, before),
+            seconds=measuring.seconds(forward),
+            bytes=measuring.peak_bytes(forward, before),
             error=error,
         )
 

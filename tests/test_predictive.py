@@ -28,14 +28,14 @@ def turn_of(row, column):
     return 2 if row % 2 != column % 2 else row % 2
 
 
-def convolved(convolution, grid, row, column):
-    """One output of a 3×3 convolution, by its definition."""
-    kernel, total = array(convolution.kernel), np.float64(array(convolution.bias))
-    for dy in (-1, 0, 1):
-        for dx in (-1, 0, 1):
-            y, x = row + dy, column + dx
-            if 0 <= y < grid.shape[0] and 0 <= x < grid.shape[1]:
-                total = total + grid[y, x] @ np.float64(kernel[dy + 1, dx + 1])
+def guessed(prediction, grid, row, column, turn):
+    """What a cell is expected to be, by its four neighbours one after another."""
+    kernel, total = array(prediction.kernel)[0], np.float64(array(prediction.bias))
+    offsets = {1: [(-1, -1), (-1, 1), (1, -1), (1, 1)], 2: [(-1, 0), (0, -1), (0, 1), (1, 0)]}
+    for (dy, dx), matrix in zip(offsets[turn], kernel, strict=True):
+        y, x = row + dy, column + dx
+        if 0 <= y < grid.shape[0] and 0 <= x < grid.shape[1]:
+            total = total + grid[y, x] @ np.float64(matrix)
     return total
 
 
@@ -51,7 +51,7 @@ def in_numpy(layer, z):
                     continue
                 guess = 0.0
                 if turn:
-                    guess = convolved(layer.predictions[turn - 1], known, row, column)
+                    guess = guessed(layer.predictions[turn - 1], known, row, column, turn)
                 left = np.float64(z[image, row, column]) - guess
                 code = nearest_codes(left, codebook)
                 codes[image, row, column] = code

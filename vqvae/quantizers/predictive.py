@@ -1,11 +1,18 @@
 """Predictive quantization: most of a grid is guessed from cells that are quantized already."""
 
+import functools
+from typing import NamedTuple
+
 import keras
 import numpy as np
 from keras import layers, ops
 
 from vqvae.quantizers.base import Quantized, Quantizer
 from vqvae.quantizers.vector import VectorQuantizer
+
+# Where the cells lie from which one is guessed, by (rows, columns): they are quantized already.
+_CORNERS = ((-1, -1), (-1, 1), (1, -1), (1, 1))
+_SIDES = ((-1, 0), (0, -1), (0, 1), (1, 0))
 
 
 @keras.saving.register_keras_serializable("vqbeam")
@@ -14,11 +21,12 @@ class PredictiveQuantizer(Quantizer):
 
     Neighbouring vectors of an image are alike, and a vector quantizer spends its codes on saying so
     again and again. Here a quarter of the cells, at even rows and columns, is quantized as it is;
-    the quarter at odd rows and columns after a 3×3 convolution of the first has been subtracted;
-    and the other half after one of both. What is predicted from is quantized, so that a decoder
-    that knows the codes repeats the predictions exactly: the closed loop of predictive coding
-    (Gersho and Gray 1991, Vector Quantization and Signal Compression, chapter 13), in an order like
-    the checkerboard of He et al. 2021 (https://arxiv.org/abs/2103.15306).
+    the quarter at odd rows and columns after a linear guess from the four of the first at its
+    corners has been subtracted; and the other half after a guess from the four at its sides, two of
+    each quarter. What is guessed from is quantized, so that a decoder that knows the codes repeats
+    the guesses exactly: the closed loop of predictive coding (Gersho and Gray 1991, Vector
+    Quantization and Signal Compression, chapter 13), in an order like the checkerboard of He et al.
+    2021 (https://arxiv.org/abs/2103.15306).
 
     All turns share one codebook. The predictions learn from the commitment loss, which makes what
     is left small; the reconstruction's gradient passes them by, on its way to z.
@@ -43,9 +51,9 @@ class PredictiveQuantizer(Quantizer):
         # At zero, training begins with a plain vector quantizer.
         self.predictions = [
             layers.Conv2D(
-                code_dim, 3, padding="same", kernel_initializer="zeros", dtype=self.dtype_policy
+                code_dim, (1, len(near)), kernel_initializer="zeros", dtype=self.dtype_policy
             )
-            for _ in range(2)
+            for near in (_CORNERS, _SIDES)
         ]
 
     @property
@@ -54,19 +62,18 @@ class PredictiveQuantizer(Quantizer):
         return self.quantizers[0]
 
     def build(self, input_shape):
-        """Creates the codebook and the convolutions; the last axis must be `code_dim`."""
+        """Creates the codebook and the predictions; the last axis must be `code_dim`."""
         super().build(input_shape)
         self.vector.build(input_shape)
-        for convolution in self.predictions:
-            convolution.build(input_shape)
+        for prediction in self.predictions:
+            prediction.build((None, None, prediction.kernel_size[1], self.dim))
 
     def call(self, z, training=False):
         """Quantizes z of [B, h, w, D]; in training the statistics move, after the assignment."""
-        cells, turns = _cells(ops.cast(z, "float32")), _turns(z)
-        inputs, results = [], []
+        cells, inputs, results = _cells(ops.cast(z, "float32")), [], []
 
-        def quantize(turn, predicted):
-            inputs.append(ops.take(cells, turn, axis=1) - predicted)
+        def quantize(turn, guess):
+            inputs.append(ops.take(cells, turn.places, axis=1) - guess)
             results.append(self.vector(inputs[-1], training=False))
             return results[-1].quantized
 
@@ -74,7 +81,7 @@ class PredictiveQuantizer(Quantizer):
         codes = ops.concatenate([result.codes for result in results], axis=1)
         if training:  # after all turns have chosen: what one predicts is by the old codebook
             self.vector.update_statistics(ops.concatenate(inputs, axis=1), codes)
-        shares = [len(turn) / sum(map(len, turns)) for turn in turns]
+        shares = [len(turn.places) / cells.shape[1] for turn in _turns_of(z)]
         return Quantized(
             quantized,
             _on_grid(codes, z),
@@ -87,8 +94,8 @@ class PredictiveQuantizer(Quantizer):
         z = ops.stop_gradient(ops.cast(z, "float32"))
         cells, codes = _cells(z), []
 
-        def quantize(turn, predicted):
-            codes.append(self.vector.encode(ops.take(cells, turn, axis=1) - predicted))
+        def quantize(turn, guess):
+            codes.append(self.vector.encode(ops.take(cells, turn.places, axis=1) - guess))
             return self.vector.decode_codes(codes[-1])
 
         self._in_turns(quantize, z)
@@ -96,30 +103,31 @@ class PredictiveQuantizer(Quantizer):
 
     def decode_codes(self, codes):
         """Returns the vectors [B, h, w, D] float32 of codes [B, h, w] in [0, num_codes)."""
-        flat = _cells(codes)
+        cells = _cells(codes)
 
-        def quantize(turn, predicted):
-            del predicted
-            return self.vector.decode_codes(ops.take(flat, turn, axis=1))
+        def quantize(turn, guess):
+            del guess
+            return self.vector.decode_codes(ops.take(cells, turn.places, axis=1))
 
         return self._in_turns(quantize, codes)
 
     def _in_turns(self, quantize, like):
-        """Returns a grid [B, h, w, D], of what each turn's cells are guessed to be and `quantize`.
+        """Returns a grid [B, h, w, D]: of each cell what it is guessed to be and what is added.
 
         Args:
-            quantize: Function from the places of a turn's cells and what they are guessed to be,
-                [B, n, D], to what is to be added.
+            quantize: Function from a turn and what its cells are guessed to be, [B, n, D], to what
+                is to be added.
             like: A tensor [B, h, w, ...], for the shape of the grid.
         """
-        turns, known, guess = _turns(like), [], 0.0
-        for number, turn in enumerate(turns):
-            if number:
-                grid = _on_grid(_with_zeros(known, turns[number:]), like)
-                guess = _cells(self.predictions[number - 1](ops.stop_gradient(grid)))
-                guess = ops.take(guess, turn, axis=1)
-            known.append(guess + quantize(turn, guess))
-        return _on_grid(ops.concatenate(known, axis=1), like)
+        first, *others = _turns_of(like)
+        known = quantize(first, 0.0)
+        for turn, prediction in zip(others, self.predictions, strict=True):
+            # One more cell, of zeros, stands for all that lie beyond the edge.
+            padded = ops.pad(ops.stop_gradient(known), ((0, 0), (0, 1), (0, 0)))
+            near = ops.take(padded, np.minimum(turn.near, known.shape[1]), axis=1)
+            guess = prediction(near)[:, :, 0]
+            known = ops.concatenate([known, guess + quantize(turn, guess)], axis=1)
+        return _on_grid(known, like)
 
     def initialize(self, vectors, method, seed):
         """Places the codebook; see `Quantizer`. There are no predictions yet."""
@@ -135,11 +143,36 @@ class PredictiveQuantizer(Quantizer):
         }
 
 
-def _turns(grid):
-    """Returns the places of each turn's cells in raster order, from a tensor [B, h, w, ...]."""
-    rows, columns = np.indices(grid.shape[1:3]) % 2
-    turn = np.where(rows != columns, 2, rows).ravel()
-    return [np.flatnonzero(turn == number) for number in range(3)]
+class _Turn(NamedTuple):
+    """The cells of one turn.
+
+    Attributes:
+        places: int [n], where they are in raster order.
+        near: int [n, 4], which cells they are guessed from, by number in the order of the turns; a
+            number past all cells is beyond the edge.
+    """
+
+    places: np.ndarray
+    near: np.ndarray
+
+
+def _turns_of(grid) -> list[_Turn]:
+    return _turns(*grid.shape[1:3])
+
+
+@functools.cache
+def _turns(height: int, width: int) -> list[_Turn]:
+    """Returns the three turns of a grid."""
+    rows, columns = np.indices((height, width)).reshape(2, -1)
+    number = np.where(rows % 2 != columns % 2, 2, rows % 2)
+    order = np.argsort(np.argsort(number, kind="stable"))
+    order = np.pad(order.reshape(height, width), 1, constant_values=height * width)
+    turns = []
+    for turn, offsets in enumerate(((), _CORNERS, _SIDES)):
+        places = np.flatnonzero(number == turn)
+        near = [order[rows[places] + 1 + dy, columns[places] + 1 + dx] for dy, dx in offsets]
+        turns.append(_Turn(places, np.array(near, int).reshape(len(offsets), len(places)).T))
+    return turns
 
 
 def _cells(grid):
@@ -149,15 +182,9 @@ def _cells(grid):
 
 def _on_grid(cells, like):
     """Returns cells [B, h·w, ...] in the order of the turns as a grid [B, h, w, ...]."""
-    cells = ops.take(cells, np.argsort(np.concatenate(_turns(like))), axis=1)
+    order = np.concatenate([turn.places for turn in _turns_of(like)])
+    cells = ops.take(cells, np.argsort(order), axis=1)
     return ops.reshape(cells, (-1, *like.shape[1:3], *cells.shape[2:]))
-
-
-def _with_zeros(known, turns):
-    """Returns the cells known so far, with zeros for those of the turns to come."""
-    missing = sum(map(len, turns))
-    known = ops.concatenate(known, axis=1)
-    return ops.pad(known, ((0, 0), (0, missing), (0, 0)))
 
 
 def _weighted(shares, of_turns):

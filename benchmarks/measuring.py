@@ -1,0 +1,41 @@
+"""How the benchmarks take time and memory, and report them to `side_by_side.py`."""
+
+import ctypes
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+
+
+def seconds(call: Callable[[], object], least: int = 3, budget: float = 1.5) -> float:
+    """Returns the median time of a call; make one before, for what is done once."""
+    times: list[float] = []
+    while len(times) < least or sum(times) < budget:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def resident_bytes() -> int:
+    """Returns how much memory the process holds, without what it has freed; Linux with glibc."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")
+
+
+def peak_bytes(call: Callable[[], object], before: int) -> int:
+    """Returns by how much resident memory is above `before` at most during a call."""
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present size
+    call()
+    return max(0, _status("VmHWM") - before)
+
+
+def report(work: str, variant: str = "", **measures) -> None:
+    """Gives one measurement to `side_by_side.ask`, which reads standard output."""
+    print(json.dumps({"work": work, "variant": variant, **measures}), flush=True)
+
+
+def _status(name: str) -> int:
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

@@ -1,0 +1,56 @@
+"""Measures several programs beside one another, each in processes of its own that take turns."""
+
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+
+FOLDER = pathlib.Path(__file__).parent
+
+
+class Results:
+    """Measurements of one side in one case, over all turns."""
+
+    def __init__(self):
+        self.seconds = defaultdict(lambda: defaultdict(list))
+        self.records = {}
+        self.least_bytes = {}
+
+    def add(self, records: list[dict]) -> None:
+        """Takes in what one process reported."""
+        for record in records:
+            work = record["work"]
+            self.records[work] = record
+            if "seconds" in record:
+                self.seconds[work][record["variant"]].append(record["seconds"])
+            if "bytes" in record:
+                self.least_bytes[work] = min(record["bytes"], self.least_bytes.get(work, 2**62))
+
+    def fastest(self, work: str) -> tuple[float, str]:
+        """Returns the shortest median time of any variant in seconds, and the variant."""
+        return min((statistics.median(times), name) for name, times in self.seconds[work].items())
+
+    def fastest_variants(self) -> list[str]:
+        """Returns the fastest variant of each kind of work."""
+        return sorted({self.fastest(work)[1] for work in self.seconds} - {""})
+
+
+def ask(python: str, script: str, arguments: list[str]) -> list[dict]:
+    """Runs one side in a process of its own; returns what it reports."""
+    start = time.perf_counter()
+    command = [python, str(FOLDER / script), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
+    title = f"{script.removesuffix('.py')} {' '.join(arguments)}"
+    print(f"{title}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Returns rows as Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,208 @@
+"""The plain PyTorch side of `stage2.py`: the same transformer, with a static cache.
+
+    python benchmarks/stage2_torch.py sampling T BATCH [VARIANT ...]
+    python benchmarks/stage2_torch.py training T [VARIANT ...]
+
+Prints a JSON object for each measurement. A variant is "float32, compiled" and the like; without
+one, all are measured.
+"""
+
+import itertools
+import statistics
+import sys
+import time
+
+import measuring
+import stage2_work as work
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+HEAD_DIM = work.WIDTH // work.HEADS
+MODES = ("eager", "compiled")
+
+
+class Block(nn.Module):
+    """A block of `prior/block.py`, layer by layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(work.WIDTH)
+        self.qkv = nn.Linear(work.WIDTH, 3 * work.WIDTH, bias=False)
+        self.attention_output = nn.Linear(work.WIDTH, work.WIDTH, bias=False)
+        self.mlp_norm = nn.RMSNorm(work.WIDTH)
+        self.gate_and_up = nn.Linear(work.WIDTH, 2 * work.HIDDEN, bias=False)
+        self.down = nn.Linear(work.HIDDEN, work.WIDTH, bias=False)
+
+    def heads(self, x, rotation):
+        """Returns rotated queries, rotated keys and values [B, H, N, D] of x [B, N, width]."""
+        qkv = self.qkv(self.attention_norm(x))
+        qkv = qkv.view(*x.shape[:2], 3, work.HEADS, HEAD_DIM).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        return rotate(query, *rotation), rotate(key, *rotation), value
+
+    def add(self, x, attended):
+        """Returns x with what attention [B, H, N, D] and the feed-forward add."""
+        x = x + self.attention_output(attended.transpose(1, 2).flatten(2))
+        gate, up = self.gate_and_up(self.mlp_norm(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+    def forward(self, x, rotation):
+        """Maps whole sequences [B, T, width] to the same shape."""
+        query, key, value = self.heads(x, rotation)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.add(x, attended)
+
+
+def rotate(x, cos, sin):
+    """Rotates the two halves of each head."""
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+
+
+class Prior(nn.Module):
+    """The transformer of `prior/transformer.py`."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.length, num_codes = length, work.GRIDS[length]
+        self.labels = nn.Embedding(work.LABELS + 1, work.WIDTH)
+        self.codes = nn.Embedding(num_codes, work.WIDTH)
+        self.positions = nn.Parameter(0.02 * torch.randn(length, work.WIDTH))
+        self.blocks = nn.ModuleList(Block() for _ in range(work.LAYERS))
+        self.norm = nn.RMSNorm(work.WIDTH)
+        self.head = nn.Linear(work.WIDTH, num_codes, bias=False)
+        angles = torch.outer(torch.arange(length), 100 ** -torch.linspace(0, 1, HEAD_DIM // 2))
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+
+    def forward(self, codes, labels):
+        """Returns the loss of codes [B, T] given labels [B]."""
+        x = torch.cat([self.labels(labels)[:, None], self.codes(codes[:, :-1])], 1)
+        x = x + self.positions
+        for block in self.blocks:
+            x = block(x, (self.cos, self.sin))
+        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), codes.flatten())
+
+
+def caches(model, batch_size, dtype):
+    """Returns a static cache of keys and values [B, H, T, D] for each block."""
+    shape = (batch_size, work.HEADS, model.length, HEAD_DIM)
+    return [
+        (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in model.blocks
+    ]
+
+
+def step(model, x, kept, position):
+    """Draws the codes at a position, an int, which attention reads no further than."""
+    x = x + model.positions[position]
+    rotation = model.cos[position], model.sin[position]
+    for block, (keys, values) in zip(model.blocks, kept, strict=True):
+        query, key, value = block.heads(x, rotation)
+        keys[:, :, position] = key[:, :, 0]
+        values[:, :, position] = value[:, :, 0]
+        past = keys[:, :, : position + 1], values[:, :, : position + 1]
+        x = block.add(x, F.scaled_dot_product_attention(query, *past))
+    return draw(model, x)
+
+
+def masked_step(model, x, kept, position, places):
+    """Draws the codes at a position, a tensor [1]: one compiled program for all of them."""
+    x = x + model.positions[position]
+    rotation, past = (model.cos[position], model.sin[position]), (places <= position)[None]
+    for block, (keys, values) in zip(model.blocks, kept, strict=True):
+        query, key, value = block.heads(x, rotation)
+        keys.index_copy_(2, position, key)
+        values.index_copy_(2, position, value)
+        x = block.add(x, F.scaled_dot_product_attention(query, keys, values, attn_mask=past))
+    return draw(model, x)
+
+
+def draw(model, x):
+    """Returns codes [B, 1] drawn from the logits at x [B, 1, width]."""
+    logits = model.head(model.norm(x))[:, 0].float()
+    return torch.multinomial(logits.softmax(-1), 1)
+
+
+def sampler(model, batch_size, mode):
+    """Returns a function that draws a batch of images."""
+    dtype = model.head.weight.dtype
+    labels = torch.arange(batch_size) % work.LABELS
+    places = torch.arange(model.length)
+    compiled = torch.compile(masked_step, dynamic=False)
+
+    @torch.inference_mode()
+    def run():
+        kept = caches(model, batch_size, dtype)
+        x, drawn = model.labels(labels)[:, None], []
+        for position in range(model.length):
+            if mode == "eager":
+                code = step(model, x, kept, position)
+            else:
+                code = compiled(model, x, kept, places[position : position + 1], places)
+            drawn.append(code)
+            x = model.codes(code)
+        return torch.cat(drawn, 1)
+
+    return run
+
+
+def sampling(length, batch_size, variants):
+    """Reports the time of drawing a batch of images."""
+    for variant in variants or map(", ".join, itertools.product(work.DTYPES, MODES)):
+        torch._dynamo.reset()
+        dtype, mode = variant.split(", ")
+        model = Prior(length).eval().to(getattr(torch, dtype))
+        run = sampler(model, batch_size, mode)
+        run()
+        measuring.report("sampling", variant, seconds=measuring.seconds(run))
+
+
+def training(length, variants):
+    """Reports the time of a training step, and how fast matrices are multiplied."""
+    for variant in variants or map(", ".join, itertools.product(work.DTYPES, MODES)):
+        torch._dynamo.reset()
+        step_once = training_step(length, variant)
+        for _ in range(work.WARM_UP_STEPS):
+            step_once()
+        times = []
+        for _ in range(work.BLOCKS):
+            start = time.perf_counter()
+            for _ in range(work.BLOCK_STEPS):
+                step_once()
+            times.append((time.perf_counter() - start) / work.BLOCK_STEPS)
+        measuring.report("training", variant, seconds=statistics.median(times))
+    rows, inner, columns = work.MATMUL
+    for dtype in work.DTYPES:
+        a, b = (torch.randn(s).to(getattr(torch, dtype)) for s in ((rows, inner), (inner, columns)))
+        seconds = measuring.seconds(lambda a=a, b=b: a @ b)
+        measuring.report("matmul", dtype, seconds=seconds)
+
+
+def training_step(length, variant):
+    """Returns a function that takes one training step."""
+    dtype, mode = variant.split(", ")
+    model = Prior(length).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), work.LEARNING_RATE, weight_decay=work.WEIGHT_DECAY, fused=True
+    )
+    run = torch.compile(model, dynamic=False) if mode == "compiled" else model
+    codes = torch.from_numpy(work.codes(length)).long()
+    labels = torch.arange(len(codes)) % work.LABELS
+
+    def step_once():
+        chosen = torch.randint(len(codes), (work.TRAINING_TOKENS // length,))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = run(codes[chosen], labels[chosen])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step_once
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "training":
+        training(int(sys.argv[2]), sys.argv[3:])
+    else:
+        sampling(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

@@ -1,0 +1,94 @@
+"""The vqbeam side of `stage2.py`.
+
+    python benchmarks/stage2_vqbeam.py sampling T BATCH
+    python benchmarks/stage2_vqbeam.py training T
+
+Prints a JSON object for each measurement.
+"""
+
+import math
+import os
+import pathlib
+import statistics
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["KERAS_BACKEND"] = "tensorflow"
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
+
+import keras
+import measuring
+import numpy as np
+import stage2_work as work
+import tensorflow as tf
+from fit_times import BlockTimes
+
+from prior.sampler import Sampler
+from prior.transformer import CodePrior
+from vqvae.fitting import StopOnNaN
+from vqvae.layout import CodeLayout
+
+POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
+
+
+def build(length, dtype):
+    """Returns an untrained prior over square grids."""
+    side = math.isqrt(length)
+    return CodePrior(
+        CodeLayout(work.GRIDS[length], ((side, side),)),
+        work.LABELS,
+        layers=work.LAYERS,
+        width=work.WIDTH,
+        heads=work.HEADS,
+        dtype=POLICIES[dtype],
+    )
+
+
+def sampling(length, batch_size):
+    """Reports the time of drawing a batch of images."""
+    for dtype in work.DTYPES:
+        sampler = Sampler(build(length, dtype), batch_size)
+        labels = np.arange(batch_size) % work.LABELS
+        sampler(labels, seed=0)
+        seconds = measuring.seconds(lambda: sampler(labels, seed=0))  # noqa: B023
+        measuring.report("sampling", dtype, seconds=seconds)
+
+
+def training(length):
+    """Reports the time of a training step of `fit`, and how fast matrices are multiplied."""
+    for dtype in work.DTYPES:
+        model = build(length, dtype)
+        model.compile(keras.optimizers.AdamW(work.LEARNING_RATE, work.WEIGHT_DECAY))
+        batches = endless_batches(length)
+        model.fit(batches, steps_per_epoch=work.WARM_UP_STEPS, verbose=0)
+        times = BlockTimes()
+        model.fit(
+            batches,
+            steps_per_epoch=work.BLOCK_STEPS,
+            epochs=work.BLOCKS,
+            verbose=0,
+            callbacks=[StopOnNaN(), times],
+        )
+        step = statistics.median(times.seconds) / work.BLOCK_STEPS
+        measuring.report("training", dtype, seconds=step)
+    multiply, (rows, inner, columns) = tf.function(tf.matmul), work.MATMUL
+    for dtype in work.DTYPES:
+        a, b = (tf.cast(tf.random.normal(s), dtype) for s in ((rows, inner), (inner, columns)))
+        seconds = measuring.seconds(lambda a=a, b=b: multiply(a, b))
+        measuring.report("matmul", dtype, seconds=seconds)
+
+
+def endless_batches(length):
+    """Returns batches from memory, as training has them."""
+    codes = work.codes(length)
+    labels = np.arange(len(codes), dtype="int32") % work.LABELS
+    examples = tf.data.Dataset.from_tensor_slices({"codes": codes, "labels": labels})
+    batch_size = work.TRAINING_TOKENS // length
+    return examples.shuffle(len(codes), seed=0).repeat().batch(batch_size).prefetch(4)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "training":
+        training(int(sys.argv[2]))
+    else:
+        sampling(int(sys.argv[2]), int(sys.argv[3]))

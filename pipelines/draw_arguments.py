@@ -1,12 +1,20 @@
 """The words of the verbs that draw new images from a run's folder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs import SampleConfig
 from pipelines.config_flags import in_range
-from pipelines.parser import nonempty
+from pipelines.parser import Parser, count, nonempty
 from pipelines.verbs import verb_parser
+
+_ORDER = """\
+Codes are drawn in raster order, each given those before it, kept or drawn. What is kept stays, but
+it has no influence on what is drawn before it: with --keep bottom-half the upper half is drawn
+as if nothing were kept, and may not fit. A coarse grid comes before a fine one.
+
+example:
+  vqbeam complete runs/fashion --input shoe.png --keep top-half --output shoes.png"""
 
 
 def parse_sample(verb: str, words: Sequence[str]) -> dict[str, Any]:
@@ -23,17 +31,88 @@ def parse_sample(verb: str, words: Sequence[str]) -> dict[str, Any]:
         action="extend",
         metavar="NAME-OR-ID",
     )
-    parser.add("--seed", int, "image i of a seed is always the same image")
-    group = parser.add_argument_group("settings", "What is unset is as the run's config says.")
-    flags = parser.add_fields("sample", "--", group)
-
+    _add_seed(parser)
+    again = "a .png or .npz of this verb: draw it again, but for what other flags say"
+    parser.add("--like", nonempty, again, metavar="FILE")
+    flags = _add_settings(parser)
     given = parser.parse_words(words)
-    settings = {name.partition(".")[2]: given.get(flag) for name, flag in flags.items()}
-    changes = {name: value for name, value in settings.items() if value is not None}
-    in_range(lambda: SampleConfig(**changes), flags)
-    return settings | {
+    return _settings(given, flags) | {
         "run_dir": given["DIR"],
         "labels": given.get("--label"),
         "seed": given.get("--seed"),
+        "like": given.get("--like"),
         "output": given.get("--output"),
     }
+
+
+def parse_complete(verb: str, words: Sequence[str]) -> dict[str, Any]:
+    """Returns the arguments of `complete`."""
+    rest = "DIR --input IMAGE-OR-FOLDER --keep REGION --output PATH [options]"
+    parser = verb_parser(verb, rest, epilog=_ORDER)
+    parser.add("DIR", nonempty, "the run's folder")
+    source = "an image, or a folder of images; cropped and resized as the run's were"
+    parser.add("--input", nonempty, source, metavar="PATH", required=True)
+    region = "top-half, bottom-half, left-half, right-half, or a mask, an image: white is kept"
+    parser.add("--keep", nonempty, region, metavar="REGION", required=True)
+    forms = "a .png (all side by side) or a folder (a PNG for each completion)"
+    parser.add("--output", nonempty, forms, metavar="PATH", required=True)
+    parser.add("--num", count, "completions of each image (default: 4)", metavar="N", default=4)
+    parser.add("--label", nonempty, "class of the images (unset: unknown)", metavar="NAME-OR-ID")
+    _add_seed(parser)
+    flags = _add_settings(parser, without=("num",))
+    given = parser.parse_words(words)
+    return _settings(given, flags) | {
+        "run_dir": given["DIR"],
+        "source": given["--input"],
+        "keep": given["--keep"],
+        "num": given["--num"],
+        "label": given.get("--label"),
+        "seed": given.get("--seed"),
+        "output": given["--output"],
+    }
+
+
+def parse_interpolate(verb: str, words: Sequence[str]) -> dict[str, Any]:
+    """Returns the arguments of `interpolate`."""
+    rest = "DIR --from LABEL --to LABEL --output FILE.png [options]"
+    parser = verb_parser(verb, rest)
+    parser.add("DIR", nonempty, "the run's folder")
+    for flag, place in {"--from": "leftmost", "--to": "rightmost"}.items():
+        text = f"class of the {place} column"
+        parser.add(flag, nonempty, text, metavar="NAME-OR-ID", required=True)
+    parser.add("--output", nonempty, "the .png file to write", metavar="FILE.png", required=True)
+    parser.add("--steps", count, "columns, at least 2 (default: 8)", metavar="N", default=8)
+    rows = "rows, each of the same random numbers from left to right (default: 4)"
+    parser.add("--num", count, rows, metavar="N", default=4)
+    _add_seed(parser)
+    flags = _add_settings(parser, without=("num",))
+    given = parser.parse_words(words)
+    if given["--steps"] < 2:
+        parser.error("--steps: 1 is not at least 2")
+    return _settings(given, flags) | {
+        "run_dir": given["DIR"],
+        "start": given["--from"],
+        "end": given["--to"],
+        "steps": given["--steps"],
+        "num": given["--num"],
+        "seed": given.get("--seed"),
+        "output": given["--output"],
+    }
+
+
+def _add_seed(parser: Parser) -> None:
+    parser.add("--seed", int, "image i of a seed is always the same image (unset: the run's seed)")
+
+
+def _add_settings(parser: Parser, without: Sequence[str] = ()) -> dict[str, str]:
+    """Adds a flag for each of the sampler's settings; returns them by dotted name."""
+    group = parser.add_argument_group("settings", "What is unset is as the run says.")
+    return parser.add_fields("sample", "--", group, without)
+
+
+def _settings(given: Mapping[str, Any], flags: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the settings by name, None where one is unset."""
+    settings = {name.partition(".")[2]: given.get(flag) for name, flag in flags.items()}
+    changes = {name: value for name, value in settings.items() if value is not None}
+    in_range(lambda: SampleConfig(**changes), flags)
+    return settings

@@ -51,7 +51,7 @@ def list_folder(path: str, *, validation_share: float, max_images: int | None) -
     folder = epath.Path(path).expanduser()
     if not folder.is_dir():
         raise VqbeamError(f"there is no folder {path!r}; check the path in data.source")
-    keys = _image_keys(folder)
+    keys = image_keys(folder)
     if not keys:
         raise VqbeamError(
             f"the folder {path!r} holds no image; a file counts whose name ends in one of "
@@ -66,7 +66,12 @@ def list_folder(path: str, *, validation_share: float, max_images: int | None) -
     return FolderListing(splits=splits, label_names=label_names)
 
 
-def _image_keys(folder: epath.Path) -> list[str]:
+def image_keys(folder: epath.Path) -> list[str]:
+    """Returns the images of a folder, at any depth, as paths relative to it.
+
+    Raises:
+        VqbeamError: A folder cannot be read, or a file name is not UTF-8.
+    """
     keys = []
     for directory, _, names in folder.walk(on_error=_refuse):
         place = directory.relative_to(folder)

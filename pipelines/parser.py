@@ -42,11 +42,13 @@ class Parser(argparse.ArgumentParser):
         options = {"type": convert, "metavar": metavar, "help": help.replace("%", "%%")} | options
         (group or self).add_argument(name, **options)
 
-    def add_fields(self, section: str, prefix: str, group: Any) -> dict[str, str]:
+    def add_fields(
+        self, section: str, prefix: str, group: Any, without: Sequence[str] = ()
+    ) -> dict[str, str]:
         """Adds a flag for each field of a config section; returns them by dotted name."""
         flags = {}
         for name, field, kind in configs.field_types():
-            if name.startswith(f"{section}."):
+            if name.startswith(f"{section}.") and field.name not in without:
                 flags[name] = prefix + field.name.replace("_", "-")
                 choices = field.metadata["choices"]
                 metavar = f"{{{','.join(choices)}}}" if choices else _KINDS[kind][1]

@@ -35,6 +35,16 @@ VERBS = {
     "sample": Verb(
         "draw new images from a trained run", "draw_arguments:parse_sample", "sample:sample"
     ),
+    "complete": Verb(
+        "draw the missing part of images, several times",
+        "draw_arguments:parse_complete",
+        "complete:complete",
+    ),
+    "interpolate": Verb(
+        "draw images on the way from one class to another",
+        "draw_arguments:parse_interpolate",
+        "interpolate:interpolate",
+    ),
     "reconstruct": Verb(
         "draw held-out images above their reconstructions",
         "run_arguments:parse_reconstruct",

@@ -43,6 +43,11 @@ def label_figure(images: np.ndarray, headings: Sequence[str] | None) -> Image.Im
     return _stack([_band(by_label, names[i : i + width]) for i in range(0, len(names), width)])
 
 
+def picture(image: np.ndarray) -> Image.Image:
+    """Returns an image, uint8 [H, W, C] with 1 or 3 channels, as Pillow has it."""
+    return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+
+
 def save_png(figure: Image.Image, path: epath.Path, text: Mapping[str, str] | None = None) -> None:
     """Writes a PNG whole or not at all, with `text` in its text chunks."""
     info = PngImagePlugin.PngInfo()
@@ -73,8 +78,8 @@ def _grid(rows: Sequence[np.ndarray], headings: Sequence[str] | None) -> Image.I
     figure = Image.new("RGB", size, "white")
     for row, images in enumerate(rows):
         for column, image in enumerate(images):
-            tile = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-            tile = tile.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            size = width * scale, height * scale
+            tile = picture(image).resize(size, Image.Resampling.NEAREST)
             figure.paste(tile, (_MARGIN + column * step_x, top + row * step_y))
     if headings:
         _write_headings(figure, headings, step_x)

@@ -1,0 +1,128 @@
+"""Images of which a part is kept, and the rest drawn anew."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from configs import SampleConfig, VqbeamError
+from pipelines.input_images import image_files, read_image
+from pipelines.labels import label_number
+from pipelines.provenance import KEY
+from pipelines.regions import kept_cells, kept_codes, region_mask
+from pipelines.samples import class_names, decode, draw_codes, fitted, in_batches, provenance
+from pipelines.sampling_defaults import changed_defaults
+from prior.training import load_prior
+from vqvae.compilation import compile_function
+from vqvae.figures import label_figure, picture, save_png
+from vqvae.model import VQVAE
+from vqvae.run_folder import RunFolder
+from vqvae.training import load_vqvae
+
+_GRAY = 128
+
+
+def complete(
+    run_dir: str,
+    *,
+    source: str,
+    keep: str,
+    num: int,
+    output: str,
+    label: str | None = None,
+    seed: int | None = None,
+    **settings: Any,
+) -> None:
+    """Keeps a part of images and draws the rest, several times for each image.
+
+    The codes of what is kept are taken over, so it looks as the VQ-VAE reconstructs it. The others
+    are drawn in the order of the sequence, each given those before it: what is kept has no
+    influence on codes that come before it.
+
+    Args:
+        run_dir: The run's folder.
+        source: An image file, or a folder of images.
+        keep: See `region_mask`.
+        num: Completions of each image.
+        output: A .png (each image, what is kept of it, and its completions side by side), or a
+            folder (a PNG for each completion).
+        label: Name or number of the class; None for no class, or for the only one.
+        seed: Of the random numbers; the run's own by default.
+        **settings: Fields of SampleConfig; what is None is as the run says.
+
+    Raises:
+        VqbeamError: The run lacks a model, an image or the mask cannot be read, or a setting is
+            out of range.
+    """
+    path = epath.Path(output).expanduser()
+    if path.suffix not in (".png", ""):
+        raise VqbeamError(f"cannot write completions as {path.suffix}; use .png or a folder")
+    run = RunFolder(run_dir)
+    config = run.load_config()
+    seed = config.seed if seed is None else seed
+    mask, files = region_mask(keep, config), image_files(epath.Path(source).expanduser())
+    chosen = fitted(changed_defaults(run, settings), num * len(files))
+    originals = np.stack([read_image(file, config) for file in files.values()])
+
+    model, number = load_vqvae(run), _label(label, class_names(run))
+    codes = _completed(run, model, chosen, seed, originals, num, mask, number)
+    images = decode(model, codes, chosen.batch_size).reshape(-1, num, *config.image_shape)
+
+    facts = provenance(run, chosen, seed) | {"keep": keep, "num": num, "label": number}
+    if path.suffix == ".png":
+        kept = _kept_part(originals, kept_cells(mask, model.layout.grids[-1]))
+        _save_figure(originals, kept, images, path, facts | {"input": list(files)})
+    else:
+        _save_folder(images, path, [facts | {"input": name} for name in files])
+    print(f"{len(codes)} completions of {len(files)} images: {path}")
+
+
+def _label(label: str | None, names: Sequence[str]) -> int:
+    if label is not None:
+        return label_number(label, names)
+    return 0 if len(names) == 1 else -1
+
+
+def _completed(
+    run: RunFolder,
+    model: VQVAE,
+    settings: SampleConfig,
+    seed: int,
+    images: np.ndarray,
+    num: int,
+    mask: np.ndarray,
+    label: int,
+) -> np.ndarray:
+    """Returns codes, `num` times those of each image, of which those outside the mask are drawn."""
+    encode = compile_function(model.encode, model.variables, jit=False)
+    known = np.repeat(in_batches(encode, images, settings.batch_size), num, axis=0)
+    labels = np.full(len(known), label, np.int32)
+    keep = kept_codes(mask, model.layout)
+    return draw_codes(load_prior(run), settings, seed, labels, known=known, keep=keep)
+
+
+def _kept_part(images: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """Returns images that are gray outside the cells."""
+    rows, columns = (images.shape[1 + axis] // cells.shape[axis] for axis in (0, 1))
+    pixels = np.kron(cells, np.ones((rows, columns), bool))
+    return np.where(pixels[..., None], images, np.uint8(_GRAY))
+
+
+def _save_figure(
+    originals: np.ndarray, kept: np.ndarray, images: np.ndarray, path: epath.Path, facts: dict
+) -> None:
+    """Writes a row for each image: as it is, what is kept of it, and its completions."""
+    rows = np.concatenate([originals[:, None], kept[:, None], images], axis=1)
+    headings = ["input", "kept", *map(str, range(1, images.shape[1] + 1))] * len(rows)
+    figure = label_figure(rows.reshape(-1, *rows.shape[2:]), headings)
+    save_png(figure, path, {KEY: json.dumps(facts)})
+
+
+def _save_folder(images: np.ndarray, folder: epath.Path, facts: Sequence[dict]) -> None:
+    """Writes completion k of image i as `i-k.png`."""
+    for row, of_image in enumerate(images):
+        for column, image in enumerate(of_image):
+            text = {KEY: json.dumps(facts[row])}
+            save_png(picture(image), folder / f"{row:05d}-{column + 1}.png", text)

@@ -1,0 +1,76 @@
+"""Images on the way from one class to another."""
+
+import json
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from configs import VqbeamError
+from pipelines.labels import label_number
+from pipelines.provenance import KEY
+from pipelines.samples import class_names, decode, draw_codes, fitted, provenance
+from pipelines.sampling_defaults import changed_defaults
+from prior.training import load_prior
+from vqvae.figures import label_figure, save_png
+from vqvae.run_folder import RunFolder
+from vqvae.training import load_vqvae
+
+
+def interpolate(
+    run_dir: str,
+    *,
+    start: str,
+    end: str,
+    steps: int,
+    num: int,
+    output: str,
+    seed: int | None = None,
+    **settings: Any,
+) -> None:
+    """Draws rows of images, each with one set of random numbers, from one class to another.
+
+    The logits of column i are those of classifier-free guidance, u + s·(c - u), where in place of
+    c stand (1 - w)·c + w·c' of the two classes and w = i / (steps - 1).
+
+    Args:
+        run_dir: The run's folder.
+        start: Name or number of the class of the first column.
+        end: Likewise, of the last.
+        steps: Columns, 2 or more.
+        num: Rows.
+        output: The .png file to write.
+        seed: Of the random numbers; the run's own by default.
+        **settings: Fields of SampleConfig; what is None is as the run says.
+
+    Raises:
+        VqbeamError: The run lacks a model or has no classes, the two classes are the same or not
+            known, or a setting is out of range.
+    """
+    path = epath.Path(output).expanduser()
+    if path.suffix != ".png":
+        raise VqbeamError(f"--output is {output!r}; give a name that ends in .png")
+    run = RunFolder(run_dir)
+    config, names = run.load_config(), class_names(run)
+    if not names:
+        raise VqbeamError(f"{run.root} has no classes to go between; it was trained without")
+    first, last = label_number(start, names), label_number(end, names)
+    if first == last:
+        raise VqbeamError(f"--from and --to are both {names[first]}; give two classes")
+    chosen = fitted(changed_defaults(run, settings), num * steps)
+    seed = config.seed if seed is None else seed
+
+    shares = np.tile(np.linspace(0, 1, steps), num)
+    codes = draw_codes(
+        load_prior(run),
+        chosen,
+        seed,
+        np.full(len(shares), first),
+        towards=(np.full(len(shares), last), shares),
+        indices=np.repeat(np.arange(num), steps),
+    )
+    images = decode(load_vqvae(run), codes, chosen.batch_size)
+    headings = [names[first], *(f"{share:.1%}" for share in shares[1 : steps - 1]), names[last]]
+    facts = provenance(run, chosen, seed) | {"num": num, "from": names[first], "to": names[last]}
+    save_png(label_figure(images, headings * num), path, {KEY: json.dumps(facts)})
+    print(f"{num} rows from {names[first]} to {names[last]} in {steps} columns: {path}")

@@ -1,0 +1,124 @@
+"""Codes drawn from the prior of a run, decoded to images."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from configs import SampleConfig, VqbeamError
+from pipelines.provenance import checkpoint
+from prior.sampler import Sampler, sampler_arguments
+from prior.training import load_prior
+from prior.transformer import CodePrior
+from vqvae.compilation import compile_function
+from vqvae.model import VQVAE
+from vqvae.progress import progress_bar
+from vqvae.run_folder import RunFolder
+from vqvae.training import load_vqvae
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """New images and what they were drawn with.
+
+    Attributes:
+        images: uint8 [N, H, W, C].
+        codes: int32 [N, *layout.shape].
+        labels: int32 [N]; −1 for none.
+        names: The label's name of each image; None where the run has no classes.
+        settings: Preset, checkpoint, seed and sampler settings.
+        first: Index of the first image among those of the seed; the others follow.
+    """
+
+    images: np.ndarray
+    codes: np.ndarray
+    labels: np.ndarray
+    names: list[str] | None
+    settings: dict
+    first: int = 0
+
+
+def draw_samples(
+    run: RunFolder, settings: SampleConfig, seed: int, labels: np.ndarray, first: int = 0
+) -> Samples:
+    """Draws codes from the prior of a run and decodes them.
+
+    Args:
+        run: Both of its models are trained.
+        settings: All of it but `num` counts.
+        seed: Of the random numbers.
+        labels: int32 [N]; −1 for none.
+        first: Index of the first image among those of the seed.
+
+    Raises:
+        VqbeamError: A model is missing, or a setting or label is out of range.
+    """
+    prior, names = load_prior(run), class_names(run)
+    if not names and settings.guidance != 1:
+        raise VqbeamError(f"guidance is {settings.guidance}, but {run.root} has no classes; use 1")
+    # Rounding may depend on the place in a batch: each image has the same one always.
+    ahead = first % settings.batch_size
+    padded = np.pad(labels, (ahead, 0), mode="edge")
+    indices = first - ahead + np.arange(len(padded))
+    codes = draw_codes(prior, settings, seed, padded, indices=indices)
+    images = decode(load_vqvae(run), codes, settings.batch_size)
+    used = provenance(run, settings, seed)
+    label_names = [names[number] for number in labels] if names else None
+    return Samples(images[ahead:], codes[ahead:], labels, label_names, used, first)
+
+
+def draw_codes(
+    prior: CodePrior, settings: SampleConfig, seed: int, labels: np.ndarray, **given: Any
+) -> np.ndarray:
+    """Draws codes, int32 [N, *layout.shape], with a progress bar; `given` goes to `Sampler`."""
+    with progress_bar("sample", len(labels)) as bar:
+        return Sampler(prior, settings.batch_size)(
+            labels,
+            seed,
+            on_batch=lambda drawn: bar.update(drawn - bar.n),
+            **sampler_arguments(settings, prior.layout.length),
+            **given,
+        )
+
+
+def fitted(settings: SampleConfig, count: int) -> SampleConfig:
+    """Returns the settings with batches no larger than the images that are drawn."""
+    return dataclasses.replace(settings, batch_size=min(settings.batch_size, count))
+
+
+def class_names(run: RunFolder) -> tuple[str, ...]:
+    """Returns the names of the classes that the prior of a run has learned."""
+    return tuple(run.require("train-prior")["label_names"])
+
+
+def provenance(run: RunFolder, settings: SampleConfig, seed: int) -> dict:
+    """Returns what decides how images are drawn, by name, for their files."""
+    drawn_by = {"preset": run.load_config().name, "checkpoint": checkpoint(run), "seed": seed}
+    return drawn_by | dataclasses.asdict(settings)
+
+
+def decode(model: VQVAE, codes: np.ndarray, batch_size: int) -> np.ndarray:
+    """Returns the images of codes.
+
+    Args:
+        model: The VQ-VAE.
+        codes: Integers [N, *layout.shape].
+        batch_size: Images decoded at once.
+
+    Returns:
+        uint8 [N, H, W, C].
+    """
+    compiled = compile_function(model.decode, model.variables, jit=False)
+    return in_batches(compiled, codes, batch_size)
+
+
+def in_batches(function: Callable[[Any], Any], rows: np.ndarray, batch_size: int) -> np.ndarray:
+    """Returns what a compiled function makes of rows, given in batches of one size."""
+    made = []
+    for first in range(0, len(rows), batch_size):
+        batch = rows[first : first + batch_size]
+        padded = np.pad(batch, ((0, batch_size - len(batch)), *[(0, 0)] * (batch.ndim - 1)))
+        made.append(keras.ops.convert_to_numpy(function(padded))[: len(batch)])
+    return np.concatenate(made)

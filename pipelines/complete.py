@@ -9,15 +9,23 @@ from etils import epath
 
 from configs import SampleConfig, VqbeamError
 from pipelines.input_images import image_files, read_image
-from pipelines.labels import label_number
+from pipelines.labels import Label, parse_label
 from pipelines.provenance import KEY
 from pipelines.regions import kept_cells, kept_codes, region_mask
-from pipelines.samples import class_names, decode, draw_codes, fitted, in_batches, provenance
+from pipelines.samples import (
+    decode,
+    draw_codes,
+    fitted,
+    in_batches,
+    learned_labels,
+    provenance,
+)
 from pipelines.sampling_defaults import changed_defaults
 from prior.training import load_prior
 from vqvae.compilation import compile_function
 from vqvae.figures import label_figure, picture, save_png
 from vqvae.model import VQVAE
+from vqvae.records import Labels
 from vqvae.run_folder import RunFolder
 from vqvae.training import load_vqvae
 
@@ -66,11 +74,11 @@ def complete(
     chosen = fitted(changed_defaults(run, settings), num * len(files))
     originals = np.stack([read_image(file, config) for file in files.values()])
 
-    model, number = load_vqvae(run), _label(label, class_names(run))
-    codes = _completed(run, model, chosen, seed, originals, num, mask, number)
+    model, chosen_label = load_vqvae(run), _label(label, learned_labels(run))
+    codes = _completed(run, model, chosen, seed, originals, num, mask, chosen_label)
     images = decode(model, codes, chosen.batch_size).reshape(-1, num, *config.image_shape)
 
-    facts = provenance(run, chosen, seed) | {"keep": keep, "num": num, "label": number}
+    facts = provenance(run, chosen, seed) | {"keep": keep, "num": num, "label": chosen_label}
     if path.suffix == ".png":
         kept = _kept_part(originals, kept_cells(mask, model.layout.grids[-1]))
         _save_figure(originals, kept, images, path, facts | {"input": list(files)})
@@ -79,10 +87,10 @@ def complete(
     print(f"{len(codes)} completions of {len(files)} images: {path}")
 
 
-def _label(label: str | None, names: Sequence[str]) -> int:
-    if label is not None:
-        return label_number(label, names)
-    return 0 if len(names) == 1 else -1
+def _label(label: str | None, labels: Labels) -> Label:
+    if label is None and labels.kind == "classes" and len(labels.names) == 1:
+        return 0
+    return parse_label(label, labels)
 
 
 def _completed(
@@ -93,12 +101,12 @@ def _completed(
     images: np.ndarray,
     num: int,
     mask: np.ndarray,
-    label: int,
+    label: Label,
 ) -> np.ndarray:
     """Returns codes, `num` times those of each image, of which those outside the mask are drawn."""
     encode = compile_function(model.encode, model.variables, jit=False)
     known = np.repeat(in_batches(encode, images, settings.batch_size), num, axis=0)
-    labels = np.full(len(known), label, np.int32)
+    labels = np.repeat([label], len(known), axis=0)
     keep = kept_codes(mask, model.layout)
     return draw_codes(load_prior(run), settings, seed, labels, known=known, keep=keep)
 

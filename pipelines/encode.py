@@ -1,4 +1,4 @@
-"""Stage 3 of the pipeline: every prepared image to its codes."""
+"""Stage 3 of the pipeline: every prepared image to its codes, and variants of it to theirs."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -27,13 +27,14 @@ from vqvae.records import (
     code_dtype,
     code_features,
     damaged_records,
-    label_names,
+    labels_of,
     open_dataset,
     read_split,
     serialize,
 )
 from vqvae.run_folder import RunFolder
 from vqvae.training import MODEL_FILE, load_vqvae
+from vqvae.variants import variant_count, variants
 
 STAGE = "encode"
 DATASET = "codes"
@@ -59,11 +60,20 @@ class EncodeImages(beam.PTransform):
 
 
 class ImageShard(NamedTuple):
-    """A shard to encode: the images [first, last) of its split, of `total` in all splits."""
+    """A shard to encode.
+
+    Attributes:
+        shard: The shard to write.
+        first: Number of its first image in the split.
+        last: Number of the image after its last one.
+        augment: Which variants are encoded beside the images; see `vqvae.variants`.
+        total: Grids of codes in all shards, for progress.
+    """
 
     shard: Shard
     first: int
     last: int
+    augment: str
     total: int
 
 
@@ -71,12 +81,19 @@ def _image_shards(run_path: str) -> Iterator[tuple[str, ImageShard]]:
     run = RunFolder(run_path)
     run.require("prepare")
     run.begin(STAGE)
+    # What is held out stays as it is, so that it measures the same whatever is trained on.
+    augment = {"train": run.load_config().encode.augment}
     splits = open_dataset(run.folder("prepare")).info.splits
+    total = sum(
+        split.num_examples * variant_count(augment.get(split.name, "none"))
+        for split in splits.values()
+    )
     for split in splits.values():
         bounds = np.cumsum([0, *split.shard_lengths])
         for index, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
             shard = Shard(DATASET, split.name, index, len(split.shard_lengths))
-            yield run_path, ImageShard(shard, int(first), int(last), splits.total_num_examples)
+            kind = augment.get(split.name, "none")
+            yield run_path, ImageShard(shard, int(first), int(last), kind, total)
 
 
 def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
@@ -85,8 +102,8 @@ def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
     config = run.load_config()
     builder = open_dataset(run.folder("prepare"))
     layout = code_layout(config)
-    features = code_features(layout, label_names(builder))
-    unseen = part.last - part.first
+    features = code_features(layout, labels_of(builder))
+    unseen = (part.last - part.first) * variant_count(part.augment)
 
     def records(facts):
         nonlocal unseen
@@ -94,13 +111,16 @@ def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
         encode = _load_encoder(run)
         with damaged_records(run.folder("prepare")):
             for batch in _batches(builder, part, config.encode.batch_size):
-                codes = _encode_padded(encode, batch.pop("image"), config)
-                counts += count_codes(codes, layout)
-                unseen -= len(codes)
-                advance(STAGE, len(codes), part.total)
-                for i, of_image in enumerate(codes):
-                    rest = {name: values[i] for name, values in batch.items()}
-                    yield serialize(features, {"codes": of_image, **rest})
+                keys, originals = batch.pop("key"), batch.pop("image")
+                for suffix, images in variants(originals, part.augment):
+                    codes = _encode_padded(encode, images, config)
+                    counts += count_codes(codes, layout)
+                    unseen -= len(codes)
+                    advance(STAGE, len(codes), part.total)
+                    for i, of_image in enumerate(codes):
+                        rest = {name: values[i] for name, values in batch.items()}
+                        key = keys[i] + suffix.encode()
+                        yield serialize(features, {"codes": of_image, "key": key, **rest})
         facts["code_counts"] = counts.tolist()
 
     report = write_shard_once(run, STAGE, part.shard, records)
@@ -124,12 +144,12 @@ def finish_codes(shards: Sequence[tuple[str, ShardReport]]) -> str:
         return str(run.root)  # a runner that does the next step again may do this one as well
     config = run.load_config()
     reports = [report for _, report in shards]
-    layout, names = code_layout(config), label_names(open_dataset(run.folder("prepare")))
+    layout, labels = code_layout(config), labels_of(open_dataset(run.folder("prepare")))
     files, counts = write_dataset_metadata(
         run,
         STAGE,
         reports,
-        code_features(layout, names),
+        code_features(layout, labels),
         version=CODES_VERSION,
         description=f"Codes of {config.data.source}: {layout.describe()}.",
     )
@@ -139,7 +159,8 @@ def finish_codes(shards: Sequence[tuple[str, ShardReport]]) -> str:
         STAGE,
         files,
         counts=counts,
-        label_names=names,
+        label_names=labels.names,
+        label_kind=labels.kind,
         perplexity=by_level([perplexity(counts) for counts in use]),
         codes_used=by_level(np.count_nonzero(use, axis=1).tolist()),
     )

@@ -2,10 +2,13 @@
 
 import dataclasses
 import hashlib
+from typing import Any
 
 from etils import epath
 
 from configs import VqbeamError
+from pipelines.attributes import FILE, read_attributes
+from vqvae.records import Labels
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
@@ -19,17 +22,20 @@ class FolderListing:
     Attributes:
         splits: For "train" and "validation" the images as `(key, label)`. A key is a path
             relative to the folder, with "/" between its parts. A label is an index into
-            `label_names`, or `NO_LABEL` where there are none.
-        label_names: The names of the subfolders, sorted; empty if the images lie in the folder
-            itself.
+            `labels.names`, `NO_LABEL` where there are none, or a 0 or 1 for each attribute.
+        labels: The attributes of the folder's table, where it has one. Otherwise the subfolders,
+            sorted, are classes; none if the images lie in the folder itself.
     """
 
-    splits: dict[str, list[tuple[str, int]]]
-    label_names: tuple[str, ...]
+    splits: dict[str, list[tuple[str, int | tuple[int, ...]]]]
+    labels: Labels
 
 
 def list_folder(path: str, *, validation_share: float, max_images: int | None) -> FolderListing:
     """Lists the images of a folder, in which each subfolder is a class, if it has any.
+
+    A folder with a table `attributes.csv` has attributes (see `pipelines.attributes`), and its
+    subfolders are no classes.
 
     An image is a file with one of `SUFFIXES`, in upper or lower case. Files and folders whose
     name starts with "." do not count, and links to folders are not followed. A class may have
@@ -46,7 +52,8 @@ def list_folder(path: str, *, validation_share: float, max_images: int | None) -
 
     Raises:
         VqbeamError: There is no such folder, it cannot be read, it holds no image, it has
-            images both at the top and in subfolders, or a file name is not UTF-8.
+            images both at the top and in subfolders, a file name is not UTF-8, or the table of
+            attributes is damaged or lacks an image.
     """
     folder = epath.Path(path).expanduser()
     if not folder.is_dir():
@@ -57,13 +64,25 @@ def list_folder(path: str, *, validation_share: float, max_images: int | None) -
             f"the folder {path!r} holds no image; a file counts whose name ends in one of "
             f"{' '.join(SUFFIXES)}"
         )
-    label_names = _label_names(path, keys)
-    labels = {name: label for label, name in enumerate(label_names)}
+    labels, of_keys = _labels(path, folder / FILE, keys)
     splits = {
-        name: [(key, labels.get(key.partition("/")[0], NO_LABEL)) for key in members[:max_images]]
+        name: [(key, of_keys[key]) for key in members[:max_images]]
         for name, members in _split(keys, validation_share).items()
     }
-    return FolderListing(splits=splits, label_names=label_names)
+    return FolderListing(splits=splits, labels=labels)
+
+
+def _labels(path: str, table: epath.Path, keys: list[str]) -> tuple[Labels, dict[str, Any]]:
+    """Returns what the images are labelled with, and the label of each key."""
+    if table.exists():
+        names, values = read_attributes(table)
+        missing = next((key for key in keys if key not in values), None)
+        if missing:
+            raise VqbeamError(f"{table} has no row for {missing!r}; add one")
+        return Labels(names, "attributes"), values
+    names = _label_names(path, keys)
+    numbers = {name: label for label, name in enumerate(names)}
+    return Labels(names), {key: numbers.get(key.partition("/")[0], NO_LABEL) for key in keys}
 
 
 def image_keys(folder: epath.Path) -> list[str]:

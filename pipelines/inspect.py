@@ -6,6 +6,7 @@ from etils import epath
 
 from configs import VqbeamError, VQVAEConfig
 from vqvae.layout import CodeLayout, code_layout
+from vqvae.records import Labels
 from vqvae.run_folder import MANIFEST, STAGES, RunFolder
 
 
@@ -65,10 +66,10 @@ def _facts(run: RunFolder, stage: str) -> list[str]:
         return []
     match stage:
         case "prepare":
-            classes = len(manifest["label_names"])
+            labels = Labels.of(manifest)
             return [
                 _counts(manifest["counts"], "images"),
-                f"{classes} classes" if classes else "no classes",
+                f"{len(labels.names)} {labels.kind}" if labels.names else "no classes",
                 f"could not be decoded: {manifest['failed']}",
             ]
         case "train-vqvae":

@@ -7,9 +7,9 @@ import numpy as np
 from etils import epath
 
 from configs import VqbeamError
-from pipelines.labels import label_number
+from pipelines.labels import label_name, parse_label
 from pipelines.provenance import KEY
-from pipelines.samples import class_names, decode, draw_codes, fitted, provenance
+from pipelines.samples import decode, draw_codes, fitted, learned_labels, provenance
 from pipelines.sampling_defaults import changed_defaults
 from prior.training import load_prior
 from vqvae.figures import label_figure, save_png
@@ -51,12 +51,13 @@ def interpolate(
     if path.suffix != ".png":
         raise VqbeamError(f"--output is {output!r}; give a name that ends in .png")
     run = RunFolder(run_dir)
-    config, names = run.load_config(), class_names(run)
-    if not names:
+    config, labels = run.load_config(), learned_labels(run)
+    if not labels.names:
         raise VqbeamError(f"{run.root} has no classes to go between; it was trained without")
-    first, last = label_number(start, names), label_number(end, names)
+    first, last = parse_label(start, labels), parse_label(end, labels)
+    names = [label_name(label, labels) for label in (first, last)]
     if first == last:
-        raise VqbeamError(f"--from and --to are both {names[first]}; give two classes")
+        raise VqbeamError(f"--from and --to are both {names[0]}; give two classes")
     chosen = fitted(changed_defaults(run, settings), num * steps)
     seed = config.seed if seed is None else seed
 
@@ -65,12 +66,12 @@ def interpolate(
         load_prior(run),
         chosen,
         seed,
-        np.full(len(shares), first),
-        towards=(np.full(len(shares), last), shares),
+        np.repeat([first], len(shares), axis=0),
+        towards=(np.repeat([last], len(shares), axis=0), shares),
         indices=np.repeat(np.arange(num), steps),
     )
     images = decode(load_vqvae(run), codes, chosen.batch_size)
-    headings = [names[first], *(f"{share:.1%}" for share in shares[1 : steps - 1]), names[last]]
-    facts = provenance(run, chosen, seed) | {"num": num, "from": names[first], "to": names[last]}
+    headings = [names[0], *(f"{share:.1%}" for share in shares[1 : steps - 1]), names[1]]
+    facts = provenance(run, chosen, seed) | {"num": num, "from": names[0], "to": names[1]}
     save_png(label_figure(images, headings * num), path, {KEY: json.dumps(facts)})
-    print(f"{num} rows from {names[first]} to {names[last]} in {steps} columns: {path}")
+    print(f"{num} rows from {names[0]} to {names[1]} in {steps} columns: {path}")

@@ -1,38 +1,68 @@
-"""Classes by the names that a user types."""
+"""Classes and attributes by the names that a user types."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from configs import VqbeamError
+from vqvae.records import Labels
+
+# As records have it: the number of a class, or a 0 or 1 for each attribute; −1 for none.
+Label = int | tuple[int, ...]
 
 
-def label_numbers(labels: Sequence[str] | None, names: Sequence[str], num: int) -> np.ndarray:
+def label_rows(texts: Sequence[str] | None, labels: Labels, num: int) -> np.ndarray:
     """Returns the label of each of `num` images: those asked for, in turn.
 
     Args:
-        labels: Names or numbers of classes; None for all of them.
-        names: The classes of the run; none where it has none.
+        texts: See `parse_label`; None for all classes, or for each attribute alone.
+        labels: Those of the run.
         num: Images.
 
     Returns:
-        int32 [num]; −1 where the run has no classes.
+        int32 [num], or of attributes [num, A].
 
     Raises:
-        VqbeamError: A class is not known.
+        VqbeamError: A label is not known.
     """
-    if labels is None:
-        chosen = range(len(names)) if names else [-1]
-    else:
-        chosen = [label_number(label, names) for label in labels]
-    return np.resize(np.asarray(chosen, np.int32), num)
+    if texts is None:
+        texts = labels.names or [None]
+    chosen = np.asarray([parse_label(text, labels) for text in texts], np.int32)
+    return chosen[np.arange(num) % len(chosen)]
+
+
+def parse_label(text: str | None, labels: Labels) -> Label:
+    """Returns the label that a user names; None is no label.
+
+    Args:
+        text: The name or number of a class; or of attributes, joined by commas.
+        labels: Those of the run.
+
+    Raises:
+        VqbeamError: It is not known, or there are none.
+    """
+    if labels.kind == "classes":
+        return -1 if text is None else label_number(text, labels.names)
+    if text is None:
+        return (-1,) * len(labels.names)
+    # An attribute of TFDS may have a comma in its name.
+    parts = [text] if text in labels.names else text.split(",")
+    on = {label_number(part.strip(), labels.names) for part in parts}
+    return tuple(int(number in on) for number in range(len(labels.names)))
+
+
+def label_name(label: Label, labels: Labels) -> str:
+    """Returns the name of a class, or of attributes, joined by commas."""
+    if labels.kind == "classes":
+        return labels.names[label]
+    return ",".join(name for name, on in zip(labels.names, label, strict=True) if on > 0)
 
 
 def label_number(label: str, names: Sequence[str]) -> int:
-    """Returns the number of the class that is called `label`, or has it as its number.
+    """Returns the number of what is called `label`, or has it as its number.
 
     Raises:
-        VqbeamError: There is no such class, or there are none.
+        VqbeamError: There is no such class or attribute, or there are none.
     """
     if not names:
         raise VqbeamError(f"label {label!r} was asked for, but the run has no classes")

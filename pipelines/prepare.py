@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -19,7 +20,7 @@ from pipelines.shards import (
     write_shard_once,
 )
 from pipelines.sources import RawImage, Unit, plan, read_unit
-from vqvae.records import IMAGES_VERSION, image_features, serialize
+from vqvae.records import IMAGES_VERSION, Labels, image_features, serialize
 from vqvae.run_folder import RunFolder, write_bytes
 
 STAGE = "prepare"
@@ -56,7 +57,7 @@ def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
     """Decodes the images of one unit and writes them as one shard of `DIR/images`."""
     run = RunFolder(run_path)
     config = run.load_config()
-    features = image_features(config.image_shape, unit.label_names)
+    features = image_features(config.image_shape, unit.labels)
     unseen = len(unit.images)
 
     def records(facts):
@@ -76,7 +77,7 @@ def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
             yield serialize(features, example | _label(raw, unit))
         facts |= {
             "failures": failures,
-            "label_names": unit.label_names,
+            "labels": unit.labels,
             "statistics": vars(statistics),
         }
 
@@ -111,12 +112,13 @@ def finish_images(shards: Sequence[tuple[str, ShardReport]]) -> str:
         # The next attempt reads every image again, for some may have been mended.
         remove_leftovers(run, STAGE, [letters])
         raise
-    label_names = reports[0].facts["label_names"]
+    names, kind = reports[0].facts["labels"]
+    labels = Labels(tuple(names), kind)
     files, counts = write_dataset_metadata(
         run,
         STAGE,
         reports,
-        image_features(config.image_shape, label_names),
+        image_features(config.image_shape, labels),
         version=IMAGES_VERSION,
         description=f"Images of {config.data.source}, prepared by vqbeam.",
     )
@@ -128,7 +130,8 @@ def finish_images(shards: Sequence[tuple[str, ShardReport]]) -> str:
         source=config.data.source,
         counts=counts,
         failed=len(failures),
-        label_names=label_names,
+        label_names=labels.names,
+        label_kind=labels.kind,
         statistics=_train_statistics(reports, config),
     )
     return str(run.root)
@@ -144,8 +147,10 @@ def _decode(raw: RawImage, config: Config) -> np.ndarray:
     )
 
 
-def _label(raw: RawImage, unit: Unit) -> dict[str, int]:
-    return {"label": raw.label} if unit.label_names else {}
+def _label(raw: RawImage, unit: Unit) -> dict[str, Any]:
+    if unit.labels.kind == "attributes":
+        return {"attributes": np.asarray(raw.label, np.uint8)}
+    return {"label": raw.label} if unit.labels.names else {}
 
 
 def _check_failures(
@@ -176,16 +181,17 @@ class _Statistics:
         self.square_sum = 0
         self.labels: dict[str, int] = {}
 
-    def add(self, image: np.ndarray, label: int) -> None:
+    def add(self, image: np.ndarray, label: int | Sequence[int]) -> None:
         wide = image.astype(np.int64)
         self.pixels += wide.size
         self.pixel_sum += int(wide.sum())
         self.square_sum += int(np.square(wide).sum())
-        self.labels[str(label)] = self.labels.get(str(label), 0) + 1
+        for one in [label] if isinstance(label, int) else np.flatnonzero(label):
+            self.labels[str(one)] = self.labels.get(str(one), 0) + 1
 
 
 def _train_statistics(reports: Sequence[ShardReport], config: Config) -> dict:
-    """Returns mean and variance of the training pixels on [−1, 1], and images in each class."""
+    """Returns mean and variance of the training pixels on [−1, 1], and images of each label."""
     shards = [r.facts["statistics"] for r in reports if r.shard.split == "train"]
     pixels = sum(shard["pixels"] for shard in shards)
     mean = sum(shard["pixel_sum"] for shard in shards) / pixels

@@ -8,10 +8,10 @@ import numpy as np
 from etils import epath
 
 from configs import SampleConfig
-from pipelines.labels import label_numbers
+from pipelines.labels import label_rows
 from pipelines.provenance import check_checkpoint, read_provenance
 from pipelines.sample_files import check_ending, write_samples
-from pipelines.samples import Samples, class_names, draw_samples, fitted
+from pipelines.samples import Samples, draw_samples, fitted, learned_labels
 from pipelines.sampling_defaults import changed_defaults
 from vqvae.run_folder import RunFolder
 
@@ -31,7 +31,8 @@ def sample(
 
     Args:
         run_dir: The run's folder.
-        labels: Names or numbers of the classes to draw, in turn; all of them by default.
+        labels: Names or numbers of the classes to draw, in turn; or of attributes, those of an
+            image joined by commas. By default all classes, or each attribute alone.
         seed: Of the random numbers; image i of a seed is always the same image.
         like: A .png or .npz that this verb has written: draws its images again, but for what the
             other arguments say.
@@ -78,8 +79,8 @@ def _draw(
     run: RunFolder, changes: Mapping[str, Any], labels: Sequence[str] | None, seed: int
 ) -> Samples:
     settings = changed_defaults(run, changes)
-    numbers = label_numbers(labels, class_names(run), settings.num)
-    return draw_samples(run, fitted(settings, settings.num), seed, numbers)
+    rows = label_rows(labels, learned_labels(run), settings.num)
+    return draw_samples(run, fitted(settings, settings.num), seed, rows)
 
 
 def _draw_again(
@@ -94,12 +95,13 @@ def _draw_again(
     stored = {name: facts[name] for name in fields if name in facts}
     drawn = facts.get("images", [facts])
     num = changes.get("num", len(drawn))
-    numbers = [image.get("label", -1) for image in drawn]
+    rows = np.asarray([image.get("label", -1) for image in drawn], np.int32)
     if labels is not None:
-        numbers = label_numbers(labels, class_names(run), num)
+        rows = label_rows(labels, learned_labels(run), num)
     elif num != len(drawn):
         # As many as there were would cut off a turn through the classes.
-        numbers = np.resize(list(dict.fromkeys(numbers)), num)
+        _, turn = np.unique(rows, axis=0, return_index=True)
+        rows = rows[np.sort(turn)][np.arange(num) % len(turn)]
     settings = SampleConfig(**stored | changes)
     seed = facts["seed"] if seed is None else seed
-    return draw_samples(run, settings, seed, np.asarray(numbers, np.int32), drawn[0]["index"])
+    return draw_samples(run, settings, seed, rows, drawn[0]["index"])

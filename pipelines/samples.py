@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from configs import SampleConfig, VqbeamError
+from pipelines.labels import label_name
 from pipelines.provenance import checkpoint
 from prior.sampler import Sampler, sampler_arguments
 from prior.training import load_prior
@@ -15,6 +16,7 @@ from prior.transformer import CodePrior
 from vqvae.compilation import compile_function
 from vqvae.model import VQVAE
 from vqvae.progress import progress_bar
+from vqvae.records import Labels
 from vqvae.run_folder import RunFolder
 from vqvae.training import load_vqvae
 
@@ -26,7 +28,7 @@ class Samples:
     Attributes:
         images: uint8 [N, H, W, C].
         codes: int32 [N, *layout.shape].
-        labels: int32 [N]; −1 for none.
+        labels: int32 [N]; −1 for none; or of attributes [N, A].
         names: The label's name of each image; None where the run has no classes.
         settings: Preset, checkpoint, seed and sampler settings.
         first: Index of the first image among those of the seed; the others follow.
@@ -49,24 +51,24 @@ def draw_samples(
         run: Both of its models are trained.
         settings: All of it but `num` counts.
         seed: Of the random numbers.
-        labels: int32 [N]; −1 for none.
+        labels: int32 [N]; −1 for none; or of attributes [N, A].
         first: Index of the first image among those of the seed.
 
     Raises:
         VqbeamError: A model is missing, or a setting or label is out of range.
     """
-    prior, names = load_prior(run), class_names(run)
-    if not names and settings.guidance != 1:
+    prior, known = load_prior(run), learned_labels(run)
+    if not known.names and settings.guidance != 1:
         raise VqbeamError(f"guidance is {settings.guidance}, but {run.root} has no classes; use 1")
     # Rounding may depend on the place in a batch: each image has the same one always.
     ahead = first % settings.batch_size
-    padded = np.pad(labels, (ahead, 0), mode="edge")
+    padded = np.concatenate([np.repeat(labels[:1], ahead, axis=0), labels])
     indices = first - ahead + np.arange(len(padded))
     codes = draw_codes(prior, settings, seed, padded, indices=indices)
     images = decode(load_vqvae(run), codes, settings.batch_size)
     used = provenance(run, settings, seed)
-    label_names = [names[number] for number in labels] if names else None
-    return Samples(images[ahead:], codes[ahead:], labels, label_names, used, first)
+    names = [label_name(label, known) for label in labels] if known.names else None
+    return Samples(images[ahead:], codes[ahead:], labels, names, used, first)
 
 
 def draw_codes(
@@ -88,9 +90,9 @@ def fitted(settings: SampleConfig, count: int) -> SampleConfig:
     return dataclasses.replace(settings, batch_size=min(settings.batch_size, count))
 
 
-def class_names(run: RunFolder) -> tuple[str, ...]:
-    """Returns the names of the classes that the prior of a run has learned."""
-    return tuple(run.require("train-prior")["label_names"])
+def learned_labels(run: RunFolder) -> Labels:
+    """Returns the classes or attributes that the prior of a run has learned."""
+    return Labels.of(run.require("train-prior"))
 
 
 def provenance(run: RunFolder, settings: SampleConfig, seed: int) -> dict:

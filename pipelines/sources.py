@@ -5,22 +5,29 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
 from configs import DataConfig, VqbeamError
 from pipelines.folder import list_folder
-from vqvae.records import Shard, damaged_records
+from vqvae.records import Labels, Shard, damaged_records
 
 DATASET = "images"
 
 
 class RawImage(NamedTuple):
-    """An image as its source has it: key, encoded bytes, label (−1 for none)."""
+    """An image as its source has it.
+
+    Attributes:
+        key: Its name in the source.
+        data: The encoded bytes.
+        label: The class, −1 for none; or for each attribute 1 where the image has it, else 0.
+    """
 
     key: str
     data: bytes
-    label: int
+    label: int | tuple[int, ...]
 
 
 class Unit(NamedTuple):
@@ -29,13 +36,13 @@ class Unit(NamedTuple):
     Attributes:
         shard: The shard to write.
         images: The range of numbers in a TFDS split, or (key, label) of each file of a folder.
-        label_names: The classes of the source; empty where it has none.
+        labels: What the images of the source are labelled with.
         total: Images in the whole source, for progress.
     """
 
     shard: Shard
     images: Sequence[Any]
-    label_names: tuple[str, ...]
+    labels: Labels
     total: int
 
 
@@ -52,7 +59,7 @@ def check_source(data: DataConfig) -> None:
     if builder.is_prepared():
         plan(data)
     else:
-        _tfds_label_names(data, builder.info)
+        _tfds_labels(data, builder.info)
 
 
 def prepare_source(data: DataConfig, beam_args: Sequence[str]) -> None:
@@ -105,7 +112,7 @@ def plan(data: DataConfig) -> list[Unit]:
                 f"{data.source} has no image to hold out; it takes two images or more, and "
                 "data.validation_share above 0"
             )
-        return _units(data, listing.splits, listing.label_names)
+        return _units(data, listing.splits, listing.labels)
     info = _builder(data).info
     splits = {}
     for split, theirs in (("train", data.train_split), ("validation", data.validation_split)):
@@ -116,7 +123,7 @@ def plan(data: DataConfig) -> list[Unit]:
             )
         size = info.splits[theirs].num_examples
         splits[split] = range(min(size, data.max_images or size))
-    return _units(data, splits, _tfds_label_names(data, info))
+    return _units(data, splits, _tfds_labels(data, info))
 
 
 def read_unit(data: DataConfig, unit: Unit) -> Iterator[RawImage]:
@@ -129,9 +136,7 @@ def read_unit(data: DataConfig, unit: Unit) -> Iterator[RawImage]:
     yield from _read_tfds(data, unit)
 
 
-def _units(
-    data: DataConfig, splits: dict[str, Sequence[Any]], label_names: tuple[str, ...]
-) -> list[Unit]:
+def _units(data: DataConfig, splits: dict[str, Sequence[Any]], labels: Labels) -> list[Unit]:
     total = sum(len(images) for images in splits.values())
     units = []
     for split, images in splits.items():
@@ -139,7 +144,7 @@ def _units(
         for index, first in enumerate(firsts):
             shard = Shard(DATASET, split, index, len(firsts))
             images_of_shard = images[first : first + data.images_per_shard]
-            units.append(Unit(shard, images_of_shard, label_names, total))
+            units.append(Unit(shard, images_of_shard, labels, total))
     return units
 
 
@@ -161,7 +166,7 @@ def _builder(data: DataConfig):
         raise VqbeamError(f"TFDS refuses {name!r}: {str(error).splitlines()[0]}") from error
 
 
-def _tfds_label_names(data: DataConfig, info) -> tuple[str, ...]:
+def _tfds_labels(data: DataConfig, info) -> Labels:
     if data.image_key not in info.features:
         raise VqbeamError(
             f"{info.full_name} has no feature {data.image_key!r}; set data.image_key to one of "
@@ -172,7 +177,25 @@ def _tfds_label_names(data: DataConfig, info) -> tuple[str, ...]:
             f"feature {data.image_key!r} of {info.full_name} holds no image; set data.image_key"
         )
     label = info.features[data.label_key] if data.label_key in info.features else None
-    return tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
+    if isinstance(label, tfds.features.ClassLabel):
+        return Labels(tuple(label.names))
+    if _is_multi_hot(label):
+        return Labels(tuple(label.feature.names), "attributes")
+    return Labels(tuple(label), "attributes") if _is_flags(label) else Labels()
+
+
+def _is_multi_hot(label) -> bool:
+    """Tells whether a feature lists the classes of an image, of which it may have several."""
+    is_list = isinstance(label, tfds.features.Sequence)
+    return is_list and isinstance(label.feature, tfds.features.ClassLabel)
+
+
+def _is_flags(label) -> bool:
+    """Tells whether a feature says of each attribute whether an image has it."""
+    is_dict = isinstance(label, tfds.features.FeaturesDict)
+    return is_dict and all(
+        feature.shape == () and feature.np_dtype == np.bool_ for feature in label.values()
+    )
 
 
 def _read_tfds(data: DataConfig, unit: Unit) -> Iterator[RawImage]:
@@ -193,5 +216,14 @@ def _read_tfds(data: DataConfig, unit: Unit) -> Iterator[RawImage]:
     )
     with damaged_records(builder.data_path):
         for example in examples.as_numpy_iterator():
-            label = int(example[data.label_key]) if unit.label_names else -1
+            label = _label(example[data.label_key], unit.labels) if unit.labels.names else -1
             yield RawImage(os.fsdecode(example["tfds_id"]), example[data.image_key], label)
+
+
+def _label(value, labels: Labels) -> int | tuple[int, ...]:
+    """Returns a label as `RawImage` has it, of what TFDS has."""
+    if labels.kind == "classes":
+        return int(value)
+    if isinstance(value, dict):
+        return tuple(int(value[name]) for name in labels.names)
+    return tuple(int(number in value) for number in range(len(labels.names)))

@@ -20,7 +20,7 @@ class Pictures(keras.callbacks.Callback):
     Args:
         folder: Of the event files.
         vqvae: Decodes the codes.
-        labels: int32 [N], the label of each image; −1 for none.
+        labels: int32 [N], the label of each image, −1 for none; or its attributes [N, A].
         names: The name of each image's label; None where there are no classes.
         seed: Of the random numbers.
     """

@@ -11,6 +11,7 @@ from keras import ops
 from configs import SampleConfig, VqbeamError
 from prior.drawing import draw_codes
 from prior.guidance import guidance_scales
+from prior.labels import check_labels
 from prior.transformer import CodePrior
 from prior.uniforms import uniforms
 from vqvae.compilation import compile_function
@@ -66,7 +67,8 @@ class Sampler:
         """Draws the codes of one image for each label.
 
         Args:
-            labels: Integers [N] from 0 up to `model.null_label`; -1 means no class as well.
+            labels: Integers [N] from 0 up to `model.null_label`; -1 means no class as well. Of
+                attributes [N, A], 1 for those wanted, else 0; rows of -1 for any.
             seed: Any integer.
             indices: Integers [N], which image of the seed each is; 0, 1, ... by default.
             temperature: Divides the logits; 0 takes the likeliest code.
@@ -108,7 +110,7 @@ class Sampler:
         if towards is not None:
             images["towards"] = np.asarray(towards[0], "int32")
             images["blend"] = np.asarray(towards[1], "float32")
-            self._check_labels(images["towards"])
+            check_labels(self.model, images["towards"])
         if known is not None:
             keep = np.broadcast_to(np.asarray(keep, bool), np.shape(known))
             images["known"] = np.asarray(known, "int32").reshape(-1, layout.length)
@@ -151,18 +153,7 @@ class Sampler:
             raise VqbeamError(
                 f"guidance is {guided[0]:g}, but the prior was trained without classes; set it to 1"
             )
-        self._check_labels(labels)
-
-    def _check_labels(self, labels):
-        model = self.model
-        wrong = labels[(labels < -1) | (labels > model.null_label)]
-        if wrong.size:
-            raise VqbeamError(
-                f"label {wrong[0]} is out of range; the prior knows labels 0 to "
-                f"{model.num_labels - 1}"
-                if model.num_labels
-                else f"label {wrong[0]} is given, but the prior was trained without classes; use -1"
-            )
+        check_labels(self.model, labels)
 
 
 def sampler_arguments(settings: SampleConfig, length: int) -> dict[str, Any]:

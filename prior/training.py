@@ -1,7 +1,6 @@
 """Trains the prior of a run on the codes of its images."""
 
 import math
-from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -15,8 +14,9 @@ from vqvae.fitting import fit, load_model, save_model
 from vqvae.layout import CodeLayout, code_layout
 from vqvae.optimizers import AdamW, optimizer_options
 from vqvae.records import (
+    Labels,
     damaged_records,
-    label_names,
+    label_of,
     open_dataset,
     read_split,
     training_batches,
@@ -59,17 +59,19 @@ def train_prior(run_path: str) -> dict:
         measures=measures,
         history=history,
         label_names=codes["label_names"],
+        label_kind=Labels.of(codes).kind,
         parameters=model.count_params(),
     )
 
 
-def build_prior(config: Config, *, num_labels: int) -> CodePrior:
-    """Returns an untrained prior for a run whose data have `num_labels` classes, or none."""
+def build_prior(config: Config, labels: Labels) -> CodePrior:
+    """Returns an untrained prior for a run whose data are labelled so."""
     # One up, since Dataset.shuffle takes no tensor as its seed where the global seed is zero.
     keras.utils.set_random_seed(config.seed + 1)
     return CodePrior(
         code_layout(config),
-        num_labels=num_labels,
+        num_labels=len(labels.names),
+        conditioning=labels.kind,
         layers=config.prior.layers,
         width=config.prior.width,
         heads=config.prior.heads,
@@ -80,7 +82,10 @@ def build_prior(config: Config, *, num_labels: int) -> CodePrior:
 
 
 def load_prior(run: RunFolder) -> CodePrior:
-    """Returns the trained prior of a run.
+    """Returns the trained prior of a run, which computes in float32 however it was trained.
+
+    In bfloat16, logits are so coarse that the images of a seed would depend on the batch size; and
+    drawing takes twice as long on a CPU.
 
     Raises:
         VqbeamError: It is not trained, or the model is not that of the run's config.
@@ -89,7 +94,9 @@ def load_prior(run: RunFolder) -> CodePrior:
     path = run.folder(STAGE) / MODEL_FILE
     model = load_model(path)
     check_fits(model, run.load_config(), path)
-    return model
+    precise = CodePrior.from_config(model.get_config() | {"dtype": "float32"})
+    precise.set_weights(model.get_weights())
+    return precise
 
 
 def evaluate(model: CodePrior, batches, config: Config) -> dict[str, float]:
@@ -122,9 +129,9 @@ def _fit(run: RunFolder, config: Config, codes: dict) -> list[dict]:
     settings = config.prior
     callbacks = [_BitsPerDimension(config)]
     if settings.pictures and run.manifest("train-vqvae"):  # codes alone may be all there is
-        callbacks.append(_pictures(run, config, codes["label_names"]))
+        callbacks.append(_pictures(run, config, Labels.of(codes)))
     with data_parallel(settings.batch_size // settings.grad_accumulation):
-        model = build_prior(config, num_labels=len(codes["label_names"]))
+        model = build_prior(config, Labels.of(codes))
         model.parts = settings.grad_accumulation
         model.compile(build_optimizer(settings))
         history = fit(
@@ -158,15 +165,17 @@ class _BitsPerDimension(keras.callbacks.Callback):
             logs[f"{name}bits_per_dim"] = bits_per_dim(nats, self.model.layout, self.config)
 
 
-def _pictures(run: RunFolder, config: Config, names: Sequence[str]) -> Pictures:
-    labels = np.resize(np.arange(len(names)) if names else -1, config.prior.pictures)
-    return Pictures(
-        run.folder(STAGE) / "logs" / "images",
-        load_vqvae(run),
-        labels,
-        [names[label] for label in labels] if names else None,
-        config.seed,
-    )
+def _pictures(run: RunFolder, config: Config, labels: Labels) -> Pictures:
+    count = config.prior.pictures
+    if labels.kind == "attributes":  # such as go together
+        size = open_dataset(run.folder("encode")).info.splits["validation"].num_examples
+        examples = _examples(run, "validation", last=min(size, count)).as_numpy_iterator()
+        numbers, names = np.stack([example["labels"] for example in examples]), None
+    else:
+        numbers = np.resize(np.arange(len(labels.names)) if labels.names else -1, count)
+        names = [labels.names[number] for number in numbers] if labels.names else None
+    folder = run.folder(STAGE) / "logs" / "images"
+    return Pictures(folder, load_vqvae(run), numbers, names, config.seed)
 
 
 def _training(run: RunFolder, config: Config, codes: dict, model: CodePrior, first_step: int):
@@ -183,6 +192,8 @@ def _training(run: RunFolder, config: Config, codes: dict, model: CodePrior, fir
     def drop_labels(step, batch):
         numbers = tf.random.stateless_uniform([batch_size], [config.seed, step])
         dropped = numbers < config.prior.label_dropout
+        # Of attributes, all or none are dropped.
+        dropped = tf.reshape(dropped, [batch_size, *[1] * (len(batch["labels"].shape) - 1)])
         labels = tf.where(dropped, model.null_label, batch["labels"])
         return {**batch, "labels": labels}
 
@@ -200,10 +211,8 @@ def _validation(run: RunFolder, config: Config, limit: int | None = None):
 
 def _examples(run: RunFolder, split: str, last: int | None = None):
     builder = open_dataset(run.folder("encode"))
-    labelled = bool(label_names(builder))
 
     def to_inputs(example):
-        label = tf.cast(example["label"], tf.int32) if labelled else tf.constant(-1)
-        return {"codes": tf.cast(example["codes"], tf.int32), "labels": label}
+        return {"codes": tf.cast(example["codes"], tf.int32), "labels": label_of(example)}
 
     return read_split(builder, split, last=last).map(to_inputs, num_parallel_calls=2)

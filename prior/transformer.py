@@ -31,9 +31,13 @@ class CodePrior(AccumulatingModel):
         >>> prior.compile(keras.optimizers.AdamW(1e-3))
         >>> prior.fit(dataset)  # of {"codes": [B, 8, 8], "labels": [B]}
 
+    An image may have one class, or any number of attributes. The token of a class is an embedding;
+    that of attributes is the sum of an embedding for each that is on, and of one that all share.
+
     Args:
         layout: How the codes of an image lie in one sequence.
-        num_labels: Classes; 0 for an unconditional model.
+        num_labels: Classes or attributes; 0 for an unconditional model.
+        conditioning: Which of the two: "classes" or "attributes".
         layers: Transformer blocks.
         width: Width of the residual stream.
         heads: Attention heads; `width / heads` is a multiple of 4.
@@ -41,7 +45,8 @@ class CodePrior(AccumulatingModel):
         dropout: Dropout rate in the blocks.
 
     Attributes:
-        null_label: The label that stands for "no class": `num_labels`.
+        null_label: What stands for "no class", `num_labels`, or in place of each attribute for "no
+            attributes known", −1.
     """
 
     def __init__(
@@ -53,14 +58,18 @@ class CodePrior(AccumulatingModel):
         heads: int,
         kv_heads: int = 0,
         dropout: float = 0.0,
+        conditioning: str = "classes",
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        self.conditioning = conditioning
         self.layout = layout = CodeLayout.of(layout)
         self.num_labels, self.width, self.heads, self.dropout = num_labels, width, heads, dropout
         self.kv_heads = kv_heads or heads
         policy = self.dtype_policy
-        self.label_embedding = keras.layers.Embedding(num_labels + 1, width, dtype=policy)
+        # One more for no class in particular; of attributes, another that all images share.
+        rows = num_labels + (2 if conditioning == "attributes" else 1)
+        self.label_embedding = keras.layers.Embedding(rows, width, dtype=policy)
         # A row for each code of each level: those of two levels have but their numbers in common.
         self.code_embedding = keras.layers.Embedding(
             layout.levels * layout.num_codes, width, dtype=policy
@@ -90,8 +99,8 @@ class CodePrior(AccumulatingModel):
 
     @property
     def null_label(self) -> int:
-        """The label that stands for no class in particular, one past the last class."""
-        return self.num_labels
+        """What stands for no class in particular; of attributes, in place of each of them."""
+        return -1 if self.conditioning == "attributes" else self.num_labels
 
     def call(self, inputs: dict[str, Any], training: bool = False):
         """Returns the logits of every code given its class and the codes before it.
@@ -99,7 +108,8 @@ class CodePrior(AccumulatingModel):
         Args:
             inputs: `codes`, integers [B, *layout.shape] in [0, K), and `labels`, integers [B] from
                 0 up to `null_label`; -1, the label of a dataset without classes, means
-                `null_label` too.
+                `null_label` too. Of attributes [B, A], 1 for each that is on, else 0; rows of −1
+                where they are not known.
             training: Whether dropout is on.
 
         Returns:
@@ -138,9 +148,18 @@ class CodePrior(AccumulatingModel):
         return [block.empty_caches(batch_size, length) for block in self.blocks]
 
     def embed_labels(self, labels):
-        """Returns the class tokens [B, 1, width] of integer labels [B]."""
+        """Returns the class tokens [B, 1, width] of integer labels [B], or of attributes [B, A]."""
+        if self.conditioning == "attributes":
+            return self._embed_attributes(labels)
         labels = ops.where(labels < 0, self.null_label, labels)
         return self.label_embedding(labels[:, None])
+
+    def _embed_attributes(self, attributes):
+        unknown = ops.any(attributes < 0, axis=1, keepdims=True)
+        on = (attributes > 0) & ~unknown
+        rows = ops.concatenate([on, unknown, ~unknown], axis=1)
+        table = ops.cast(self.label_embedding.embeddings, self.compute_dtype)
+        return ops.matmul(ops.cast(rows, self.compute_dtype), table)[:, None]
 
     def embed_codes(self, codes, first=0):
         """Returns the embeddings [B, N, width] of the integer codes [B, N] from `first` on.
@@ -169,5 +188,6 @@ class CodePrior(AccumulatingModel):
             "heads": self.heads,
             "kv_heads": self.kv_heads,
             "dropout": self.dropout,
+            "conditioning": self.conditioning,
         }
         return super().get_config() | own

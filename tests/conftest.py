@@ -29,8 +29,11 @@ def _config(**changes):
     return override(config, small | {k.replace("__", "."): v for k, v in changes.items()})
 
 
-def _prepared_run(path, config, *, train=20, validation=10, labels=("a", "b")):
-    """A run folder with a finished prepare stage of random images."""
+def _prepared_run(path, config, *, train=20, validation=10, labels=("a", "b"), kind="classes"):
+    """A run folder with a finished prepare stage of random images.
+
+    Image i has the class i modulo their number, or the attributes that the bits of i stand for.
+    """
     # Here, so that tests of the command line alone import no TensorFlow.
     from vqvae import records
     from vqvae.run_folder import RunFolder
@@ -39,14 +42,20 @@ def _prepared_run(path, config, *, train=20, validation=10, labels=("a", "b")):
     run.start(config)
     run.begin("prepare")
     folder = run.folder("prepare")
-    features = records.image_features(config.image_shape, labels)
+    features = records.image_features(config.image_shape, records.Labels(tuple(labels), kind))
     numbers = np.random.default_rng(0)
+
+    def label(i):
+        if kind == "attributes":
+            return {"attributes": np.array([i >> bit & 1 for bit in range(len(labels))], "uint8")}
+        return {"label": i % len(labels)} if labels else {}
+
     counts = {"train": train, "validation": validation}
     splits, files, pixels = {}, [], {}
     for split, size in counts.items():
         pixels[split] = numbers.integers(0, 256, (size, *config.image_shape), np.uint8)
         examples = [
-            {"image": image, "key": f"{split}-{i}"} | ({"label": i % len(labels)} if labels else {})
+            {"image": image, "key": f"{split}-{i}"} | label(i)
             for i, image in enumerate(pixels[split])
         ]
         per_shard = config.data.images_per_shard
@@ -67,6 +76,7 @@ def _prepared_run(path, config, *, train=20, validation=10, labels=("a", "b")):
         counts=counts,
         failed=0,
         label_names=list(labels),
+        label_kind=kind,
         statistics={"mean": scaled.mean(), "variance": scaled.var(), "images_per_label": {}},
     )
     return run, pixels

@@ -66,7 +66,7 @@ def write_images(folder, count=24, *, classes=CLASSES, seed=0):
     return pixels
 
 
-def write_tfds(data_dir, name, version, image_shape, splits, label_names, texts=()):
+def write_tfds(data_dir, name, version, image_shape, splits, label_names, texts=(), kind="classes"):
     """Writes noise as TFDS would have prepared a dataset; returns it as `read_tfds` does.
 
     Args:
@@ -77,6 +77,8 @@ def write_tfds(data_dir, name, version, image_shape, splits, label_names, texts=
         splits: Number of images in each split.
         label_names: The classes.
         texts: Names of further features.
+        kind: What `label` holds: "classes", one of them; "flags", a dict of bools; or "list", a
+            list of classes. Image i has those whose bit is set in i.
     """
     import tensorflow_datasets as tfds
     from etils import epath
@@ -86,10 +88,15 @@ def write_tfds(data_dir, name, version, image_shape, splits, label_names, texts=
     folder = epath.Path(data_dir) / name / version
     folder.mkdir(parents=True)
     dataset = name.partition("/")[0]
+    one_class = tfds.features.ClassLabel(names=list(label_names))
     features = tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(shape=image_shape, encoding_format="png"),
-            "label": tfds.features.ClassLabel(names=list(label_names)),
+            "label": {
+                "classes": one_class,
+                "flags": tfds.features.FeaturesDict(dict.fromkeys(label_names, np.bool_)),
+                "list": tfds.features.Sequence(one_class),
+            }[kind],
             **{text: tfds.features.Text() for text in texts},
         }
     )
@@ -97,11 +104,19 @@ def write_tfds(data_dir, name, version, image_shape, splits, label_names, texts=
         data_dir=folder, dataset_name=dataset, filetype_suffix="tfrecord"
     )
     numbers = np.random.default_rng(0)
+
+    def label(i):
+        on = [i >> bit & 1 for bit in range(len(label_names))]
+        return {
+            "classes": i % len(label_names),
+            "flags": dict(zip(label_names, map(bool, on), strict=True)),
+            "list": np.flatnonzero(on),
+        }[kind]
+
     infos, written = [], {}
     for split, count in splits.items():
         written[split] = [
-            (numbers.integers(0, 256, image_shape, np.uint8), i % len(label_names))
-            for i in range(count)
+            (numbers.integers(0, 256, image_shape, np.uint8), label(i)) for i in range(count)
         ]
         records = [
             serialize(features, {"image": image, "label": label, **dict.fromkeys(texts, "x")})

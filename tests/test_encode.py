@@ -13,6 +13,7 @@ from vqvae.fitting import save_model
 from vqvae.records import Shard
 from vqvae.run_folder import RunFolder
 from vqvae.training import MODEL_FILE, load_vqvae
+from vqvae.variants import variants
 
 COUNTS = {"train": 20, "validation": 9}
 
@@ -130,11 +131,52 @@ def test_the_model_is_loaded_once(run, monkeypatch):
     assert any((a["codes"] != b["codes"]).any() for a, b in zip(codes, others, strict=True))
 
 
+def test_attributes_go_along(make_run):
+    run, _ = make_run(labels=("young", "smiling", "hat"), kind="attributes")
+    run_transform(EncodeImages(), run)
+    for some in read_records(run.folder(STAGE)).values():
+        for i, example in enumerate(some):
+            assert example["attributes"].tolist() == [i & 1, i >> 1 & 1, i >> 2 & 1]
+    manifest = run.manifest(STAGE)
+    assert manifest["label_names"] == ["young", "smiling", "hat"]
+    assert manifest["label_kind"] == "attributes"
+
+
 def test_without_labels(make_run):
     run, _ = make_run(labels=())
     run_transform(EncodeImages(), run)
     assert set(read_records(run.folder(STAGE))["train"][0]) == {"codes", "key"}
     assert run.manifest(STAGE)["label_names"] == []
+
+
+@pytest.mark.parametrize(("kind", "count"), [("flip", 2), ("ten_crop", 10)])
+def test_variants_of_the_training_images(make_run, kind, count):
+    run, pixels = make_run({"encode__augment": kind})
+    # Broken off after two of the three shards of training images.
+    for part in parts(run)[:2]:
+        encode_shard(str(run.root), part)
+    written = shard_contents(run.folder(STAGE))
+    run_transform(EncodeImages(), run)
+    assert written.items() < shard_contents(run.folder(STAGE)).items()
+    model, records = load_vqvae(run), read_records(run.folder(STAGE))
+    found = {example["key"].decode(): example for example in records["train"]}
+    assert len(found) == len(records["train"]) == 20 * count
+    for suffix, images in variants(pixels["train"], kind):
+        codes = np.asarray(model.encode(images))
+        for i in range(20):
+            example = found[f"train-{i}{suffix}"]
+            np.testing.assert_array_equal(example["codes"], codes[i])
+            assert example["label"] == i % 2
+    # What is held out stays as it is.
+    held_out = np.stack([example["codes"] for example in records["validation"]])
+    np.testing.assert_array_equal(held_out, np.asarray(model.encode(pixels["validation"])))
+    manifest = run.manifest(STAGE)
+    assert manifest["counts"] == {"train": 20 * count, "validation": 9}
+    every = np.stack([example["codes"] for some in records.values() for example in some])
+    _, counts = np.unique(every, return_counts=True)
+    share = counts / counts.sum()
+    assert manifest["perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()))
+    assert manifest["codes_used"] == len(counts)
 
 
 def parts(run):
@@ -176,7 +218,7 @@ def test_an_empty_shard(run):
     # Of a shard of images none of which could be decoded.
     run.begin(STAGE)
     shard = Shard("codes", "train", 2, 3)
-    _, report = encode_shard(str(run.root), ImageShard(shard, 20, 20, 29))
+    _, report = encode_shard(str(run.root), ImageShard(shard, 20, 20, "flip", 29))
     assert report.records == 0 and np.sum(report.facts["code_counts"]) == 0
 
 

@@ -24,7 +24,7 @@ def _keys(listing, split):
 def test_subfolders_are_classes(tmp_path):
     _fill(tmp_path, ["dog/1.png", "cat/deep/2.JPG", "cat/3.webp", "ant/4.tiff"])
     listing = _list(tmp_path, validation_share=0)
-    assert listing.label_names == ("ant", "cat", "dog")
+    assert listing.labels == (("ant", "cat", "dog"), "classes")
     assert dict(listing.splits["train"]) == {
         "ant/4.tiff": 0,
         "cat/3.webp": 1,
@@ -37,8 +37,19 @@ def test_subfolders_are_classes(tmp_path):
 def test_flat_folder_has_no_labels(tmp_path):
     _fill(tmp_path, ["1.png", "2.Jpeg"])
     listing = _list(tmp_path, validation_share=0)
-    assert listing.label_names == ()
+    assert listing.labels == ((), "classes")
     assert dict(listing.splits["train"]) == {"1.png": folder.NO_LABEL, "2.Jpeg": folder.NO_LABEL}
+
+
+def test_a_table_of_attributes(tmp_path):
+    _fill(tmp_path, ["1.png", "deep/2.png"])
+    (tmp_path / "attributes.csv").write_text("path,young,hat\n1.png,1,0\ndeep/2.png,1,1\n3.png,0,0")
+    listing = _list(tmp_path, validation_share=0)
+    assert listing.labels == (("young", "hat"), "attributes")
+    assert dict(listing.splits["train"]) == {"1.png": (1, 0), "deep/2.png": (1, 1)}
+    _fill(tmp_path, ["4.png"])
+    with pytest.raises(VqbeamError, match="attributes.csv has no row for '4.png'; add one"):
+        _list(tmp_path)
 
 
 def test_only_visible_images_count(tmp_path):

@@ -73,7 +73,7 @@ def test_codes_of_several_levels(tmp_path):
     measures = dict(mse=1, psnr=48, reconstruction=0.1, perplexity=5, codes_used=0.5)
     history = [{"loss": 1, "val_loss": 1}]
     for stage, facts in {
-        "prepare": dict(counts=counts, label_names=[], failed=0),
+        "prepare": dict(counts=counts, label_names=["a", "b"], label_kind="attributes", failed=0),
         "train-vqvae": dict(parameters=9, measures=measures, history=history),
         "encode": dict(counts=counts, perplexity=[6.3, 8.8], codes_used=[7, 10]),
     }.items():
@@ -87,6 +87,7 @@ def test_codes_of_several_levels(tmp_path):
         "codebook use, level 0: perplexity 6, 7 of 12 codes",
         "codebook use, level 1: perplexity 9, 10 of 12 codes",
     ]
+    assert "  2 attributes" in lines
 
 
 def test_a_run_that_was_only_started(tmp_path):

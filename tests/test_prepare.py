@@ -126,6 +126,25 @@ def test_statistics_in_numpy(prepared):
     assert statistics["images_per_label"] == per_label
 
 
+def test_attributes(tmp_path):
+    keys = sorted(write_images(tmp_path / "source", 12))
+    values = {key: (i % 2, int(i > 3), 0) for i, key in enumerate(keys)}
+    rows = [",".join(map(str, (key, *row))) for key, row in values.items()]
+    (tmp_path / "source" / "attributes.csv").write_text("\n".join(["path,young,hat,old", *rows]))
+    run = start(tmp_path / "run", f"folder:{tmp_path / 'source'}")
+    do_stage(run)
+    records, manifest = read_records(run.folder(STAGE)), run.manifest(STAGE)
+    found = {e["key"].decode(): e["attributes"] for some in records.values() for e in some}
+    assert {key: tuple(row.tolist()) for key, row in found.items()} == values
+    assert (manifest["label_names"], manifest["label_kind"]) == (
+        ["young", "hat", "old"],
+        "attributes",
+    )
+    # Images of the training split that have each; none is old.
+    sums = np.sum([example["attributes"].astype(int) for example in records["train"]], axis=0)
+    assert manifest["statistics"]["images_per_label"] == {"0": sums[0], "1": sums[1]}
+
+
 def test_nothing_else_is_left(prepared):
     found = {path.name for path in prepared.folder(STAGE).iterdir()}
     assert found == {*prepared.manifest(STAGE)["outputs"], "manifest.json"}

@@ -19,6 +19,7 @@ from vqvae.layout import code_layout
 from vqvae.run_folder import RunFolder
 from vqvae.training import MODEL_FILE, load_vqvae
 
+LABELS = records.Labels(("a", "b", "c"))
 COUNTS = {"train": 30, "validation": 11}
 SETTINGS = {
     "prior.layers": 1,
@@ -35,8 +36,11 @@ SETTINGS = {
 }
 
 
-def encoded_run(path, config, labels=("a", "b", "c")):
-    """A run with finished stages up to `encode`; returns it with its codes and labels by split."""
+def encoded_run(path, config, labels=("a", "b", "c"), kind="classes"):
+    """A run with finished stages up to `encode`; returns it with its codes and labels by split.
+
+    An image has one class, or of attributes the one of this number and the first.
+    """
     run = RunFolder(path)
     run.start(config)
     for stage in ("prepare", "train-vqvae", "encode"):
@@ -44,7 +48,7 @@ def encoded_run(path, config, labels=("a", "b", "c")):
         if stage != "encode":
             run.finish(stage, [])
     layout = code_layout(config)
-    features = records.code_features(layout, labels)
+    features = records.code_features(layout, records.Labels(tuple(labels), kind))
     numbers = np.random.default_rng(0)
     splits, files, content = {}, [], {}
     for split, count in COUNTS.items():
@@ -52,10 +56,14 @@ def encoded_run(path, config, labels=("a", "b", "c")):
         codes = numbers.integers(0, layout.num_codes, (count, *layout.shape)).astype("uint16")
         # One code follows from the class, so that there is something to learn.
         codes.reshape(count, -1)[:, 0] = kinds + 1
-        content[split] = {"codes": codes.astype("int32"), "labels": kinds.astype("int32")}
+        given, name = kinds, "label"
+        if kind == "attributes":
+            given, name = np.eye(len(labels), dtype="uint8")[kinds], "attributes"
+            given[:, 0] = 1
+        content[split] = {"codes": codes.astype("int32"), "labels": given.astype("int32")}
         examples = [
-            {"codes": of_image, "key": str(i)} | ({"label": int(kind)} if labels else {})
-            for i, (of_image, kind) in enumerate(zip(codes, kinds, strict=True))
+            {"codes": of_image, "key": str(i)} | ({name: label} if labels else {})
+            for i, (of_image, label) in enumerate(zip(codes, given, strict=True))
         ]
         file = run.folder("encode") / records.Shard("codes", split, 0, 1).filename
         size = records.write_shard(file, [records.serialize(features, e) for e in examples])
@@ -68,7 +76,7 @@ def encoded_run(path, config, labels=("a", "b", "c")):
         version=records.CODES_VERSION,
         description="Noise.",
     )
-    run.finish("encode", files, counts=COUNTS, label_names=list(labels))
+    run.finish("encode", files, counts=COUNTS, label_names=list(labels), label_kind=kind)
     return run, content
 
 
@@ -147,7 +155,7 @@ def test_codes_of_several_levels(tmp_path, config, settings, shape):
 
 
 def test_an_untrained_prior_knows_nothing(config):
-    model = build_prior(config, num_labels=3)
+    model = build_prior(config, LABELS)
     model.compile("sgd")
     inputs = {"codes": np.zeros((2, 2, 2), "int32"), "labels": np.zeros(2, "int32")}
 
@@ -250,7 +258,7 @@ def batches(run, config, model, count, first_step=0):
 def test_a_share_of_the_labels_is_dropped(trained, config):
     run, content, _ = trained
     config = override(config, {"prior.label_dropout": 0.25})
-    model = build_prior(config, num_labels=3)
+    model = build_prior(config, LABELS)
     drawn = batches(run, config, model, 300)
     labels = np.concatenate([batch["labels"] for batch in drawn])
     dropped = labels == model.null_label
@@ -270,7 +278,7 @@ def test_a_share_of_the_labels_is_dropped(trained, config):
 def test_no_label_is_dropped_at_zero_and_in_validation(trained, config):
     run, content, _ = trained
     config = override(config, {"prior.label_dropout": 0.0})
-    model = build_prior(config, num_labels=3)
+    model = build_prior(config, LABELS)
     labels = np.concatenate([batch["labels"] for batch in batches(run, config, model, 30)])
     assert set(labels) == {0, 1, 2}
     found = list(training._validation(run, config).as_numpy_iterator())
@@ -283,6 +291,26 @@ def test_without_classes(tmp_path, config):
     run, _ = encoded_run(tmp_path / "run", override(config, {"prior.steps": 2}), labels=())
     manifest = train_prior(str(run.root))
     assert manifest["label_names"] == [] and load_prior(run).num_labels == 0
+
+
+def test_with_attributes(tmp_path, config):
+    config = override(config, {"prior.steps": 2, "prior.label_dropout": 0.5})
+    run, content = encoded_run(tmp_path / "run", config, kind="attributes")
+    manifest = train_prior(str(run.root))
+    assert (manifest["label_names"], manifest["label_kind"]) == (["a", "b", "c"], "attributes")
+    model = load_prior(run)
+    assert (model.num_labels, model.conditioning) == (3, "attributes")
+    assert_measures((run, content, manifest), length=4)
+    drawn = batches(run, config, model, 100)
+    labels = np.concatenate([batch["labels"] for batch in drawn])
+    dropped = (labels == -1).all(axis=1)
+    # All of them or none.
+    assert (labels[~dropped] >= 0).all() and labels.shape == (400, 3)
+    assert abs(dropped.mean() - 0.5) < 5 * math.sqrt(0.25 / 400)
+    corner = np.concatenate([batch["codes"] for batch in drawn])[~dropped, 0, 0]
+    np.testing.assert_array_equal(
+        labels[~dropped][:, 1:].argmax(1)[corner > 1] + 2, corner[corner > 1]
+    )
 
 
 def test_needs_codes(tmp_path, config):

@@ -12,12 +12,14 @@ from configs import VqbeamError
 from vqvae.layout import CodeLayout
 from vqvae.records import (
     CODES_VERSION,
+    Labels,
     Shard,
     code_dtype,
     code_features,
     damaged_records,
     image_features,
-    label_names,
+    label_of,
+    labels_of,
     open_dataset,
     read_split,
     serialize,
@@ -25,6 +27,8 @@ from vqvae.records import (
     write_metadata,
     write_shard,
 )
+
+ABC = Labels(("a", "b", "c"))
 
 
 def write_dataset(folder, features, examples, per_shard=4):
@@ -57,7 +61,7 @@ def code_examples(count, shape=(2, 3), num_codes=500, label=True):
 
 @pytest.fixture
 def codes(tmp_path):
-    features = code_features(CodeLayout(500, ((2, 3),)), ["a", "b", "c"])
+    features = code_features(CodeLayout(500, ((2, 3),)), ABC)
     examples = {"train": code_examples(10), "validation": code_examples(3)}
     return (*write_dataset(tmp_path / "codes", features, examples), examples)
 
@@ -71,16 +75,42 @@ def test_images_round_trip(tmp_path, names, channels):
         {"image": image, "key": f"ordner/bild {i}.png"} | ({"label": i % 2} if names else {})
         for i, image in enumerate(images)
     ]
-    features = image_features(shape, names)
+    features = image_features(shape, Labels(names))
     folder, _ = write_dataset(tmp_path / "images", features, {"train": examples})
     builder = tfds.builder_from_directory(os.fspath(folder))
     assert builder.info.splits["train"].num_examples == 9
-    assert label_names(builder) == names
+    assert labels_of(builder) == (names, "classes")
     for i, found in enumerate(tfds.as_numpy(builder.as_dataset(split="train"))):
         np.testing.assert_array_equal(found["image"], images[i])
         assert found["image"].dtype == np.uint8
         assert found["key"].decode() == f"ordner/bild {i}.png"
         assert ("label" in found) == bool(names) and found.get("label", i % 2) == i % 2
+
+
+@pytest.mark.parametrize("content", ["image", "codes"])
+def test_attributes_round_trip(tmp_path, content):
+    labels = Labels(("with, comma", "größe", "c"), "attributes")
+    values = np.random.default_rng(0).integers(0, 2, (5, 3), np.uint8)
+    if content == "image":
+        features, some = image_features((4, 4, 1), labels), np.zeros((4, 4, 1), np.uint8)
+    else:
+        features, some = code_features(CodeLayout(9, ((2, 2),)), labels), np.zeros((2, 2), "uint16")
+    examples = [{content: some, "key": "k", "attributes": row} for row in values]
+    folder, _ = write_dataset(tmp_path / "set", features, {"train": examples})
+    builder = open_dataset(folder)
+    assert labels_of(builder) == labels
+    found = list(read_split(builder, "train").as_numpy_iterator())
+    assert all(set(example) == {content, "key", "attributes"} for example in found)
+    stacked = np.stack([example["attributes"] for example in found])
+    assert stacked.dtype == np.uint8
+    np.testing.assert_array_equal(stacked, values)
+
+
+def test_the_label_of_an_example():
+    assert label_of({"label": tf.constant(4, tf.int64)}).numpy() == 4
+    assert label_of({"key": "k"}).numpy() == -1
+    attributes = label_of({"attributes": tf.constant([0, 1], tf.uint8)})
+    assert attributes.dtype == tf.int32 and attributes.numpy().tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("names", [(), ("a", "b", "c")])
@@ -90,7 +120,7 @@ def test_images_round_trip(tmp_path, names, channels):
 def test_codes_round_trip(tmp_path, names, num_codes, dtype):
     examples = code_examples(6, num_codes=num_codes, label=bool(names))
     examples[0]["codes"][:] = num_codes - 1  # the largest must fit
-    features = code_features(CodeLayout(num_codes, ((2, 3),)), names)
+    features = code_features(CodeLayout(num_codes, ((2, 3),)), Labels(names))
     folder, _ = write_dataset(tmp_path / "codes", features, {"validation": examples})
     builder = open_dataset(folder)
     assert builder.info.features["codes"].np_dtype == dtype == np.dtype(code_dtype(num_codes))
@@ -108,7 +138,7 @@ def test_codes_round_trip(tmp_path, names, num_codes, dtype):
 )
 def test_codes_of_several_levels_round_trip(tmp_path, layout):
     examples = code_examples(3, shape=layout.shape)
-    features = code_features(layout, ["a", "b", "c"])
+    features = code_features(layout, ABC)
     folder, _ = write_dataset(tmp_path / "codes", features, {"train": examples})
     builder = open_dataset(folder)
     assert builder.info.features["codes"].shape == layout.shape
@@ -147,8 +177,8 @@ SERIALIZE = """
 import hashlib
 import numpy as np
 from vqvae.layout import CodeLayout
-from vqvae.records import code_features, serialize
-features = code_features(CodeLayout(9, ((2, 2),)), ["a", "b"])
+from vqvae.records import Labels, code_features, serialize
+features = code_features(CodeLayout(9, ((2, 2),)), Labels(("a", "b")))
 codes = np.arange(4, dtype="uint16").reshape(2, 2)
 for order in [("codes", "key", "label"), ("label", "key", "codes")]:
     values = {"codes": codes, "key": "k", "label": 1}

@@ -143,6 +143,23 @@ def test_codes_follow_their_uniform_numbers(any_sampler, schedule):
     np.testing.assert_array_equal(codes.reshape(8, -1), drawn_from(logits / 0.7))
 
 
+def test_attributes_are_guided_towards():
+    sampler = Sampler(build(num_labels=3, conditioning="attributes"), batch_size=8)
+    attributes = np.arange(8)[:, None] >> np.arange(3) & 1
+    codes = sampler(attributes, seed=1, guidance=2.0)
+    with_class, without = (
+        whole_logits(sampler.model, codes, labels).astype("float64")
+        for labels in (attributes, np.full((8, 3), -1))
+    )
+    logits = without + 2 * (with_class - without)
+    np.testing.assert_array_equal(codes.reshape(8, -1), drawn_from(logits))
+    # The last batch is padded.
+    np.testing.assert_array_equal(sampler(attributes[:3], seed=1, guidance=2.0), codes[:3])
+    for wrong in ([0], [[0, 1]], [[0, 1, 2]]):
+        with pytest.raises(VqbeamError, match="the prior knows 3 attributes; give each image a 0"):
+            sampler(wrong, seed=1)
+
+
 def drawn_from(logits):
     """The codes of seed 1 for logits [8, T, K], in double precision."""
     probabilities = np.exp(logits - logits.max(-1, keepdims=True))

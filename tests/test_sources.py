@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from pipeline_fixtures import CLASSES, small_config, write_images, write_tfds
+from pipeline_fixtures import CLASSES, SIDE, small_config, write_images, write_tfds
 
 from configs import VqbeamError
 from pipelines.glyphs import LETTERS, Glyphs, draw_glyph
@@ -41,7 +41,7 @@ def test_the_units_of_a_folder_hold_each_file_once(folder):
     for _, key, label, content in images:
         assert content == files[key]
         assert CLASSES[label] == key.partition("/")[0]
-    assert {unit.label_names for unit in units} == {CLASSES}
+    assert {unit.labels for unit in units} == {(CLASSES, "classes")}
     assert {unit.total for unit in units} == {25}
     for split in ("train", "validation"):
         of_split = [unit for unit in units if unit.shard.split == split]
@@ -67,10 +67,33 @@ def test_a_folder_in_the_home_directory(folder, monkeypatch):
     assert len(read_all(data("folder:~/pictures"))) == 25
 
 
+def test_a_folder_with_attributes(tmp_path):
+    keys = sorted(write_images(tmp_path, 6))
+    rows = [f"{key},{i % 2},{i // 2 % 2}" for i, key in enumerate(keys)]
+    (tmp_path / "attributes.csv").write_text("\n".join(["path,young,hat", *rows]))
+    settings = data(f"folder:{tmp_path}")
+    assert {unit.labels for unit in plan(settings)} == {(("young", "hat"), "attributes")}
+    found = {key: label for _, key, label, _ in read_all(settings)}
+    assert found == {key: (i % 2, i // 2 % 2) for i, key in enumerate(keys)}
+
+
+@pytest.mark.parametrize("kind", ["flags", "list"])
+def test_attributes_of_tfds(tmp_path, kind):
+    names = ("b", "a", "c")
+    splits = {"train": 8, "test": 2}
+    write_tfds(tmp_path, "faces", "1.0.0", (SIDE, SIDE, 3), splits, names, kind=kind)
+    settings = data("tfds:faces", data_dir=str(tmp_path))
+    ((found, of),) = {unit.labels for unit in plan(settings)}
+    assert of == "attributes" and sorted(found) == ["a", "b", "c"]
+    for split, count in (("train", 8), ("validation", 2)):
+        labels = [label for of_split, _, label, _ in read_all(settings) if of_split == split]
+        assert labels == [tuple(i >> names.index(n) & 1 for n in found) for i in range(count)]
+
+
 def test_a_folder_without_classes(tmp_path):
     write_images(tmp_path, 6, classes=())
     units = plan(data(f"folder:{tmp_path}"))
-    assert {unit.label_names for unit in units} == {()}
+    assert {unit.labels for unit in units} == {((), "classes")}
     assert {label for _, _, label, _ in read_all(data(f"folder:{tmp_path}"))} == {-1}
 
 
@@ -119,7 +142,7 @@ def test_glyphs_are_prepared_once_and_read_whole(few_glyphs, capsys):
     for (image, label), (expected, letter) in zip(found, drawn, strict=True):
         np.testing.assert_array_equal(image, expected)
         assert label == letter
-    assert plan(few_glyphs)[0].label_names == tuple(LETTERS)
+    assert plan(few_glyphs)[0].labels.names == tuple(LETTERS)
 
 
 @pytest.fixture

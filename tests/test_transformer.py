@@ -104,6 +104,39 @@ def test_missing_label_is_the_null_class():
     np.testing.assert_array_equal(missing, null)
 
 
+def test_the_token_of_attributes_in_numpy():
+    model = build(conditioning="attributes", num_labels=3)
+    table = ops.convert_to_numpy(model.label_embedding.embeddings.value)
+    assert len(np.unique(table, axis=0)) == len(table) == 5
+    attributes = np.array([[0, 0, 0], [1, 0, 1], [0, 1, 0], [-1, -1, -1]])
+    *of_each, null, shared = table
+    expected = [shared, of_each[0] + of_each[2] + shared, of_each[1] + shared, null]
+    found = ops.convert_to_numpy(model.embed_labels(attributes))
+    assert found.shape == (4, 1, 16)
+    np.testing.assert_allclose(found[:, 0], expected, atol=1e-6)
+    assert model.null_label == -1
+    first = logits(model, {"codes": np.zeros((4, *GRID), "int32"), "labels": attributes})[:, 0]
+    assert len(np.unique(first.round(4), axis=0)) == 4
+
+
+def test_attributes_are_learned_and_stored(tmp_path):
+    model = compiled(build(False, conditioning="attributes", num_labels=3), 3e-2)
+    inputs = examples(64)
+    # The first code follows from which attributes are on.
+    inputs["labels"] = np.random.default_rng(0).integers(2, size=(64, 3), dtype="int32")
+    inputs["codes"][:] = (inputs["labels"] @ [1, 2, 4])[:, None, None]
+    import tensorflow as tf
+
+    data = tf.data.Dataset.from_tensor_slices(inputs).batch(16)
+    model.fit(data.repeat(15), verbose=0, shuffle=False)
+    found = logits(model, inputs)[:, 0].argmax(-1)
+    np.testing.assert_array_equal(found, inputs["codes"][:, 0, 0])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.get_config() == model.get_config()
+    np.testing.assert_array_equal(logits(loaded, inputs), logits(model, inputs))
+
+
 @pytest.mark.parametrize(
     ("layout", "kv_heads"),
     [*((layout, 0) for layout in LAYOUTS), (CodeLayout(K, ((1, 1),)), 0), (DEEP, 1), (FLAT, 2)],

@@ -32,6 +32,7 @@ from prior.training import build_prior, load_prior, train_prior  # noqa: E402
 from vqvae.building import build_model  # noqa: E402
 from vqvae.devices import data_parallel, device_count  # noqa: E402
 from vqvae.optimizers import build_optimizer  # noqa: E402
+from vqvae.records import Labels  # noqa: E402
 from vqvae.training import load_vqvae, train_vqvae  # noqa: E402
 
 STEPS, BATCH = 4, 8
@@ -132,7 +133,7 @@ def trained_prior(parts, scope):
     codes[BATCH // 2 :: BATCH] = 1  # unlike halves
     inputs = {"codes": codes, "labels": codes[:, 0, 0] % 3}
     with scope:
-        model = build_prior(config, num_labels=3)
+        model = build_prior(config, Labels(("a", "b", "c")))
         start = [array(weight) for weight in model.weights]
         model.parts = parts
         model.compile(build_prior_optimizer(settings))
@@ -154,8 +155,9 @@ def check_the_prior_of_two_devices_is_as_good_as_that_of_one(parts):
 
 
 def check_the_whole_stage_of_the_prior(folder):
-    config = override(_config(vqvae__num_codes=9), {"prior.layers": 1, "prior.width": 16})
-    config = override(config, {"prior.heads": 2, "prior.batch_size": 4, "prior.steps_per_epoch": 2})
+    small = {"layers": 1, "width": 16, "heads": 2, "batch_size": 4, "steps_per_epoch": 2}
+    small = {f"prior.{name}": value for name, value in small.items()}
+    config = override(_config(vqvae__num_codes=9), small)
     run = stateful_run(folder / "prior", config)
     manifest = train_prior(str(run.root))
     assert np.isfinite(list(manifest["measures"].values())).all()

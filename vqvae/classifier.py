@@ -60,6 +60,8 @@ def label_obstacle(prepared: dict) -> str | None:
     Args:
         prepared: The manifest of the prepare stage.
     """
+    if prepared.get("label_kind") == "attributes":
+        return "attributes are no classes for the classifier to learn"
     few = len(prepared["label_names"]) < 2
     return "no classes for the classifier to learn" if few else None
 

@@ -10,7 +10,7 @@ from vqvae.classifier import label_obstacle, load_classifier
 from vqvae.features import compiled, feature_extractor
 from vqvae.frechet import Gaussian, Moments, frechet_distance
 from vqvae.manifolds import NEIGHBOURS, Manifold, precision_recall
-from vqvae.records import damaged_records, label_names, open_dataset, read_split
+from vqvae.records import damaged_records, label_of, open_dataset, read_split
 from vqvae.run_folder import RunFolder
 
 _BATCH_SIZE = 256
@@ -72,11 +72,9 @@ class Yardstick:
         size = builder.info.splits[split].num_examples
         chosen = np.zeros(size, bool)
         chosen[np.random.default_rng(self.seed).permutation(size)[: self.num]] = True
-        labelled = bool(label_names(builder))
 
         def pair(_, example):
-            label = tf.cast(example["label"], tf.int32) if labelled else tf.constant(-1)
-            return example["image"], label
+            return example["image"], label_of(example)
 
         examples = read_split(builder, split).enumerate()
         examples = examples.filter(lambda index, _: tf.constant(chosen)[index]).map(pair)

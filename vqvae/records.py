@@ -2,14 +2,17 @@
 
 Written by `pipelines`, read by training: the only description of either format is here.
 
-    images: image uint8 [H, W, C] as PNG, key string, and label where the source has classes
+    images: image uint8 [H, W, C] as PNG, key string, and where the source has classes, label, or
+            where it has attributes, attributes uint8 [A] of zeros and ones
     codes:  codes uint16 or uint32 [h, w], [h, w, depth] where each position has several, or [T]
-            where there are several grids (vqvae/layout.py); key string, and label likewise
+            where there are several grids (vqvae/layout.py); key string, and labels likewise
 
-`key` names an image in its source: TFDS's id of the example, or the path below the folder.
+`key` names an image in its source: TFDS's id of the example, or the path below the folder. Codes of
+a variant of an image (vqvae/variants.py) have its name behind the key: `a/1.png#flip`.
 """
 
 import contextlib
+import json
 import os
 import uuid
 from collections.abc import Iterable, Sequence
@@ -42,16 +45,34 @@ class Shard(NamedTuple):
         return f"{self.dataset}-{self.split}.tfrecord-{self.index:05d}-of-{self.count:05d}"
 
 
-def image_features(image_shape: Sequence[int], label_names: Sequence[str]) -> Any:
+class Labels(NamedTuple):
+    """What the images of a dataset are labelled with.
+
+    Attributes:
+        names: Of the classes or of the attributes; empty where there are neither.
+        kind: "classes", of which each image has one, or "attributes", of which it has any number.
+    """
+
+    names: tuple[str, ...] = ()
+    kind: str = "classes"
+
+    @classmethod
+    def of(cls, manifest: dict[str, Any]) -> "Labels":
+        """Returns what the images of a stage are labelled with, by its manifest."""
+        # Manifests from before there were attributes do not say which kind it is.
+        return cls(tuple(manifest["label_names"]), manifest.get("label_kind", "classes"))
+
+
+def image_features(image_shape: Sequence[int], labels: Labels) -> Any:
     """Returns the TFDS features of an image record; no names, no label."""
     image = tfds.features.Image(shape=tuple(image_shape), dtype=np.uint8, encoding_format="png")
-    return _features({"image": image}, label_names)
+    return _features({"image": image}, labels)
 
 
-def code_features(layout: CodeLayout, label_names: Sequence[str]) -> Any:
+def code_features(layout: CodeLayout, labels: Labels) -> Any:
     """Returns the TFDS features of a code record, in the smallest dtype that holds K codes."""
     tensor = tfds.features.Tensor(shape=layout.shape, dtype=code_dtype(layout.num_codes))
-    return _features({"codes": tensor}, label_names)
+    return _features({"codes": tensor}, labels)
 
 
 def code_dtype(num_codes: int) -> type[np.unsignedinteger]:
@@ -59,9 +80,16 @@ def code_dtype(num_codes: int) -> type[np.unsignedinteger]:
     return np.uint16 if num_codes <= 2**16 else np.uint32
 
 
-def _features(content: dict[str, Any], label_names: Sequence[str]) -> Any:
-    if label_names:
-        content["label"] = tfds.features.ClassLabel(names=list(label_names))
+def _features(content: dict[str, Any], labels: Labels) -> Any:
+    names = list(labels.names)
+    if names and labels.kind == "attributes":
+        # A tensor has no place for names but its description.
+        description = tfds.features.Documentation(desc=json.dumps(names, ensure_ascii=False))
+        content["attributes"] = tfds.features.Tensor(
+            shape=(len(names),), dtype=np.uint8, doc=description
+        )
+    elif names:
+        content["label"] = tfds.features.ClassLabel(names=names)
     return tfds.features.FeaturesDict({**content, "key": tfds.features.Text()})
 
 
@@ -144,10 +172,24 @@ def open_dataset(folder: epath.Path) -> Any:
     return tfds.builder_from_directory(os.fspath(folder))
 
 
-def label_names(builder: Any) -> tuple[str, ...]:
-    """Returns the class names of a dataset; empty where it has no classes."""
+def labels_of(builder: Any) -> Labels:
+    """Returns what the images or codes of a dataset are labelled with."""
     features = builder.info.features
-    return tuple(features["label"].names) if "label" in features else ()
+    if "attributes" in features:
+        return Labels(tuple(json.loads(features["attributes"].doc.desc)), "attributes")
+    return Labels(tuple(features["label"].names)) if "label" in features else Labels()
+
+
+def label_of(example: dict[str, Any]):
+    """Returns the label of an example inside tf.data.
+
+    Returns:
+        An int32 tensor: the class, −1 where there are no classes; or [A], 1 for each attribute that
+        is on, else 0.
+    """
+    if "attributes" in example:
+        return tf.cast(example["attributes"], tf.int32)
+    return tf.cast(example["label"], tf.int32) if "label" in example else tf.constant(-1)
 
 
 def read_split(builder: Any, split: str, *, first: int = 0, last: int | None = None):

@@ -1,0 +1,61 @@
+import pytest
+
+from configs import VqbeamError
+from pipelines.labels import label_name, label_number, label_rows, parse_label
+from vqvae.records import Labels
+
+NAMES = ("Banana", "apple", "cherry")
+
+
+def test_names_numbers_and_case_in_turn():
+    assert label_rows(["cherry", "0", "APPLE", "banana"], Labels(NAMES), 6).tolist() == [
+        2,
+        0,
+        1,
+        0,
+        2,
+        0,
+    ]
+
+
+def test_a_name_goes_before_its_like_in_another_case():
+    numbers = label_rows(["a", "A", "0", "1", "3"], Labels(("A", "a", "1", "0")), 5)
+    assert numbers.tolist() == [1, 0, 3, 2, 3]
+
+
+def test_all_classes_or_none():
+    assert label_rows(None, Labels(NAMES), 4).tolist() == [0, 1, 2, 0]
+    assert label_rows(None, Labels(), 2).tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("label", ["melon", "3", "-1", "²", "1.0"])
+def test_unknown_label(label):
+    with pytest.raises(VqbeamError) as caught:
+        label_number(label, NAMES)
+    assert str(caught.value) == f"the run has no label {label!r}; it has Banana, apple, cherry"
+
+
+def test_many_classes_are_not_all_listed():
+    with pytest.raises(VqbeamError, match="it has 0, 1, .*, 29, …$"):
+        label_number("x", [str(number) for number in range(31)])
+
+
+def test_no_classes():
+    with pytest.raises(
+        VqbeamError, match="label 'apple' was asked for, but the run has no classes"
+    ):
+        label_rows(["apple"], Labels(), 2)
+
+
+FACES = Labels(("Young", "Smiling", "Hat, red"), "attributes")
+
+
+def test_attributes_of_an_image_are_joined_by_commas():
+    rows = label_rows(["young,Smiling", "1", "Hat, red", "smiling, young"], FACES, 5)
+    assert rows.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 1, 0]]
+    assert label_name(rows[0], FACES) == "Young,Smiling"
+    # Each alone, in turn.
+    assert label_rows(None, FACES, 4).tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]]
+    assert parse_label(None, FACES) == (-1, -1, -1)
+    with pytest.raises(VqbeamError, match="has no label 'old'; it has Young, Smiling, Hat, red"):
+        parse_label("young,old", FACES)

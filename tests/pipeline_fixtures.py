@@ -33,6 +33,7 @@ def small_config(source, **changes):
         "prior.steps": 4,
         "prior.steps_per_epoch": 2,
         "prior.warmup_steps": 1,
+        "prior.pictures": 0,  # a sampler takes seconds to compile
         "sample.num": 7,
         "sample.batch_size": 3,
     }

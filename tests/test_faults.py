@@ -48,6 +48,9 @@ def place(tmp_path_factory):
         vqvae__steps=24,
         prior__steps=24,
         prior__dropout=0.1,
+        prior__weight_ema=0.7,
+        prior__grad_accumulation=2,
+        prior__early_stopping=12,
     )
     return folder, config, write_preset(folder / "preset.py", config)
 

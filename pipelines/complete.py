@@ -24,8 +24,8 @@ from pipelines.sampling_defaults import changed_defaults
 from prior.training import load_prior
 from vqvae.compilation import compile_function
 from vqvae.figures import label_figure, picture, save_png
+from vqvae.labels import Labels
 from vqvae.model import VQVAE
-from vqvae.records import Labels
 from vqvae.run_folder import RunFolder
 from vqvae.training import load_vqvae
 

@@ -8,7 +8,7 @@ from etils import epath
 
 from configs import VqbeamError
 from pipelines.attributes import FILE, read_attributes
-from vqvae.records import Labels
+from vqvae.labels import Labels
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 

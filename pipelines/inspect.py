@@ -5,8 +5,8 @@ import datetime
 from etils import epath
 
 from configs import VqbeamError, VQVAEConfig
+from vqvae.labels import Labels
 from vqvae.layout import CodeLayout, code_layout
-from vqvae.records import Labels
 from vqvae.run_folder import MANIFEST, STAGES, RunFolder
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from configs import VqbeamError
-from vqvae.records import Labels
+from vqvae.labels import Labels
 
 # As records have it: the number of a class, or a 0 or 1 for each attribute; −1 for none.
 Label = int | tuple[int, ...]

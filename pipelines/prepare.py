@@ -20,7 +20,8 @@ from pipelines.shards import (
     write_shard_once,
 )
 from pipelines.sources import RawImage, Unit, plan, read_unit
-from vqvae.records import IMAGES_VERSION, Labels, image_features, serialize
+from vqvae.labels import Labels
+from vqvae.records import IMAGES_VERSION, image_features, serialize
 from vqvae.run_folder import RunFolder, write_bytes
 
 STAGE = "prepare"

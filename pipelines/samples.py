@@ -14,9 +14,9 @@ from prior.sampler import Sampler, sampler_arguments
 from prior.training import load_prior
 from prior.transformer import CodePrior
 from vqvae.compilation import compile_function
+from vqvae.labels import Labels
 from vqvae.model import VQVAE
 from vqvae.progress import progress_bar
-from vqvae.records import Labels
 from vqvae.run_folder import RunFolder
 from vqvae.training import load_vqvae
 

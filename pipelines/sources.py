@@ -11,7 +11,8 @@ from etils import epath
 
 from configs import DataConfig, VqbeamError
 from pipelines.folder import list_folder
-from vqvae.records import Labels, Shard, damaged_records
+from vqvae.labels import Labels
+from vqvae.records import Shard, damaged_records
 
 DATASET = "images"
 

@@ -11,16 +11,10 @@ from prior.pictures import Pictures
 from prior.transformer import CodePrior
 from vqvae.devices import data_parallel, device_count
 from vqvae.fitting import fit, load_model, save_model
+from vqvae.labels import Labels, label_of
 from vqvae.layout import CodeLayout, code_layout
 from vqvae.optimizers import AdamW, optimizer_options
-from vqvae.records import (
-    Labels,
-    damaged_records,
-    label_of,
-    open_dataset,
-    read_split,
-    training_batches,
-)
+from vqvae.records import damaged_records, open_dataset, read_split, training_batches
 from vqvae.run_folder import RunFolder
 from vqvae.training import MODEL_FILE, check_fits, load_vqvae
 

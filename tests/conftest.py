@@ -36,13 +36,14 @@ def _prepared_run(path, config, *, train=20, validation=10, labels=("a", "b"), k
     """
     # Here, so that tests of the command line alone import no TensorFlow.
     from vqvae import records
+    from vqvae.labels import Labels
     from vqvae.run_folder import RunFolder
 
     run = RunFolder(path)
     run.start(config)
     run.begin("prepare")
     folder = run.folder("prepare")
-    features = records.image_features(config.image_shape, records.Labels(tuple(labels), kind))
+    features = records.image_features(config.image_shape, Labels(tuple(labels), kind))
     numbers = np.random.default_rng(0)
 
     def label(i):

@@ -9,8 +9,8 @@ from PIL import Image
 from pipeline_fixtures import small_config, write_images
 
 from pipelines import cli
-from pipelines.arguments import STAGES
 from pipelines.run import run_stages
+from pipelines.stage_arguments import STAGES
 from vqvae.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow

@@ -2,7 +2,7 @@ import pytest
 
 from configs import VqbeamError
 from pipelines.labels import label_name, label_number, label_rows, parse_label
-from vqvae.records import Labels
+from vqvae.labels import Labels
 
 NAMES = ("Banana", "apple", "cherry")
 

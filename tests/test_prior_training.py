@@ -15,11 +15,12 @@ from vqvae import records
 from vqvae.building import build_model
 from vqvae.figures import label_figure
 from vqvae.fitting import save_model
+from vqvae.labels import Labels
 from vqvae.layout import code_layout
 from vqvae.run_folder import RunFolder
 from vqvae.training import MODEL_FILE, load_vqvae
 
-LABELS = records.Labels(("a", "b", "c"))
+LABELS = Labels(("a", "b", "c"))
 COUNTS = {"train": 30, "validation": 11}
 SETTINGS = {
     "prior.layers": 1,
@@ -48,7 +49,7 @@ def encoded_run(path, config, labels=("a", "b", "c"), kind="classes"):
         if stage != "encode":
             run.finish(stage, [])
     layout = code_layout(config)
-    features = records.code_features(layout, records.Labels(tuple(labels), kind))
+    features = records.code_features(layout, Labels(tuple(labels), kind))
     numbers = np.random.default_rng(0)
     splits, files, content = {}, [], {}
     for split, count in COUNTS.items():

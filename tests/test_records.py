@@ -9,16 +9,15 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from configs import VqbeamError
+from vqvae.labels import Labels, label_of
 from vqvae.layout import CodeLayout
 from vqvae.records import (
     CODES_VERSION,
-    Labels,
     Shard,
     code_dtype,
     code_features,
     damaged_records,
     image_features,
-    label_of,
     labels_of,
     open_dataset,
     read_split,
@@ -177,7 +176,8 @@ SERIALIZE = """
 import hashlib
 import numpy as np
 from vqvae.layout import CodeLayout
-from vqvae.records import Labels, code_features, serialize
+from vqvae.labels import Labels
+from vqvae.records import code_features, serialize
 features = code_features(CodeLayout(9, ((2, 2),)), Labels(("a", "b")))
 codes = np.arange(4, dtype="uint16").reshape(2, 2)
 for order in [("codes", "key", "label"), ("label", "key", "codes")]:

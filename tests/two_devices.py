@@ -31,8 +31,8 @@ from prior.training import build_optimizer as build_prior_optimizer  # noqa: E40
 from prior.training import build_prior, load_prior, train_prior  # noqa: E402
 from vqvae.building import build_model  # noqa: E402
 from vqvae.devices import data_parallel, device_count  # noqa: E402
+from vqvae.labels import Labels  # noqa: E402
 from vqvae.optimizers import build_optimizer  # noqa: E402
-from vqvae.records import Labels  # noqa: E402
 from vqvae.training import load_vqvae, train_vqvae  # noqa: E402
 
 STEPS, BATCH = 4, 8

@@ -24,6 +24,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from configs import VqbeamError
+from vqvae.labels import Labels
 from vqvae.layout import CodeLayout
 from vqvae.run_folder import MANIFEST
 
@@ -43,24 +44,6 @@ class Shard(NamedTuple):
     def filename(self) -> str:
         """The name by which TFDS finds it."""
         return f"{self.dataset}-{self.split}.tfrecord-{self.index:05d}-of-{self.count:05d}"
-
-
-class Labels(NamedTuple):
-    """What the images of a dataset are labelled with.
-
-    Attributes:
-        names: Of the classes or of the attributes; empty where there are neither.
-        kind: "classes", of which each image has one, or "attributes", of which it has any number.
-    """
-
-    names: tuple[str, ...] = ()
-    kind: str = "classes"
-
-    @classmethod
-    def of(cls, manifest: dict[str, Any]) -> "Labels":
-        """Returns what the images of a stage are labelled with, by its manifest."""
-        # Manifests from before there were attributes do not say which kind it is.
-        return cls(tuple(manifest["label_names"]), manifest.get("label_kind", "classes"))
 
 
 def image_features(image_shape: Sequence[int], labels: Labels) -> Any:
@@ -178,18 +161,6 @@ def labels_of(builder: Any) -> Labels:
     if "attributes" in features:
         return Labels(tuple(json.loads(features["attributes"].doc.desc)), "attributes")
     return Labels(tuple(features["label"].names)) if "label" in features else Labels()
-
-
-def label_of(example: dict[str, Any]):
-    """Returns the label of an example inside tf.data.
-
-    Returns:
-        An int32 tensor: the class, −1 where there are no classes; or [A], 1 for each attribute that
-        is on, else 0.
-    """
-    if "attributes" in example:
-        return tf.cast(example["attributes"], tf.int32)
-    return tf.cast(example["label"], tf.int32) if "label" in example else tf.constant(-1)
 
 
 def read_split(builder: Any, split: str, *, first: int = 0, last: int | None = None):

@@ -1,0 +1,35 @@
+"""What images are labelled with: classes or attributes."""
+
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+
+class Labels(NamedTuple):
+    """What the images of a dataset are labelled with.
+
+    Attributes:
+        names: Of the classes or of the attributes; empty where there are neither.
+        kind: "classes", of which each image has one, or "attributes", of which it has any number.
+    """
+
+    names: tuple[str, ...] = ()
+    kind: str = "classes"
+
+    @classmethod
+    def of(cls, manifest: dict[str, Any]) -> "Labels":
+        """Returns what the images of a stage are labelled with, by its manifest."""
+        # Manifests from before there were attributes do not say which kind it is.
+        return cls(tuple(manifest["label_names"]), manifest.get("label_kind", "classes"))
+
+
+def label_of(example: dict[str, Any]):
+    """Returns the label of an example inside tf.data.
+
+    Returns:
+        An int32 tensor: the class, −1 where there are no classes; or [A], 1 for each attribute that
+        is on, else 0.
+    """
+    if "attributes" in example:
+        return tf.cast(example["attributes"], tf.int32)
+    return tf.cast(example["label"], tf.int32) if "label" in example else tf.constant(-1)

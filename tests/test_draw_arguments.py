@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+from argument_checks import refusal
 
 import configs
 from pipelines.arguments import parse
@@ -14,8 +15,13 @@ def test_sample_unset_is_none():
         "temperature": None,
         "top_k": None,
         "top_p": None,
+        "min_p": None,
         "guidance": None,
+        "guidance_schedule": None,
+        "guidance_start": None,
+        "guidance_end": None,
         "seed": None,
+        "like": None,
         "batch_size": None,
         "output": None,
     }
@@ -23,7 +29,8 @@ def test_sample_unset_is_none():
 
 def test_sample_in_full():
     words = "sample d --num 4 --label A 3 --label=B --temperature 0.5 --top-k 9 --top_p 0.9"
-    words += " --guidance 2 --seed -1 --batch-size 2 --output x.png"
+    words += " --min-p 0.1 --guidance 2 --guidance-schedule interval --guidance-start 0.2"
+    words += " --guidance-end 0.8 --seed -1 --batch-size 2 --like a.png --output x.png"
     assert parse(words.split()).arguments == {
         "run_dir": "d",
         "num": 4,
@@ -31,18 +38,88 @@ def test_sample_in_full():
         "temperature": 0.5,
         "top_k": 9,
         "top_p": 0.9,
+        "min_p": 0.1,
         "guidance": 2.0,
+        "guidance_schedule": "interval",
+        "guidance_start": 0.2,
+        "guidance_end": 0.8,
         "seed": -1,
+        "like": "a.png",
         "batch_size": 2,
         "output": "x.png",
     }
 
 
-def test_sample_has_a_flag_for_every_setting():
-    given = parse(["sample", "d"]).arguments
-    assert {field.name for field in dataclasses.fields(configs.SampleConfig)} < set(given)
+COMPLETE = "complete d --input a.jpg --keep top-half --output c.png".split()
+INTERPOLATE = "interpolate d --from A --to 3 --output i.png".split()
+DRAWING = pytest.mark.parametrize("words", [["sample", "d"], COMPLETE, INTERPOLATE])
 
 
-def test_sample_out_of_range_names_the_flag():
-    with pytest.raises(configs.VqbeamError, match=r"^--top-p is 1.5; it must be at most 1$"):
-        parse(["sample", "d", "--top-p", "1.5"])
+@DRAWING
+def test_there_is_a_flag_for_every_setting(words):
+    names = [field.name for field in dataclasses.fields(configs.SampleConfig)]
+    names.remove("num")
+    given = parse(words).arguments
+    assert {name: given[name] for name in names} == dict.fromkeys(names)
+    given = parse([*words, "--min-p=0.5", "--batch-size=9"]).arguments
+    assert (given["min_p"], given["batch_size"]) == (0.5, 9)
+
+
+@DRAWING
+def test_out_of_range_names_the_flag(words):
+    for flag, value, message in [
+        ("--top-p", "1.5", "^--top-p is 1.5; it must be at most 1$"),
+        ("--min-p", "1", "^--min-p is 1.0; it must be below 1; --top-k 1 is greedy$"),
+        ("--guidance-start", "1", "^--guidance-start is 1.0; it must be below --guidance-end"),
+    ]:
+        with pytest.raises(configs.VqbeamError, match=message):
+            parse([*words, flag, value])
+
+
+def test_complete():
+    expected = {
+        "run_dir": "d",
+        "source": "a.jpg",
+        "keep": "top-half",
+        "num": 4,
+        "label": None,
+        "seed": None,
+        "output": "c.png",
+    }
+    assert expected.items() <= parse(COMPLETE).arguments.items()
+    more = parse([*COMPLETE, "--num", "2", "--label=B", "--seed=3"]).arguments
+    assert (expected | {"num": 2, "label": "B", "seed": 3}).items() <= more.items()
+
+
+def test_complete_says_what_has_no_influence(capsys):
+    with pytest.raises(SystemExit):
+        parse(["complete", "--help"])
+    assert "it has no influence on what is drawn before it" in capsys.readouterr().out
+
+
+def test_interpolate():
+    expected = {
+        "run_dir": "d",
+        "start": "A",
+        "end": "3",
+        "steps": 8,
+        "num": 4,
+        "seed": None,
+        "output": "i.png",
+    }
+    assert expected.items() <= parse(INTERPOLATE).arguments.items()
+    more = parse([*INTERPOLATE, "--steps=2", "--num=1", "--seed=3"]).arguments
+    assert (expected | {"steps": 2, "num": 1, "seed": 3}).items() <= more.items()
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["complete", "d"], "vqbeam complete: missing --input, --keep, --output"),
+        ([*COMPLETE, "--num", "0"], "vqbeam complete: --num: 0 is not at least 1"),
+        (["interpolate", "d"], "vqbeam interpolate: missing --from, --to, --output"),
+        ([*INTERPOLATE, "--steps", "1"], "vqbeam interpolate: --steps: 1 is not at least 2"),
+    ],
+)
+def test_wrong_command_lines(words, message):
+    assert refusal(*words).startswith(message)

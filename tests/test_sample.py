@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import shutil
 
@@ -5,12 +7,16 @@ import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
-from pipeline_fixtures import CLASSES, SIDE, small_config
+from pipeline_fixtures import CLASSES, SIDE
 
-from configs import VqbeamError
+from configs import SampleConfig, VqbeamError
 from pipelines import sample as sample_module
-from pipelines.sample import Samples, sample, sample_stage, write_samples
-from vqvae.building import build_model
+from pipelines import samples as samples_module
+from pipelines.cli import main
+from pipelines.provenance import checkpoint
+from pipelines.sample import Samples, sample, sample_stage
+from pipelines.sampling_defaults import store_sampling_defaults
+from vqvae.figures import save_png
 from vqvae.run_folder import RunFolder
 from vqvae.training import load_vqvae
 
@@ -46,45 +52,12 @@ def test_arrays(draw, finished_run):
     assert np.abs(decoded.astype(int) - arrays["images"]).max() <= 1
 
 
-@pytest.mark.parametrize(
-    "settings", [dict(vqvae__quantizer="residual", vqvae__depth=2), dict(vqvae__grids=2)]
-)
-def test_codes_of_several_levels_are_decoded(settings, monkeypatch):
-    model = build_model(small_config("glyphs", **settings), data_variance=1.0)
-    monkeypatch.setattr(sample_module, "load_vqvae", lambda run: model)
-    codes = np.random.default_rng(0).integers(12, size=(5, *model.layout.shape), dtype="int32")
-    images = sample_module._decode(None, codes, batch_size=3)
-    assert images.shape == (5, SIDE, SIDE, 3) and images.dtype == np.uint8
-    # A compiled decoder may round a pixel in another way.
-    assert np.abs(np.asarray(model.decode(codes)).astype(int) - images).max() <= 1
-
-
 def test_image_i_of_a_seed_is_always_the_same(draw):
     first, larger = draw(seed=3), draw(seed=3, num=10, batch_size=4)
     np.testing.assert_array_equal(larger["codes"][:7], first["codes"])
     np.testing.assert_array_equal(larger["images"][:7], first["images"])
     # The run's own seed is 0.
     assert (draw()["codes"] != first["codes"]).any()
-
-
-def test_labels_by_name_number_and_case(draw):
-    arrays = draw(labels=["cherry", "0", "APPLE", "banana"], num=6)
-    assert arrays["labels"].tolist() == [2, 0, 1, 0, 2, 0]
-
-
-def test_a_name_goes_before_its_like_in_another_case():
-    names = ("A", "a", "1", "0")
-    numbers = sample_module._label_numbers(["a", "A", "0", "1", "3"], names, 5)
-    assert numbers.tolist() == [1, 0, 3, 2, 3]
-
-
-@pytest.mark.parametrize("label", ["melon", "3", "-1", "²", "1.0"])
-def test_unknown_label(draw, label, capsys):
-    with pytest.raises(VqbeamError) as caught:
-        draw(labels=[label])
-    assert str(caught.value) == f"the run has no label {label!r}; it has Banana, apple, cherry"
-    # Said before any work has begun.
-    assert capsys.readouterr().err == ""
 
 
 def test_settings_change_what_is_drawn(draw):
@@ -96,36 +69,131 @@ def test_settings_change_what_is_drawn(draw):
         draw(top_k=99)
 
 
-def test_a_folder(finished_run, tmp_path, draw, capsys):
-    folder = tmp_path / "new" / "images"
-    sample(str(finished_run.root), output=str(folder), num=4, labels=["cherry", "apple"], seed=3)
-    assert capsys.readouterr().out == f"4 new images: {folder}\n"
-    names = [f"{index:05d}.png" for index in range(4)]
+WORDS = "--num 5 --label cherry apple --seed 3 --min-p 0.05 --guidance-schedule linear".split()
+
+
+@pytest.fixture(scope="module")
+def written(finished_run, tmp_path_factory):
+    """The folder that one command draws into, in batches of three, and what it prints."""
+    folder = tmp_path_factory.mktemp("written") / "new" / "images"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main(["sample", str(finished_run.root), *WORDS, "--output", str(folder)]) == 0
+    return folder, out.getvalue()
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_a_folder(finished_run, written, draw):
+    folder, out = written
+    assert out == f"5 new images: {folder}\n"
+    names = [f"{index:05d}.png" for index in range(5)]
     assert sorted(path.name for path in folder.iterdir()) == [*names, "samples.jsonl"]
-    expected = draw(num=4, labels=["cherry", "apple"], seed=3)
+    settings = {"min_p": 0.05, "guidance_schedule": "linear"}
+    expected = draw(num=5, labels=["cherry", "apple"], seed=3, **settings)
+    settings |= {"preset": "small", "checkpoint": checkpoint(finished_run), "seed": 3, "num": 5}
+    settings |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 2.0, "batch_size": 3}
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [line["file"] for line in lines] == names
     for index, line in enumerate(lines):
-        assert line["index"] == index and line["seed"] == 3
+        assert settings.items() <= line.items() and line["index"] == index
         assert line["name"] == ("cherry", "apple")[index % 2] == CLASSES[line["label"]]
-        settings = {"num": 4, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 2.0}
-        assert settings.items() <= line.items()
-        with Image.open(folder / line["file"]) as image:
-            np.testing.assert_array_equal(np.asarray(image), expected["images"][index])
+        np.testing.assert_array_equal(pixels(folder / line["file"]), expected["images"][index])
 
 
-def test_a_labelled_grid(finished_run, tmp_path, draw):
+def test_one_picture_again(finished_run, written, tmp_path, capsys):
+    source = written[0] / "00004.png"
+    again = ["sample", str(finished_run.root), "--like", str(source), "--output"]
+    assert main([*again, str(tmp_path / "one.png")]) == 0
+    assert capsys.readouterr().out == f"1 new images: {tmp_path / 'one.png'}\n"
+    # Not the pixels alone: the file, with what it says of itself.
+    assert (tmp_path / "one.png").read_bytes() == source.read_bytes()
+
+
+def test_only_the_batch_of_a_picture_is_drawn(finished_run, written, tmp_path, monkeypatch):
+    asked = []
+
+    def drawn(prior, settings, seed, labels, *, indices):
+        asked.append((settings.batch_size, indices.tolist()))
+        return np.zeros((len(labels), 2, 2), np.int32)
+
+    monkeypatch.setattr(samples_module, "draw_codes", drawn)
+    like = str(written[0] / "00004.png")
+    sample(str(finished_run.root), like=like, output=str(tmp_path / "one.png"))
+    # At its place in a batch of the same size, as rounding may depend on both.
+    assert asked == [(3, [3, 4])]
+
+
+def test_but_for_what_is_given(finished_run, written, draw, tmp_path):
+    like, path = str(written[0] / "00001.png"), tmp_path / "other.npz"
+    sample(str(finished_run.root), like=like, labels=["banana"], top_k=1, output=str(path))
+    with np.load(path) as arrays:
+        facts, codes = json.loads(str(arrays["vqbeam"])), arrays["codes"]
+    assert facts["images"] == [{"index": 1, "label": 0, "name": "Banana"}]
+    stated = {"seed": 3, "min_p": 0.05, "guidance_schedule": "linear", "top_k": 1}
+    assert stated.items() <= facts.items()
+    # The likeliest codes of a class are the same whatever the seed.
+    greedy = draw(labels=["banana"], temperature=0.0, num=3, guidance_schedule="linear")
+    np.testing.assert_array_equal(codes[0], greedy["codes"][0])
+
+
+def test_more_images_and_another_seed(finished_run, written, draw, tmp_path):
+    grid, path = tmp_path / "grid.png", tmp_path / "more.npz"
+    sample(str(finished_run.root), output=str(grid), num=7, seed=8)
+    sample(str(finished_run.root), like=str(grid), num=8, seed=3, output=str(path))
+    with np.load(path) as arrays:
+        np.testing.assert_array_equal(arrays["codes"][:7], draw(seed=3)["codes"])
+        assert arrays["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+        assert json.loads(str(arrays["vqbeam"]))["images"][7]["index"] == 7
+
+
+def test_a_labelled_grid_and_the_same_again(finished_run, tmp_path, draw):
     path = tmp_path / "grid.png"
     sample(str(finished_run.root), output=str(path), seed=3)
     with Image.open(path) as figure:
-        settings = json.loads(figure.text["vqbeam"])
+        facts = json.loads(figure.text["vqbeam"])
         shown = np.asarray(figure)
     arrays = draw(seed=3)
-    assert settings["labels"] == arrays["labels"].tolist() and settings["seed"] == 3
+    labels = [image["label"] for image in facts["images"]]
+    assert labels == arrays["labels"].tolist() and facts["seed"] == 3
     # One column a class, under a heading of 16 pixels; the fifth image is the second apple.
     tile = arrays["images"][4].repeat(8, 0).repeat(8, 1)
     top, left = 4 + 16 + 68, 4 + 68
     np.testing.assert_array_equal(shown[top : top + 64, left : left + 64], tile)
+    sample(str(finished_run.root), like=str(path), output=str(tmp_path / "again.png"))
+    assert (tmp_path / "again.png").read_bytes() == path.read_bytes()
+
+
+def test_a_picture_of_another_checkpoint_or_of_none(finished_run, written, tmp_path, capsys):
+    folder, own = written[0], checkpoint(finished_run)
+    with Image.open(folder / "00000.png") as picture:
+        facts = json.loads(picture.text["vqbeam"]) | {"checkpoint": "0123456789abcdef"}
+        save_png(picture, epath.Path(tmp_path / "other.png"), {"vqbeam": json.dumps(facts)})
+        picture.save(tmp_path / "bare.png")
+    for name, said in [
+        ("other.png", ("0123456789abcdef", own, "would draw another picture")),
+        ("bare.png", ("does not say what it was drawn with",)),
+        ("gone.png", ("there is no file",)),
+    ]:
+        words = ["--like", str(tmp_path / name), "--output", str(tmp_path / "no.png")]
+        assert main(["sample", str(finished_run.root), *words]) == 1
+        error = capsys.readouterr().err
+        assert all(part in error for part in said) and error.count("\n") == 1
+    assert not (tmp_path / "no.png").exists()
+
+
+def test_what_is_stored_for_a_run_goes_before_its_config(finished_run, tmp_path):
+    for name in ("config.json", "vqvae", "prior"):
+        (tmp_path / name).symlink_to(finished_run.root / name)
+    run = RunFolder(tmp_path)
+    store_sampling_defaults(run, SampleConfig(num=2, top_k=1, guidance=1.5))
+    sample(str(tmp_path), top_k=2, output=str(tmp_path / "stored.npz"))
+    with np.load(tmp_path / "stored.npz") as arrays:
+        facts = json.loads(str(arrays["vqbeam"]))
+    assert {"num": 2, "top_k": 2, "guidance": 1.5, "batch_size": 2}.items() <= facts.items()
 
 
 def test_samples_png_by_default(finished_run, tmp_path, monkeypatch, capsys):
@@ -202,11 +270,3 @@ def test_guidance_of_the_config_is_no_matter_without_classes(
     ]:
         with pytest.raises(VqbeamError, match=message):
             sample(str(finished_run.root), output=str(tmp_path / "x"), **wrong)
-
-
-def test_writes_gray_images(tmp_path):
-    gray = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4, 1)
-    samples = Samples(gray, np.zeros((2, 1, 1)), np.array([0, 1]), ["a", "b"], {})
-    write_samples(samples, epath.Path(tmp_path / "out"))
-    with Image.open(tmp_path / "out" / "00001.png") as image:
-        np.testing.assert_array_equal(np.asarray(image), gray[1, ..., 0])

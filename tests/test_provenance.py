@@ -1,0 +1,103 @@
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from configs import VqbeamError
+from pipelines.provenance import check_checkpoint, checkpoint, read_provenance
+from vqvae.figures import save_png
+from vqvae.run_folder import RunFolder
+
+
+@pytest.fixture
+def run(tmp_path, tiny_config):
+    """A run with a file of a model for each stage, of `weights` and a date."""
+
+    def make(name, weights=b"weights", date=b"today"):
+        run = RunFolder(tmp_path / name)
+        run.start(tiny_config())
+        for stage in ("train-vqvae", "train-prior"):
+            run.begin(stage)
+            path = run.folder(stage) / "model.keras"
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("metadata.json", date)
+                archive.writestr("model.weights.h5", weights)
+            run.finish(stage, [path])
+        return run
+
+    return make
+
+
+def test_a_checkpoint_is_its_weights(run):
+    first = checkpoint(run("a"))
+    assert len(first) == 16 and checkpoint(run("b", date=b"tomorrow")) == first
+    assert checkpoint(run("c", weights=b"Weights")) != first
+
+
+def test_another_checkpoint_is_refused(run):
+    here, path = run("a"), epath.Path("x.png")
+    facts = {"checkpoint": checkpoint(here), "preset": "fashion"}
+    check_checkpoint(facts, here, path)
+    other = run("b", weights=b"more")
+    with pytest.raises(VqbeamError) as caught:
+        check_checkpoint(facts, other, path)
+    for part in ("x.png", facts["checkpoint"], "fashion", checkpoint(other), "tiny", "/b holds"):
+        assert part in str(caught.value)
+
+
+def save_array(path, text):
+    np.savez(path, vqbeam=np.array(text))
+
+
+def save_picture(path, text):
+    save_png(Image.new("L", (2, 2)), path, {"vqbeam": text})
+
+
+@pytest.mark.parametrize("name,save", [("a.png", save_picture), ("a.npz", save_array)])
+def test_reads_what_is_written(tmp_path, name, save):
+    facts = {"checkpoint": "01", "images": [{"index": 3, "name": "é"}]}
+    save(epath.Path(tmp_path / name), json.dumps(facts))
+    assert read_provenance(epath.Path(tmp_path / name)) == facts
+
+
+def without_text():
+    data = io.BytesIO()
+    Image.new("L", (2, 2)).save(data, "PNG")
+    return data.getvalue()
+
+
+def photo():
+    data = io.BytesIO()
+    Image.new("L", (2, 2)).save(data, "JPEG")
+    return data.getvalue()
+
+
+def other_arrays():
+    data = io.BytesIO()
+    np.savez(data, images=np.zeros(3))
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"no image", b"PK no archive", without_text(), photo(), other_arrays()]
+)
+def test_files_that_do_not_say(tmp_path, data):
+    (tmp_path / "x.png").write_bytes(data)
+    with pytest.raises(VqbeamError, match="x.png does not say what it was drawn with; give a .png"):
+        read_provenance(epath.Path(tmp_path / "x.png"))
+
+
+@pytest.mark.parametrize("facts", ["[]", "7", '{"seed": 1, "index": 2}', '{"checkpoint": "01"}'])
+def test_text_of_another_kind(tmp_path, facts):
+    save_picture(epath.Path(tmp_path / "x.png"), facts)
+    with pytest.raises(VqbeamError, match="does not say what it was drawn with"):
+        read_provenance(epath.Path(tmp_path / "x.png"))
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(VqbeamError, match="there is no file .*gone.png"):
+        read_provenance(epath.Path(tmp_path / "gone.png"))

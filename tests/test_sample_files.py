@@ -1,0 +1,70 @@
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from configs import VqbeamError
+from pipelines.sample_files import check_ending, write_samples
+from pipelines.samples import Samples
+
+SETTINGS = {"preset": "tiny", "checkpoint": "0123", "seed": 4}
+
+
+@pytest.fixture
+def samples():
+    images = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4, 1)
+    codes = np.array([[[3]], [[7]]])
+    return Samples(images, codes, np.array([1, 0]), ["é", "a"], SETTINGS, first=5)
+
+
+def text_of(path):
+    with Image.open(path) as image:
+        return json.loads(image.text["vqbeam"])
+
+
+def test_a_folder(samples, tmp_path):
+    write_samples(samples, epath.Path(tmp_path / "out"))
+    lines = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
+    own = [{"index": 5, "label": 1, "name": "é"}, {"index": 6, "label": 0, "name": "a"}]
+    for row, line in enumerate(lines):
+        name = f"{5 + row:05d}.png"
+        assert json.loads(line) == {"file": name} | SETTINGS | own[row]
+        assert text_of(tmp_path / "out" / name) == SETTINGS | own[row]
+        with Image.open(tmp_path / "out" / name) as image:
+            np.testing.assert_array_equal(np.asarray(image), samples.images[row, ..., 0])
+
+
+def test_a_grid_and_arrays_say_it_of_each_image(samples, tmp_path):
+    for name in ("grid.png", "arrays.npz"):
+        write_samples(samples, epath.Path(tmp_path / "new" / name))
+    facts = text_of(tmp_path / "new" / "grid.png")
+    images = facts.pop("images")
+    assert facts == SETTINGS
+    assert images[0] == {"index": 5, "label": 1, "name": "é"} and images[1]["index"] == 6
+    with np.load(tmp_path / "new" / "arrays.npz") as arrays:
+        np.testing.assert_array_equal(arrays["images"], samples.images)
+        np.testing.assert_array_equal(arrays["codes"], samples.codes)
+        assert arrays["labels"].tolist() == [1, 0]
+        assert json.loads(str(arrays["vqbeam"])) == SETTINGS | {"images": images}
+
+
+def test_one_picture_pixel_for_pixel(samples, tmp_path):
+    write_samples(samples, epath.Path(tmp_path / "one.png"), bare=True)
+    with Image.open(tmp_path / "one.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), samples.images[0, ..., 0])
+    assert text_of(tmp_path / "one.png")["index"] == 5
+
+
+def test_without_classes_there_are_no_labels(samples, tmp_path):
+    plain = Samples(samples.images, samples.codes, np.full(2, -1), None, SETTINGS)
+    write_samples(plain, epath.Path(tmp_path / "out"))
+    assert text_of(tmp_path / "out" / "00001.png") == SETTINGS | {"index": 1}
+
+
+def test_endings():
+    for name in ("a.png", "a.npz", "a"):
+        check_ending(epath.Path(name))
+    with pytest.raises(VqbeamError, match="cannot write samples as .jpeg; use .png, .npz or a fol"):
+        check_ending(epath.Path("a.jpeg"))

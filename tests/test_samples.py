@@ -1,0 +1,33 @@
+import numpy as np
+import pytest
+from pipeline_fixtures import SIDE, small_config
+
+from configs import SampleConfig
+from pipelines.samples import decode, fitted, in_batches
+from vqvae.building import build_model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [dict(vqvae__quantizer="residual", vqvae__depth=2), dict(vqvae__grids=2)]
+)
+def test_codes_of_several_levels_are_decoded(settings):
+    model = build_model(small_config("glyphs", **settings), data_variance=1.0)
+    codes = np.random.default_rng(0).integers(12, size=(5, *model.layout.shape), dtype="int32")
+    images = decode(model, codes, batch_size=3)
+    assert images.shape == (5, SIDE, SIDE, 3) and images.dtype == np.uint8
+    # A compiled decoder may round a pixel in another way.
+    assert np.abs(np.asarray(model.decode(codes)).astype(int) - images).max() <= 1
+
+
+def test_batches_are_all_of_one_size():
+    seen = []
+    rows = np.arange(14).reshape(7, 2)
+    made = in_batches(lambda batch: seen.append(batch.shape) or batch + 1, rows, 3)
+    np.testing.assert_array_equal(made, rows + 1)
+    assert seen == [(3, 2)] * 3
+
+
+def test_a_batch_is_no_larger_than_what_is_drawn():
+    assert fitted(SampleConfig(batch_size=64), 5) == SampleConfig(batch_size=5)
+    assert fitted(SampleConfig(batch_size=64), 100) == SampleConfig(batch_size=64)

@@ -1,0 +1,48 @@
+import dataclasses
+
+import pytest
+
+from configs import SampleConfig, VqbeamError
+from pipelines.sampling_defaults import (
+    changed_defaults,
+    sampling_defaults,
+    store_sampling_defaults,
+)
+from vqvae.run_folder import RunFolder
+
+
+@pytest.fixture
+def run(tmp_path, tiny_config):
+    """A run whose config has a guidance scale; its prior is a manifest alone."""
+
+    def make(label_names):
+        run = RunFolder(tmp_path)
+        run.start(tiny_config(sample__guidance=2.0, sample__num=5))
+        run.begin("train-prior")
+        run.finish("train-prior", [], label_names=label_names)
+        return run
+
+    return make
+
+
+def test_as_the_config_says_until_others_are_stored(run):
+    run = run(["a", "b"])
+    settings = run.load_config().sample
+    assert sampling_defaults(run) == settings and settings.guidance == 2.0
+    better = dataclasses.replace(settings, temperature=0.8, guidance=3.0)
+    store_sampling_defaults(run, better)
+    assert sampling_defaults(run) == better
+    changed = changed_defaults(run, {"temperature": None, "min_p": 0.1})
+    assert changed == dataclasses.replace(better, min_p=0.1)
+
+
+def test_no_guidance_without_classes(run):
+    run = run([])
+    assert sampling_defaults(run) == SampleConfig(num=5, guidance=1.0)
+    # Who asks for it shall hear that it cannot be had.
+    assert changed_defaults(run, {"guidance": 3.0}).guidance == 3.0
+
+
+def test_a_change_out_of_range(run):
+    with pytest.raises(VqbeamError, match="sample.top_p is 2"):
+        changed_defaults(run(["a"]), {"top_p": 2})

@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         """Adds a positional or a flag; `parse_words` answers with it by its name, if given."""
         if name.startswith("-"):
             options = {"dest": name, "default": argparse.SUPPRESS} | options
-        convert, metavar = _KINDS.get(kind, (kind, None))
+        convert, metavar = KINDS.get(kind, (kind, None))
         options = {"type": convert, "metavar": metavar, "help": help.replace("%", "%%")} | options
         (group or self).add_argument(name, **options)
 
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
             if name.startswith(f"{section}.") and field.name not in without:
                 flags[name] = prefix + field.name.replace("_", "-")
                 choices = field.metadata["choices"]
-                metavar = f"{{{','.join(choices)}}}" if choices else _KINDS[kind][1]
+                metavar = f"{{{','.join(choices)}}}" if choices else KINDS[kind][1]
                 convert = _optional(kind) if _takes_none(field) else kind
                 self.add(flags[name], convert, _field_help(field), group, metavar=metavar)
         return flags
@@ -172,8 +172,9 @@ def _number(text: str) -> float:
 
 
 def _optional(kind: type) -> Callable[[str], Any]:
-    convert = _KINDS[kind][0]
+    convert = KINDS[kind][0]
     return lambda text: None if text == "none" else convert(text)
 
 
-_KINDS = {int: (_whole, "N"), float: (_number, "X"), str: (nonempty, "TEXT")}
+# How a word becomes a value of a type, and what stands for it in the help.
+KINDS = {int: (_whole, "N"), float: (_number, "X"), str: (nonempty, "TEXT")}

@@ -21,23 +21,6 @@ def parse_reconstruct(verb: str, words: Sequence[str]) -> dict[str, Any]:
     return {"run_dir": given["DIR"], "output": given["--output"], "num": given["--num"]}
 
 
-def parse_evaluate(verb: str, words: Sequence[str]) -> dict[str, Any]:
-    """Returns the arguments of `evaluate`."""
-    parser = verb_parser(verb, "DIR [--features classifier|inception]")
-    parser.add("DIR", nonempty, "the run's folder")
-    parser.add(
-        "--features",
-        str,
-        "what the Fréchet distance compares: features of a classifier trained on the run's "
-        "images (default), or of Keras's InceptionV3, whose weights are downloaded",
-        choices=("classifier", "inception"),
-        metavar="NAME",
-        default="classifier",
-    )
-    given = parser.parse_words(words)
-    return {"run_dir": given["DIR"], "features": given["--features"]}
-
-
 def parse_inspect(verb: str, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `describe`."""
     parser = verb_parser(verb, "DIR")

@@ -52,8 +52,18 @@ VERBS = {
     ),
     "evaluate": Verb(
         "measure a trained run on all of its held-out images",
-        "run_arguments:parse_evaluate",
+        "measure_arguments:parse_evaluate",
         "evaluate:evaluate",
+    ),
+    "score": Verb(
+        "tell how likely a trained run finds images of your own",
+        "measure_arguments:parse_score",
+        "score:score",
+    ),
+    "export": Verb(
+        "write a trained run as a SavedModel, which needs neither vqbeam nor Keras",
+        "measure_arguments:parse_export",
+        "export:export",
     ),
     "inspect": Verb(
         "show what is in a run: stages, sizes, losses, codebook use",

@@ -12,12 +12,6 @@ def test_reconstruct_inspect_and_presets():
     assert parse(["presets"]).arguments == {}
 
 
-def test_evaluate():
-    assert parse(["evaluate", "d"]).arguments == {"run_dir": "d", "features": "classifier"}
-    given = parse(["evaluate", "d", "--features=inception"]).arguments
-    assert given == {"run_dir": "d", "features": "inception"}
-
-
 def test_gradients_of_a_preset(preset):
     assert parse(["gradients", preset]).arguments == {
         "config": configs.load_preset(preset),

@@ -1,0 +1,129 @@
+"""A run's models as functions of TensorFlow alone, which a SavedModel holds."""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import tensorflow as tf
+from keras.src.backend.tensorflow import core as keras_core
+
+from configs import SampleConfig
+from prior.graph_uniforms import graph_uniforms
+from prior.guidance import guidance_scales
+from prior.sampler import sample_codes
+from prior.transformer import CodePrior
+from vqvae.model import VQVAE
+
+
+def serving_signatures(vqvae: VQVAE, prior: CodePrior, settings: SampleConfig) -> dict[str, Any]:
+    """Returns concrete functions by name, for batches of any size.
+
+    `encode` takes `images`, uint8 [B, H, W, C], and returns `codes`, int32 [B, *layout.shape];
+    `decode` does the reverse. `sample` takes `labels`, int32 [B], or [B, A] of attributes, −1 for
+    none, and `seed`, an int64 scalar; it returns `images` and `codes`, drawn with `settings`.
+    `sample_with_settings` takes scalars besides: `first_index`, int64, which image of the seed the
+    first one is; and in place of the settings `temperature`, `top_k` (0 for all), `top_p`,
+    `min_p`, and, where there are labels, `guidance`, whose schedule stays as it is. Image i of a
+    seed is that of `Sampler`.
+
+    Args:
+        vqvae: On the TensorFlow backend, like `prior`.
+        prior: Of the VQ-VAE's codes.
+        settings: How `sample` draws.
+    """
+    codes = tf.TensorSpec((None, *vqvae.layout.shape), tf.int32)
+    images = tf.TensorSpec((None, *vqvae.network["image_shape"]), tf.uint8)
+    of_image = (prior.num_labels,) if prior.conditioning == "attributes" else ()
+    labels = tf.TensorSpec((None, *of_image), tf.int32)
+    chosen = {"labels": labels, "seed": tf.TensorSpec([], tf.int64)}
+    free = chosen | {"first_index": tf.TensorSpec([], tf.int64)}
+    free |= {name: tf.TensorSpec([], tf.float32) for name in ("temperature", "top_p", "min_p")}
+    free |= {"top_k": tf.TensorSpec([], tf.int32)}
+    if prior.num_labels:
+        free |= {"guidance": tf.TensorSpec([], tf.float32)}
+    drawing = _Drawing(vqvae, prior, settings)
+    functions = {
+        "encode": (lambda images: {"codes": vqvae.encode(images)}, {"images": images}),
+        "decode": (lambda codes: {"images": vqvae.decode(codes)}, {"codes": codes}),
+        "sample": (drawing.sample, chosen),
+        "sample_with_settings": (drawing.sample_with_settings, free),
+    }
+    with _no_need_of_xla():
+        return {
+            name: tf.function(function, autograph=False).get_concrete_function(**specs)
+            for name, (function, specs) in functions.items()
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawing:
+    vqvae: VQVAE
+    prior: CodePrior
+    settings: SampleConfig
+
+    def sample(self, labels, seed):
+        settings, layout = self.settings, self.prior.layout
+        scales = guidance_scales(settings, layout.length)
+        filters = {
+            "temperature": settings.temperature,
+            "top_k": settings.top_k or layout.num_codes,
+            "top_p": settings.top_p,
+            "min_p": settings.min_p,
+        }
+        return self._drawn(
+            labels,
+            graph_uniforms(seed, _range(0, labels), layout.length),
+            {name: tf.constant(value, tf.float32) for name, value in filters.items()}
+            | {"guidance": tf.constant(scales)},
+            guided=bool((scales != 1).any()),
+            filtered=bool(0 < settings.top_k or settings.top_p < 1 or settings.min_p > 0),
+        )
+
+    def sample_with_settings(self, labels, seed, first_index, top_k, guidance=None, **others):
+        layout = self.prior.layout
+        # How far each position goes from 1, which is no guidance, to the scale.
+        shares = (
+            guidance_scales(dataclasses.replace(self.settings, guidance=2.0), layout.length) - 1
+        )
+        top_k = tf.where(top_k > 0, top_k, layout.num_codes)
+        others |= {"top_k": tf.cast(top_k, tf.float32)}
+        if guidance is not None:
+            others |= {"guidance": 1 + (guidance - 1) * shares}
+        numbers = graph_uniforms(seed, _range(first_index, labels), layout.length)
+        guided = guidance is not None
+        return self._drawn(labels, numbers, others, guided=guided, filtered=True)
+
+    def _drawn(self, labels, numbers, settings, **kind):
+        images = {"labels": labels, "uniforms": numbers}
+        codes = sample_codes(self.prior, images, settings, **kind)
+        codes = tf.reshape(codes, (-1, *self.prior.layout.shape))
+        return {"images": self.vqvae.decode(codes), "codes": codes}
+
+
+def _range(first, labels):
+    return first + tf.range(tf.shape(labels, tf.int64)[0])
+
+
+@contextlib.contextmanager
+def _no_need_of_xla():
+    """Has Keras update slices without XLA's operation, whose compiler TensorFlow Serving lacks.
+
+    Keras has no other way to say so; the operation is fast where it is compiled.
+    """
+    before = keras_core.slice_update
+    keras_core.slice_update = _slice_update
+    try:
+        yield
+    finally:
+        keras_core.slice_update = before
+
+
+def _slice_update(inputs, start_indices, updates):
+    """Does what `keras.ops.slice_update` does, for updates as long as the inputs, or 1 long."""
+    inside = tf.constant(True)
+    for axis, start in enumerate(start_indices):
+        if updates.shape[axis] != inputs.shape[axis]:
+            assert updates.shape[axis] == 1
+            here = tf.range(tf.shape(inputs)[axis]) == start
+            inside &= tf.reshape(here, [-1] + [1] * (len(inputs.shape) - axis - 1))
+    return tf.where(inside, updates, inputs)

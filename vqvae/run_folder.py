@@ -1,6 +1,7 @@
 """One run, one folder: where each stage writes, and how it is known to be done.
 
     DIR/config.json   the run's config
+    DIR/sample.json   how images are drawn, where that was chosen after training
     DIR/images/       prepare       TFDS dataset of uint8 images
     DIR/vqvae/        train-vqvae   model, checkpoints, logs
     DIR/codes/        encode        TFDS dataset of code grids

@@ -1,0 +1,118 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pipeline_fixtures import CLASSES, SIDE, small_config, write_images
+
+from pipelines.cli import main
+from pipelines.complete import _completed, _kept_part, _label
+from pipelines.regions import region_mask
+from prior.transformer import CodePrior
+from vqvae.building import build_model
+from vqvae.labels import Labels
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two images and their pixels by name."""
+    return tmp_path / "photos", write_images(tmp_path / "photos", 2, classes=())
+
+
+def figure_tiles(path):
+    """The rows of 64 x 64 tiles below the headings of a figure, and its text."""
+    with Image.open(path) as figure:
+        facts, shown = json.loads(figure.text["vqbeam"]), np.asarray(figure)
+    rows = range(4 + 16, shown.shape[0] - 64, 68)
+    columns = range(4, shown.shape[1] - 64, 68)
+    return [[shown[y : y + 64 : 8, x : x + 64 : 8] for x in columns] for y in rows], facts
+
+
+@pytest.mark.slow
+def test_images_side_by_side(finished_run, photos, tmp_path, capsys):
+    folder, pixels = photos
+    path = tmp_path / "c.png"
+    words = ["--input", str(folder), "--keep", "top-half", "--num", "3", "--label", "apple"]
+    words += ["--seed", "4", "--output", str(path)]
+    assert main(["complete", str(finished_run.root), *words]) == 0
+    assert capsys.readouterr().out == f"6 completions of 2 images: {path}\n"
+    tiles, facts = figure_tiles(path)
+    assert facts["input"] == list(pixels) and facts["keep"] == "top-half"
+    assert facts["label"] == CLASSES.index("apple") and facts["seed"] == 4
+    for row, image in zip(tiles, pixels.values(), strict=True):
+        assert len(row) == 5
+        np.testing.assert_array_equal(row[0], image)
+        np.testing.assert_array_equal(row[1][:4], image[:4])
+        assert (row[1][4:] == 128).all()
+    # What is drawn differs from one completion to the next.
+    assert any((row[2] != row[3]).any() for row in tiles)
+
+
+@pytest.mark.slow
+def test_a_folder_of_completions_under_a_mask(finished_run, photos, tmp_path):
+    folder, _ = photos
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[:, 4:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    words = ["--input", str(folder / "001.png"), "--keep", str(tmp_path / "mask.png")]
+    words += ["--num=2", "--output", str(tmp_path / "out")]
+    assert main(["complete", str(finished_run.root), *words]) == 0
+    paths = sorted((tmp_path / "out").iterdir())
+    assert [path.name for path in paths] == ["00000-1.png", "00000-2.png"]
+    for path in paths:
+        with Image.open(path) as image:
+            assert image.size == (SIDE, SIDE)
+            assert json.loads(image.text["vqbeam"])["input"] == "001.png"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [dict(vqvae__quantizer="residual", vqvae__depth=2), dict(vqvae__grids=2)]
+)
+def test_kept_codes_of_every_level_stay(settings, monkeypatch):
+    config = small_config("glyphs", **settings)
+    model = build_model(config, data_variance=1.0)
+    prior = CodePrior(model.layout, num_labels=3, layers=1, width=16, heads=2)
+    monkeypatch.setattr("pipelines.complete.load_prior", lambda run: prior)
+    images = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
+    mask = region_mask("left-half", config)
+    codes = _completed(None, model, config.sample, 0, images, 2, mask, -1)
+    assert codes.shape == (4, *model.layout.shape)
+    encoded = np.repeat(np.asarray(model.encode(images)), 2, axis=0)
+    width = model.layout.grids[-1][1]
+    kept = (model.layout.columns < width / 2 - 0.5).reshape(model.layout.shape)
+    np.testing.assert_array_equal(codes[:, kept], encoded[:, kept])
+    assert (codes[:, ~kept] != encoded[:, ~kept]).any()
+
+
+def test_the_kept_part_is_that_of_the_cells():
+    images = np.full((1, 4, 6, 3), 7, np.uint8)
+    kept = _kept_part(images, np.array([[True, False], [False, False]]))
+    assert (kept[0, :2, :3] == 7).all() and (kept == 7).sum() == 2 * 3 * 3
+    assert (kept[0, 2:] == 128).all() and kept.dtype == np.uint8
+
+
+def test_the_label_of_a_run_with_one_class_is_known():
+    for names, label in ((), -1), (("a",), 0), (("a", "b"), -1):
+        assert _label(None, Labels(names)) == label
+    assert _label("b", Labels(("a", "b"))) == 1
+    # One attribute may be there or not.
+    assert _label(None, Labels(("hat",), "attributes")) == (-1,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--input", "gone.png"], "there is no file or folder gone.png; check --input"),
+        (["--keep", "middle"], "--keep is 'middle'; give top-half"),
+        (["--output", "c.gif"], "cannot write completions as .gif; use .png or a folder"),
+        (["--label", "melon"], "the run has no label 'melon'"),
+        (["--top-k", "99"], "top_k is 99; it must be from 1 to 12"),
+    ],
+)
+def test_what_a_user_can_mend(finished_run, photos, tmp_path, capsys, words, message):
+    given = ["--input", str(photos[0]), "--keep", "top-half", "--output", str(tmp_path / "c.png")]
+    assert main(["complete", str(finished_run.root), *given, *words]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"vqbeam: {message}")
+    assert not (tmp_path / "c.png").exists()

@@ -14,8 +14,8 @@ from pipelines.labels import Label, label_name, parse_label
 from prior.scoring import code_scorer
 from prior.training import load_prior
 from vqvae.compilation import compile_function
+from vqvae.labels import Labels
 from vqvae.progress import progress_bar
-from vqvae.records import Labels
 from vqvae.run_folder import RunFolder, write_bytes
 from vqvae.training import load_vqvae
 

@@ -6,9 +6,9 @@ BIN := $(VENV)/bin
 # Model code runs on two backends, and so do its tests. Most of the time on JAX would go to compiling
 # small programs well, which tests do not need.
 BACKEND_TESTS := $(addprefix tests/test_,$(addsuffix .py, \
-	accumulation building classifier clusters compilation devices discriminator drawing entropy estimators evaluation \
+	accumulation building classifier clusters comparison compilation devices discriminator drawing entropy estimators evaluation \
 	features finite_scalar fitting gradient_audit hierarchy layout linear_quantizer \
-	lookup_free metrics nearest networks predictive prior_training residual_quantizer sampler training \
+	lookup_free metrics nearest networks predictive prior_training residual_quantizer sampler scoring training \
 	transformer vector_quantizer vqvae_model))
 
 .PHONY: quickstart test test-fast lint clean

@@ -40,6 +40,7 @@ def sweep_figure(
     trade.plot([results[best]["recall"]], [results[best]["precision"]], **star)
     distance.set(xlabel=across, ylabel="Fréchet distance (less is better)")
     trade.set(xlabel="recall (share of 1)", ylabel="precision (share of 1)")
+    trade.margins(x=0.1, y=0.08)  # for the numbers beside the points
     trade.set_title(f"numbers: {across}", loc="right", fontsize=8)
     distance.legend(frameon=False, fontsize=8)
     canvas.draw()

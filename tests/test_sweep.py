@@ -1,0 +1,101 @@
+import json
+
+import pytest
+from measured_run import add_models, stub_classifier, stub_features
+
+import vqvae.comparison as comparison
+from configs import VqbeamError
+from pipelines import cli
+from pipelines.cli import main
+from pipelines.evaluate import measure_prior, prior_lines
+from pipelines.sampling_defaults import sampling_defaults
+from prior.evaluation import PriorMeter
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(prepared_run, tiny_config):
+    run, pixels = prepared_run(tiny_config(sample__batch_size=4))
+    add_models(run, pixels)
+    return run
+
+
+@pytest.fixture(autouse=True)
+def stubs(monkeypatch):
+    monkeypatch.setattr(cli, "_be_quiet", lambda: None)
+    monkeypatch.setattr(comparison, "feature_extractor", stub_features)
+    monkeypatch.setattr(comparison, "load_classifier", stub_classifier)
+
+
+def test_the_prior_is_measured(run):
+    measures = measure_prior(run, "classifier", 100, 3)
+    assert json.loads((run.evaluation / "prior.json").read_text()) == measures
+    assert measures["images"] == 10 and measures["left_out"] == {}
+    assert measures["nats_per_code"] == 1.5 and measures["bits_per_dim"] == 0.25
+    assert measures["settings"]["temperature"] == 1 and measures["seed"] == 3
+    for kind in ("real", "reconstructions", "samples"):
+        assert set(measures[kind]) == {"frechet", "precision", "recall", "agreement"}
+        assert measures[kind]["frechet"] > 0
+    assert measure_prior(run, "classifier", 100, 3) == measures
+    assert measure_prior(run, "classifier", 100, 4)["samples"] != measures["samples"]
+    lines = prior_lines(measures)
+    assert lines[0] == "sets of 10 images by as many of the validation split"
+    assert lines[1].split() == ["real", "reconstructions", "samples"]
+    distances = [f"{measures[kind]['frechet']:.3f}" for kind in lines[1].split()]
+    assert lines[2].split() == ["Fréchet", "distance", *distances]
+    assert lines[-1] == "held-out codes: 1.500 nats per code, 0.2500 bits per dimension"
+    assert "features: classifier, 3 neighbours" in lines
+
+
+def test_a_sweep_goes_on_where_it_was_killed(run, capsys, monkeypatch):
+    measured = []
+    whole = PriorMeter.samples
+
+    def samples(self, settings):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append((settings.temperature, settings.guidance))
+        return whole(self, settings)
+
+    words = ["evaluate", str(run.root), "--num", "8", "--store"]
+    words += ["--sweep", "temperature=0,1", "guidance=1,3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(PriorMeter, "samples", samples)
+        assert main(words) == 130
+        path = run.evaluation / "sweep.json"
+        assert len(json.loads(path.read_text())["results"]) == 2
+        measured[:] = [None]  # so that one more is measured
+        assert main(words) == 130
+        assert measured == [None, (1.0, 1.0)]
+    capsys.readouterr()
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(path.read_text())
+    assert found["images"] == 8 and found["features"] == "classifier"
+    results = found["results"]
+    swept = [(r["settings"]["temperature"], r["settings"]["guidance"]) for r in results]
+    assert swept == [(0.0, 1.0), (0.0, 3.0), (1.0, 1.0), (1.0, 3.0)]
+    best = min(range(4), key=lambda index: results[index]["frechet"])
+    assert lines[0] == "8 images at each setting (--num), seed 0, classifier features"
+    assert lines[1].split()[:2] == ["temperature", "guidance"]
+    assert [line.startswith("* ") for line in lines[2:6]] == [i == best for i in range(4)]
+    assert f"{results[0]['frechet']:.3f}" in lines[2]
+    assert (run.evaluation / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    stored = sampling_defaults(run)
+    assert (stored.temperature, stored.guidance) == swept[best]
+    assert stored.batch_size == 4
+    # Measured with another seed, nothing is known.
+    monkeypatch.setattr(PriorMeter, "samples", samples)
+    measured.clear()
+    assert main([*words, "--seed", "5"]) == 130
+    assert len(measured) == 2
+
+
+def test_without_a_distance_there_is_no_best(prepared_run, tiny_config):
+    from pipelines.evaluate import evaluate
+
+    run, pixels = prepared_run(tiny_config(), labels=())
+    add_models(run, pixels, labels=())
+    with pytest.raises(VqbeamError, match="no Fréchet distance tells .*: no classes"):
+        evaluate(str(run.root), sweep={"temperature": [1.0]})

@@ -21,7 +21,9 @@ from pipelines.samples import (
     provenance,
 )
 from pipelines.sampling_defaults import changed_defaults
+from prior.scoring import code_scorer
 from prior.training import load_prior
+from prior.transformer import CodePrior
 from vqvae.compilation import compile_function
 from vqvae.figures import label_figure, picture, save_png
 from vqvae.labels import Labels
@@ -39,6 +41,7 @@ def complete(
     keep: str,
     num: int,
     output: str,
+    candidates: int = 1,
     label: str | None = None,
     seed: int | None = None,
     **settings: Any,
@@ -47,7 +50,8 @@ def complete(
 
     The codes of what is kept are taken over, so it looks as the VQ-VAE reconstructs it. The others
     are drawn in the order of the sequence, each given those before it: what is kept has no
-    influence on codes that come before it.
+    influence on codes that come before it. With several candidates, those are taken under which
+    the prior finds what is kept likeliest, so that it has some.
 
     Args:
         run_dir: The run's folder.
@@ -56,6 +60,7 @@ def complete(
         num: Completions of each image.
         output: A .png (each image, what is kept of it, and its completions side by side), or a
             folder (a PNG for each completion).
+        candidates: How many are drawn for each completion that is taken.
         label: Name or number of the class; None for no class, or for the only one.
         seed: Of the random numbers; the run's own by default.
         **settings: Fields of SampleConfig; what is None is as the run says.
@@ -71,14 +76,20 @@ def complete(
     config = run.load_config()
     seed = config.seed if seed is None else seed
     mask, files = region_mask(keep, config), image_files(epath.Path(source).expanduser())
-    chosen = fitted(changed_defaults(run, settings), num * len(files))
+    drawn = num * candidates
+    chosen = fitted(changed_defaults(run, settings), drawn * len(files))
     originals = np.stack([read_image(file, config) for file in files.values()])
 
-    model, chosen_label = load_vqvae(run), _label(label, learned_labels(run))
-    codes = _completed(run, model, chosen, seed, originals, num, mask, chosen_label)
+    model, prior = load_vqvae(run), load_prior(run)
+    number = _label(label, learned_labels(run))
+    codes = _completed(prior, model, chosen, seed, originals, drawn, mask, number)
+    if candidates > 1:
+        counted = kept_codes(mask, model.layout)
+        codes = _likeliest(prior, codes, counted, number, drawn, num, chosen.batch_size)
     images = decode(model, codes, chosen.batch_size).reshape(-1, num, *config.image_shape)
 
-    facts = provenance(run, chosen, seed) | {"keep": keep, "num": num, "label": chosen_label}
+    facts = provenance(run, chosen, seed) | {"keep": keep, "num": num, "label": number}
+    facts["candidates"] = candidates
     if path.suffix == ".png":
         kept = _kept_part(originals, kept_cells(mask, model.layout.grids[-1]))
         _save_figure(originals, kept, images, path, facts | {"input": list(files)})
@@ -94,7 +105,7 @@ def _label(label: str | None, labels: Labels) -> Label:
 
 
 def _completed(
-    run: RunFolder,
+    prior: CodePrior,
     model: VQVAE,
     settings: SampleConfig,
     seed: int,
@@ -108,7 +119,24 @@ def _completed(
     known = np.repeat(in_batches(encode, images, settings.batch_size), num, axis=0)
     labels = np.repeat([label], len(known), axis=0)
     keep = kept_codes(mask, model.layout)
-    return draw_codes(load_prior(run), settings, seed, labels, known=known, keep=keep)
+    return draw_codes(prior, settings, seed, labels, known=known, keep=keep)
+
+
+def _likeliest(
+    prior: CodePrior,
+    codes: np.ndarray,
+    keep: np.ndarray,
+    label: Label,
+    drawn: int,
+    num: int,
+    batch_size: int,
+) -> np.ndarray:
+    """Returns of every `drawn` completions the `num` under which the kept codes are likeliest."""
+    score = code_scorer(prior, counted=keep)
+    labels = np.repeat([label], batch_size, axis=0)
+    scores = in_batches(lambda batch: score(batch, labels), codes, batch_size)
+    best = np.argsort(-scores.reshape(-1, drawn), axis=1, kind="stable")[:, :num]
+    return codes[(best + drawn * np.arange(len(best))[:, None]).ravel()]
 
 
 def _kept_part(images: np.ndarray, cells: np.ndarray) -> np.ndarray:

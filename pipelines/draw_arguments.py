@@ -11,7 +11,8 @@ from pipelines.verbs import verb_parser
 _ORDER = """\
 Codes are drawn in raster order, each given those before it, kept or drawn. What is kept stays, but
 it has no influence on what is drawn before it: with --keep bottom-half the upper half is drawn
-as if nothing were kept, and may not fit. A coarse grid comes before a fine one.
+as if nothing were kept, and may not fit. A coarse grid comes before a fine one. --candidates 16
+draws 16 for each completion, and takes the one under which what is kept is likeliest.
 
 example:
   vqbeam complete runs/fashion --input shoe.png --keep top-half --output shoes.png"""
@@ -57,6 +58,7 @@ def parse_complete(verb: str, words: Sequence[str]) -> dict[str, Any]:
     forms = "a .png (all side by side) or a folder (a PNG for each completion)"
     parser.add("--output", nonempty, forms, metavar="PATH", required=True)
     parser.add("--num", count, "completions of each image (default: 4)", metavar="N", default=4)
+    parser.add("--candidates", count, "drawn for each completion (default: 1)", metavar="M")
     parser.add("--label", nonempty, "class of the images (unset: unknown)", metavar="NAME-OR-ID")
     _add_seed(parser)
     flags = _add_settings(parser, without=("num",))
@@ -66,6 +68,7 @@ def parse_complete(verb: str, words: Sequence[str]) -> dict[str, Any]:
         "source": given["--input"],
         "keep": given["--keep"],
         "num": given["--num"],
+        "candidates": given.get("--candidates", 1),
         "label": given.get("--label"),
         "seed": given.get("--seed"),
         "output": given["--output"],

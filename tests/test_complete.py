@@ -6,11 +6,12 @@ from PIL import Image
 from pipeline_fixtures import CLASSES, SIDE, small_config, write_images
 
 from pipelines.cli import main
-from pipelines.complete import _completed, _kept_part, _label
+from pipelines.complete import _completed, _kept_part, _label, _likeliest
 from pipelines.regions import region_mask
 from prior.transformer import CodePrior
 from vqvae.building import build_model
 from vqvae.labels import Labels
+from vqvae.layout import CodeLayout
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_a_folder_of_completions_under_a_mask(finished_run, photos, tmp_path):
     mask[:, 4:] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     words = ["--input", str(folder / "001.png"), "--keep", str(tmp_path / "mask.png")]
-    words += ["--num=2", "--output", str(tmp_path / "out")]
+    words += ["--num=2", "--candidates=3", "--output", str(tmp_path / "out")]
     assert main(["complete", str(finished_run.root), *words]) == 0
     paths = sorted((tmp_path / "out").iterdir())
     assert [path.name for path in paths] == ["00000-1.png", "00000-2.png"]
@@ -69,20 +70,34 @@ def test_a_folder_of_completions_under_a_mask(finished_run, photos, tmp_path):
 @pytest.mark.parametrize(
     "settings", [dict(vqvae__quantizer="residual", vqvae__depth=2), dict(vqvae__grids=2)]
 )
-def test_kept_codes_of_every_level_stay(settings, monkeypatch):
+def test_kept_codes_of_every_level_stay(settings):
     config = small_config("glyphs", **settings)
     model = build_model(config, data_variance=1.0)
     prior = CodePrior(model.layout, num_labels=3, layers=1, width=16, heads=2)
-    monkeypatch.setattr("pipelines.complete.load_prior", lambda run: prior)
     images = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
     mask = region_mask("left-half", config)
-    codes = _completed(None, model, config.sample, 0, images, 2, mask, -1)
+    codes = _completed(prior, model, config.sample, 0, images, 2, mask, -1)
     assert codes.shape == (4, *model.layout.shape)
     encoded = np.repeat(np.asarray(model.encode(images)), 2, axis=0)
     width = model.layout.grids[-1][1]
     kept = (model.layout.columns < width / 2 - 0.5).reshape(model.layout.shape)
     np.testing.assert_array_equal(codes[:, kept], encoded[:, kept])
     assert (codes[:, ~kept] != encoded[:, ~kept]).any()
+
+
+@pytest.mark.slow
+def test_those_are_taken_that_fit_best_to_what_is_kept():
+    numbers = np.random.default_rng(0)
+    prior = CodePrior(CodeLayout(5, ((2, 2),)), num_labels=3, layers=1, width=16, heads=2)
+    prior.head.kernel.assign(numbers.normal(size=prior.head.kernel.shape))
+    keep = np.array([[False, False], [False, True]])
+    codes = numbers.integers(5, size=(8, 2, 2))
+    taken = _likeliest(prior, codes, keep, 1, drawn=4, num=2, batch_size=3)
+    logits = np.asarray(prior({"codes": codes, "labels": np.ones(8, int)}))[:, 3].astype(float)
+    chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    chances = chances[np.arange(8), codes[:, 1, 1]].reshape(2, 4)
+    best = np.argsort(-chances, axis=1)[:, :2] + [[0], [4]]
+    np.testing.assert_array_equal(taken, codes[best.ravel()])
 
 
 def test_the_kept_part_is_that_of_the_cells():

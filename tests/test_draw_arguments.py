@@ -82,13 +82,15 @@ def test_complete():
         "source": "a.jpg",
         "keep": "top-half",
         "num": 4,
+        "candidates": 1,
         "label": None,
         "seed": None,
         "output": "c.png",
     }
     assert expected.items() <= parse(COMPLETE).arguments.items()
-    more = parse([*COMPLETE, "--num", "2", "--label=B", "--seed=3"]).arguments
-    assert (expected | {"num": 2, "label": "B", "seed": 3}).items() <= more.items()
+    words = ["--num", "2", "--candidates=9", "--label=B", "--seed=3"]
+    changed = expected | {"num": 2, "candidates": 9, "label": "B", "seed": 3}
+    assert changed.items() <= parse([*COMPLETE, *words]).arguments.items()
 
 
 def test_complete_says_what_has_no_influence(capsys):

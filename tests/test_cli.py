@@ -85,7 +85,7 @@ def test_reconstruct_dispatch(target):
 def test_evaluate_dispatch(target):
     calls = target("evaluate", "evaluate")
     assert main(["evaluate", "d", "--features", "inception"]) == 0
-    assert calls == [{"run_dir": "d", "features": "inception"}]
+    assert [(call["run_dir"], call["features"]) for call in calls] == [("d", "inception")]
 
 
 def test_inspect_dispatch(target, capsys):

@@ -5,7 +5,7 @@ import pytest
 import vqvae.evaluation as evaluation
 from pipelines import cli
 from pipelines.cli import main
-from pipelines.evaluate import vqvae_rows
+from pipelines.evaluate import prior_lines, vqvae_rows
 from vqvae.run_folder import RunFolder
 
 MEASURES = {
@@ -78,10 +78,47 @@ def test_what_is_not_trained(prepared_run, tiny_config, capsys):
     assert "has no finished train-vqvae stage; run vqbeam train-vqvae PRESET" in error
 
 
+def test_a_table_of_what_is_left():
+    figures = {"frechet": None, "precision": None, "recall": None, "agreement": 0.25}
+    reasons = dict.fromkeys(("frechet", "precision", "recall"), "no features")
+    measures = {
+        "images": 2000,
+        **dict.fromkeys(("real", "reconstructions", "samples"), figures),
+        "left_out": reasons,
+        "nats_per_code": 2.1456,
+        "bits_per_dim": 0.19354,
+        "features": "classifier",
+        "neighbours": 3,
+        "seed": 7,
+        "settings": {"temperature": 0.9, "top_k": 5},
+    }
+    assert prior_lines(measures) == [
+        "sets of 2,000 images by as many of the validation split",
+        "                  real  reconstructions  samples",
+        "label agreement  25.0%            25.0%    25.0%",
+        "left out: Fréchet distance, no features",
+        "left out: precision, no features",
+        "left out: recall, no features",
+        "real: training images, but for the label agreement the held-out ones",
+        "samples: temperature 0.9, top_k 5, seed 7; labels as in the training split",
+        "features: classifier, 3 neighbours",
+        "held-out codes: 2.146 nats per code, 0.1935 bits per dimension",
+    ]
+    nothing = prior_lines(measures | {"left_out": reasons | {"agreement": "no classes"}})
+    assert nothing[1] == "left out: Fréchet distance, no features"
+
+
+def test_a_prior_that_is_not_trained(prepared_run, tiny_config, capsys):
+    run, _ = prepared_run(tiny_config())
+    assert main(["evaluate", str(run.root), "--stage", "prior"]) == 1
+    assert "has no finished train-prior stage; run vqbeam train-prior" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_prints_and_writes(finished_run, capsys):
     assert main(["evaluate", str(finished_run.root)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines, rest = capsys.readouterr().out.split("prior of ")
+    lines = lines.splitlines()
     images = finished_run.manifest("prepare")["counts"]["validation"]
     measures = json.loads((finished_run.evaluation / "vqvae.json").read_text())
     accuracy = json.loads((finished_run.evaluation / "classifier.json").read_text())["accuracy"]
@@ -92,6 +129,12 @@ def test_prints_and_writes(finished_run, capsys):
     column = 2 + len("Fréchet distance (classifier features)") + 2
     assert [(line[:column].strip(), line[column:]) for line in lines[1:-1]] == rows
     assert lines[-1] == f"written to {finished_run.evaluation / 'vqvae.json'}"
+    found = json.loads((finished_run.evaluation / "prior.json").read_text())
+    assert found["images"] == images and found["settings"]["guidance"] == 2
+    expected = prior_lines(found)
+    assert rest.splitlines()[0] == f"{finished_run.root}, {expected[0]}"
+    assert rest.splitlines()[1:-1] == [f"  {line}" for line in expected[1:]]
+    assert rest.endswith(f"written to {finished_run.evaluation / 'prior.json'}\n")
 
 
 @pytest.mark.slow
@@ -103,7 +146,9 @@ def test_the_features_are_those_asked_for(finished_run, capsys, monkeypatch):
         return lambda images: images.reshape(len(images), -1)[:, :2]
 
     monkeypatch.setattr(evaluation, "feature_extractor", extractor)
-    assert main(["evaluate", str(finished_run.root), "--features", "inception"]) == 0
+    words = ["evaluate", str(finished_run.root), "--features", "inception", "--stage", "vqvae"]
+    assert main(words) == 0
     assert asked == [(finished_run.root, "inception")]
     out = capsys.readouterr().out
     assert "Fréchet distance (inception features)  " in out and "names the class" not in out
+    assert "prior of" not in out

@@ -5,12 +5,13 @@ import keras
 import numpy as np
 import pytest
 from event_files import events
+from measured_run import add_models
 from PIL import Image
 
-from configs import VqbeamError, override
+from configs import PriorConfig, VqbeamError, override
 from prior import training
 from prior.sampler import Sampler
-from prior.training import STAGE, build_prior, evaluate, load_prior, train_prior
+from prior.training import STAGE, build_optimizer, build_prior, evaluate, load_prior, train_prior
 from vqvae import records
 from vqvae.building import build_model
 from vqvae.figures import label_figure
@@ -314,6 +315,16 @@ def test_with_attributes(tmp_path, config):
     )
 
 
+def test_the_optimizer_is_as_the_settings_say():
+    changed = dict(schedule="constant", warmup_steps=4, learning_rate=0.5, weight_decay=0.25)
+    plain = build_optimizer(PriorConfig(steps=100, steps_per_epoch=100, clip_norm=0.0, **changed))
+    assert plain.global_clipnorm is None and not plain.use_ema and plain.weight_decay == 0.25
+    rates = [float(plain._learning_rate(step)) for step in (0, 2, 4, 99)]
+    assert rates == pytest.approx([0, 0.25, 0.5, 0.5])
+    other = build_optimizer(PriorConfig(clip_norm=0.1, weight_ema=0.9))
+    assert (other.global_clipnorm, other.use_ema, other.ema_momentum) == (0.1, True, 0.9)
+
+
 def test_needs_codes(tmp_path, config):
     run = RunFolder(tmp_path / "run")
     run.start(config)
@@ -342,3 +353,13 @@ def test_a_prior_of_another_codebook(trained, config, monkeypatch):
         VqbeamError, match="prior/model.keras has .*grid, K = 9, .* says .* K = 16;"
     ):
         load_prior(run)
+
+
+def test_a_prior_draws_in_float32_however_it_was_trained(prepared_run, tiny_config):
+    run, pixels = prepared_run(tiny_config())
+    _, trained = add_models(run, pixels, dtype="mixed_bfloat16")
+    loaded = load_prior(run)
+    assert trained.blocks[0].compute_dtype == "bfloat16"
+    assert loaded.compute_dtype == loaded.blocks[0].qkv.compute_dtype == "float32"
+    for one, two in zip(trained.weights, loaded.weights, strict=True):
+        np.testing.assert_array_equal(array(one), array(two), err_msg=one.path)

@@ -1,0 +1,71 @@
+import keras
+import numpy as np
+import pytest
+from measured_run import stub_classifier, stub_features
+
+import vqvae.comparison as comparison
+from vqvae.comparison import Yardstick
+from vqvae.frechet import Moments, frechet_distance
+from vqvae.manifolds import Manifold, precision_recall
+
+
+@pytest.fixture(autouse=True)
+def stubs(monkeypatch):
+    monkeypatch.setattr(comparison, "feature_extractor", stub_features)
+    monkeypatch.setattr(comparison, "load_classifier", stub_classifier)
+
+
+def test_every_figure_in_numpy(prepared_run, tiny_config):
+    run, pixels = prepared_run(tiny_config())
+    yardstick = Yardstick(run, 100, "classifier", seed=0)
+    # There are 20 training images, and 10 held out.
+    assert yardstick.num == 10 and yardstick.left_out == {}
+    others = np.random.default_rng(5).integers(60, 256, (10, 8, 8, 1), np.uint8)
+    labels = np.array([0, 1] * 5)
+    found = yardstick.measure([(others[:6], labels[:6]), (others[6:], labels[6:])])
+    features = [stub_features(run, "")(images) for images in (pixels["validation"], others)]
+    gaussians = []
+    for rows in features:
+        moments = Moments()
+        moments.add(rows)
+        gaussians.append(moments.gaussian())
+    precision, recall = precision_recall(*map(Manifold, features))
+    logits = keras.ops.convert_to_numpy(stub_classifier(run)(others, training=False))
+    assert found == {
+        "frechet": pytest.approx(frechet_distance(*gaussians), rel=1e-4),
+        "precision": precision,
+        "recall": recall,
+        "agreement": (logits.argmax(axis=1) == labels).mean(),
+    }
+
+
+def test_real_images_are_drawn_without_replacement(prepared_run, tiny_config):
+    run, pixels = prepared_run(tiny_config())
+    known = {image.tobytes(): index for index, image in enumerate(pixels["train"])}
+    chosen = []
+    for seed in (0, 0, 1):
+        yardstick = Yardstick(run, 7, "classifier", seed)
+        ((images, labels),) = yardstick.real("train")
+        chosen.append([known[image.tobytes()] for image in images])
+        assert labels.tolist() == [index % 2 for index in chosen[-1]]
+        assert len(set(chosen[-1])) == 7
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "features", "missing", "why"),
+    [
+        ({"labels": ()}, "classifier", 4, "no classes for the classifier to learn; --features inc"),
+        ({"labels": ()}, "inception", 1, "no classes for the classifier to learn"),
+        ({"validation": 3}, "classifier", 3, "3 images have no 3 neighbours each; hold out more"),
+    ],
+)
+def test_what_cannot_be_measured_says_why(
+    prepared_run, tiny_config, changes, features, missing, why
+):
+    run, _ = prepared_run(tiny_config(), **changes)
+    yardstick = Yardstick(run, 100, features, seed=0)
+    figures = yardstick.measure(yardstick.real("train"))
+    assert {name for name, value in figures.items() if value is None} == set(yardstick.left_out)
+    assert len(yardstick.left_out) == missing
+    assert any(reason.startswith(why) for reason in yardstick.left_out.values())

@@ -176,7 +176,7 @@ def training(length, variants):
     for dtype in work.DTYPES:
         a, b = (torch.randn(s).to(getattr(torch, dtype)) for s in ((rows, inner), (inner, columns)))
         seconds = measuring.seconds(lambda a=a, b=b: a @ b)
-        measuring.report("matmul", dtype, seconds=seconds)
+        measuring.report(f"matmul, {dtype}", dtype, seconds=seconds)
 
 
 def training_step(length, variant):

@@ -75,7 +75,7 @@ def training(length):
     for dtype in work.DTYPES:
         a, b = (tf.cast(tf.random.normal(s), dtype) for s in ((rows, inner), (inner, columns)))
         seconds = measuring.seconds(lambda a=a, b=b: multiply(a, b))
-        measuring.report("matmul", dtype, seconds=seconds)
+        measuring.report(f"matmul, {dtype}", dtype, seconds=seconds)
 
 
 def endless_batches(length):

@@ -1,0 +1,194 @@
+"""Measures a PixelCNN prior, as in Keras's example of a VQ-VAE, beside the transformer of a run.
+
+    python benchmarks/pixelcnn.py RUN --num 2000
+
+RUN is a finished run with classes and one grid of codes. The PixelCNN learns the codes of the run
+for as long as the run's prior took, by the manifest. Both are then measured by as many held-out
+images as are drawn. The PixelCNN knows no classes; the transformer is measured without a class as
+well, and at the run's settings. Let nothing else run meanwhile: the time is what makes them equal.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["KERAS_BACKEND"] = "tensorflow"
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers, ops
+from side_by_side import table
+
+from configs import SampleConfig
+from pipelines.sampling_defaults import sampling_defaults
+from prior.sampler import Sampler, sampler_arguments
+from prior.training import load_prior
+from vqvae.comparison import Yardstick
+from vqvae.compilation import compile_function
+from vqvae.records import open_dataset, read_split, training_batches
+from vqvae.run_folder import RunFolder
+from vqvae.training import load_vqvae
+
+FILTERS, RESIDUAL_BLOCKS, LAST_LAYERS = 128, 2, 2  # the example's
+BATCH_SIZE, LEARNING_RATE = 128, 3e-4  # the example's
+DRAWN_AT_ONCE = 64
+HEADER = ["prior", "parameters", "nats per code", "Fréchet", "precision", "recall", "images/s"]
+
+
+class MaskedConvolution(layers.Conv2D):
+    """A convolution that sees the codes above and to the left, and with `here` its own place.
+
+    From "Conditional Image Generation with PixelCNN Decoders", van den Oord et al. 2016
+    (https://arxiv.org/abs/1606.05328), figure 1.
+    """
+
+    def __init__(self, filters, size, *, here):
+        super().__init__(filters, size, padding="same", activation="relu")
+        middle = size // 2
+        self.mask = np.zeros((size, size, 1, 1), "float32")
+        self.mask[:middle] = 1
+        self.mask[middle, : middle + here] = 1
+
+    def call(self, inputs):
+        """Maps [B, h, w, C] to [B, h, w, filters]."""
+        convolved = ops.conv(inputs, self.kernel * self.mask, padding="same")
+        return self.activation(convolved + self.bias)
+
+
+def build(grid: tuple[int, int], num_codes: int) -> keras.Model:
+    """Returns the example's network, from codes [B, h, w] to logits [B, h, w, K]."""
+    codes = keras.Input(grid, dtype="int32")
+    x = MaskedConvolution(FILTERS, 7, here=False)(ops.one_hot(codes, num_codes))
+    for _ in range(RESIDUAL_BLOCKS):
+        h = layers.Conv2D(FILTERS, 1, activation="relu")(x)
+        h = MaskedConvolution(FILTERS // 2, 3, here=True)(h)
+        x = x + layers.Conv2D(FILTERS, 1, activation="relu")(h)
+    for _ in range(LAST_LAYERS):
+        x = MaskedConvolution(FILTERS, 1, here=True)(x)
+    return keras.Model(codes, layers.Conv2D(num_codes, 1)(x))
+
+
+class StopAfter(keras.callbacks.Callback):
+    """Ends training after so many seconds."""
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.end = time.monotonic() + seconds
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Looks at the clock."""
+        self.model.stop_training = time.monotonic() > self.end
+
+
+def train(run: RunFolder, model: keras.Model, seconds: float) -> float:
+    """Trains a PixelCNN on the codes of a run; returns its nats per code on held-out codes."""
+    model.compile(
+        keras.optimizers.Adam(LEARNING_RATE),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    builder = open_dataset(run.folder("encode"))
+
+    def pair(example):
+        codes = tf.cast(example["codes"], tf.int32)
+        return codes, codes
+
+    batches = training_batches(
+        read_split(builder, "train").map(pair),
+        size=builder.info.splits["train"].num_examples,
+        batch_size=BATCH_SIZE,
+        first_step=0,
+        seed=0,
+    )
+    model.fit(batches.prefetch(4), verbose=0, callbacks=[StopAfter(seconds)])
+    return model.evaluate(read_split(builder, "validation").map(pair).batch(BATCH_SIZE), verbose=0)
+
+
+def pixelcnn_draws(model: keras.Model):
+    """Returns a function from how many to codes: one pass over the whole grid for each code."""
+    rows, columns = model.input_shape[1:]
+
+    @tf.function
+    def next_code(codes, row, column):
+        logits = model(codes)[:, row, column]
+        return tf.random.categorical(logits, 1, dtype=tf.int32)[:, 0]
+
+    def draw(count):
+        codes = np.zeros((count, rows, columns), "int32")
+        for row, column in np.ndindex(rows, columns):
+            place = tf.constant(row), tf.constant(column)
+            codes[:, row, column] = next_code(tf.constant(codes), *place)
+        return codes
+
+    return draw
+
+
+def transformer_draws(run: RunFolder, settings: SampleConfig, labels: np.ndarray):
+    """Returns a function from how many to codes of the run's prior with the labels in turn."""
+    prior = load_prior(run)
+    sampler, drawn = Sampler(prior, DRAWN_AT_ONCE), [0]
+    arguments = sampler_arguments(settings, prior.layout.length)
+
+    def draw(count):
+        indices = np.arange(drawn[0], drawn[0] + count)
+        drawn[0] += count
+        return sampler(labels[indices % len(labels)], 0, indices=indices, **arguments)
+
+    return draw
+
+
+def measure(yardstick: Yardstick, vqvae, draw, labels: np.ndarray) -> list[str]:
+    """Returns the figures of a row for images whose codes `draw` draws."""
+    decode = compile_function(vqvae.decode, vqvae.variables, jit=False)
+    draw(DRAWN_AT_ONCE)  # compiles
+    seconds = []
+
+    def images():
+        for first in range(0, len(labels), DRAWN_AT_ONCE):
+            chosen = labels[first : first + DRAWN_AT_ONCE]
+            start = time.perf_counter()
+            codes = draw(DRAWN_AT_ONCE)[: len(chosen)]
+            seconds.append(time.perf_counter() - start)
+            yield keras.ops.convert_to_numpy(decode(codes)), chosen
+
+    found = yardstick.measure(images())
+    figures = [f"{found[name]:.3f}" for name in ("frechet", "precision", "recall")]
+    return [*figures, f"{DRAWN_AT_ONCE / np.median(seconds):,.1f}"]
+
+
+def main() -> None:
+    """Trains the PixelCNN, measures both and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("run", help="folder of a finished run")
+    parser.add_argument("--num", type=int, default=2000, help="images drawn (default 2000)")
+    parser.add_argument("--seconds", type=float, help="training time (default: the prior's)")
+    arguments = parser.parse_args()
+    run = RunFolder(arguments.run)
+    manifest = run.require("train-prior")
+    vqvae, yardstick = load_vqvae(run), Yardstick(run, arguments.num, "classifier", seed=0)
+    labels = np.concatenate([labels for _, labels in yardstick.real("train")])
+    keras.utils.set_random_seed(1)
+    model = build(vqvae.layout.shape, vqvae.layout.num_codes)
+    seconds = arguments.seconds or manifest["seconds"]
+    nats = train(run, model, seconds)
+    size, nats = f"{model.count_params():,}", f"{nats:.3f}"
+    row = measure(yardstick, vqvae, pixelcnn_draws(model), labels)
+    rows = [[f"PixelCNN, trained for {seconds:,.0f} s", size, nats, *row]]
+    size, nats = f"{manifest['parameters']:,}", f"{manifest['measures']['nats_per_code']:.3f}"
+    settings = sampling_defaults(run)
+    cases = (
+        ("transformer, without a class", SampleConfig(), np.full_like(labels, -1), "–"),
+        ("transformer, at the run's settings", settings, labels, nats),
+    )
+    for title, chosen, asked, known_nats in cases:
+        row = measure(yardstick, vqvae, transformer_draws(run, chosen, asked), asked)
+        rows.append([title, size, known_nats, *row])
+    print(f"{yardstick.num:,} images each, classifier features, seed 0\n\n{table(HEADER, rows)}")
+
+
+if __name__ == "__main__":
+    main()

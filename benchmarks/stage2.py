@@ -1,0 +1,109 @@
+"""Times stage 2 beside plain PyTorch and Hugging Face's transformers, on a CPU.
+
+    python -m venv torchenv
+    torchenv/bin/pip install -r benchmarks/requirements-torch.txt
+    python benchmarks/stage2.py --torch-python torchenv/bin/python
+
+Two things are measured, for a prior of 6 layers, width 256 and 8 heads over grids of 64 and of 256
+codes: drawing images, in batches of 1, 16 and 64; and training. Plain PyTorch has the same
+transformer with a static cache, written in `stage2_torch.py`; transformers has GPT-2 of that size
+and its `generate`. Each is first measured in all its variants (float32 and bfloat16; eager and
+compiled, which takes a C++ compiler; both kinds of cache), and then runs its fastest. All sides
+take turns, each time in a process of its own, and the medians over the turns count. Let nothing
+else run meanwhile. The table goes to standard output.
+"""
+
+import argparse
+import json
+import pathlib
+import platform
+import sys
+import time
+
+import stage2_work as work
+from side_by_side import Results, ask, table
+
+SCRIPTS = {
+    "vqbeam": "stage2_vqbeam.py",
+    "PyTorch": "stage2_torch.py",
+    "transformers": "stage2_transformers.py",
+}
+HEADER = ["", *SCRIPTS, "to PyTorch", "to transformers", "share of the limit"]
+
+
+def measure(python: dict[str, str], case: list[str], turns: int) -> dict[str, Results]:
+    """Measures one case on the sides given with their Python; all their variants first."""
+    tried = {side: Results() for side in python}
+    for side, results in tried.items():
+        results.add(ask(python[side], SCRIPTS[side], case))
+    found = {side: Results() for side in python}
+    for _ in range(turns):
+        for side, results in found.items():
+            variants = [] if side == "vqbeam" else tried[side].fastest_variants()
+            results.add(ask(python[side], SCRIPTS[side], [*case, *variants]))
+    return found
+
+
+def sampling_row(
+    length: int, batch_size: int, found: dict[str, Results], speed: float
+) -> list[str]:
+    """Returns a row of images per second; `speed` in multiply-adds per second is the limit."""
+    best = {side: results.fastest("sampling") for side, results in found.items()}
+    rates = [f"{batch_size / seconds:,.1f} ({name})" for seconds, name in best.values()]
+    work_done = batch_size * length * work.multiply_adds(work.GRIDS[length])
+    title = f"images/s, T = {length}, K = {work.GRIDS[length]}, batch {batch_size}"
+    return [title, *rates, *ratios(best), f"{work_done / speed / best['vqbeam'][0]:.0%}"]
+
+
+def training_rows(length: int, found: dict[str, Results]) -> list[list[str]]:
+    """Returns a row of tokens per second, each side in its faster precision."""
+    best = {side: results.fastest("training") for side, results in found.items()}
+    rates = [f"{work.TRAINING_TOKENS / seconds:,.0f} ({name})" for seconds, name in best.values()]
+    seconds, dtype = best["vqbeam"]
+    # Forward, gradient of the inputs, gradient of the weights.
+    work_done = 3 * work.TRAINING_TOKENS * work.multiply_adds(work.GRIDS[length])
+    share = work_done / speed_of(found["vqbeam"], dtype) / seconds
+    title = f"training, tokens/s, T = {length}"
+    return [[title, *rates, "", *ratios(best), "", f"{share:.0%}"]]
+
+
+def ratios(best: dict[str, tuple[float, str]]) -> list[str]:
+    """Returns how many times as fast vqbeam is as each of the others."""
+    mine, *others = best.values()
+    return [f"×{seconds / mine[0]:.2f}" for seconds, _ in others]
+
+
+def speed_of(results: Results, dtype: str) -> float:
+    """Returns the multiply-adds per second of one large matrix product."""
+    rows, inner, columns = work.MATMUL
+    return rows * inner * columns / results.fastest(f"matmul, {dtype}")[0]
+
+
+def main() -> None:
+    """Measures everything and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--torch-python", required=True, help="Python with the requirements")
+    parser.add_argument("--turns", type=int, default=3, help="turns of each side (default 3)")
+    parser.add_argument("--output", type=pathlib.Path, help="JSON file of all that was measured")
+    arguments = parser.parse_args()
+    python = dict.fromkeys(SCRIPTS, arguments.torch_python) | {"vqbeam": sys.executable}
+    both = {side: python[side] for side in ("vqbeam", "PyTorch")}
+    rows, output = [], {}
+    for length in work.GRIDS:
+        trained = measure(both, ["training", str(length)], arguments.turns)
+        rows += training_rows(length, trained)
+        output[f"training {length}"] = {side: vars(results) for side, results in trained.items()}
+        speed = speed_of(trained["vqbeam"], "float32")
+        for batch_size in work.SAMPLING_BATCHES:
+            case = ["sampling", str(length), str(batch_size)]
+            found = measure(python, case, arguments.turns)
+            rows.append(sampling_row(length, batch_size, found, speed))
+            output[" ".join(case)] = {side: vars(results) for side, results in found.items()}
+    print(f"{platform.processor() or platform.machine()}, {time.strftime('%Y-%m-%d')}\n")
+    print(table(HEADER, rows))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(output, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,9 +2,12 @@
 
 import functools
 import math
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -18,6 +21,7 @@ from vqvae.compilation import compile_function
 
 # Attention reads its cache in full, so the cache starts short and grows.
 SEGMENTS = 4
+LEAST_SHARE = 8
 
 
 class Sampler:
@@ -32,7 +36,7 @@ class Sampler:
 
     Args:
         model: The prior. Weights assigned to it later on are seen.
-        batch_size: Images drawn at once. A last batch that is smaller is padded.
+        batch_size: Images drawn at once. The last are padded to as many.
 
     Example:
         >>> sampler = Sampler(prior, batch_size=64)
@@ -42,6 +46,7 @@ class Sampler:
     def __init__(self, model: CodePrior, batch_size: int):
         self.model = model
         self.batch_size = batch_size
+        self.share = _share(batch_size)
         self._program = functools.cache(self._compile)
 
     def _compile(self, guided: bool, filtered: bool) -> Callable[..., Any]:
@@ -118,19 +123,25 @@ class Sampler:
         filtered = 0 < top_k < layout.num_codes or top_p < 1 or min_p > 0
         program = self._program(bool(np.any(scales != 1)), filtered)
         indices = np.arange(len(labels)) if indices is None else np.asarray(indices)
-        codes = np.zeros((len(labels), layout.length), "int32")
-        for start in range(0, len(labels), self.batch_size):
-            rows = slice(start, start + self.batch_size)
+
+        def draw(start):
+            rows = slice(start, start + self.share)
             numbers = uniforms(seed, indices[rows], layout.length)
             batch = {"uniforms": numbers} | {name: array[rows] for name, array in images.items()}
             padded = {name: self._padded(array) for name, array in batch.items()}
-            codes[rows] = ops.convert_to_numpy(program(padded, settings))[: len(numbers)]
-            if on_batch is not None:
-                on_batch(start + len(numbers))
+            return ops.convert_to_numpy(program(padded, settings))[: len(numbers)]
+
+        codes = np.zeros((len(labels), layout.length), "int32")
+        starts = range(0, len(labels), self.share)
+        with ThreadPoolExecutor(math.ceil(self.batch_size / self.share)) as pool:
+            for start, drawn in zip(starts, pool.map(draw, starts), strict=True):
+                codes[start : start + len(drawn)] = drawn
+                if on_batch is not None:
+                    on_batch(start + len(drawn))
         return codes.reshape(-1, *layout.shape)
 
     def _padded(self, rows: np.ndarray) -> np.ndarray:
-        missing = self.batch_size - len(rows)
+        missing = self.share - len(rows)
         return np.pad(rows, ((0, missing), *[(0, 0)] * (rows.ndim - 1)), mode="edge")
 
     def _check(self, labels, temperature, top_k, top_p, min_p, scales):
@@ -154,6 +165,18 @@ class Sampler:
                 f"guidance is {guided[0]:g}, but the prior was trained without classes; set it to 1"
             )
         check_labels(self.model, labels)
+
+
+def _share(batch_size: int) -> int:
+    """Returns how many images of a batch are drawn by one program.
+
+    On a CPU a step is many small operations, which gain little from a second core: each core has a
+    program of its own, unless so few images are left to it that reading the weights is most of it.
+    """
+    if not all(name.startswith("cpu") for name in keras.distribution.list_devices()):
+        return batch_size
+    cores = min(os.cpu_count(), max(1, batch_size // LEAST_SHARE))
+    return math.ceil(batch_size / cores)
 
 
 def sampler_arguments(settings: SampleConfig, length: int) -> dict[str, Any]:

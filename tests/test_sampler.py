@@ -96,6 +96,23 @@ def test_images_do_not_depend_on_the_batch(any_sampler, batch_size, settings):
     np.testing.assert_array_equal(later, expected[5:])
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "cores", "share"), [(64, 2, 32), (16, 8, 8), (10, 2, 10), (33, 4, 9), (1, 2, 1)]
+)
+def test_cores_share_a_batch(monkeypatch, batch_size, cores, share):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert Sampler(build(), batch_size).share == share
+
+
+def test_images_do_not_depend_on_the_cores(sampler, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    other, labels, done = Sampler(sampler.model, batch_size=24), np.arange(44) % 3, []
+    assert other.share == 8
+    codes = other(labels, seed=1, on_batch=done.append)
+    np.testing.assert_array_equal(codes, sampler(labels, seed=1))
+    assert done == [8, 16, 24, 32, 40, 44]
+
+
 def test_on_batch_counts_images(sampler):
     done = []
     assert sampler(np.zeros(19), seed=0, on_batch=done.append).shape == (19, *GRID)

@@ -20,7 +20,6 @@ CONFIG = Config(
         width=128,
         residual_layers=2,
         residual_width=28,  # the paper's 32, less what the predictions multiply
-        ema_decay=0.93,  # Muon moves the encoder fast: 0.99 lags behind, for a twentieth more error
         balance=0.2,  # without it the codes' perplexity is about 400
         batch_size=32,
         steps=10_000,  # 6.4 passes over the 50,000 training images

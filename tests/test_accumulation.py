@@ -9,6 +9,8 @@ from prior.transformer import CodePrior
 from vqvae.fitting import AveragedWeights
 from vqvae.layout import CodeLayout
 
+pytestmark = pytest.mark.slow
+
 LAYOUT = CodeLayout(7, ((2, 2),))
 BATCH, STEPS = 32, 3
 

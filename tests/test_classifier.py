@@ -16,6 +16,8 @@ from vqvae.classifier import (
 from vqvae.records import read_split
 from vqvae.run_folder import MANIFEST
 
+pytestmark = pytest.mark.slow
+
 
 def array(tensor):
     return keras.ops.convert_to_numpy(tensor)

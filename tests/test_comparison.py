@@ -8,6 +8,8 @@ from vqvae.comparison import Yardstick
 from vqvae.frechet import Moments, frechet_distance
 from vqvae.manifolds import Manifold, precision_recall
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def stubs(monkeypatch):

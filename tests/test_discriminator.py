@@ -82,6 +82,7 @@ def test_each_loss_moves_its_own_side(name, moves_discriminator):
     assert (array(model.offset) != 0) == (not moves_discriminator)
 
 
+@pytest.mark.slow
 def test_learns_to_tell():
     keras.utils.set_random_seed(0)
     layer = PatchDiscriminator(width=8)

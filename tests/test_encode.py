@@ -15,6 +15,8 @@ from vqvae.run_folder import RunFolder
 from vqvae.training import MODEL_FILE, load_vqvae
 from vqvae.variants import variants
 
+pytestmark = pytest.mark.slow
+
 COUNTS = {"train": 20, "validation": 9}
 
 

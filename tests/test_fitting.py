@@ -17,6 +17,8 @@ from vqvae.checkpoints import Checkpoints
 from vqvae.fitting import fit, load_model, save_model
 from vqvae.records import training_batches
 
+pytestmark = pytest.mark.slow
+
 STEPS_PER_EPOCH = 3
 AVERAGING = dict(use_ema=True, ema_momentum=0.8)
 
@@ -133,7 +135,6 @@ np.savez(pathlib.Path(sys.argv[1]) / "state.npz", *state(model))
 """
 
 
-@pytest.mark.slow
 def test_a_new_process_goes_on_bit_for_bit(tmp_path):
     unbroken = build()
     train(unbroken, tmp_path / "unbroken", 3)

@@ -12,6 +12,8 @@ from vqvae.model import VQVAE
 from vqvae.optimizers import build_optimizer
 from vqvae.quantizers.vector import VectorQuantizer
 
+pytestmark = pytest.mark.slow
+
 K, D, BETA, VARIANCE = 21, 3, 0.4, 0.3
 SPARSE = "sparse" if keras.backend.backend() == "tensorflow" else "dense"
 VARIANTS = {

@@ -10,6 +10,8 @@ from pipelines.gradients import audit_lines, step_lines
 from vqvae.codebook_step import CodebookStep
 from vqvae.gradients import Audit
 
+pytestmark = pytest.mark.slow
+
 FSQ = ("--vqvae.quantizer", "fsq", "--vqvae.num-codes", 512)
 KIND = "sparse" if keras.backend.backend() == "tensorflow" else "dense"
 
@@ -101,7 +103,6 @@ def test_rounding(preset, tmp_path, capsys):
     assert "there is no codebook: the codes are numbers that are rounded" in lines
 
 
-@pytest.mark.slow
 def test_a_run(finished_run, tmp_path, capsys):
     path = tmp_path / "a.png"
     status, lines, _ = call(capsys, finished_run.root, "--output", path)

@@ -14,6 +14,8 @@ from vqvae.model import scale_images
 from vqvae.quantizers.residual import ResidualQuantizer
 from vqvae.quantizers.vector import VectorQuantizer
 
+pytestmark = pytest.mark.slow
+
 VARIANCE = 0.3
 
 

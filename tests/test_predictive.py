@@ -119,6 +119,7 @@ def test_gradient_passes_the_predictions_by():
     np.testing.assert_allclose(found, weights, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_predictions_learn_from_the_commitment_loss():
     # Columns alike, so that neighbours can be told exactly.
     images = np.repeat(latents(16, 4, 1, D), 4, axis=2)

@@ -21,6 +21,8 @@ from vqvae.layout import code_layout
 from vqvae.run_folder import RunFolder
 from vqvae.training import MODEL_FILE, load_vqvae
 
+pytestmark = pytest.mark.slow
+
 LABELS = Labels(("a", "b", "c"))
 COUNTS = {"train": 30, "validation": 11}
 SETTINGS = {
@@ -209,7 +211,6 @@ def stateful_run(path, config):
     return run
 
 
-@pytest.mark.slow
 def test_all_state_goes_on_where_training_was_broken_off(tmp_path, config, monkeypatch):
     run, other = (stateful_run(tmp_path / name, config) for name in ("run", "other"))
     manifest = train_prior(str(run.root))

@@ -40,7 +40,10 @@ def sampler():
     return Sampler(build(), batch_size=8)
 
 
-@pytest.fixture(scope="module", params=[FLAT, DEEP, PYRAMID], ids=CodeLayout.describe)
+SEVERAL_LEVELS = [pytest.param(layout, marks=pytest.mark.slow) for layout in (DEEP, PYRAMID)]
+
+
+@pytest.fixture(scope="module", params=[FLAT, *SEVERAL_LEVELS], ids=CodeLayout.describe)
 def any_sampler(request):
     """One sampler for each kind of layout."""
     return Sampler(build(layout=request.param), batch_size=8)

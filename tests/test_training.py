@@ -32,6 +32,8 @@ from vqvae.training import (
     train_vqvae,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def array(tensor):
     return np.asarray(tensor).copy()
@@ -180,7 +182,6 @@ def test_same_run_same_weights_even_when_broken_off(
     assert_same_training(trained[0], other)
 
 
-@pytest.mark.slow
 def test_all_state_goes_on_where_training_was_broken_off(
     stateful, prepared_run, tiny_config, monkeypatch
 ):

@@ -76,8 +76,8 @@ class Block(keras.layers.Layer):
         Returns:
             A tensor [B, T, width].
         """
-        query, key, value = self._query_key_value(x, self.cos, self.sin)
-        attended = self._attend(query, key, value, np.tri(len(self.cos), dtype=bool))
+        query, keys, values = self._query_keys_values(x, self.cos, self.sin)
+        attended = self._attend(query, keys, values, np.tri(len(self.cos), dtype=bool))
         x = x + self.dropout(attended, training=training)
         return x + self.dropout(self._mlp(x), training=training)
 
@@ -86,9 +86,9 @@ class Block(keras.layers.Layer):
 
         Args:
             x: Tensor [B, 1, width], the input at `position`.
-            key_cache: Rotated keys [B, kv_heads, C, width / heads]; those from `position` on are
+            key_cache: Rotated keys [B · kv_heads, width / heads, C]; those from `position` on are
                 not read.
-            value_cache: Values, of the same shape.
+            value_cache: Values [B · kv_heads, C, width / heads].
             position: int32 scalar below C.
 
         Returns:
@@ -98,46 +98,52 @@ class Block(keras.layers.Layer):
             ops.slice(table, (position, 0), (1, self.head_dim // 2))
             for table in (self.cos, self.sin)
         )
-        query, key, value = self._query_key_value(x, cos, sin)
-        key_cache = ops.slice_update(key_cache, (0, 0, position, 0), key)
-        value_cache = ops.slice_update(value_cache, (0, 0, position, 0), value)
+        query, key, value = self._query_keys_values(x, cos, sin)
+        key_cache = ops.slice_update(key_cache, (0, 0, position), key)
+        value_cache = ops.slice_update(value_cache, (0, position, 0), value)
         past = ops.arange(key_cache.shape[2]) <= position
         x = x + self._attend(query, key_cache, value_cache, past)
         return x + self._mlp(x), key_cache, value_cache
 
     def empty_caches(self, batch_size: int, length: int) -> tuple:
-        """Returns zeros for `step` to fill: keys and values.
+        """Returns caches of zeros for `step` to fill, with C = `length`."""
+        rows = batch_size * self.kv_heads
+        shapes = (rows, self.head_dim, length), (rows, length, self.head_dim)
+        return tuple(ops.zeros(shape, self.compute_dtype) for shape in shapes)
 
-        Both are [B, kv_heads, length, width / heads].
+    def _query_keys_values(self, x, cos, sin):
+        """Returns queries [B, H, N, D], keys [B · G, D, N] and values [B · G, N, D].
+
+        Keys are columns, and images and heads share an axis: as [B, G, N, D], XLA copies the caches
+        several times at each step where B is 1.
         """
-        shape = (batch_size, self.kv_heads, length, self.head_dim)
-        return ops.zeros(shape, self.compute_dtype), ops.zeros(shape, self.compute_dtype)
-
-    def _query_key_value(self, x, cos, sin):
+        length = x.shape[1]
         qkv = self.qkv(self.attention_norm(x))
-        qkv = ops.reshape(qkv, (-1, x.shape[1], self.heads + 2 * self.kv_heads, self.head_dim))
+        qkv = ops.reshape(qkv, (-1, length, self.heads + 2 * self.kv_heads, self.head_dim))
         ends = self.heads, self.heads + self.kv_heads
-        # [B, H, N, D], and twice [B, G, N, D]
         query, key, value = ops.split(ops.transpose(qkv, (0, 2, 1, 3)), ends, axis=1)
-        return rotate(query, cos, sin), rotate(key, cos, sin), value
+        keys, values = (
+            ops.reshape(each, (-1, length, self.head_dim))
+            for each in (rotate(key, cos, sin), value)
+        )
+        return rotate(query, cos, sin), ops.swapaxes(keys, 1, 2), values
 
-    def _attend(self, query, key, value, mask):
+    def _attend(self, query, keys, values, mask):
         # Trained on a CPU in float32, this takes two thirds of the time of
         # `ops.dot_product_attention` (benchmarks/choices.py).
         length = query.shape[2]
-        query = self._grouped(query * self.head_dim**-0.5)
-        scores = ops.matmul(query, ops.swapaxes(key, -1, -2))
-        scores = ops.reshape(scores, (-1, self.heads, length, key.shape[2]))
+        scores = ops.matmul(self._grouped(query * self.head_dim**-0.5), keys)
+        scores = ops.reshape(scores, (-1, self.heads, length, keys.shape[2]))
         scores = ops.where(mask, ops.cast(scores, "float32"), -1e9)
-        weights = self._grouped(ops.cast(ops.softmax(scores), value.dtype))
-        attended = ops.reshape(ops.matmul(weights, value), (-1, self.heads, length, self.head_dim))
+        weights = self._grouped(ops.cast(ops.softmax(scores), values.dtype))
+        attended = ops.matmul(weights, values)
+        attended = ops.reshape(attended, (-1, self.heads, length, self.head_dim))
         attended = ops.transpose(attended, (0, 2, 1, 3))  # [B, N, H, D]
         return self.attention_output(ops.reshape(attended, (-1, length, self.width)))
 
     def _grouped(self, x):
-        """Puts the heads that share keys below each other: [B, H, N, C] to [B, G, H / G · N, C]."""
-        rows = self.heads // self.kv_heads * x.shape[2]
-        return ops.reshape(x, (-1, self.kv_heads, rows, x.shape[3]))
+        """Puts heads that share keys below each other: [B, H, N, C] to [B · G, H / G · N, C]."""
+        return ops.reshape(x, (-1, self.heads // self.kv_heads * x.shape[2], x.shape[3]))
 
     def _mlp(self, x):
         gate, up = ops.split(self.gate_and_up(self.mlp_norm(x)), 2, axis=-1)

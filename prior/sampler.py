@@ -259,7 +259,12 @@ def _combined(logits: list, blend, scale):
 
 
 def _grown(caches: list, length: int) -> list:
+    """Returns caches of keys [N, D, C] and values [N, C, D] with C = `length`."""
+    missing = length - caches[0][0].shape[2]
     return [
-        tuple(ops.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))) for x in pair)
-        for pair in caches
+        (
+            ops.pad(keys, ((0, 0), (0, 0), (0, missing))),
+            ops.pad(values, ((0, 0), (0, missing), (0, 0))),
+        )
+        for keys, values in caches
     ]

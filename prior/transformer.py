@@ -144,7 +144,7 @@ class CodePrior(AccumulatingModel):
         return self._logits(x, position)[:, 0], updated
 
     def empty_caches(self, batch_size: int, length: int) -> list:
-        """Returns one pair of caches [B, kv_heads, length, width / heads] for each block."""
+        """Returns the caches of each block; see `Block.step`."""
         return [block.empty_caches(batch_size, length) for block in self.blocks]
 
     def embed_labels(self, labels):

@@ -8,7 +8,7 @@ Two things are measured, for a prior of 6 layers, width 256 and 8 heads over gri
 codes: drawing images, in batches of 1, 16 and 64; and training. Plain PyTorch has the same
 transformer with a static cache, written in `stage2_torch.py`; transformers has GPT-2 of that size
 and its `generate`. Each is first measured in all its variants (float32 and bfloat16; eager and
-compiled, which takes a C++ compiler; both kinds of cache), and then runs its fastest. All sides
+compiled, which takes a C++ compiler), and then runs its fastest. All sides
 take turns, each time in a process of its own, and the medians over the turns count. Let nothing
 else run meanwhile. The table goes to standard output.
 """
@@ -55,7 +55,7 @@ def sampling_row(
     return [title, *rates, *ratios(best), f"{work_done / speed / best['vqbeam'][0]:.0%}"]
 
 
-def training_rows(length: int, found: dict[str, Results]) -> list[list[str]]:
+def training_row(length: int, found: dict[str, Results]) -> list[str]:
     """Returns a row of tokens per second, each side in its faster precision."""
     best = {side: results.fastest("training") for side, results in found.items()}
     rates = [f"{work.TRAINING_TOKENS / seconds:,.0f} ({name})" for seconds, name in best.values()]
@@ -64,7 +64,7 @@ def training_rows(length: int, found: dict[str, Results]) -> list[list[str]]:
     work_done = 3 * work.TRAINING_TOKENS * work.multiply_adds(work.GRIDS[length])
     share = work_done / speed_of(found["vqbeam"], dtype) / seconds
     title = f"training, tokens/s, T = {length}"
-    return [[title, *rates, "", *ratios(best), "", f"{share:.0%}"]]
+    return [title, *rates, "", *ratios(best), "", f"{share:.0%}"]
 
 
 def ratios(best: dict[str, tuple[float, str]]) -> list[str]:
@@ -84,20 +84,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--torch-python", required=True, help="Python with the requirements")
     parser.add_argument("--turns", type=int, default=3, help="turns of each side (default 3)")
+    parser.add_argument("--only", choices=("training", "sampling"), help="leave the other out")
+    parser.add_argument(
+        "--length", type=int, choices=work.GRIDS, help="codes of an image (default: both)"
+    )
     parser.add_argument("--output", type=pathlib.Path, help="JSON file of all that was measured")
     arguments = parser.parse_args()
     python = dict.fromkeys(SCRIPTS, arguments.torch_python) | {"vqbeam": sys.executable}
     both = {side: python[side] for side in ("vqbeam", "PyTorch")}
     rows, output = [], {}
-    for length in work.GRIDS:
-        trained = measure(both, ["training", str(length)], arguments.turns)
-        rows += training_rows(length, trained)
-        output[f"training {length}"] = {side: vars(results) for side, results in trained.items()}
-        speed = speed_of(trained["vqbeam"], "float32")
-        for batch_size in work.SAMPLING_BATCHES:
+    for length in [arguments.length] if arguments.length else work.GRIDS:
+        if arguments.only != "sampling":
+            found = measure(both, ["training", str(length)], arguments.turns)
+            rows.append(training_row(length, found))
+            output[f"training {length}"] = {side: vars(results) for side, results in found.items()}
+        for batch_size in work.SAMPLING_BATCHES if arguments.only != "training" else ():
             case = ["sampling", str(length), str(batch_size)]
             found = measure(python, case, arguments.turns)
-            rows.append(sampling_row(length, batch_size, found, speed))
+            rows.append(sampling_row(length, batch_size, found))
             output[" ".join(case)] = {side: vars(results) for side, results in found.items()}
     print(f"{platform.processor() or platform.machine()}, {time.strftime('%Y-%m-%d')}\n")
     print(table(HEADER, rows))

@@ -159,7 +159,7 @@ def sampling(length, batch_size, variants):
 
 
 def training(length, variants):
-    """Reports the time of a training step, and how fast matrices are multiplied."""
+    """Reports the time of a training step."""
     for variant in variants or map(", ".join, itertools.product(work.DTYPES, MODES)):
         torch._dynamo.reset()
         step_once = training_step(length, variant)
@@ -172,11 +172,6 @@ def training(length, variants):
                 step_once()
             times.append((time.perf_counter() - start) / work.BLOCK_STEPS)
         measuring.report("training", variant, seconds=statistics.median(times))
-    rows, inner, columns = work.MATMUL
-    for dtype in work.DTYPES:
-        a, b = (torch.randn(s).to(getattr(torch, dtype)) for s in ((rows, inner), (inner, columns)))
-        seconds = measuring.seconds(lambda a=a, b=b: a @ b)
-        measuring.report(f"matmul, {dtype}", dtype, seconds=seconds)
 
 
 def training_step(length, variant):

@@ -44,15 +44,14 @@ def measure(python: dict[str, str], case: list[str], turns: int) -> dict[str, Re
     return found
 
 
-def sampling_row(
-    length: int, batch_size: int, found: dict[str, Results], speed: float
-) -> list[str]:
-    """Returns a row of images per second; `speed` in multiply-adds per second is the limit."""
+def sampling_row(length: int, batch_size: int, found: dict[str, Results]) -> list[str]:
+    """Returns a row of images per second."""
     best = {side: results.fastest("sampling") for side, results in found.items()}
     rates = [f"{batch_size / seconds:,.1f} ({name})" for seconds, name in best.values()]
     work_done = batch_size * length * work.multiply_adds(work.GRIDS[length])
+    share = work_done / speed_of(found["vqbeam"], "float32") / best["vqbeam"][0]
     title = f"images/s, T = {length}, K = {work.GRIDS[length]}, batch {batch_size}"
-    return [title, *rates, *ratios(best), f"{work_done / speed / best['vqbeam'][0]:.0%}"]
+    return [title, *rates, *ratios(best), f"{share:.0%}"]
 
 
 def training_row(length: int, found: dict[str, Results]) -> list[str]:

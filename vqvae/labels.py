@@ -2,8 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import tensorflow as tf
-
 
 class Labels(NamedTuple):
     """What the images of a dataset are labelled with.
@@ -30,6 +28,8 @@ def label_of(example: dict[str, Any]):
         An int32 tensor: the class, −1 where there are no classes; or [A], 1 for each attribute that
         is on, else 0.
     """
+    import tensorflow as tf  # Here, so that labels are named without waiting for it.
+
     if "attributes" in example:
         return tf.cast(example["attributes"], tf.int32)
     return tf.cast(example["label"], tf.int32) if "label" in example else tf.constant(-1)

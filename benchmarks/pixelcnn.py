@@ -104,7 +104,7 @@ def train(run: RunFolder, model: keras.Model, seconds: float) -> float:
         first_step=0,
         seed=0,
     )
-    model.fit(batches.prefetch(4), verbose=0, callbacks=[StopAfter(seconds)])
+    model.fit(batches.prefetch(4), shuffle=False, verbose=0, callbacks=[StopAfter(seconds)])
     return model.evaluate(read_split(builder, "validation").map(pair).batch(BATCH_SIZE), verbose=0)
 
 

@@ -35,7 +35,7 @@ OPTIONS = {
     "+ cosine schedule from 1e-3": "--vqvae.schedule cosine --vqvae.learning-rate 1e-3",
     "+ Muon, cosine schedule from 3e-3": "--vqvae.optimizer muon --vqvae.schedule cosine "
     "--vqvae.learning-rate 3e-3",
-    "+ predictive": "--vqvae.quantizer predictive --vqvae.residual-width 16",
+    "+ predictive": "--vqvae.quantizer predictive --vqvae.residual-width 28",
     "FSQ 8,8,8": "--vqvae.quantizer fsq",
     "residual, 2 levels": "--vqvae.quantizer residual --vqvae.depth 2",
 }

@@ -1,8 +1,20 @@
 """How the benchmarks time training as users run it."""
 
+import statistics
 import time
 
 import keras
+
+from vqvae.fitting import StopOnNaN
+
+
+def fit_seconds(model: keras.Model, batches, warm_up: int, steps: int, blocks: int) -> float:
+    """Returns the time of a step of `fit`: the median over epochs of as many, after a warm-up."""
+    model.fit(batches, steps_per_epoch=warm_up, verbose=0)
+    times = BlockTimes()
+    callbacks = [StopOnNaN(), times]
+    model.fit(batches, steps_per_epoch=steps, epochs=blocks, verbose=0, callbacks=callbacks)
+    return statistics.median(times.seconds) / steps
 
 
 class BlockTimes(keras.callbacks.Callback):

@@ -18,6 +18,18 @@ def seconds(call: Callable[[], object], least: int = 3, budget: float = 1.5) -> 
     return statistics.median(times)
 
 
+def step_seconds(step: Callable[[], object], warm_up: int, steps: int, blocks: int) -> float:
+    """Returns the time of a step: the median over blocks of as many, after a warm-up."""
+    for _ in range(warm_up):
+        step()
+
+    def block():
+        for _ in range(steps):
+            step()
+
+    return seconds(block, least=blocks, budget=0) / steps
+
+
 def resident_bytes() -> int:
     """Returns how much memory the process holds, without what it has freed; Linux with glibc."""
     ctypes.CDLL(None).malloc_trim(0)

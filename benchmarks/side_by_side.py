@@ -1,7 +1,9 @@
 """Measures several programs beside one another, each in processes of its own that take turns."""
 
+import argparse
 import json
 import pathlib
+import platform
 import statistics
 import subprocess
 import sys
@@ -48,6 +50,33 @@ def ask(python: str, script: str, arguments: list[str]) -> list[dict]:
     title = f"{script.removesuffix('.py')} {' '.join(arguments)}"
     print(f"{title}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+
+def options(description: str, parts: tuple[str, str]) -> argparse.ArgumentParser:
+    """Returns what the comparisons take on the command line: one of two parts, or both."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--torch-python", required=True, help="Python with the requirements")
+    parser.add_argument("--turns", type=int, default=3, help="turns of each side (default 3)")
+    parser.add_argument("--only", choices=parts, help="leave the other out")
+    parser.add_argument("--output", type=pathlib.Path, help="JSON file of all that was measured")
+    return parser
+
+
+def publish(
+    header: list[str],
+    rows: list[list[str]],
+    cases: dict[str, dict[str, Results]],
+    output: pathlib.Path | None,
+) -> None:
+    """Prints the machine, the day and the table; writes all that was measured to `output`."""
+    print(f"{platform.processor() or platform.machine()}, {time.strftime('%Y-%m-%d')}\n")
+    print(table(header, rows))
+    if output:
+        measured = {
+            case: {side: vars(results) for side, results in sides.items()}
+            for case, sides in cases.items()
+        }
+        output.write_text(json.dumps(measured, indent=1))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -12,14 +12,9 @@ Both sides take turns, each time in a process of its own, and the medians over t
 Let nothing else run meanwhile. The table goes to standard output.
 """
 
-import argparse
-import json
-import pathlib
-import platform
 import sys
-import time
 
-from side_by_side import Results, ask, table
+from side_by_side import Results, ask, options, publish
 
 QUANTIZERS = ((8192, 512, 64), (8192, 8192, 8), (2048, 65536, 32))
 CASES = (("training",), *(("quantizer", *map(str, sizes)) for sizes in QUANTIZERS))
@@ -98,27 +93,19 @@ def check_agreement(title: str, mine: float, other: float) -> None:
 
 def main() -> None:
     """Measures everything and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--torch-python", required=True, help="Python that has PyTorch")
-    parser.add_argument("--turns", type=int, default=3, help="turns of each side (default 3)")
-    parser.add_argument("--only", choices=("training", "quantizer"), help="leave the rest out")
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file of all that was measured")
-    arguments = parser.parse_args()
-    rows, output = [], []
+    arguments = options(__doc__.splitlines()[0], ("training", "quantizer")).parse_args()
+    rows, cases = [], {}
     for case in CASES:
         if arguments.only in (None, case[0]):
             ours, theirs = measure(case, arguments.torch_python, arguments.turns)
             found = training_rows if case == ("training",) else quantizer_rows
             rows += found(*(case[1:] and [case[1:]]), ours, theirs)
-            sides = {"vqbeam": ours, "torch": theirs}
-            output.append({"case": case} | {name: vars(side) for name, side in sides.items()})
+            sides = {"vqbeam": ours, "PyTorch": theirs}
+            cases[" ".join(case)] = sides
             if case == ("training",):
                 network = {name: side.records["network"] for name, side in sides.items()}
                 print(f"networks: {network}", file=sys.stderr)
-    print(f"{platform.processor() or platform.machine()}, {time.strftime('%Y-%m-%d')}\n")
-    print(table(HEADER, rows))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(output, indent=1))
+    publish(HEADER, rows, cases, arguments.output)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ like; without one, all are measured.
 """
 
 import itertools
-import statistics
 import sys
-import time
 
 import measuring
 import stage1_work as work
@@ -129,17 +127,8 @@ def multiply_adds(model):
 def time_training(variant):
     """Reports the time of a training step."""
     step, _ = training_step(variant)
-    for _ in range(work.WARM_UP_STEPS):
-        step()
-    times = []
-    for _ in range(work.BLOCKS):
-        start = time.perf_counter()
-        for _ in range(work.BLOCK_STEPS):
-            step()
-        times.append((time.perf_counter() - start) / work.BLOCK_STEPS)
-    measuring.report(
-        f"training, {variant.split(', ')[0]}", variant, seconds=statistics.median(times)
-    )
+    taken = measuring.step_seconds(step, work.WARM_UP_STEPS, work.BLOCK_STEPS, work.BLOCKS)
+    measuring.report(f"training, {variant.split(', ')[0]}", variant, seconds=taken)
 
 
 def training(variants):

@@ -8,7 +8,6 @@ Prints a JSON object for each measurement.
 
 import os
 import pathlib
-import statistics
 import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -19,11 +18,10 @@ import keras
 import measuring
 import stage1_work as work
 import tensorflow as tf
-from fit_times import BlockTimes
+from fit_times import fit_seconds
 
 from configs import load_preset, override
 from vqvae.building import build_model
-from vqvae.fitting import StopOnNaN
 from vqvae.quantizers.vector import VectorQuantizer
 from vqvae.training import scale_batch
 
@@ -61,17 +59,8 @@ def time_training(dtype):
     """Reports the time of a training step of `fit`."""
     model = build(dtype)
     model.compile(keras.optimizers.Adam(work.LEARNING_RATE))
-    model.fit(batches(), steps_per_epoch=work.WARM_UP_STEPS, verbose=0)
-    times = BlockTimes()
-    model.fit(
-        batches(),
-        steps_per_epoch=work.BLOCK_STEPS,
-        epochs=work.BLOCKS,
-        verbose=0,
-        callbacks=[StopOnNaN(), times],
-    )
-    step = statistics.median(times.seconds) / work.BLOCK_STEPS
-    measuring.report(f"training, {dtype}", dtype, seconds=step)
+    taken = fit_seconds(model, batches(), work.WARM_UP_STEPS, work.BLOCK_STEPS, work.BLOCKS)
+    measuring.report(f"training, {dtype}", dtype, seconds=taken)
 
 
 def multiply_adds(model):

@@ -13,15 +13,10 @@ take turns, each time in a process of its own, and the medians over the turns co
 else run meanwhile. The table goes to standard output.
 """
 
-import argparse
-import json
-import pathlib
-import platform
 import sys
-import time
 
 import stage2_work as work
-from side_by_side import Results, ask, table
+from side_by_side import Results, ask, options, publish
 
 SCRIPTS = {
     "vqbeam": "stage2_vqbeam.py",
@@ -80,32 +75,25 @@ def speed_of(results: Results, dtype: str) -> float:
 
 def main() -> None:
     """Measures everything and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--torch-python", required=True, help="Python with the requirements")
-    parser.add_argument("--turns", type=int, default=3, help="turns of each side (default 3)")
-    parser.add_argument("--only", choices=("training", "sampling"), help="leave the other out")
+    parser = options(__doc__.splitlines()[0], ("training", "sampling"))
     parser.add_argument(
         "--length", type=int, choices=work.GRIDS, help="codes of an image (default: both)"
     )
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file of all that was measured")
     arguments = parser.parse_args()
     python = dict.fromkeys(SCRIPTS, arguments.torch_python) | {"vqbeam": sys.executable}
     both = {side: python[side] for side in ("vqbeam", "PyTorch")}
-    rows, output = [], {}
+    rows, cases = [], {}
     for length in [arguments.length] if arguments.length else work.GRIDS:
         if arguments.only != "sampling":
             found = measure(both, ["training", str(length)], arguments.turns)
             rows.append(training_row(length, found))
-            output[f"training {length}"] = {side: vars(results) for side, results in found.items()}
+            cases[f"training {length}"] = found
         for batch_size in work.SAMPLING_BATCHES if arguments.only != "training" else ():
             case = ["sampling", str(length), str(batch_size)]
             found = measure(python, case, arguments.turns)
             rows.append(sampling_row(length, batch_size, found))
-            output[" ".join(case)] = {side: vars(results) for side, results in found.items()}
-    print(f"{platform.processor() or platform.machine()}, {time.strftime('%Y-%m-%d')}\n")
-    print(table(HEADER, rows))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(output, indent=1))
+            cases[" ".join(case)] = found
+    publish(HEADER, rows, cases, arguments.output)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ one, all are measured.
 """
 
 import itertools
-import statistics
 import sys
-import time
 
 import measuring
 import stage2_work as work
@@ -163,15 +161,8 @@ def training(length, variants):
     for variant in variants or map(", ".join, itertools.product(work.DTYPES, MODES)):
         torch._dynamo.reset()
         step_once = training_step(length, variant)
-        for _ in range(work.WARM_UP_STEPS):
-            step_once()
-        times = []
-        for _ in range(work.BLOCKS):
-            start = time.perf_counter()
-            for _ in range(work.BLOCK_STEPS):
-                step_once()
-            times.append((time.perf_counter() - start) / work.BLOCK_STEPS)
-        measuring.report("training", variant, seconds=statistics.median(times))
+        taken = measuring.step_seconds(step_once, work.WARM_UP_STEPS, work.BLOCK_STEPS, work.BLOCKS)
+        measuring.report("training", variant, seconds=taken)
 
 
 def training_step(length, variant):

@@ -9,7 +9,6 @@ Prints a JSON object for each measurement.
 import math
 import os
 import pathlib
-import statistics
 import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -21,11 +20,10 @@ import measuring
 import numpy as np
 import stage2_work as work
 import tensorflow as tf
-from fit_times import BlockTimes
+from fit_times import fit_seconds
 
 from prior.sampler import Sampler
 from prior.transformer import CodePrior
-from vqvae.fitting import StopOnNaN
 from vqvae.layout import CodeLayout
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
@@ -60,17 +58,8 @@ def training(length):
         model = build(length, dtype)
         model.compile(keras.optimizers.AdamW(work.LEARNING_RATE, work.WEIGHT_DECAY))
         batches = endless_batches(length)
-        model.fit(batches, steps_per_epoch=work.WARM_UP_STEPS, verbose=0)
-        times = BlockTimes()
-        model.fit(
-            batches,
-            steps_per_epoch=work.BLOCK_STEPS,
-            epochs=work.BLOCKS,
-            verbose=0,
-            callbacks=[StopOnNaN(), times],
-        )
-        step = statistics.median(times.seconds) / work.BLOCK_STEPS
-        measuring.report("training", dtype, seconds=step)
+        taken = fit_seconds(model, batches, work.WARM_UP_STEPS, work.BLOCK_STEPS, work.BLOCKS)
+        measuring.report("training", dtype, seconds=taken)
     limit()
 
 

@@ -19,6 +19,31 @@ def field(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def schedule_field() -> Any:
+    """Returns the field of a training's learning-rate schedule."""
+    return field(
+        "learning rate after the warm-up: cosine to nearly nothing, or as it is",
+        "cosine",
+        choices=("cosine", "constant"),
+    )
+
+
+def weight_ema_field() -> Any:
+    """Returns the field of the average of the weights that a training ends with."""
+    return field(
+        "decay of an average of the weights, which is the result; 0 for the weights themselves",
+        0.0,
+        minimum=0,
+        maximum=0.99999,
+    )
+
+
+def dtype_field(of: str) -> Any:
+    """Returns the field of the precision of what is trained."""
+    choices = ("float32", "mixed_bfloat16", "mixed_float16")
+    return field(f"compute precision of the {of}", "float32", choices=choices)
+
+
 class Section:
     """Checks each field of a config section against the range in its metadata."""
 

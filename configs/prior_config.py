@@ -3,7 +3,14 @@
 import dataclasses
 
 from configs.errors import VqbeamError
-from configs.fields import Section, check_epochs, field
+from configs.fields import (
+    Section,
+    check_epochs,
+    dtype_field,
+    field,
+    schedule_field,
+    weight_ema_field,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,28 +48,15 @@ class PriorConfig(Section):
         minimum=0,
     )
     learning_rate: float = field("peak learning rate of AdamW", 1e-3, minimum=0)
-    schedule: str = field(
-        "learning rate after the warm-up: cosine to nearly nothing, or as it is",
-        "cosine",
-        choices=("cosine", "constant"),
-    )
+    schedule: str = schedule_field()
     warmup_steps: int = field("steps of linear warm-up", 200, minimum=0)
     weight_decay: float = field("decoupled weight decay", 0.05, minimum=0)
     clip_norm: float = field("clip the gradient to this norm; 0 for never", 1.0, minimum=0)
-    weight_ema: float = field(
-        "decay of an average of the weights, which is the result; 0 for the weights themselves",
-        0.0,
-        minimum=0,
-        maximum=0.99999,
-    )
+    weight_ema: float = weight_ema_field()
     pictures: int = field(
         "images drawn for TensorBoard after each epoch; 0 for none", 16, minimum=0, maximum=16
     )
-    dtype: str = field(
-        "compute precision of the transformer",
-        "float32",
-        choices=("float32", "mixed_bfloat16", "mixed_float16"),
-    )
+    dtype: str = dtype_field("transformer")
 
     def __post_init__(self):
         super().__post_init__()

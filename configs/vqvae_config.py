@@ -5,7 +5,14 @@ import math
 import re
 
 from configs.errors import VqbeamError
-from configs.fields import Section, check_epochs, field
+from configs.fields import (
+    Section,
+    check_epochs,
+    dtype_field,
+    field,
+    schedule_field,
+    weight_ema_field,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,19 +86,10 @@ class VQVAEConfig(Section):
         choices=("adam", "muon"),
     )
     learning_rate: float = field("peak learning rate", 3e-4, minimum=0)
-    schedule: str = field(
-        "learning rate after the warm-up: cosine to nearly nothing, or as it is",
-        "cosine",
-        choices=("cosine", "constant"),
-    )
+    schedule: str = schedule_field()
     warmup_steps: int = field("steps of linear warm-up", 0, minimum=0)
     clip_norm: float = field("clip the gradient to this norm; 0 for never", 0.0, minimum=0)
-    weight_ema: float = field(
-        "decay of an average of the weights, which is the result; 0 for the weights themselves",
-        0.0,
-        minimum=0,
-        maximum=0.99999,
-    )
+    weight_ema: float = weight_ema_field()
     augment: str = field(
         "vary the training images: mirrored, shifted, or both",
         "none",
@@ -101,11 +99,7 @@ class VQVAEConfig(Section):
         "weight of a patch discriminator's loss, for sharper pictures", 0.0, minimum=0
     )
     adversarial_start: int = field("step at which that loss sets in", 0, minimum=0)
-    dtype: str = field(
-        "compute precision of the networks",
-        "float32",
-        choices=("float32", "mixed_bfloat16", "mixed_float16"),
-    )
+    dtype: str = dtype_field("networks")
 
     @property
     def fsq_sizes(self) -> tuple[int, ...]:

@@ -14,9 +14,8 @@ from pipelines.provenance import KEY
 from pipelines.regions import kept_cells, kept_codes, region_mask
 from pipelines.samples import (
     decode,
-    draw_codes,
+    draw_grids,
     fitted,
-    in_batches,
     learned_labels,
     provenance,
 )
@@ -24,7 +23,7 @@ from pipelines.sampling_defaults import changed_defaults
 from prior.scoring import code_scorer
 from prior.training import load_prior
 from prior.transformer import CodePrior
-from vqvae.compilation import compile_function
+from vqvae.compilation import compile_function, in_batches
 from vqvae.figures import label_figure, picture, save_png
 from vqvae.labels import Labels
 from vqvae.model import VQVAE
@@ -119,7 +118,7 @@ def _completed(
     known = np.repeat(in_batches(encode, images, settings.batch_size), num, axis=0)
     labels = np.repeat([label], len(known), axis=0)
     keep = kept_codes(mask, model.layout)
-    return draw_codes(prior, settings, seed, labels, known=known, keep=keep)
+    return draw_grids(prior, settings, seed, labels, known=known, keep=keep)
 
 
 def _likeliest(

@@ -5,12 +5,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import apache_beam as beam
-import keras
 import numpy as np
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
-from configs import Config
 from pipelines.progress import advance
 from pipelines.shards import (
     ShardReport,
@@ -18,7 +16,7 @@ from pipelines.shards import (
     write_dataset_metadata,
     write_shard_once,
 )
-from vqvae.compilation import compile_function
+from vqvae.compilation import compile_function, in_batches
 from vqvae.layout import code_layout
 from vqvae.metrics import by_level, count_codes, perplexity
 from vqvae.records import (
@@ -113,7 +111,8 @@ def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
             for batch in _batches(builder, part, config.encode.batch_size):
                 keys, originals = batch.pop("key"), batch.pop("image")
                 for suffix, images in variants(originals, part.augment):
-                    codes = _encode_padded(encode, images, config)
+                    codes = in_batches(encode, images, config.encode.batch_size)
+                    codes = codes.astype(code_dtype(config.vqvae.num_codes))
                     counts += count_codes(codes, layout)
                     unseen -= len(codes)
                     advance(STAGE, len(codes), part.total)
@@ -182,11 +181,3 @@ class _Encoder:
 
     def __init__(self, function):
         self.function = function
-
-
-def _encode_padded(encode, images: np.ndarray, config: Config) -> np.ndarray:
-    """Encodes a batch padded to the full size: one shape to compile, one result for an image."""
-    short = config.encode.batch_size - len(images)
-    padded = np.pad(images, ((0, short), (0, 0), (0, 0), (0, 0)))
-    codes = keras.ops.convert_to_numpy(encode(padded))[: len(images)]
-    return codes.astype(code_dtype(config.vqvae.num_codes))

@@ -9,7 +9,7 @@ from etils import epath
 from configs import VqbeamError
 from pipelines.labels import label_name, parse_label
 from pipelines.provenance import KEY
-from pipelines.samples import decode, draw_codes, fitted, learned_labels, provenance
+from pipelines.samples import decode, draw_grids, fitted, learned_labels, provenance
 from pipelines.sampling_defaults import changed_defaults
 from prior.training import load_prior
 from vqvae.figures import label_figure, save_png
@@ -62,7 +62,7 @@ def interpolate(
     seed = config.seed if seed is None else seed
 
     shares = np.tile(np.linspace(0, 1, steps), num)
-    codes = draw_codes(
+    codes = draw_grids(
         load_prior(run),
         chosen,
         seed,

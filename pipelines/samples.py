@@ -1,10 +1,8 @@
 """Codes drawn from the prior of a run, decoded to images."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
-import keras
 import numpy as np
 
 from configs import SampleConfig, VqbeamError
@@ -13,7 +11,7 @@ from pipelines.provenance import checkpoint
 from prior.sampler import Sampler, sampler_arguments
 from prior.training import load_prior
 from prior.transformer import CodePrior
-from vqvae.compilation import compile_function
+from vqvae.compilation import compile_function, in_batches
 from vqvae.labels import Labels
 from vqvae.model import VQVAE
 from vqvae.progress import progress_bar
@@ -64,14 +62,14 @@ def draw_samples(
     ahead = first % settings.batch_size
     padded = np.concatenate([np.repeat(labels[:1], ahead, axis=0), labels])
     indices = first - ahead + np.arange(len(padded))
-    codes = draw_codes(prior, settings, seed, padded, indices=indices)
+    codes = draw_grids(prior, settings, seed, padded, indices=indices)
     images = decode(load_vqvae(run), codes, settings.batch_size)
     used = provenance(run, settings, seed)
     names = [label_name(label, known) for label in labels] if known.names else None
     return Samples(images[ahead:], codes[ahead:], labels, names, used, first)
 
 
-def draw_codes(
+def draw_grids(
     prior: CodePrior, settings: SampleConfig, seed: int, labels: np.ndarray, **given: Any
 ) -> np.ndarray:
     """Draws codes, int32 [N, *layout.shape], with a progress bar; `given` goes to `Sampler`."""
@@ -114,13 +112,3 @@ def decode(model: VQVAE, codes: np.ndarray, batch_size: int) -> np.ndarray:
     """
     compiled = compile_function(model.decode, model.variables, jit=False)
     return in_batches(compiled, codes, batch_size)
-
-
-def in_batches(function: Callable[[Any], Any], rows: np.ndarray, batch_size: int) -> np.ndarray:
-    """Returns what a compiled function makes of rows, given in batches of one size."""
-    made = []
-    for first in range(0, len(rows), batch_size):
-        batch = rows[first : first + batch_size]
-        padded = np.pad(batch, ((0, batch_size - len(batch)), *[(0, 0)] * (batch.ndim - 1)))
-        made.append(keras.ops.convert_to_numpy(function(padded))[: len(batch)])
-    return np.concatenate(made)

@@ -18,6 +18,7 @@ from prior.labels import check_labels
 from prior.transformer import CodePrior
 from prior.uniforms import uniforms
 from vqvae.compilation import compile_function
+from vqvae.layout import CodeLayout
 
 # Attention reads its cache in full, so the cache starts short and grows.
 SEGMENTS = 4
@@ -101,16 +102,8 @@ class Sampler:
                 guidance scale.
         """
         labels, layout = np.asarray(labels, "int32"), self.model.layout
-        scales = np.broadcast_to(np.asarray(guidance, "float32"), (layout.length,))
-        self._check(labels, temperature, top_k, top_p, min_p, scales)
-        settings = {
-            "temperature": temperature,
-            "top_k": top_k or layout.num_codes,
-            "top_p": top_p,
-            "min_p": min_p,
-            "guidance": scales,
-        }
-        settings = {name: np.asarray(value, "float32") for name, value in settings.items()}
+        settings, kind = program_settings(layout, temperature, top_k, top_p, min_p, guidance)
+        self._check(labels, temperature, top_k, top_p, min_p, settings["guidance"])
         images = {"labels": labels}
         if towards is not None:
             images["towards"] = np.asarray(towards[0], "int32")
@@ -120,8 +113,7 @@ class Sampler:
             keep = np.broadcast_to(np.asarray(keep, bool), np.shape(known))
             images["known"] = np.asarray(known, "int32").reshape(-1, layout.length)
             images["keep"] = keep.reshape(-1, layout.length)
-        filtered = 0 < top_k < layout.num_codes or top_p < 1 or min_p > 0
-        program = self._program(bool(np.any(scales != 1)), filtered)
+        program = self._program(**kind)
         indices = np.arange(len(labels)) if indices is None else np.asarray(indices)
 
         def draw(start):
@@ -189,6 +181,32 @@ def sampler_arguments(settings: SampleConfig, length: int) -> dict[str, Any]:
     names = ("temperature", "top_k", "top_p", "min_p")
     arguments = {name: getattr(settings, name) for name in names}
     return arguments | {"guidance": guidance_scales(settings, length)}
+
+
+def program_settings(
+    layout: CodeLayout, temperature: float, top_k: int, top_p: float, min_p: float, guidance
+) -> tuple[dict[str, np.ndarray], dict[str, bool]]:
+    """Returns the `settings` of `sample_codes`, and which of its programs they need.
+
+    Args:
+        layout: Of the codes.
+        temperature: See `Sampler` for this and the next four.
+        top_k: The number of codes, 0 for all.
+        top_p: The probability.
+        min_p: The share.
+        guidance: One scale, or [T].
+    """
+    scales = np.broadcast_to(np.asarray(guidance, "float32"), (layout.length,))
+    settings = {
+        "temperature": temperature,
+        "top_k": top_k or layout.num_codes,
+        "top_p": top_p,
+        "min_p": min_p,
+        "guidance": scales,
+    }
+    filtered = 0 < top_k < layout.num_codes or top_p < 1 or min_p > 0
+    kind = {"guided": bool(np.any(scales != 1)), "filtered": filtered}
+    return {name: np.asarray(value, "float32") for name, value in settings.items()}, kind
 
 
 def sample_codes(

@@ -10,7 +10,7 @@ from keras.src.backend.tensorflow import core as keras_core
 from configs import SampleConfig
 from prior.graph_uniforms import graph_uniforms
 from prior.guidance import guidance_scales
-from prior.sampler import sample_codes
+from prior.sampler import program_settings, sample_codes, sampler_arguments
 from prior.transformer import CodePrior
 from vqvae.model import VQVAE
 
@@ -62,22 +62,11 @@ class _Drawing:
     settings: SampleConfig
 
     def sample(self, labels, seed):
-        settings, layout = self.settings, self.prior.layout
-        scales = guidance_scales(settings, layout.length)
-        filters = {
-            "temperature": settings.temperature,
-            "top_k": settings.top_k or layout.num_codes,
-            "top_p": settings.top_p,
-            "min_p": settings.min_p,
-        }
-        return self._drawn(
-            labels,
-            graph_uniforms(seed, _range(0, labels), layout.length),
-            {name: tf.constant(value, tf.float32) for name, value in filters.items()}
-            | {"guidance": tf.constant(scales)},
-            guided=bool((scales != 1).any()),
-            filtered=bool(0 < settings.top_k or settings.top_p < 1 or settings.min_p > 0),
-        )
+        layout = self.prior.layout
+        arguments = sampler_arguments(self.settings, layout.length)
+        settings, kind = program_settings(layout, **arguments)
+        numbers = graph_uniforms(seed, _range(0, labels), layout.length)
+        return self._drawn(labels, numbers, settings, **kind)
 
     def sample_with_settings(self, labels, seed, first_index, top_k, guidance=None, **others):
         layout = self.prior.layout

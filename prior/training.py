@@ -9,12 +9,12 @@ import tensorflow as tf
 from configs import Config, PriorConfig
 from prior.pictures import Pictures
 from prior.transformer import CodePrior
-from vqvae.devices import data_parallel, device_count
+from vqvae.devices import data_parallel, evenly_shared
 from vqvae.fitting import fit, load_model, save_model
-from vqvae.labels import Labels, label_of
+from vqvae.labels import Labels
 from vqvae.layout import CodeLayout, code_layout
 from vqvae.optimizers import AdamW, optimizer_options
-from vqvae.records import damaged_records, open_dataset, read_split, training_batches
+from vqvae.records import damaged_records, label_of, open_dataset, read_split, training_batches
 from vqvae.run_folder import RunFolder
 from vqvae.training import MODEL_FILE, check_fits, load_vqvae
 
@@ -197,9 +197,7 @@ def _training(run: RunFolder, config: Config, codes: dict, model: CodePrior, fir
 def _validation(run: RunFolder, config: Config, limit: int | None = None):
     size = open_dataset(run.folder("encode")).info.splits["validation"].num_examples
     if limit is not None:
-        size = min(size, limit)
-        # Several devices share a batch evenly.
-        size = size - size % device_count() or size
+        size = evenly_shared(min(size, limit))
     return _examples(run, "validation", last=size).batch(config.prior.batch_size)
 
 

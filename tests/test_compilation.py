@@ -4,7 +4,7 @@ import pytest
 from keras import ops
 
 from configs import VqbeamError
-from vqvae.compilation import compile_function
+from vqvae.compilation import compile_function, in_batches
 
 
 @pytest.fixture
@@ -50,3 +50,11 @@ def test_names_an_unknown_backend(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
     with pytest.raises(VqbeamError, match="KERAS_BACKEND is 'torch'; set it to"):
         compile_function(lambda x: x, [], jit=True)
+
+
+def test_batches_are_all_of_one_size():
+    seen = []
+    rows = np.arange(14).reshape(7, 2)
+    made = in_batches(lambda batch: seen.append(batch.shape) or batch + 1, rows, 3)
+    np.testing.assert_array_equal(made, rows + 1)
+    assert seen == [(3, 2)] * 3

@@ -191,13 +191,13 @@ def test_goes_on_where_it_was_killed(run, monkeypatch):
     done = [encode_shard(str(run.root), part) for part in shards[:2]]
     written = shard_contents(run.folder(STAGE))
     encoded = []
-    padded = encode._encode_padded
+    in_batches = encode.in_batches
 
-    def spy(function, images, config):
+    def spy(function, images, batch_size):
         encoded.append(len(images))
-        return padded(function, images, config)
+        return in_batches(function, images, batch_size)
 
-    monkeypatch.setattr(encode, "_encode_padded", spy)
+    monkeypatch.setattr(encode, "in_batches", spy)
     again = [encode_shard(str(run.root), part) for part in parts(run)]
     # Only the third shard of the training images and those of the validation images.
     assert sum(encoded) == 6 + 9

@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from configs import VqbeamError
-from vqvae.labels import Labels, label_of
+from vqvae.labels import Labels
 from vqvae.layout import CodeLayout
 from vqvae.records import (
     CODES_VERSION,
@@ -18,6 +18,7 @@ from vqvae.records import (
     code_features,
     damaged_records,
     image_features,
+    label_of,
     labels_of,
     open_dataset,
     read_split,

@@ -120,7 +120,7 @@ def test_only_the_batch_of_a_picture_is_drawn(finished_run, written, tmp_path, m
         asked.append((settings.batch_size, indices.tolist()))
         return np.zeros((len(labels), 2, 2), np.int32)
 
-    monkeypatch.setattr(samples_module, "draw_codes", drawn)
+    monkeypatch.setattr(samples_module, "draw_grids", drawn)
     like = str(written[0] / "00004.png")
     sample(str(finished_run.root), like=like, output=str(tmp_path / "one.png"))
     # At its place in a batch of the same size, as rounding may depend on both.

@@ -3,7 +3,7 @@ import pytest
 from pipeline_fixtures import SIDE, small_config
 
 from configs import SampleConfig
-from pipelines.samples import decode, fitted, in_batches
+from pipelines.samples import decode, fitted
 from vqvae.building import build_model
 
 
@@ -18,14 +18,6 @@ def test_codes_of_several_levels_are_decoded(settings):
     assert images.shape == (5, SIDE, SIDE, 3) and images.dtype == np.uint8
     # A compiled decoder may round a pixel in another way.
     assert np.abs(np.asarray(model.decode(codes)).astype(int) - images).max() <= 1
-
-
-def test_batches_are_all_of_one_size():
-    seen = []
-    rows = np.arange(14).reshape(7, 2)
-    made = in_batches(lambda batch: seen.append(batch.shape) or batch + 1, rows, 3)
-    np.testing.assert_array_equal(made, rows + 1)
-    assert seen == [(3, 2)] * 3
 
 
 def test_a_batch_is_no_larger_than_what_is_drawn():

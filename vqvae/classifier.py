@@ -9,6 +9,7 @@ from etils import epath
 
 from configs import VqbeamError
 from vqvae.fitting import load_model, save_model
+from vqvae.labels import Labels
 from vqvae.progress import FitProgress
 from vqvae.records import damaged_records, open_dataset, read_split, training_batches
 from vqvae.run_folder import RunFolder, write_json
@@ -60,10 +61,10 @@ def label_obstacle(prepared: dict) -> str | None:
     Args:
         prepared: The manifest of the prepare stage.
     """
-    if prepared.get("label_kind") == "attributes":
+    labels = Labels.of(prepared)
+    if labels.kind == "attributes":
         return "attributes are no classes for the classifier to learn"
-    few = len(prepared["label_names"]) < 2
-    return "no classes for the classifier to learn" if few else None
+    return "no classes for the classifier to learn" if len(labels.names) < 2 else None
 
 
 def classifier_accuracy(run: RunFolder) -> float:

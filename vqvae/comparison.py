@@ -9,9 +9,8 @@ import tensorflow as tf
 from vqvae.classifier import label_obstacle, load_classifier
 from vqvae.features import compiled, feature_extractor
 from vqvae.frechet import Gaussian, Moments, frechet_distance
-from vqvae.labels import label_of
 from vqvae.manifolds import NEIGHBOURS, Manifold, precision_recall
-from vqvae.records import damaged_records, open_dataset, read_split
+from vqvae.records import damaged_records, label_of, open_dataset, read_split
 from vqvae.run_folder import RunFolder
 
 _BATCH_SIZE = 256

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from configs import VqbeamError
 
@@ -39,6 +40,19 @@ def compile_function(
     if backend == "jax":
         return _jit_with_weights(function, list(variables))
     raise VqbeamError(f"KERAS_BACKEND is {backend!r}; set it to tensorflow or jax")
+
+
+def in_batches(function: Callable[[Any], Any], rows: np.ndarray, batch_size: int) -> np.ndarray:
+    """Returns what a compiled function makes of rows, [N, ...] both, in padded batches of one size.
+
+    So there is one shape to compile, and one result for a row, however many are left for it.
+    """
+    made = []
+    for first in range(0, len(rows), batch_size):
+        batch = rows[first : first + batch_size]
+        padded = np.pad(batch, ((0, batch_size - len(batch)), *[(0, 0)] * (batch.ndim - 1)))
+        made.append(keras.ops.convert_to_numpy(function(padded))[: len(batch)])
+    return np.concatenate(made)
 
 
 def _jit_with_weights(

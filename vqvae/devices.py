@@ -13,6 +13,11 @@ def device_count() -> int:
     return len(keras.distribution.list_devices())
 
 
+def evenly_shared(size: int) -> int:
+    """Returns the largest number up to `size` that all devices can share, or else `size`."""
+    return size - size % device_count() or size
+
+
 @contextlib.contextmanager
 def data_parallel(batch_size: int):
     """Lets a model that is built and trained in the block use all devices.

@@ -19,17 +19,3 @@ class Labels(NamedTuple):
         """Returns what the images of a stage are labelled with, by its manifest."""
         # Manifests from before there were attributes do not say which kind it is.
         return cls(tuple(manifest["label_names"]), manifest.get("label_kind", "classes"))
-
-
-def label_of(example: dict[str, Any]):
-    """Returns the label of an example inside tf.data.
-
-    Returns:
-        An int32 tensor: the class, −1 where there are no classes; or [A], 1 for each attribute that
-        is on, else 0.
-    """
-    import tensorflow as tf  # Here, so that labels are named without waiting for it.
-
-    if "attributes" in example:
-        return tf.cast(example["attributes"], tf.int32)
-    return tf.cast(example["label"], tf.int32) if "label" in example else tf.constant(-1)

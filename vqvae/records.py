@@ -163,6 +163,18 @@ def labels_of(builder: Any) -> Labels:
     return Labels(tuple(features["label"].names)) if "label" in features else Labels()
 
 
+def label_of(example: dict[str, Any]):
+    """Returns the label of an example inside tf.data.
+
+    Returns:
+        An int32 tensor: the class, −1 where there are no classes; or [A], 1 for each attribute that
+        is on, else 0.
+    """
+    if "attributes" in example:
+        return tf.cast(example["attributes"], tf.int32)
+    return tf.cast(example["label"], tf.int32) if "label" in example else tf.constant(-1)
+
+
 def read_split(builder: Any, split: str, *, first: int = 0, last: int | None = None):
     """Returns the examples of a split in the order in which they lie on disk.
 

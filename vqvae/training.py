@@ -10,7 +10,7 @@ from etils import epath
 from configs import Config, VqbeamError
 from vqvae.augmentation import augment
 from vqvae.building import build_model
-from vqvae.devices import data_parallel, device_count
+from vqvae.devices import data_parallel, evenly_shared
 from vqvae.figures import reconstruction_figure, save_png
 from vqvae.fitting import fit, load_model, save_model
 from vqvae.layout import code_layout
@@ -165,9 +165,7 @@ def _validation(run: RunFolder, batch_size: int, images: int | None = None):
     builder = open_dataset(run.folder("prepare"))
     size = builder.info.splits["validation"].num_examples
     if images is not None:
-        size = min(size, images)
-        # Several devices share a batch evenly.
-        size = size - size % device_count() or size
+        size = evenly_shared(min(size, images))
     examples = read_split(builder, "validation", last=size)
     return examples.map(lambda e: e["image"]).batch(batch_size).map(scale_batch)
 

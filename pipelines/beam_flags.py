@@ -5,6 +5,13 @@ import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+BEAM_HELP = """\
+Beam options:
+  Every option of Apache Beam is passed on to Beam, for example
+    --direct_num_workers 4 --direct_running_mode multi_threading
+    --runner DataflowRunner --project P --region R --temp_location gs://BUCKET/tmp
+  Without --runner the work is done on this machine, by Beam's FnApiRunner."""
+
 
 def add_beam_flags(parser: argparse.ArgumentParser) -> None:
     """Adds Beam's own flags to a parser, which passes them on as text, in `beam_args`.

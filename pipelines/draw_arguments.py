@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs import SampleConfig
+from pipelines.beam_flags import BEAM_HELP, with_runner
 from pipelines.config_flags import in_range
 from pipelines.parser import Parser, count, nonempty
 from pipelines.verbs import verb_parser
@@ -17,6 +18,11 @@ draws 16 for each completion, and takes the one under which what is kept is like
 example:
   vqbeam complete runs/fashion --input shoe.png --keep top-half --output shoes.png"""
 
+_GENERATE_EXAMPLE = """
+
+example:
+  vqbeam generate runs/fashion --num 50000 --output samples/fashion --format tfrecord"""
+
 
 def parse_sample(verb: str, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `sample`."""
@@ -24,14 +30,7 @@ def parse_sample(verb: str, words: Sequence[str]) -> dict[str, Any]:
     parser.add("DIR", nonempty, "the run's folder")
     forms = "a .png (labelled grid), a .npz (arrays) or a folder (unset: samples.png)"
     parser.add("--output", nonempty, forms, metavar="PATH")
-    parser.add(
-        "--label",
-        nonempty,
-        "the classes to draw, in turn (unset: all of them)",
-        nargs="+",
-        action="extend",
-        metavar="NAME-OR-ID",
-    )
+    _add_labels(parser)
     _add_seed(parser)
     again = "a .png or .npz of this verb: draw it again, but for what other flags say"
     parser.add("--like", nonempty, again, metavar="FILE")
@@ -43,6 +42,34 @@ def parse_sample(verb: str, words: Sequence[str]) -> dict[str, Any]:
         "seed": given.get("--seed"),
         "like": given.get("--like"),
         "output": given.get("--output"),
+    }
+
+
+def parse_generate(verb: str, words: Sequence[str]) -> dict[str, Any]:
+    """Returns the arguments of `generate`."""
+    rest = "DIR --num N --output FOLDER [options] [Beam options]"
+    parser = verb_parser(verb, rest, epilog=BEAM_HELP + _GENERATE_EXAMPLE)
+    parser.add("DIR", nonempty, "the run's folder")
+    parser.add("--num", count, "images to draw", metavar="N", required=True)
+    folder = "a new folder, or one that the same command has begun"
+    parser.add("--output", nonempty, folder, metavar="FOLDER", required=True)
+    forms = "folders of PNGs with samples.jsonl, or a TFDS dataset (default: png)"
+    parser.add("--format", nonempty, forms, choices=("png", "tfrecord"), default="png")
+    size = "images of a shard, rounded up to whole batches (default: 1000)"
+    parser.add("--shard-images", count, size, metavar="N", default=1000)
+    _add_labels(parser)
+    _add_seed(parser)
+    flags = _add_settings(parser, without=("num",))
+    given = parser.parse_words(words, beam=True)
+    return _settings(given, flags) | {
+        "run_dir": given["DIR"],
+        "num": given["--num"],
+        "output": given["--output"],
+        "form": given["--format"],
+        "labels": given.get("--label"),
+        "seed": given.get("--seed"),
+        "shard_images": given["--shard-images"],
+        "beam_args": with_runner(given.get("beam_args", [])),
     }
 
 
@@ -101,6 +128,17 @@ def parse_interpolate(verb: str, words: Sequence[str]) -> dict[str, Any]:
         "seed": given.get("--seed"),
         "output": given["--output"],
     }
+
+
+def _add_labels(parser: Parser) -> None:
+    parser.add(
+        "--label",
+        nonempty,
+        "the classes to draw, in turn (unset: all of them)",
+        nargs="+",
+        action="extend",
+        metavar="NAME-OR-ID",
+    )
 
 
 def _add_seed(parser: Parser) -> None:

@@ -122,7 +122,7 @@ def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
                         yield serialize(features, {"codes": of_image, "key": key, **rest})
         facts["code_counts"] = counts.tolist()
 
-    report = write_shard_once(run, STAGE, part.shard, records)
+    report = write_shard_once(run.folder(STAGE), run.fingerprint(STAGE), part.shard, records)
     advance(STAGE, unseen, part.total)  # those that an earlier attempt has encoded
     Metrics.counter("vqbeam", "images_encoded").inc(report.records)
     return run_path, report
@@ -145,14 +145,13 @@ def finish_codes(shards: Sequence[tuple[str, ShardReport]]) -> str:
     reports = [report for _, report in shards]
     layout, labels = code_layout(config), labels_of(open_dataset(run.folder("prepare")))
     files, counts = write_dataset_metadata(
-        run,
-        STAGE,
+        run.folder(STAGE),
         reports,
         code_features(layout, labels),
         version=CODES_VERSION,
         description=f"Codes of {config.data.source}: {layout.describe()}.",
     )
-    remove_leftovers(run, STAGE, files)
+    remove_leftovers(run.folder(STAGE), files)
     use = np.sum([report.facts["code_counts"] for report in reports], axis=0)  # [levels, K]
     run.finish(
         STAGE,

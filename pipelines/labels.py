@@ -11,13 +11,14 @@ from vqvae.labels import Labels
 Label = int | tuple[int, ...]
 
 
-def label_rows(texts: Sequence[str] | None, labels: Labels, num: int) -> np.ndarray:
+def label_rows(texts: Sequence[str] | None, labels: Labels, num: int, first: int = 0) -> np.ndarray:
     """Returns the label of each of `num` images: those asked for, in turn.
 
     Args:
         texts: See `parse_label`; None for all classes, or for each attribute alone.
         labels: Those of the run.
         num: Images.
+        first: Index of the first of them.
 
     Returns:
         int32 [num], or of attributes [num, A].
@@ -28,7 +29,7 @@ def label_rows(texts: Sequence[str] | None, labels: Labels, num: int) -> np.ndar
     if texts is None:
         texts = labels.names or [None]
     chosen = np.asarray([parse_label(text, labels) for text in texts], np.int32)
-    return chosen[np.arange(num) % len(chosen)]
+    return chosen[(first + np.arange(num)) % len(chosen)]
 
 
 def parse_label(text: str | None, labels: Labels) -> Label:

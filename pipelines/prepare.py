@@ -84,7 +84,8 @@ def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
 
     # Files may come and go between two attempts, so that a shard of that name holds others.
     content = hashlib.sha256(repr(unit.images).encode()).hexdigest()
-    report = write_shard_once(run, STAGE, unit.shard, records, content=content)
+    folder, fingerprint = run.folder(STAGE), run.fingerprint(STAGE)
+    report = write_shard_once(folder, fingerprint, unit.shard, records, content=content)
     advance(STAGE, unseen, unit.total)  # those that an earlier attempt has prepared
     Metrics.counter("vqbeam", "images_prepared").inc(report.records)
     Metrics.counter("vqbeam", "images_failed").inc(len(report.facts["failures"]))
@@ -111,20 +112,19 @@ def finish_images(shards: Sequence[tuple[str, ShardReport]]) -> str:
         _check_failures(failures, reports, config, letters)
     except VqbeamError:
         # The next attempt reads every image again, for some may have been mended.
-        remove_leftovers(run, STAGE, [letters])
+        remove_leftovers(run.folder(STAGE), [letters])
         raise
     names, kind = reports[0].facts["labels"]
     labels = Labels(tuple(names), kind)
     files, counts = write_dataset_metadata(
-        run,
-        STAGE,
+        run.folder(STAGE),
         reports,
         image_features(config.image_shape, labels),
         version=IMAGES_VERSION,
         description=f"Images of {config.data.source}, prepared by vqbeam.",
     )
     files.append(letters)
-    remove_leftovers(run, STAGE, files)
+    remove_leftovers(run.folder(STAGE), files)
     run.finish(
         STAGE,
         files,

@@ -58,24 +58,22 @@ def _run_pipeline(
     run: RunFolder, config: Config, stages: Sequence[str], beam_args: Sequence[str]
 ) -> None:
     import apache_beam as beam
-    from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
-    from pipelines.progress import close_all
+    from pipelines.beam_run import run_pipeline, runner_of
     from pipelines.stages import transform
 
-    options = PipelineOptions(list(beam_args))
-    gpu_hint = "Dataflow" in (options.view_as(StandardOptions).runner or "")
+    gpu_hint = "Dataflow" in runner_of(beam_args)
     if "prepare" in stages:
         from pipelines.sources import prepare_source
 
         prepare_source(config.data, beam_args)
-    try:
-        with beam.Pipeline(options=options) as pipeline:
-            runs = pipeline | beam.Create([str(run.root)])
-            for stage in stages:
-                runs = runs | stage >> transform(stage, gpu_hint)
-    finally:
-        close_all()
+
+    def build(pipeline):
+        runs = pipeline | beam.Create([str(run.root)])
+        for stage in stages:
+            runs = runs | stage >> transform(stage, gpu_hint)
+
+    run_pipeline(beam_args, build)
 
 
 def _closing_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:

@@ -13,6 +13,8 @@ from pipelines.samples import Samples
 from vqvae.figures import label_figure, picture, save_png
 from vqvae.run_folder import write_bytes
 
+SAMPLES_LIST = "samples.jsonl"
+
 
 def check_ending(path: epath.Path) -> None:
     """Raises a VqbeamError where samples cannot be written as a path's ending says."""
@@ -44,6 +46,7 @@ def write_samples(samples: Samples, path: epath.Path, *, bare: bool = False) -> 
 
 
 def _write_folder(samples: Samples, folder: epath.Path) -> None:
+    """Writes a PNG for each image and then their list: with it the folder is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for row, own in enumerate(_each(samples)):
@@ -51,7 +54,7 @@ def _write_folder(samples: Samples, folder: epath.Path) -> None:
         _write_picture(samples, row, own, folder / name)
         line = {"file": name, **own, **samples.settings}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    write_bytes(folder / "samples.jsonl", "".join(lines).encode())
+    write_bytes(folder / SAMPLES_LIST, "".join(lines).encode())
 
 
 def _write_picture(samples: Samples, row: int, own: dict, path: epath.Path) -> None:

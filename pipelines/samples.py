@@ -1,6 +1,8 @@
 """Codes drawn from the prior of a run, decoded to images."""
 
+import contextlib
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -40,44 +42,77 @@ class Samples:
     first: int = 0
 
 
-def draw_samples(
-    run: RunFolder, settings: SampleConfig, seed: int, labels: np.ndarray, first: int = 0
-) -> Samples:
-    """Draws codes from the prior of a run and decodes them.
+class Drawer:
+    """Both models of a run, loaded once and then drawn from as often as is asked.
 
     Args:
         run: Both of its models are trained.
         settings: All of it but `num` counts.
         seed: Of the random numbers.
-        labels: int32 [N]; −1 for none; or of attributes [N, A].
-        first: Index of the first image among those of the seed.
 
     Raises:
-        VqbeamError: A model is missing, or a setting or label is out of range.
+        VqbeamError: A model is missing, or there is nothing to guide towards.
     """
-    prior, known = load_prior(run), learned_labels(run)
-    if not known.names and settings.guidance != 1:
-        raise VqbeamError(f"guidance is {settings.guidance}, but {run.root} has no classes; use 1")
-    # Rounding may depend on the place in a batch: each image has the same one always.
-    ahead = first % settings.batch_size
-    padded = np.concatenate([np.repeat(labels[:1], ahead, axis=0), labels])
-    indices = first - ahead + np.arange(len(padded))
-    codes = draw_grids(prior, settings, seed, padded, indices=indices)
-    images = decode(load_vqvae(run), codes, settings.batch_size)
-    used = provenance(run, settings, seed)
-    names = [label_name(label, known) for label in labels] if known.names else None
-    return Samples(images[ahead:], codes[ahead:], labels, names, used, first)
+
+    def __init__(self, run: RunFolder, settings: SampleConfig, seed: int):
+        self.known = learned_labels(run)
+        if not self.known.names and settings.guidance != 1:
+            raise VqbeamError(
+                f"guidance is {settings.guidance}, but {run.root} has no classes; use 1"
+            )
+        prior = load_prior(run)
+        self.arguments = sampler_arguments(settings, prior.layout.length)
+        self.sampler = Sampler(prior, settings.batch_size)
+        self.decode = compiled_decoder(load_vqvae(run))
+        self.batch_size, self.seed = settings.batch_size, seed
+        self.provenance = provenance(run, settings, seed)
+
+    def __call__(
+        self,
+        labels: np.ndarray,
+        first: int = 0,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Samples:
+        """Draws codes and decodes them.
+
+        Args:
+            labels: int32 [N]; −1 for none; or of attributes [N, A].
+            first: Index of the first image among those of the seed.
+            on_batch: Called with the number of images drawn so far.
+
+        Raises:
+            VqbeamError: A setting or label is out of range.
+        """
+        # Rounding may depend on the place in a batch: each image has the same one always.
+        ahead = first % self.batch_size
+        padded = np.concatenate([np.repeat(labels[:1], ahead, axis=0), labels])
+        indices = first - ahead + np.arange(len(padded))
+        codes = self.sampler(
+            padded, self.seed, indices=indices, on_batch=on_batch, **self.arguments
+        )
+        images = in_batches(self.decode, codes, self.batch_size)
+        names = [label_name(label, self.known) for label in labels] if self.known.names else None
+        return Samples(images[ahead:], codes[ahead:], labels, names, self.provenance, first)
+
+
+def draw_samples(
+    run: RunFolder, settings: SampleConfig, seed: int, labels: np.ndarray, first: int = 0
+) -> Samples:
+    """Draws from the prior of a run with a progress bar, and decodes; see `Drawer`."""
+    drawer = Drawer(run, settings, seed)
+    with _bar(first % settings.batch_size + len(labels)) as move:
+        return drawer(labels, first, move)
 
 
 def draw_grids(
     prior: CodePrior, settings: SampleConfig, seed: int, labels: np.ndarray, **given: Any
 ) -> np.ndarray:
     """Draws codes, int32 [N, *layout.shape], with a progress bar; `given` goes to `Sampler`."""
-    with progress_bar("sample", len(labels)) as bar:
+    with _bar(len(labels)) as move:
         return Sampler(prior, settings.batch_size)(
             labels,
             seed,
-            on_batch=lambda drawn: bar.update(drawn - bar.n),
+            on_batch=move,
             **sampler_arguments(settings, prior.layout.length),
             **given,
         )
@@ -110,5 +145,16 @@ def decode(model: VQVAE, codes: np.ndarray, batch_size: int) -> np.ndarray:
     Returns:
         uint8 [N, H, W, C].
     """
-    compiled = compile_function(model.decode, model.variables, jit=False)
-    return in_batches(compiled, codes, batch_size)
+    return in_batches(compiled_decoder(model), codes, batch_size)
+
+
+def compiled_decoder(model: VQVAE) -> Callable[[np.ndarray], Any]:
+    """Returns the compiled function from codes to images of a VQ-VAE."""
+    return compile_function(model.decode, model.variables, jit=False)
+
+
+@contextlib.contextmanager
+def _bar(total: int) -> Iterator[Callable[[int], None]]:
+    """Shows a progress bar while the block runs; gives what moves it to so many images."""
+    with progress_bar("sample", total) as bar:
+        yield lambda drawn: bar.update(drawn - bar.n)

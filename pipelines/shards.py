@@ -9,7 +9,7 @@ from etils import epath
 
 from configs import VqbeamError
 from vqvae.records import Shard, write_metadata, write_shard
-from vqvae.run_folder import RunFolder, write_json
+from vqvae.run_folder import write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,8 @@ class ShardReport:
 
 
 def write_shard_once(
-    run: RunFolder,
-    stage: str,
+    folder: epath.Path,
+    fingerprint: str,
     shard: Shard,
     records: Callable[[dict], Iterator[bytes]],
     *,
@@ -40,15 +40,14 @@ def write_shard_once(
     moment leaves either a shard with its report or work to be done again.
 
     Args:
-        run: The run.
-        stage: The stage whose folder gets the shard.
+        folder: Gets the shard.
+        fingerprint: Of all that the dataset is made from; shards of another are written anew.
         shard: Which one.
         records: Yields the serialized records; puts what it sees into the dictionary it is given.
-        content: Names what the shard is made of, where the stage's fingerprint does not tell.
+        content: Names what the shard is made of, where the fingerprint does not tell.
     """
-    folder = run.folder(stage)
     path = folder / shard.filename
-    report_path = _reports_folder(run, stage) / f"{shard.filename}.json"
+    report_path = folder / f".reports-{fingerprint}" / f"{shard.filename}.json"
     if report_path.exists():
         report = _read_report(report_path)
         whole = path.exists() and path.stat().length == report.bytes
@@ -71,8 +70,7 @@ def write_shard_once(
 
 
 def write_dataset_metadata(
-    run: RunFolder,
-    stage: str,
+    folder: epath.Path,
     reports: Sequence[ShardReport],
     features: Any,
     *,
@@ -87,7 +85,6 @@ def write_dataset_metadata(
     Raises:
         VqbeamError: A shard was not reported.
     """
-    folder = run.folder(stage)
     splits: dict[str, list[ShardReport]] = {}
     for report in sorted(reports, key=lambda report: report.shard):
         splits.setdefault(report.shard.split, []).append(report)
@@ -99,22 +96,25 @@ def write_dataset_metadata(
                 "run the same command again"
             )
     sizes = {s: [(r.records, r.bytes) for r in of_split] for s, of_split in splits.items()}
-    files = write_metadata(folder, features, sizes, version=version, description=description)
+    files = write_metadata(
+        folder,
+        features,
+        sizes,
+        name=reports[0].shard.dataset,
+        version=version,
+        description=description,
+    )
     files += [folder / report.shard.filename for report in reports]
     counts = {split: sum(r.records for r in of_split) for split, of_split in splits.items()}
     return files, counts
 
 
-def remove_leftovers(run: RunFolder, stage: str, keep: Sequence[epath.Path]) -> None:
-    """Removes from a stage's folder the reports, and all that killed or older attempts left."""
+def remove_leftovers(folder: epath.Path, keep: Sequence[epath.Path]) -> None:
+    """Removes from a folder of shards the reports, and all that killed or older attempts left."""
     kept = {path.name for path in keep}
-    for path in run.folder(stage).iterdir():
+    for path in folder.iterdir():
         if path.name not in kept:
             path.rmtree() if path.is_dir() else path.unlink()
-
-
-def _reports_folder(run: RunFolder, stage: str) -> epath.Path:
-    return run.folder(stage) / f".reports-{run.fingerprint(stage)}"
 
 
 def _read_report(path: epath.Path) -> ShardReport:

@@ -5,19 +5,14 @@ from typing import Any
 
 import configs
 from configs import SECTIONS
-from pipelines.beam_flags import with_runner
+from pipelines.beam_flags import BEAM_HELP, with_runner
 from pipelines.config_flags import add_config, overridden
 from pipelines.parser import nonempty
 from pipelines.verbs import verb_parser
 
 STAGES = ("prepare", "train-vqvae", "encode", "train-prior", "sample")
 
-_BEAM_HELP = """\
-Beam options:
-  Every option of Apache Beam is passed on to Beam, for example
-    --direct_num_workers 4 --direct_running_mode multi_threading
-    --runner DataflowRunner --project P --region R --temp_location gs://BUCKET/tmp
-  Without --runner the work is done on this machine, by Beam's FnApiRunner.
+_EXAMPLE = """
 
 example:
   vqbeam {verb} glyphs --run-dir runs/glyphs --vqvae.num-codes 128 --seed 1"""
@@ -26,7 +21,7 @@ example:
 def parse_stages(verb: str, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `run_stages`: one stage, or for `run` all of them."""
     rest = "PRESET --run-dir DIR [--smoke] [--SECTION.FIELD VALUE ...] [Beam options]"
-    parser = verb_parser(verb, rest, epilog=_BEAM_HELP.format(verb=verb))
+    parser = verb_parser(verb, rest, epilog=BEAM_HELP + _EXAMPLE.format(verb=verb))
     parser.add("PRESET", nonempty, "a name from `vqbeam presets`, or a .py file that sets CONFIG")
     folder = "the run's folder; made if it is not there"
     parser.add("--run-dir", nonempty, folder, metavar="DIR", required=True)

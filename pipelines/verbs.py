@@ -35,6 +35,11 @@ VERBS = {
     "sample": Verb(
         "draw new images from a trained run", "draw_arguments:parse_sample", "sample:sample"
     ),
+    "generate": Verb(
+        "draw very many images, as a Beam pipeline",
+        "draw_arguments:parse_generate",
+        "generate:generate",
+    ),
     "complete": Verb(
         "draw the missing part of images, several times",
         "draw_arguments:parse_complete",

@@ -67,7 +67,12 @@ def _prepared_run(path, config, *, train=20, validation=10, labels=("a", "b"), k
             size_in_bytes = records.write_shard(files[-1], written)
             splits.setdefault(split, []).append((len(part), size_in_bytes))
     files += records.write_metadata(
-        folder, features, splits, version=records.IMAGES_VERSION, description="Noise."
+        folder,
+        features,
+        splits,
+        name="images",
+        version=records.IMAGES_VERSION,
+        description="Noise.",
     )
     scaled = pixels["train"] / 127.5 - 1
     run.finish(

@@ -52,7 +52,8 @@ def test_sample_in_full():
 
 COMPLETE = "complete d --input a.jpg --keep top-half --output c.png".split()
 INTERPOLATE = "interpolate d --from A --to 3 --output i.png".split()
-DRAWING = pytest.mark.parametrize("words", [["sample", "d"], COMPLETE, INTERPOLATE])
+GENERATE = "generate d --num 9 --output new".split()
+DRAWING = pytest.mark.parametrize("words", [["sample", "d"], COMPLETE, INTERPOLATE, GENERATE])
 
 
 @DRAWING
@@ -74,6 +75,25 @@ def test_out_of_range_names_the_flag(words):
     ]:
         with pytest.raises(configs.VqbeamError, match=message):
             parse([*words, flag, value])
+
+
+def test_generate():
+    given = parse(GENERATE).arguments
+    assert given["run_dir"] == "d" and given["num"] == 9 and given["output"] == "new"
+    assert given["form"] == "png" and given["shard_images"] == 1000
+    assert given["labels"] is None and given["seed"] is None
+    assert given["beam_args"] == ["--runner=FnApiRunner"]
+    words = "--format tfrecord --shard-images 64 --label A 3 --seed 5 --top-k 9"
+    given = parse([*GENERATE, *words.split(), "--direct_num_workers", "2"]).arguments
+    assert given["form"] == "tfrecord" and given["shard_images"] == 64
+    assert given["labels"] == ["A", "3"] and given["seed"] == 5 and given["top_k"] == 9
+    assert given["beam_args"] == ["--runner=FnApiRunner", "--direct_num_workers=2"]
+
+
+def test_generate_needs_a_number_and_a_folder():
+    assert "missing --num, --output" in refusal("generate", "d")
+    assert "invalid choice: 'jpeg'" in refusal(*GENERATE, "--format", "jpeg")
+    assert "unknown flag --runer" in refusal(*GENERATE, "--runer", "FnApiRunner")
 
 
 def test_complete():

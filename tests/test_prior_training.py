@@ -77,6 +77,7 @@ def encoded_run(path, config, labels=("a", "b", "c"), kind="classes"):
         run.folder("encode"),
         features,
         splits,
+        name="codes",
         version=records.CODES_VERSION,
         description="Noise.",
     )

@@ -44,7 +44,12 @@ def write_dataset(folder, features, examples, per_shard=4):
             size = write_shard(folder / shard.filename, records)
             splits.setdefault(split, []).append((len(part), size))
     files = write_metadata(
-        folder, features, splits, version=CODES_VERSION, description="What it is."
+        folder,
+        features,
+        splits,
+        name="codes",
+        version=CODES_VERSION,
+        description="What it is.",
     )
     return folder, files
 

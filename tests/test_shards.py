@@ -39,7 +39,8 @@ def write(run, *contents, shard=SHARD, fail=False, **options):
             raise RuntimeError("gone")
         facts["seen"] = len(contents)
 
-    return write_shard_once(run, STAGE, shard, records, **options), bool(asked)
+    folder, fingerprint = run.folder(STAGE), run.fingerprint(STAGE)
+    return write_shard_once(folder, fingerprint, shard, records, **options), bool(asked)
 
 
 def read(run, shard=SHARD):
@@ -105,9 +106,8 @@ def reports_of(run, *sizes):
 
 
 def metadata(run, reports):
-    return write_dataset_metadata(
-        run, STAGE, reports, FEATURES, version="1.0.0", description="Keys."
-    )
+    folder = run.folder(STAGE)
+    return write_dataset_metadata(folder, reports, FEATURES, version="1.0.0", description="Keys.")
 
 
 def test_makes_a_dataset_of_shards_in_any_order(run):
@@ -148,7 +148,7 @@ def test_removes_what_does_not_belong(run):
     (folder / "images-train.tfrecord-00000-of-00003").write_text("of an older division")
     (folder / ".reports-of-before").mkdir()
     (folder / ".reports-of-before" / "x.json").write_text("{}")
-    remove_leftovers(run, STAGE, files)
+    remove_leftovers(folder, files)
     assert sorted(folder.iterdir()) == sorted(files)
 
 

@@ -107,6 +107,7 @@ def write_metadata(
     features: Any,
     splits: dict[str, list[tuple[int, int]]],
     *,
+    name: str,
     version: str,
     description: str,
 ) -> list[epath.Path]:
@@ -116,6 +117,7 @@ def write_metadata(
         folder: Holds the shards.
         features: What a record holds.
         splits: For each split the records and bytes of each shard, in order.
+        name: Of the dataset: what the names of its shards begin with.
         version: Version of the record format.
         description: What TFDS tells of the dataset.
 
@@ -123,7 +125,7 @@ def write_metadata(
         The files written.
     """
     template = tfds.core.ShardedFileTemplate(
-        data_dir=folder, dataset_name=folder.name, filetype_suffix="tfrecord"
+        data_dir=folder, dataset_name=name, filetype_suffix="tfrecord"
     )
     infos = [
         tfds.core.SplitInfo(

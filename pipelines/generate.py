@@ -1,0 +1,189 @@
+"""Many new images from a trained run, as one Beam pipeline: any number of workers, one result."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+from apache_beam.metrics import Metrics
+from apache_beam.utils.shared import Shared
+from etils import epath
+
+from configs import VqbeamError
+from pipelines.beam_run import run_pipeline
+from pipelines.generation_order import Order
+from pipelines.images import encode_png
+from pipelines.labels import label_rows
+from pipelines.progress import advance
+from pipelines.provenance import checkpoint
+from pipelines.sample_files import SAMPLES_LIST, write_samples
+from pipelines.samples import Drawer, Samples, learned_labels
+from pipelines.sampling_defaults import changed_defaults
+from pipelines.shards import ShardReport, write_dataset_metadata, write_shard_once
+from vqvae.records import IMAGES_VERSION, Shard, image_features, serialize
+from vqvae.run_folder import RunFolder
+
+DATASET = "samples"
+SPLIT = "train"
+_TITLE = "generate"
+_drawer = Shared()
+
+
+class DrawnShard(NamedTuple):
+    """A shard that is whole: its order, where it stands, and for TFRecords its report."""
+
+    order: Order
+    index: int
+    report: ShardReport | None
+
+
+def generate(
+    run_dir: str,
+    *,
+    num: int,
+    output: str,
+    form: str = "png",
+    labels: Sequence[str] | None = None,
+    seed: int | None = None,
+    shard_images: int = 1000,
+    beam_args: Sequence[str],
+    **settings: Any,
+) -> str:
+    """Draws images shard by shard; what is None is as the run says.
+
+    Killed at any moment, the same call goes on with the shards that are missing.
+
+    Args:
+        run_dir: The run's folder.
+        num: Images.
+        output: The folder to write: a folder of PNGs for each shard, or a TFDS dataset.
+        form: "png" or "tfrecord".
+        labels: See `sample`.
+        seed: Of the random numbers; image i is that of `sample` with the same settings.
+        shard_images: Images of one shard at least; rounded up to whole batches.
+        beam_args: Beam's own options.
+        **settings: Fields of SampleConfig but `num`.
+
+    Returns:
+        What was written where.
+
+    Raises:
+        VqbeamError: The run has no trained prior, a setting or label is out of range, or the
+            folder holds other images.
+    """
+    run = RunFolder(run_dir)
+    config = run.load_config()
+    chosen = changed_defaults(run, settings | {"num": num})
+    label_rows(labels, learned_labels(run), 1)  # refuses one that is not known
+    order = Order(
+        str(run.root),
+        str(epath.Path(output).expanduser()),
+        form,
+        None if labels is None else tuple(labels),
+        config.seed if seed is None else seed,
+        -(-shard_images // chosen.batch_size) * chosen.batch_size,
+        chosen,
+        config.name,
+        checkpoint(run),
+    )
+    order.claim_folder()
+    if not order.is_done():
+        run_pipeline(beam_args, lambda pipeline: pipeline | GenerateImages(order))
+    kind = "a TFDS dataset" if form == "tfrecord" else "PNGs by shard"
+    return f"{num:,} new images, {kind}: {order.folder}"
+
+
+class GenerateImages(beam.PTransform):
+    """From a pipeline to the folder of an order, once all its images are there."""
+
+    def __init__(self, order: Order):
+        super().__init__()
+        self.order = order
+
+    def expand(self, pipeline):
+        """Builds the steps."""
+        return (
+            pipeline
+            | beam.Create([self.order])
+            | "ListShards" >> beam.FlatMap(_shards)
+            | beam.Reshuffle()
+            | "DrawShard" >> beam.MapTuple(draw_shard)
+            | beam.combiners.ToList()
+            | "FinishImages" >> beam.Map(finish_images)
+        )
+
+
+def _shards(order: Order) -> Iterator[tuple[Order, int]]:
+    for index in range(order.shards):
+        yield order, index
+
+
+def draw_shard(order: Order, index: int) -> DrawnShard:
+    """Draws the images of one shard and writes them, unless an earlier attempt has."""
+    first = index * order.shard_images
+    num = min(order.shard_images, order.settings.num - first)
+    folder = order.folder / f"{index:05d}-of-{order.shards:05d}"
+    report, drawn = None, 0
+
+    def moved(count):
+        nonlocal drawn
+        advance(_TITLE, min(count, num) - drawn, order.settings.num)
+        drawn = min(count, num)
+
+    def draw() -> Samples:
+        rows = label_rows(order.labels, learned_labels(RunFolder(order.run)), num, first)
+        return _load_drawer(order)(rows, first, moved)
+
+    if order.form == "tfrecord":
+        shard = Shard(DATASET, SPLIT, index, order.shards)
+        report = write_shard_once(
+            order.folder, order.fingerprint, shard, lambda facts: _records(order, draw())
+        )
+    elif not (folder / SAMPLES_LIST).exists():
+        write_samples(draw(), folder)
+    moved(num)  # where an earlier attempt has drawn them
+    Metrics.counter("vqbeam", "images_generated").inc(num)
+    return DrawnShard(order, index, report)
+
+
+def _records(order: Order, samples: Samples) -> Iterator[bytes]:
+    labels = learned_labels(RunFolder(order.run))
+    features = image_features(samples.images.shape[1:], labels)
+    kind = "attributes" if labels.kind == "attributes" else "label"
+    for row, image in enumerate(samples.images):
+        label = {kind: samples.labels[row]} if labels.names else {}
+        key = f"{samples.first + row:05d}"
+        yield serialize(features, {"image": encode_png(image), "key": key} | label)
+
+
+def finish_images(shards: Sequence[DrawnShard]) -> str:
+    """Makes a dataset of the shards where they are TFRecords; returns the folder's path."""
+    order = shards[0].order
+    if order.is_done():
+        return order.output  # a runner that does the next step again may do this one as well
+    if order.form == "tfrecord":
+        run = RunFolder(order.run)
+        write_dataset_metadata(
+            order.folder,
+            [shard.report for shard in shards],
+            image_features(run.load_config().image_shape, learned_labels(run)),
+            version=IMAGES_VERSION,
+            description=f"Images drawn by vqbeam: {json.dumps(order.facts)}",
+        )
+    for leftover in order.folder.glob(".*"):
+        leftover.rmtree() if leftover.is_dir() else leftover.unlink()
+    order.finish()
+    return order.output
+
+
+def _load_drawer(order: Order) -> Drawer:
+    def load():
+        drawer = Drawer(RunFolder(order.run), order.settings, order.seed)
+        if drawer.provenance["checkpoint"] != order.checkpoint:
+            raise VqbeamError(
+                f"{order.run} was trained anew while images were drawn from it; delete "
+                f"{order.folder} and run the same command again"
+            )
+        return drawer
+
+    return _drawer.acquire(load, tag=order.fingerprint)

@@ -1,0 +1,26 @@
+import apache_beam as beam
+import pytest
+
+from pipelines import beam_run
+from pipelines.beam_run import run_pipeline, runner_of
+
+
+def test_runs_to_the_end_and_closes_the_bars(tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(beam_run, "close_all", lambda: events.append("closed"))
+    path = tmp_path / "seen"
+
+    def build(*numbers):
+        steps = beam.Create(numbers) | beam.Map(lambda number: path.write_text(str(12 / number)))
+        return lambda pipeline: pipeline | steps
+
+    run_pipeline(["--runner=FnApiRunner"], build(3))
+    assert path.read_text() == "4.0" and events == ["closed"]
+    with pytest.raises(ZeroDivisionError):
+        run_pipeline(["--runner=FnApiRunner"], build(0))
+    assert events == ["closed", "closed"]
+
+
+def test_the_runner_that_is_asked_for():
+    assert runner_of(["--runner=DataflowRunner", "--region=x"]) == "DataflowRunner"
+    assert runner_of([]) == ""

@@ -1,0 +1,175 @@
+import json
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from configs import VqbeamError
+from pipelines import generate as generate_module
+from pipelines.cli import main
+from pipelines.generate import generate
+from pipelines.sample import sample
+from vqvae.run_folder import RunFolder
+
+pytestmark = pytest.mark.slow
+
+LABELS = ["cherry", "apple"]
+# Eight images in shards of three, the run's batch.
+ORDER = {
+    "num": 8,
+    "labels": LABELS,
+    "seed": 3,
+    "shard_images": 2,
+    "beam_args": ["--runner=FnApiRunner"],
+}
+SHARDS = ["00000-of-00003", "00001-of-00003", "00002-of-00003"]
+
+
+@pytest.fixture(scope="module")
+def expected(finished_run, tmp_path_factory):
+    """What `sample` draws of the same seed."""
+    path = tmp_path_factory.mktemp("expected") / "samples.npz"
+    sample(str(finished_run.root), output=str(path), num=8, labels=LABELS, seed=3)
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def pngs(finished_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generated") / "new" / "pngs"
+    generate(str(finished_run.root), output=str(folder), **ORDER)
+    return folder
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_pngs_are_those_of_sample(pngs, expected):
+    assert sorted(path.name for path in pngs.iterdir()) == [*SHARDS, "generate.json"]
+    index = 0
+    for shard in SHARDS:
+        for line in (pngs / shard / "samples.jsonl").read_text().splitlines():
+            facts = json.loads(line)
+            assert (facts["index"], facts["file"]) == (index, f"{index:05d}.png")
+            assert facts["name"] == LABELS[index % 2] and facts["seed"] == 3
+            with Image.open(pngs / shard / facts["file"]) as image:
+                np.testing.assert_array_equal(np.asarray(image), expected["images"][index])
+            index += 1
+    assert index == 8
+
+
+def test_a_dataset(finished_run, expected, tmp_path, capsys):
+    folder = tmp_path / "of any.name"
+    words = "--num 8 --label cherry apple --seed 3 --shard-images 3 --format tfrecord".split()
+    command = ["generate", str(finished_run.root), *words, "--output", str(folder)]
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"8 new images, a TFDS dataset: {folder}\n"
+    builder = tfds.builder_from_directory(str(folder))
+    assert builder.info.splits["train"].shard_lengths == [3, 3, 2]
+    assert '"seed": 3' in builder.info.description
+    dataset = builder.as_dataset(split="train")
+    for index, example in enumerate(dataset.as_numpy_iterator()):
+        np.testing.assert_array_equal(example["image"], expected["images"][index])
+        assert example["label"] == expected["labels"][index]
+        assert example["key"].decode() == f"{index:05d}"
+    assert index == 7
+    assert not list(folder.glob(".*"))
+
+
+def test_the_workers_do_not_matter(finished_run, pngs, tmp_path):
+    workers = ["--direct_num_workers=2", "--direct_running_mode=multi_threading"]
+    order = ORDER | {"beam_args": [*ORDER["beam_args"], *workers]}
+    generate(str(finished_run.root), output=str(tmp_path / "two"), **order)
+    assert contents(tmp_path / "two") == contents(pngs)
+
+
+@pytest.mark.parametrize("form", ["png", "tfrecord"])
+def test_goes_on_with_the_shards_that_are_missing(finished_run, tmp_path, monkeypatch, form):
+    order = ORDER | {"form": form, "output": str(tmp_path / "new")}
+    drawn, fails = [], True
+    load = generate_module._load_drawer
+
+    def load_drawer(order):
+        def draw(labels, first, on_batch):
+            if fails and first == 3:
+                raise OSError(28, "No space left on device")
+            drawn.append(first)
+            return load(order)(labels, first, on_batch)
+
+        return draw
+
+    monkeypatch.setattr(generate_module, "_load_drawer", load_drawer)
+    with pytest.raises(Exception, match="No space left"):
+        generate(str(finished_run.root), **order)
+    (tmp_path / "new" / ".samples-train.tfrecord-00001-of-00003.0123").write_text("half a shard")
+    before, fails = list(drawn), False
+    generate(str(finished_run.root), **order)
+    # The runner may give up before or after the third shard; what it had drawn is not done again.
+    assert sorted(drawn) == [0, 3, 6] and len(before) < 3
+    whole = tmp_path / "whole"
+    generate(str(finished_run.root), **order | {"output": str(whole)})
+    assert contents(tmp_path / "new") == contents(whole)
+
+
+def test_what_is_done_is_not_done_again(finished_run, pngs, monkeypatch):
+    monkeypatch.setattr(generate_module, "run_pipeline", None)
+    said = generate(str(finished_run.root), output=str(pngs), **ORDER)
+    assert said == f"8 new images, PNGs by shard: {pngs}"
+
+
+def test_another_order_in_the_same_folder(finished_run, pngs):
+    for change, told in [
+        ({"seed": 4}, "images of seed 3; ask for the same"),
+        ({"num": 9, "top_k": 2}, "images of num 8, top_k 0; ask for the same"),
+        ({"labels": None}, r"images of labels \['cherry', 'apple'\]; ask"),
+        ({"form": "tfrecord"}, "images of form png; ask"),
+    ]:
+        with pytest.raises(VqbeamError, match=told):
+            generate(str(finished_run.root), output=str(pngs), **ORDER | change)
+
+
+def test_refusals_leave_nothing(finished_run, tmp_path):
+    run, folder = str(finished_run.root), tmp_path / "new"
+    for change, told in [
+        ({"labels": ["plum"]}, "the run has no label 'plum'; it has Banana, apple, cherry"),
+        ({"top_p": 2.0}, "top_p is 2.0"),
+    ]:
+        with pytest.raises(VqbeamError, match=told):
+            generate(run, output=str(folder), **ORDER | change)
+    with pytest.raises(VqbeamError, match="is not a run folder"):
+        generate(str(tmp_path / "none"), output=str(folder), **ORDER)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(VqbeamError, match="new is not empty; give another --output"):
+        generate(run, output=str(folder), **ORDER)
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+
+
+def test_a_run_that_was_trained_anew_meanwhile(finished_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate_module, "checkpoint", lambda run: "of before")
+    with pytest.raises(Exception, match="was trained anew while images were drawn from it; delete"):
+        generate(str(finished_run.root), output=str(tmp_path / "new"), **ORDER)
+
+
+def test_a_run_without_classes(tmp_path):
+    from pipeline_fixtures import small_config, write_images
+
+    from pipelines.run import run_stages
+    from pipelines.stage_arguments import STAGES
+
+    write_images(tmp_path / "source", 12, classes=())
+    config = small_config(f"folder:{tmp_path / 'source'}")
+    run = RunFolder(tmp_path / "run")
+    run_stages(config, str(run.root), STAGES, ["--runner=FnApiRunner"])
+    order = ORDER | {"labels": None, "form": "tfrecord", "output": str(tmp_path / "new")}
+    generate(str(run.root), **order)
+    builder = tfds.builder_from_directory(str(tmp_path / "new"))
+    assert set(builder.info.features) == {"image", "key"}
+    assert builder.info.splits["train"].num_examples == 8

@@ -11,18 +11,26 @@ BACKEND_TESTS := $(addprefix tests/test_,$(addsuffix .py, \
 	lookup_free metrics nearest networks predictive prior_training residual_quantizer sampler scoring training \
 	transformer vector_quantizer vqvae_model))
 
-.PHONY: quickstart test test-fast lint clean
+.PHONY: quickstart test test-fast test-engines lint clean
 
 quickstart: $(BIN)/vqbeam
 	$(BIN)/vqbeam run glyphs --run-dir runs/glyphs
 	cp runs/glyphs/samples/samples.png samples.png
 
 test: $(VENV)/.test-installed lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
-	KERAS_BACKEND=jax JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(BACKEND_TESTS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not engines"
+	KERAS_BACKEND=jax JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not tensorflow_alone" $(BACKEND_TESTS)
 
 test-fast: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not engines"
+
+# Beam's other engines, each on this machine; takes Java, and Maven to fetch them.
+test-engines: $(VENV)/.test-installed $(VENV)/engines/flink $(VENV)/engines/spark
+	$(BIN)/python -m pytest -q -m engines
+
+$(VENV)/engines/%: tests/engines/%.xml
+	mvn -q -B -f $< dependency:copy-dependencies -DoutputDirectory=$(abspath $@.part)
+	rm -rf $@ && mv $@.part $@ && touch $@
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

@@ -32,6 +32,7 @@ OPTIONS = {
     "+ balance": "--vqvae.balance 0.25",
     "+ cosine lookup": "--vqvae.lookup cosine",
     "+ rotation": "--vqvae.estimator rotation",
+    "+ DiVeQ": "--vqvae.estimator diveq",
     "+ cosine schedule from 1e-3": "--vqvae.schedule cosine --vqvae.learning-rate 1e-3",
     "+ Muon, cosine schedule from 3e-3": "--vqvae.optimizer muon --vqvae.schedule cosine "
     "--vqvae.learning-rate 3e-3",

@@ -49,7 +49,7 @@ class VQVAEConfig(Section):
     estimator: str = field(
         "how the gradient passes the quantizer (not fsq, lfq)",
         "straight_through",
-        choices=("straight_through", "rotation"),
+        choices=("straight_through", "rotation", "diveq"),
     )
     codebook_update: str = field(
         "what moves the codebook: moving averages or the codebook loss "

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
-from etils import epath
 
 from configs import VqbeamError
 from pipelines.beam_run import run_pipeline
 from pipelines.generation_order import Order
 from pipelines.images import encode_png
 from pipelines.labels import label_rows
+from pipelines.places import absolute
 from pipelines.progress import advance
 from pipelines.provenance import checkpoint
 from pipelines.sample_files import SAMPLES_LIST, write_samples
@@ -76,8 +76,8 @@ def generate(
     chosen = changed_defaults(run, settings | {"num": num})
     label_rows(labels, learned_labels(run), 1)  # refuses one that is not known
     order = Order(
-        str(run.root),
-        str(epath.Path(output).expanduser()),
+        absolute(run_dir),
+        absolute(output),
         form,
         None if labels is None else tuple(labels),
         config.seed if seed is None else seed,
@@ -90,7 +90,7 @@ def generate(
     if not order.is_done():
         run_pipeline(beam_args, lambda pipeline: pipeline | GenerateImages(order))
     kind = "a TFDS dataset" if form == "tfrecord" else "PNGs by shard"
-    return f"{num:,} new images, {kind}: {order.folder}"
+    return f"{num:,} new images, {kind}: {output}"
 
 
 class GenerateImages(beam.PTransform):

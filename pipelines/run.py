@@ -1,9 +1,11 @@
 """The stages of a run as one Beam pipeline; what is done already is not done again."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 
 from configs import Config
+from pipelines.places import absolute, located
 from vqvae.run_folder import STAGES, RunFolder
 
 
@@ -23,6 +25,7 @@ def run_stages(
             for a reason that the user can mend.
     """
     run = RunFolder(run_dir)
+    config = dataclasses.replace(config, data=located(config.data))
     if "prepare" in stages and not run.exists():
         # First, so that no folder is bound to a dataset whose name was mistyped.
         from pipelines.sources import check_source
@@ -69,7 +72,7 @@ def _run_pipeline(
         prepare_source(config.data, beam_args)
 
     def build(pipeline):
-        runs = pipeline | beam.Create([str(run.root)])
+        runs = pipeline | beam.Create([absolute(str(run.root))])
         for stage in stages:
             runs = runs | stage >> transform(stage, gpu_hint)
 

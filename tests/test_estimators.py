@@ -3,7 +3,7 @@ import pytest
 from keras import ops
 from quantizer_checks import array, gradient, latents
 
-from vqvae.quantizers.estimators import ESTIMATORS, rotation_trick, straight_through
+from vqvae.quantizers.estimators import ESTIMATORS, diveq, rotation_trick, straight_through
 
 D = 5
 Z, E, G = (latents(7, D, seed=seed) for seed in range(3))
@@ -53,6 +53,37 @@ def test_rotation_keeps_the_angle_between_gradient_and_vector():
     np.testing.assert_allclose(
         np.linalg.norm(found, axis=1), lengths * np.linalg.norm(G, axis=1), rtol=1e-4
     )
+
+
+def test_diveq_drops_the_gradient_along_the_error():
+    u = np.float64(E - Z)
+    u /= np.linalg.norm(u, axis=1, keepdims=True)
+    expected = G - (G * u).sum(1, keepdims=True) * u
+    found = gradient(lambda z: ops.sum(diveq(z, E) * G), Z)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose((found * u).sum(1), 0, atol=1e-5)
+    assert np.abs(found - G).max() > 0.1
+    found = gradient(lambda e: ops.sum(diveq(Z, e) * G), E)
+    np.testing.assert_array_equal(found, 0)
+
+
+def test_diveq_is_the_reparameterization():
+    # e = z + ‖e − z‖ u, of which all but z is constant.
+    u = ops.convert_to_tensor((E - Z) / np.linalg.norm(E - Z, axis=1, keepdims=True))
+
+    def moved(z):
+        length = ops.sqrt(ops.sum(ops.square(E - z), -1, keepdims=True))
+        return ops.sum((z + length * u) * G)
+
+    found = gradient(lambda z: ops.sum(diveq(z, E) * G), Z)
+    np.testing.assert_allclose(found, gradient(moved, Z), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("z", [E, E + 1e-20], ids=["at the code", "next to it"])
+def test_diveq_where_there_is_no_error(z):
+    np.testing.assert_allclose(array(diveq(z, E)), E, rtol=1e-6)
+    found = gradient(lambda x: ops.sum(diveq(x, E) * G), z)
+    np.testing.assert_allclose(found, G, rtol=1e-4, atol=1e-5)
 
 
 def test_rotation_where_z_is_the_code():

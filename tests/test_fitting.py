@@ -135,6 +135,7 @@ np.savez(pathlib.Path(sys.argv[1]) / "state.npz", *state(model))
 """
 
 
+@pytest.mark.tensorflow_alone
 def test_a_new_process_goes_on_bit_for_bit(tmp_path):
     unbroken = build()
     train(unbroken, tmp_path / "unbroken", 3)
@@ -171,6 +172,7 @@ def test_a_finished_run_trains_no_further(tmp_path):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
+@pytest.mark.tensorflow_alone
 def test_begins_where_the_checkpoint_ends(tmp_path):
     train(build(), tmp_path, 2)
     asked = []
@@ -192,6 +194,7 @@ def test_fewer_steps_than_an_epoch(tmp_path, capsys):
     assert "16/16" in capsys.readouterr().err
 
 
+@pytest.mark.tensorflow_alone
 def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
     model = build()
     history = train(model, tmp_path, 2)
@@ -216,6 +219,7 @@ def test_keeps_the_last_two_checkpoints(tmp_path):
     assert len(history) == 4
 
 
+@pytest.mark.tensorflow_alone
 def test_checkpoints_of_other_inputs_are_removed(tmp_path):
     train(build(), tmp_path, 2, fingerprint="old")
     model, fresh = build(), build()

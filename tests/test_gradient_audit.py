@@ -21,6 +21,7 @@ VARIANTS = {
     "ema": {"codebook_update": "ema"},
     "cosine": {"codebook_update": "gradient", "lookup": "cosine"},
     "rotation": {"codebook_update": "gradient", "estimator": "rotation"},
+    "diveq": {"codebook_update": "gradient", "estimator": "diveq"},
     "residual": {"quantizer": "residual", "depth": 2, "codebook_update": "gradient"},
     "simvq": {"quantizer": "simvq"},
     "hierarchical": {"grids": 2, "codebook_update": "gradient"},
@@ -173,6 +174,7 @@ def test_paths_of_each_family(make, name):
         np.testing.assert_allclose(closed["reconstruction"]["decoder"], decoder, rtol=1e-4)
 
 
+@pytest.mark.tensorflow_alone
 def test_the_adversarial_losses(make):
     norms = audit(make(adversarial=0.5), IMAGES, EARLIER).norms
     assert [part for part, norm in norms["discriminator"].items() if norm] == ["discriminator"]
@@ -256,6 +258,7 @@ def test_rows_of_several_levels(make, name):
     assert (step.rows, step.chosen, step.moved) == (24, chosen, chosen)
 
 
+@pytest.mark.tensorflow_alone
 def test_training_with_and_without(tiny_config):
     config = tiny_config(vqvae__codebook_init="data", vqvae__learning_rate=3e-3)
     # Images of one shade each: what there is to learn is learned in a few steps.

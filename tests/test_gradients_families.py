@@ -20,6 +20,7 @@ from gradient_fixtures import (
 from vqvae.quantizers.finite_scalar import FiniteScalarQuantizer
 from vqvae.quantizers.linear import LinearVectorQuantizer
 from vqvae.quantizers.lookup_free import LookupFreeQuantizer
+from vqvae.quantizers.predictive import PredictiveQuantizer
 from vqvae.quantizers.residual import ResidualQuantizer
 from vqvae.quantizers.vector import VectorQuantizer
 
@@ -78,6 +79,27 @@ def test_rotation_gives_the_codebook_no_gradient():
     quantizer = built(VectorQuantizer(K, D, estimator="rotation", update="gradient"))
     tape, _, _, through = traced(quantizer)
     assert tape.gradient(through, quantizer.codebook.value) is None
+
+
+def test_diveq_gives_the_predictions_what_z_does_not_get():
+    quantizer = PredictiveQuantizer(K, D, estimator="diveq")
+    quantizer.build((None, 4, 5, D))
+    quantizer.vector.codebook.assign(np.random.default_rng(1).normal(size=(K, D)))
+    z, upstream = (vectors.reshape(2, 4, 5, D) for vectors in (Z, UPSTREAM))
+    with tf.GradientTape() as tape:
+        watched = tf.constant(z)
+        tape.watch(watched)
+        quantized = quantizer(watched).quantized
+        through = tf.reduce_sum(upstream * quantized)
+    biases = [prediction.bias.value for prediction in quantizer.predictions]
+    at_z, *at_biases = tape.gradient(through, [watched, *biases])
+    u = unit(quantized.numpy() - z)
+    along = (upstream * u).sum(-1, keepdims=True) * u
+    np.testing.assert_allclose(at_z, upstream - along, rtol=1e-3, atol=1e-4)
+    rows, columns = np.indices((4, 5))
+    corners, sides = rows * columns % 2 == 1, rows % 2 != columns % 2
+    for found, cells in zip(at_biases, (corners, sides), strict=True):
+        np.testing.assert_allclose(found, along[:, cells].sum((0, 1)), rtol=1e-3, atol=1e-4)
 
 
 def residual(**settings):

@@ -119,6 +119,16 @@ def test_gradient_passes_the_predictions_by():
     np.testing.assert_allclose(found, weights, atol=1e-6)
 
 
+def test_diveq_takes_the_gradient_along_each_error_away():
+    layer = built(make(estimator="diveq"))
+    z, weights = latents(1, 3, 4, D), latents(1, 3, 4, D, seed=5)
+    found = gradient(lambda x: keras.ops.sum(layer(x).quantized * weights), z)
+    u = array(layer(z).quantized) - z
+    u /= np.linalg.norm(u, axis=-1, keepdims=True)
+    expected = weights - (weights * u).sum(-1, keepdims=True) * u
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_predictions_learn_from_the_commitment_loss():
     # Columns alike, so that neighbours can be told exactly.

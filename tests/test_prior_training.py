@@ -143,6 +143,7 @@ def test_measures_in_numpy(trained):
     assert_measures(trained, length=4)
 
 
+@pytest.mark.tensorflow_alone
 @pytest.mark.parametrize(
     ("settings", "shape"),
     [
@@ -291,12 +292,14 @@ def test_no_label_is_dropped_at_zero_and_in_validation(trained, config):
         np.testing.assert_array_equal(np.concatenate([batch[name] for batch in found]), expected)
 
 
+@pytest.mark.tensorflow_alone
 def test_without_classes(tmp_path, config):
     run, _ = encoded_run(tmp_path / "run", override(config, {"prior.steps": 2}), labels=())
     manifest = train_prior(str(run.root))
     assert manifest["label_names"] == [] and load_prior(run).num_labels == 0
 
 
+@pytest.mark.tensorflow_alone
 def test_with_attributes(tmp_path, config):
     config = override(config, {"prior.steps": 2, "prior.label_dropout": 0.5})
     run, content = encoded_run(tmp_path / "run", config, kind="attributes")

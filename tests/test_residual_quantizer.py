@@ -47,7 +47,7 @@ def test_all_that_holds_for_quantizers(settings):
     check_quantizer(lambda: ResidualQuantizer(LEVELS, K, D, **settings), in_numpy)
 
 
-@pytest.mark.parametrize("estimator", ["straight_through", "rotation"])
+@pytest.mark.parametrize("estimator", ["straight_through", "rotation", "diveq"])
 def test_a_training_step_quantizes_by_the_codebooks_before_it(estimator):
     layer = build(decay=0.0, estimator=estimator)
     z = latents(2, 3, 5, D)

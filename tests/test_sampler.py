@@ -365,6 +365,7 @@ np.savez(sys.argv[3], free=free, clamped=clamped)
 """
 
 
+@pytest.mark.tensorflow_alone
 @pytest.mark.slow
 def test_backends_draw_the_same_images(sampler, tmp_path):
     pytest.importorskip("jax")

@@ -36,6 +36,24 @@ def rotation_trick(z, quantized):
     return rotated + ops.stop_gradient(quantized - rotated)
 
 
+def diveq(z, quantized):
+    """Returns `quantized` in value, with the gradient on `z` across the error alone.
+
+    From Vali et al. 2025 (https://arxiv.org/abs/2509.26469), without the noise: e = z + ‖e − z‖ u,
+    where the direction u of the error and, unlike there, e are constants. The gradient at z is that
+    at e less its part along u: a step of z that way makes the error longer or shorter, but e is
+    as it was, and so is what the decoder makes of it.
+
+    Args:
+        z: float32 [..., D].
+        quantized: float32 [..., D].
+    """
+    error = ops.stop_gradient(quantized - z)
+    direction = error / _length(error)
+    across = z - _dot(z, direction) * direction
+    return across + ops.stop_gradient(quantized - across)
+
+
 def no_estimator(z, quantized):
     """Returns `quantized` in value, with no gradient to anything.
 
@@ -57,5 +75,6 @@ def _dot(a, b):
 ESTIMATORS = {
     "straight_through": straight_through,
     "rotation": rotation_trick,
+    "diveq": diveq,
     "none": no_estimator,
 }

@@ -19,7 +19,7 @@ class LinearVectorQuantizer(VectorQuantizer):
         num_codes: Codebook size K.
         code_dim: Length D of a vector; the last axis of the input.
         lookup: See `VectorQuantizer`, as for the rest.
-        estimator: "straight_through" or "rotation".
+        estimator: "straight_through", "rotation" or "diveq".
         commitment: The weight β.
         entropy: Weight of the entropy loss.
     """

@@ -41,7 +41,8 @@ class VectorQuantizer(Quantizer):
         decay: Decay of the moving averages, in [0, 1).
         restart_below: A code is moved when its usage is below this share of the mean usage, in
             [0, 1); 0 for never.
-        estimator: Through what the gradient reaches z: "straight_through" or "rotation".
+        estimator: Through what the gradient reaches z: "straight_through", "rotation" or
+            "diveq".
         commitment: The weight β of ‖z − sg(e)‖².
         entropy: Weight of E[H(p)] − H(E[p]), in nats, where p are soft assignments: each vector
             should be sure of its code, and all codes used alike. It takes the N×K distances whole.

@@ -22,7 +22,7 @@ BATCH_SIZE = 32
 CLASSIC = (
     "--vqvae.quantizer vector --vqvae.residual-width 32 --vqvae.optimizer adam "
     "--vqvae.learning-rate 3e-4 --vqvae.schedule constant --vqvae.warmup-steps 0 "
-    "--vqvae.restart-below 0 --vqvae.balance 0"
+    "--vqvae.restart-below 0 --vqvae.balance 0 --vqvae.estimator straight_through"
 )
 OPTIONS = {
     "EMA (the classic recipe)": "",

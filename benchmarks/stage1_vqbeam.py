@@ -38,6 +38,7 @@ def build(dtype):
         "width": work.WIDTH,
         "residual_layers": work.RESIDUAL_LAYERS,
         "residual_width": work.RESIDUAL_WIDTH,
+        "estimator": "straight_through",
         "commitment": work.COMMITMENT,
         "ema_decay": work.DECAY,
         "restart_below": 0.0,  # as on the other side, like the next

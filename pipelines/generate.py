@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import apache_beam as beam
+import numpy as np
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
@@ -17,7 +18,7 @@ from pipelines.places import absolute
 from pipelines.progress import advance
 from pipelines.provenance import checkpoint
 from pipelines.sample_files import SAMPLES_LIST, write_samples
-from pipelines.samples import Drawer, Samples, learned_labels
+from pipelines.samples import Drawer, Samples, fitted, learned_labels
 from pipelines.sampling_defaults import changed_defaults
 from pipelines.shards import ShardReport, write_dataset_metadata, write_shard_once
 from vqvae.records import IMAGES_VERSION, Shard, image_features, serialize
@@ -73,7 +74,7 @@ def generate(
     """
     run = RunFolder(run_dir)
     config = run.load_config()
-    chosen = changed_defaults(run, settings | {"num": num})
+    chosen = fitted(changed_defaults(run, settings | {"num": num}), num)
     label_rows(labels, learned_labels(run), 1)  # refuses one that is not known
     order = Order(
         absolute(run_dir),
@@ -149,11 +150,13 @@ def draw_shard(order: Order, index: int) -> DrawnShard:
 def _records(order: Order, samples: Samples) -> Iterator[bytes]:
     labels = learned_labels(RunFolder(order.run))
     features = image_features(samples.images.shape[1:], labels)
-    kind = "attributes" if labels.kind == "attributes" else "label"
     for row, image in enumerate(samples.images):
-        label = {kind: samples.labels[row]} if labels.names else {}
-        key = f"{samples.first + row:05d}"
-        yield serialize(features, {"image": encode_png(image), "key": key} | label)
+        example = {"image": encode_png(image), "key": f"{samples.first + row:05d}"}
+        if labels.kind == "attributes":
+            example["attributes"] = samples.labels[row].astype(np.uint8)
+        elif labels.names:
+            example["label"] = samples.labels[row]
+        yield serialize(features, example)
 
 
 def finish_images(shards: Sequence[DrawnShard]) -> str:

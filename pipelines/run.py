@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from configs import Config
 from pipelines.places import absolute, located
+from pipelines.run_lock import locked
 from vqvae.run_folder import STAGES, RunFolder
 
 
@@ -21,8 +22,8 @@ def run_stages(
         beam_args: Beam's own options, such as `["--runner=FnApiRunner"]`.
 
     Raises:
-        VqbeamError: The folder holds another run, an earlier stage is missing, or a stage failed
-            for a reason that the user can mend.
+        VqbeamError: The folder holds another run, another command is at work in it, an earlier
+            stage is missing, or a stage failed for a reason that the user can mend.
     """
     run = RunFolder(run_dir)
     config = dataclasses.replace(config, data=located(config.data))
@@ -38,7 +39,8 @@ def run_stages(
         if stage not in pending:
             print(f"{stage}: done already, in {run.folder(stage)}")
     if pending:
-        _run_pipeline(run, config, pending, beam_args)
+        with locked(run):
+            _run_pipeline(run, config, pending, beam_args)
         print(f"{' → '.join(pending)}: done in {_duration(time.monotonic() - start)}")
     for line in _closing_lines(run, stages):
         print(line)

@@ -33,16 +33,18 @@ def transform(stage: str, gpu_hint: bool) -> beam.PTransform:
 
 
 def _train_vqvae(run_path: str) -> str:
+    from pipelines.training_metrics import TrainingMetrics
     from vqvae.training import train_vqvae
 
-    train_vqvae(run_path)
+    train_vqvae(run_path, [TrainingMetrics("train_vqvae")])
     return run_path
 
 
 def _train_prior(run_path: str) -> str:
+    from pipelines.training_metrics import TrainingMetrics
     from prior.training import train_prior
 
-    train_prior(run_path)
+    train_prior(run_path, [TrainingMetrics("train_prior")])
     return run_path
 
 

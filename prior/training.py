@@ -1,6 +1,7 @@
 """Trains the prior of a run on the codes of its images."""
 
 import math
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -23,10 +24,14 @@ STAGE = "train-prior"
 _VALIDATION_IMAGES = 2048
 
 
-def train_prior(run_path: str) -> dict:
+def train_prior(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = ()) -> dict:
     """Trains the prior of a run, from its last checkpoint where there is one.
 
     Writes `model.keras`, TensorBoard logs and the manifest. A finished stage is left as it is.
+
+    Args:
+        run_path: The run's folder.
+        callbacks: Further callbacks of Keras, which see the training.
 
     Returns:
         The stage's manifest, with the measures over the whole validation split.
@@ -42,7 +47,7 @@ def train_prior(run_path: str) -> dict:
     run.begin(STAGE)
     path = run.folder(STAGE) / MODEL_FILE
     with damaged_records(run.folder("encode")):
-        history = _fit(run, config, codes)
+        history = _fit(run, config, codes, callbacks)
         # What is measured is what is stored.
         model = load_model(path)
         model.compile()
@@ -118,10 +123,10 @@ def build_optimizer(settings: PriorConfig) -> AdamW:
     return optimizer
 
 
-def _fit(run: RunFolder, config: Config, codes: dict) -> list[dict]:
+def _fit(run: RunFolder, config: Config, codes: dict, callbacks: Sequence) -> list[dict]:
     """Trains the model and writes it; returns the measures of each epoch."""
     settings = config.prior
-    callbacks = [_BitsPerDimension(config)]
+    callbacks = [_BitsPerDimension(config), *callbacks]
     if settings.pictures and run.manifest("train-vqvae"):  # codes alone may be all there is
         callbacks.append(_pictures(run, config, Labels.of(codes)))
     with data_parallel(settings.batch_size // settings.grad_accumulation):

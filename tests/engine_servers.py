@@ -168,7 +168,12 @@ def _process(command: list[str], log: pathlib.Path) -> Iterator[subprocess.Popen
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": path}
     with log.open("ab") as out:
         process = subprocess.Popen(
-            command, env=environment, stdout=out, stderr=out, start_new_session=True
+            command,
+            cwd=log.parent,
+            env=environment,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
     try:
         yield process

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from event_files import events
 from PIL import Image
 from pipeline_fixtures import small_config, write_images
@@ -57,6 +58,14 @@ def test_samples_have_the_attributes_asked_for(run, tmp_path):
     assert cli.main([*map(str, words)]) == 0
     one, two = (np.asarray(Image.open(path)) for path in (folder / "00001.png", again))
     np.testing.assert_array_equal(one, two)
+
+
+def test_a_dataset_of_new_images_has_them(run, tmp_path):
+    words = "--label smiling,young hat --num 3 --format tfrecord --output".split()
+    assert cli.main(["generate", str(run.root), *words, str(tmp_path / "new")]) == 0
+    dataset = tfds.builder_from_directory(str(tmp_path / "new")).as_dataset(split="train")
+    found = [example["attributes"].tolist() for example in dataset.as_numpy_iterator()]
+    assert found == [[1, 1, 0], [0, 0, 1], [1, 1, 0]]
 
 
 def test_an_attribute_that_is_not_known(run, tmp_path, capsys):

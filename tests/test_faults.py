@@ -136,6 +136,20 @@ def failure(capfd, monkeypatch):
     return run
 
 
+def test_a_second_command_in_the_same_folder(place, failure, tmp_path):
+    process = start(place, tmp_path / "run")
+    try:
+        end = time.monotonic() + 240
+        while not (tmp_path / "run" / ".lock.json").exists():
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        line = failure("run", place[2], "--run-dir", tmp_path / "run")
+        assert f"run is in use by process {process.pid} on " in line
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.fixture
 def run(finished_run, tmp_path):
     """A copy of a finished run, to be damaged, and the preset that it was made with."""

@@ -2,6 +2,7 @@
 
     DIR/config.json   the run's config
     DIR/sample.json   how images are drawn, where that was chosen after training
+    DIR/.lock.json    (no stage)    the command that is at work
     DIR/images/       prepare       TFDS dataset of uint8 images
     DIR/vqvae/        train-vqvae   model, checkpoints, logs
     DIR/codes/        encode        TFDS dataset of code grids

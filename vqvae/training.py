@@ -1,6 +1,7 @@
 """Trains the VQ-VAE of a run on its prepared images."""
 
 import functools
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -27,11 +28,15 @@ _FIGURE_IMAGES = 16
 _VALIDATION_IMAGES = 2048
 
 
-def train_vqvae(run_path: str) -> dict:
+def train_vqvae(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = ()) -> dict:
     """Trains the VQ-VAE of a run, from its last checkpoint where there is one.
 
     Writes `model.keras`, `reconstructions.png`, TensorBoard logs and the manifest. A finished
     stage is left as it is.
+
+    Args:
+        run_path: The run's folder.
+        callbacks: Further callbacks of Keras, which see the training.
 
     Returns:
         The stage's manifest, with the measures over the whole validation split.
@@ -47,7 +52,7 @@ def train_vqvae(run_path: str) -> dict:
     run.begin(STAGE)
     outputs = [run.folder(STAGE) / MODEL_FILE, run.folder(STAGE) / "reconstructions.png"]
     with damaged_records(run.folder("prepare")):
-        history = _fit(run, config, images)
+        history = _fit(run, config, images, callbacks)
         # What is measured is what is stored.
         model = load_model(outputs[0])
         model.compile()
@@ -107,7 +112,7 @@ def evaluate(model: VQVAE, batches) -> dict[str, float]:
     }
 
 
-def _fit(run: RunFolder, config: Config, images: dict) -> list[dict]:
+def _fit(run: RunFolder, config: Config, images: dict, callbacks: Sequence) -> list[dict]:
     """Trains the model and writes it; returns the measures of each epoch."""
     settings = config.vqvae
     with data_parallel(settings.batch_size):
@@ -128,7 +133,10 @@ def _fit(run: RunFolder, config: Config, images: dict) -> list[dict]:
             batch_size=settings.batch_size,
             title="train vqvae",
             seed=config.seed,
-            callbacks=[Pictures(run.folder(STAGE) / "logs" / "images", _figure_images(run))],
+            callbacks=[
+                Pictures(run.folder(STAGE) / "logs" / "images", _figure_images(run)),
+                *callbacks,
+            ],
         )
     save_model(model, run.folder(STAGE) / MODEL_FILE)
     return history

@@ -1,0 +1,91 @@
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from engine_servers import ENGINES, ROOT
+from pipeline_fixtures import png, read_records, small_config, write_preset
+
+from vqvae.run_folder import STAGES, RunFolder
+
+pytestmark = pytest.mark.engines
+
+IMAGES = 40
+# The file that tells that a stage is in the middle of its work.
+SIGNS = {
+    "prepare": "images/.reports-*/*.json",
+    "train-vqvae": "vqvae/checkpoints/*/epoch-00002.weights.h5",
+    "encode": "codes/.reports-*/*.json",
+}
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory):
+    """A preset of images that are large, so that it takes a while to prepare them."""
+    folder = tmp_path_factory.mktemp("source")
+    noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8)
+    for index in range(IMAGES):
+        (folder / f"{index:02d}.png").write_bytes(png(noise))
+    config = small_config(f"folder:{folder}", data__images_per_shard=2, vqvae__steps=24)
+    return write_preset(tmp_path_factory.mktemp("preset") / "small.py", config)
+
+
+def command(folder, preset, flags):
+    with (folder / "command.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipelines", "run", preset, "--run-dir", "run", *flags],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=log,
+        )
+
+
+def workers(folder):
+    """Returns the worker processes of the pool in a folder."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+            here = pathlib.Path(path.parent / "cwd").resolve() == folder
+        except OSError:
+            continue  # it has ended meanwhile
+        if here and b"apache_beam.runners.worker.sdk_worker_main" in words:
+            found.append(int(path.parent.name))
+    return found
+
+
+def kill_workers_in(stage, folder, process):
+    """Kills the workers once the stage has begun to write."""
+    end = time.monotonic() + 240
+    while not any((folder / "run").glob(SIGNS[stage])):
+        assert process.poll() is None, (folder / "command.log").read_text()
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    pids = workers(folder)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert RunFolder(folder / "run").manifest(stage) is None
+    return pids
+
+
+@pytest.mark.parametrize("engine", ["worker pool", "Flink cluster"])
+def test_workers_killed_in_each_stage(engine, preset, tmp_path):
+    with ENGINES[engine](tmp_path) as flags:
+        for stage in SIGNS:
+            process = command(tmp_path, preset, flags)
+            assert kill_workers_in(stage, tmp_path, process), "there was no worker to kill"
+            # It says so, and does not hang.
+            code = process.wait(240)
+            print(engine, stage, code, (tmp_path / "command.log").read_text()[-1500:])
+        assert command(tmp_path, preset, flags).wait(300) == 0
+    run = RunFolder(tmp_path / "run")
+    assert all(run.is_done(stage) for stage in STAGES)
+    for stage in ("prepare", "encode"):
+        records = read_records(run.folder(stage))
+        keys = [example["key"].decode() for some in records.values() for example in some]
+        assert sorted(keys) == [f"{index:02d}.png" for index in range(IMAGES)]

@@ -1,0 +1,105 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from pipeline_fixtures import small_config
+
+from configs import VqbeamError
+from pipelines import run_lock
+from pipelines.run_lock import locked
+from vqvae.run_folder import RunFolder
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.start(small_config("glyphs"))
+    return run
+
+
+def lock_of(run):
+    return run.root / ".lock.json"
+
+
+def hold(run, **holder):
+    """Leaves the lock of another command."""
+    lock_of(run).write_text(json.dumps({"host": "elsewhere", "pid": 1, "token": "x"} | holder))
+
+
+def test_is_there_while_the_block_runs(run):
+    with locked(run):
+        assert json.loads(lock_of(run).read_text())["pid"] == os.getpid()
+    assert not lock_of(run).exists()
+    with pytest.raises(ZeroDivisionError), locked(run):
+        _ = 1 / 0
+    assert not lock_of(run).exists()
+
+
+@pytest.fixture
+def other():
+    """A process, which ends with the test."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_of_a_process_that_is_alive_or_dead(run, other):
+    hold(run, host=socket.gethostname(), pid=other.pid)
+    told = rf"run is in use by process {other.pid} on \S+; wait until it ends, or choose another"
+    with pytest.raises(VqbeamError, match=told), locked(run):
+        raise AssertionError
+    assert lock_of(run).exists()
+    other.kill()
+    other.wait()
+    with locked(run):
+        assert json.loads(lock_of(run).read_text())["pid"] == os.getpid()
+
+
+def test_of_another_machine_goes_by_its_signs_of_life(run):
+    hold(run)
+    with pytest.raises(VqbeamError, match="in use by process 1 on elsewhere"), locked(run):
+        raise AssertionError
+    old = time.time() - 601
+    os.utime(lock_of(run), (old, old))
+    with locked(run):
+        pass
+    assert sorted(path.name for path in run.root.iterdir()) == ["config.json"]
+
+
+def test_a_clock_that_jumps_changes_nothing(run, monkeypatch):
+    hold(run)
+    for jump in (-1e6, 1e6):
+        monkeypatch.setattr(time, "time", lambda jump=jump: 1.8e9 + jump)
+        with pytest.raises(VqbeamError, match="in use by process 1"), locked(run):
+            raise AssertionError
+
+
+def test_half_a_lock_keeps_nobody_out(run):
+    lock_of(run).write_text('{"host": ')
+    with locked(run):
+        pass
+
+
+def test_gives_signs_of_life(run, monkeypatch):
+    monkeypatch.setattr(run_lock, "_SECONDS_BETWEEN_SIGNS", 0.01)
+    with locked(run):
+        os.utime(lock_of(run), (0, 0))
+        end = time.monotonic() + 20
+        while lock_of(run).stat().mtime == 0:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+def test_two_that_start_at_the_same_moment(run, monkeypatch):
+    def late(path, own):
+        path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "token": "y"}))
+
+    monkeypatch.setattr(run_lock, "write_json", late)
+    told = "was taken by process 7 on elsewhere at this moment"
+    with pytest.raises(VqbeamError, match=told), locked(run):
+        raise AssertionError

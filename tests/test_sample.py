@@ -116,11 +116,15 @@ def test_one_picture_again(finished_run, written, tmp_path, capsys):
 def test_only_the_batch_of_a_picture_is_drawn(finished_run, written, tmp_path, monkeypatch):
     asked = []
 
-    def drawn(prior, settings, seed, labels, *, indices):
-        asked.append((settings.batch_size, indices.tolist()))
-        return np.zeros((len(labels), 2, 2), np.int32)
+    class Recorder:
+        def __init__(self, prior, batch_size):
+            self.batch_size = batch_size
 
-    monkeypatch.setattr(samples_module, "draw_grids", drawn)
+        def __call__(self, labels, seed, *, indices, **settings):
+            asked.append((self.batch_size, indices.tolist()))
+            return np.zeros((len(labels), 2, 2), np.int32)
+
+    monkeypatch.setattr(samples_module, "Sampler", Recorder)
     like = str(written[0] / "00004.png")
     sample(str(finished_run.root), like=like, output=str(tmp_path / "one.png"))
     # At its place in a batch of the same size, as rounding may depend on both.

@@ -11,7 +11,7 @@ BACKEND_TESTS := $(addprefix tests/test_,$(addsuffix .py, \
 	lookup_free metrics nearest networks predictive prior_training residual_quantizer sampler scoring training \
 	transformer vector_quantizer vqvae_model))
 
-.PHONY: quickstart test test-fast test-engines lint clean
+.PHONY: quickstart test test-fast test-engines test-engine-faults lint clean
 
 quickstart: $(BIN)/vqbeam
 	$(BIN)/vqbeam run glyphs --run-dir runs/glyphs
@@ -26,7 +26,11 @@ test-fast: $(VENV)/.test-installed
 
 # Beam's other engines, each on this machine; takes Java, and Maven to fetch them.
 test-engines: $(VENV)/.test-installed $(VENV)/engines/flink $(VENV)/engines/spark
-	$(BIN)/python -m pytest -q -m engines
+	$(BIN)/python -m pytest -q tests/test_engines.py
+
+# Workers killed on those engines.
+test-engine-faults: $(VENV)/.test-installed $(VENV)/engines/flink
+	$(BIN)/python -m pytest -q tests/test_engine_faults.py
 
 $(VENV)/engines/%: tests/engines/%.xml
 	mvn -q -B -f $< dependency:copy-dependencies -DoutputDirectory=$(abspath $@.part)

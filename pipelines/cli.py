@@ -36,6 +36,11 @@ _BEAM_REFUSAL = re.compile(
     r"|Unable to parse jar URL"
 )
 
+# What Beam and Flink say where a worker was killed, or had no memory left.
+_WORKER_LOST = re.compile(
+    r"Channel closed prematurely|StatusRuntimeException: CANCELLED: client cancelled"
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit status.
@@ -82,6 +87,8 @@ def user_message(error: BaseException) -> str | None:
         return message
     if _BEAM_REFUSAL.search(str(error)):
         return " ".join(str(error).split())
+    if _WORKER_LOST.search(text):
+        return "a worker of the engine has died; run the same command again to go on"
     return _file_message(message)
 
 

@@ -51,9 +51,10 @@ def worker_pool(folder: pathlib.Path) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def flink_in_one_process(folder: pathlib.Path) -> Iterator[list[str]]:
-    """Flink's mini-cluster inside the job server; the workers are in the process that submits."""
-    with _job_server("flink", _FLINK, "--flink-master=[local]", folder) as job:
-        yield _loopback(job)
+    """Flink's mini-cluster inside the job server, and a worker pool."""
+    master = "--flink-master=[local]"
+    with _job_server("flink", _FLINK, master, folder) as job, _pool(folder) as workers:
+        yield _external(job, workers)
 
 
 @contextlib.contextmanager
@@ -106,10 +107,10 @@ def flink_cluster(folder: pathlib.Path) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def spark(folder: pathlib.Path) -> Iterator[list[str]]:
-    """Spark with two threads inside the job server."""
+    """Spark with two threads inside the job server, and a worker pool."""
     master = "--spark-master-url=local[2]"
-    with _job_server("spark", _SPARK, master, folder) as job:
-        yield _loopback(job)
+    with _job_server("spark", _SPARK, master, folder) as job, _pool(folder) as workers:
+        yield _external(job, workers)
 
 
 ENGINES = {
@@ -120,11 +121,6 @@ ENGINES = {
     "Flink cluster": flink_cluster,
     "Spark": spark,
 }
-
-
-def _loopback(job: int) -> list[str]:
-    endpoint = f"--job_endpoint=localhost:{job}"
-    return ["--runner=PortableRunner", endpoint, "--environment_type=LOOPBACK"]
 
 
 def _external(job: int, workers: int) -> list[str]:

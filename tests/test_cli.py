@@ -257,6 +257,20 @@ def test_tensorflow_out_of_memory_is_not_a_file_error():
     assert user_message(RuntimeError(f"{name}: OOM when allocating a tensor")) is None
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "'Channel closed prematurely.'",
+        "org.apache.beam.StatusRuntimeException: CANCELLED: client cancelled",
+    ],
+    ids=["job service", "Flink"],
+)
+def test_a_worker_that_died(said):
+    error = RuntimeError(f"Pipeline BeamApp-1 failed in state FAILED: {said}")
+    message = "a worker of the engine has died; run the same command again to go on"
+    assert user_message(error) == message
+
+
 @pytest.mark.parametrize("runner", ["DataflowRunner", "PortableRunner"])
 def test_what_beam_says_of_its_options(runner):
     with pytest.raises((ValueError, NotImplementedError)) as caught:

@@ -61,6 +61,10 @@ def parse_generate(verb: str, words: Sequence[str]) -> dict[str, Any]:
     _add_seed(parser)
     flags = _add_settings(parser, without=("num",))
     given = parser.parse_words(words, beam=True)
+    beam_args = with_runner(given.get("beam_args", []))
+    labelled = any(word.startswith("--labels=") for word in beam_args)
+    if labelled and not any("Dataflow" in word for word in beam_args):
+        parser.error("--labels labels a job on Dataflow; did you mean --label?")
     return _settings(given, flags) | {
         "run_dir": given["DIR"],
         "num": given["--num"],
@@ -69,7 +73,7 @@ def parse_generate(verb: str, words: Sequence[str]) -> dict[str, Any]:
         "labels": given.get("--label"),
         "seed": given.get("--seed"),
         "shard_images": given["--shard-images"],
-        "beam_args": with_runner(given.get("beam_args", [])),
+        "beam_args": beam_args,
     }
 
 

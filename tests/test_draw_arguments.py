@@ -94,6 +94,8 @@ def test_generate_needs_a_number_and_a_folder():
     assert "missing --num, --output" in refusal("generate", "d")
     assert "invalid choice: 'jpeg'" in refusal(*GENERATE, "--format", "jpeg")
     assert "unknown flag --runer" in refusal(*GENERATE, "--runer", "FnApiRunner")
+    # A flag of Beam's, and so not unknown.
+    assert "did you mean --label?" in refusal(*GENERATE, "--labels", "A")
 
 
 def test_complete():

@@ -11,18 +11,18 @@ BACKEND_TESTS := $(addprefix tests/test_,$(addsuffix .py, \
 	lookup_free metrics nearest networks predictive prior_training residual_quantizer sampler scoring training \
 	transformer vector_quantizer vqvae_model))
 
-.PHONY: quickstart test test-fast test-engines test-engine-faults lint clean
+.PHONY: quickstart test test-fast test-engines test-engine-faults test-cloud lint clean
 
 quickstart: $(BIN)/vqbeam
 	$(BIN)/vqbeam run glyphs --run-dir runs/glyphs
 	cp runs/glyphs/samples/samples.png samples.png
 
 test: $(VENV)/.test-installed lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not engines"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not engines and not cloud"
 	KERAS_BACKEND=jax JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not tensorflow_alone" $(BACKEND_TESTS)
 
 test-fast: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not engines"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not engines and not cloud"
 
 # Beam's other engines, each on this machine; takes Java, and Maven to fetch them.
 test-engines: $(VENV)/.test-installed $(VENV)/engines/flink $(VENV)/engines/spark
@@ -31,6 +31,10 @@ test-engines: $(VENV)/.test-installed $(VENV)/engines/flink $(VENV)/engines/spar
 # Workers killed on those engines.
 test-engine-faults: $(VENV)/.test-installed $(VENV)/engines/flink
 	$(BIN)/python -m pytest -q tests/test_engine_faults.py
+
+# gs:// paths, and the job that Dataflow is given, on stand-ins for Google's services.
+test-cloud: $(VENV)/.cloud-installed
+	$(BIN)/python -m pytest -q tests/test_cloud.py tests/test_dataflow.py
 
 $(VENV)/engines/%: tests/engines/%.xml
 	mvn -q -B -f $< dependency:copy-dependencies -DoutputDirectory=$(abspath $@.part)
@@ -47,6 +51,10 @@ clean:
 $(BIN)/vqbeam: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.cloud-installed: $(VENV)/.test-installed
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e .[test-cloud]
 	touch $@
 
 $(VENV)/.test-installed: setup.py constraints.txt

@@ -12,7 +12,7 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["configs", "configs.presets", "vqvae", "prior", "pipelines"],
+    packages=setuptools.find_packages(include=["configs*", "vqvae*", "prior*", "pipelines*"]),
     install_requires=[
         "apache-beam>=2.77",
         "etils[epath]",
@@ -29,6 +29,7 @@ setuptools.setup(
     ],
     extras_require={
         "gcp": ["apache-beam[gcp]>=2.77"],
+        "test-cloud": ["apache-beam[gcp]>=2.77", "gcp-storage-emulator", "trustme"],
         "test": ["jax", "pytest", "pytest-xdist", "ruff"],
     },
     entry_points={"console_scripts": ["vqbeam = pipelines.cli:main"]},

@@ -29,7 +29,7 @@ from pipelines.sampling_defaults import sampling_defaults
 from prior.sampler import Sampler, sampler_arguments
 from prior.training import load_prior
 from vqvae.comparison import Yardstick
-from vqvae.compilation import compile_function
+from vqvae.compilation import compiled_decoder
 from vqvae.records import open_dataset, read_split, training_batches
 from vqvae.run_folder import RunFolder
 from vqvae.training import load_vqvae
@@ -143,7 +143,7 @@ def transformer_draws(run: RunFolder, settings: SampleConfig, labels: np.ndarray
 
 def measure(yardstick: Yardstick, vqvae, draw, labels: np.ndarray) -> list[str]:
     """Returns the figures of a row for images whose codes `draw` draws."""
-    decode = compile_function(vqvae.decode, vqvae.variables, jit=False)
+    decode = compiled_decoder(vqvae)
     draw(DRAWN_AT_ONCE)  # compiles
     seconds = []
 

@@ -89,6 +89,12 @@ def _short(runner: str) -> str:
     return runner.lower().removesuffix("runner")
 
 
+def is_dataflow(beam_args: Sequence[str]) -> bool:
+    """Tells whether Beam's words ask for Google's Dataflow, whose workers are other machines."""
+    runners = [word for word in beam_args if word.startswith("--runner=")]
+    return bool(runners) and "dataflow" in runners[-1].lower()
+
+
 def with_runner(beam_args: Sequence[str]) -> list[str]:
     """Returns Beam's words with a runner; Beam's own default may download one."""
     if any(word.startswith("--runner=") for word in beam_args):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipelines.progress import close_all
 
@@ -20,8 +20,3 @@ def run_pipeline(beam_args: Sequence[str], build: Callable[[beam.Pipeline], obje
             build(pipeline)
     finally:
         close_all()
-
-
-def runner_of(beam_args: Sequence[str]) -> str:
-    """Returns the name of the runner that Beam's options ask for; empty where they do not."""
-    return PipelineOptions(list(beam_args)).view_as(StandardOptions).runner or ""

@@ -23,7 +23,7 @@ from pipelines.sampling_defaults import changed_defaults
 from prior.scoring import code_scorer
 from prior.training import load_prior
 from prior.transformer import CodePrior
-from vqvae.compilation import compile_function, in_batches
+from vqvae.compilation import compiled_encoder, in_batches
 from vqvae.figures import label_figure, picture, save_png
 from vqvae.labels import Labels
 from vqvae.model import VQVAE
@@ -114,7 +114,7 @@ def _completed(
     label: Label,
 ) -> np.ndarray:
     """Returns codes, `num` times those of each image, of which those outside the mask are drawn."""
-    encode = compile_function(model.encode, model.variables, jit=False)
+    encode = compiled_encoder(model)
     known = np.repeat(in_batches(encode, images, settings.batch_size), num, axis=0)
     labels = np.repeat([label], len(known), axis=0)
     keep = kept_codes(mask, model.layout)

@@ -16,7 +16,7 @@ from pipelines.shards import (
     write_dataset_metadata,
     write_shard_once,
 )
-from vqvae.compilation import compile_function, in_batches
+from vqvae.compilation import compiled_encoder, in_batches
 from vqvae.layout import code_layout
 from vqvae.metrics import by_level, count_codes, perplexity
 from vqvae.records import (
@@ -100,7 +100,6 @@ def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
     config = run.load_config()
     builder = open_dataset(run.folder("prepare"))
     layout = code_layout(config)
-    features = code_features(layout, labels_of(builder))
     unseen = (part.last - part.first) * variant_count(part.augment)
 
     def records(facts):
@@ -119,7 +118,7 @@ def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
                     for i, of_image in enumerate(codes):
                         rest = {name: values[i] for name, values in batch.items()}
                         key = keys[i] + suffix.encode()
-                        yield serialize(features, {"codes": of_image, "key": key, **rest})
+                        yield serialize({"codes": of_image, "key": key, **rest})
         facts["code_counts"] = counts.tolist()
 
     report = write_shard_once(run.folder(STAGE), run.fingerprint(STAGE), part.shard, records)
@@ -169,8 +168,7 @@ def _load_encoder(run: RunFolder):
     model_file = (run.folder("train-vqvae") / MODEL_FILE).read_bytes()
 
     def load():
-        model = load_vqvae(run)
-        return _Encoder(compile_function(model.encode, model.variables, jit=False))
+        return _Encoder(compiled_encoder(load_vqvae(run)))
 
     return _model.acquire(load, tag=hashlib.sha256(model_file).hexdigest()).function
 

@@ -10,17 +10,19 @@ from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
 from configs import VqbeamError
+from pipelines.beam_flags import is_dataflow
 from pipelines.beam_run import run_pipeline
 from pipelines.generation_order import Order
 from pipelines.images import encode_png
 from pipelines.labels import label_rows
-from pipelines.places import absolute
+from pipelines.places import absolute, check_shared
 from pipelines.progress import advance
 from pipelines.provenance import checkpoint
 from pipelines.sample_files import SAMPLES_LIST, write_samples
 from pipelines.samples import Drawer, Samples, fitted, learned_labels
 from pipelines.sampling_defaults import changed_defaults
 from pipelines.shards import ShardReport, write_dataset_metadata, write_shard_once
+from vqvae.labels import Labels
 from vqvae.records import IMAGES_VERSION, Shard, image_features, serialize
 from vqvae.run_folder import RunFolder
 
@@ -69,9 +71,11 @@ def generate(
         What was written where.
 
     Raises:
-        VqbeamError: The run has no trained prior, a setting or label is out of range, or the
-            folder holds other images.
+        VqbeamError: The run has no trained prior, a setting or label is out of range, the folder
+            holds other images, or workers elsewhere could not read a path.
     """
+    if is_dataflow(beam_args):
+        check_shared({"DIR": run_dir, "--output": output})
     run = RunFolder(run_dir)
     config = run.load_config()
     chosen = fitted(changed_defaults(run, settings | {"num": num}), num)
@@ -132,14 +136,15 @@ def draw_shard(order: Order, index: int) -> DrawnShard:
         drawn = min(count, num)
 
     def draw() -> Samples:
-        rows = label_rows(order.labels, learned_labels(RunFolder(order.run)), num, first)
-        return _load_drawer(order)(rows, first, moved)
+        drawer = _load_drawer(order)
+        return drawer(label_rows(order.labels, drawer.known, num, first), first, moved)
+
+    def records(facts) -> Iterator[bytes]:
+        return _records(draw(), _load_drawer(order).known)
 
     if order.form == "tfrecord":
         shard = Shard(DATASET, SPLIT, index, order.shards)
-        report = write_shard_once(
-            order.folder, order.fingerprint, shard, lambda facts: _records(order, draw())
-        )
+        report = write_shard_once(order.folder, order.fingerprint, shard, records)
     elif not (folder / SAMPLES_LIST).exists():
         write_samples(draw(), folder)
     moved(num)  # where an earlier attempt has drawn them
@@ -147,16 +152,14 @@ def draw_shard(order: Order, index: int) -> DrawnShard:
     return DrawnShard(order, index, report)
 
 
-def _records(order: Order, samples: Samples) -> Iterator[bytes]:
-    labels = learned_labels(RunFolder(order.run))
-    features = image_features(samples.images.shape[1:], labels)
+def _records(samples: Samples, labels: Labels) -> Iterator[bytes]:
     for row, image in enumerate(samples.images):
         example = {"image": encode_png(image), "key": f"{samples.first + row:05d}"}
         if labels.kind == "attributes":
             example["attributes"] = samples.labels[row].astype(np.uint8)
         elif labels.names:
             example["label"] = samples.labels[row]
-        yield serialize(features, example)
+        yield serialize(example)
 
 
 def finish_images(shards: Sequence[DrawnShard]) -> str:

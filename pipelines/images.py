@@ -41,7 +41,7 @@ def decode_image(data: bytes, *, height: int, width: int, channels: int, fit: st
             (more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, found before any is decoded).
     """
     image = _load(data, draft_side=2 * max(height, width))
-    image = image.convert("L" if channels == 1 else "RGB")
+    image = _in_mode(image, "L" if channels == 1 else "RGB")
     image = _crop(image, (width, height)) if fit == "crop" else _pad(image, (width, height))
     return np.array(image).reshape(height, width, channels)
 
@@ -90,10 +90,15 @@ def _flatten(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # "I;16", "I;16B", and "I" for 16 bits in 32
         return _scale_gray(np.asarray(image), top=65535)
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
+        layer = _in_mode(image, "RGBA")
         image = Image.new("RGB", image.size, "white")
         image.paste(layer, mask=layer)
-    return image if image.mode == "L" else image.convert("RGB")
+    return image if image.mode == "L" else _in_mode(image, "RGB")
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    # Pillow's own `convert` copies an image of the right mode, and images may be large.
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _scale_gray(values: np.ndarray, top: int) -> Image.Image:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 
-from configs import DataConfig
+from configs import DataConfig, VqbeamError
 
 _FOLDER = "folder:"
 
@@ -11,6 +12,29 @@ _FOLDER = "folder:"
 def absolute(path: str) -> str:
     """Returns a path that names the same place from everywhere; a URL does so already."""
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def check_shared(places: Mapping[str, str]) -> None:
+    """Checks the paths that workers on other machines are to read and write.
+
+    Args:
+        places: The path behind each flag.
+
+    Raises:
+        VqbeamError: One of them is of this machine alone.
+    """
+    for flag, place in places.items():
+        if "://" not in place:
+            raise VqbeamError(
+                f"the workers of Dataflow cannot reach {place}; give a gs:// path by {flag}"
+            )
+
+
+def places_of(data: DataConfig) -> dict[str, str]:
+    """Returns the path that a section reads its images from, behind the flag that sets it."""
+    if data.source.startswith(_FOLDER):
+        return {"--data.source": data.source.removeprefix(_FOLDER)}
+    return {"--data.data-dir": data.data_dir or "the datasets of TFDS on this machine"}
 
 
 def located(data: DataConfig) -> DataConfig:

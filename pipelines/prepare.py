@@ -58,7 +58,6 @@ def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
     """Decodes the images of one unit and writes them as one shard of `DIR/images`."""
     run = RunFolder(run_path)
     config = run.load_config()
-    features = image_features(config.image_shape, unit.labels)
     unseen = len(unit.images)
 
     def records(facts):
@@ -75,7 +74,7 @@ def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
                 continue
             statistics.add(image, raw.label)
             example = {"image": encode_png(image), "key": raw.key}
-            yield serialize(features, example | _label(raw, unit))
+            yield serialize(example | _label(raw, unit))
         facts |= {
             "failures": failures,
             "labels": unit.labels,

@@ -5,7 +5,8 @@ import time
 from collections.abc import Sequence
 
 from configs import Config
-from pipelines.places import absolute, located
+from pipelines.beam_flags import is_dataflow
+from pipelines.places import absolute, check_shared, located, places_of
 from pipelines.run_lock import locked
 from vqvae.run_folder import STAGES, RunFolder
 
@@ -23,10 +24,13 @@ def run_stages(
 
     Raises:
         VqbeamError: The folder holds another run, another command is at work in it, an earlier
-            stage is missing, or a stage failed for a reason that the user can mend.
+            stage is missing, workers elsewhere could not read a path, or a stage failed for a
+            reason that the user can mend.
     """
     run = RunFolder(run_dir)
     config = dataclasses.replace(config, data=located(config.data))
+    if is_dataflow(beam_args):
+        check_shared({"--run-dir": run_dir, **places_of(config.data)})
     if "prepare" in stages and not run.exists():
         # First, so that no folder is bound to a dataset whose name was mistyped.
         from pipelines.sources import check_source
@@ -64,10 +68,9 @@ def _run_pipeline(
 ) -> None:
     import apache_beam as beam
 
-    from pipelines.beam_run import run_pipeline, runner_of
+    from pipelines.beam_run import run_pipeline
     from pipelines.stages import transform
 
-    gpu_hint = "Dataflow" in runner_of(beam_args)
     if "prepare" in stages:
         from pipelines.sources import prepare_source
 
@@ -76,7 +79,7 @@ def _run_pipeline(
     def build(pipeline):
         runs = pipeline | beam.Create([absolute(str(run.root))])
         for stage in stages:
-            runs = runs | stage >> transform(stage, gpu_hint)
+            runs = runs | stage >> transform(stage, gpu_hint=is_dataflow(beam_args))
 
     run_pipeline(beam_args, build)
 
@@ -85,7 +88,7 @@ def _closing_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:
     """Returns what was written where, and what to type next."""
     lines = []
     if "prepare" in stages:
-        images = run.manifest("prepare")
+        images = run.require("prepare")
         counts = ", ".join(f"{count:,} {split}" for split, count in images["counts"].items())
         lines.append(f"images: {counts}, in {run.folder('prepare')}")
         if images["failed"]:

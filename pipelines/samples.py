@@ -13,7 +13,7 @@ from pipelines.provenance import checkpoint
 from prior.sampler import Sampler, sampler_arguments
 from prior.training import load_prior
 from prior.transformer import CodePrior
-from vqvae.compilation import compile_function, in_batches
+from vqvae.compilation import compiled_decoder, in_batches
 from vqvae.labels import Labels
 from vqvae.model import VQVAE
 from vqvae.progress import progress_bar
@@ -146,11 +146,6 @@ def decode(model: VQVAE, codes: np.ndarray, batch_size: int) -> np.ndarray:
         uint8 [N, H, W, C].
     """
     return in_batches(compiled_decoder(model), codes, batch_size)
-
-
-def compiled_decoder(model: VQVAE) -> Callable[[np.ndarray], Any]:
-    """Returns the compiled function from codes to images of a VQ-VAE."""
-    return compile_function(model.decode, model.variables, jit=False)
 
 
 @contextlib.contextmanager

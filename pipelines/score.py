@@ -13,7 +13,7 @@ from pipelines.input_images import image_files, read_image
 from pipelines.labels import Label, label_name, parse_label
 from prior.scoring import code_scorer
 from prior.training import load_prior
-from vqvae.compilation import compile_function
+from vqvae.compilation import compiled_decoder, compiled_encoder
 from vqvae.labels import Labels
 from vqvae.progress import progress_bar
 from vqvae.run_folder import RunFolder, write_bytes
@@ -93,10 +93,7 @@ def _read(name: str, path: epath.Path, config: Config) -> dict:
 def _measures(run: RunFolder, config: Config):
     """Returns a function from images uint8 [B, H, W, C] and a label to the figures of each."""
     vqvae, prior = load_vqvae(run), load_prior(run)
-    encode, decode = (
-        compile_function(function, vqvae.variables, jit=False)
-        for function in (vqvae.encode, vqvae.decode)
-    )
+    encode, decode = compiled_encoder(vqvae), compiled_decoder(vqvae)
     log_likelihood = code_scorer(prior)
 
     def measure(images: np.ndarray, label: Label) -> list[dict]:

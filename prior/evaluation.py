@@ -10,7 +10,7 @@ from configs import SampleConfig
 from prior.sampler import Sampler, sampler_arguments
 from prior.training import load_prior
 from vqvae.comparison import Yardstick
-from vqvae.compilation import compile_function
+from vqvae.compilation import compiled_decoder, compiled_encoder
 from vqvae.progress import progress_bar
 from vqvae.run_folder import RunFolder
 from vqvae.training import load_vqvae
@@ -42,11 +42,8 @@ class PriorMeter:
         self.batch_size = min(batch_size, yardstick.num)
         self.vqvae = load_vqvae(run)
         self.sampler = Sampler(load_prior(run), self.batch_size)
-        weights = self.vqvae.variables
-        self._decode = compile_function(self.vqvae.decode, weights, jit=False)
-        self._copy = compile_function(
-            lambda images: self.vqvae.decode(self.vqvae.encode(images)), weights, jit=False
-        )
+        self._encode = compiled_encoder(self.vqvae)
+        self._decode = compiled_decoder(self.vqvae)
         self._labels = np.concatenate([labels for _, labels in yardstick.real("train")])
 
     def real(self) -> dict[str, float | None]:
@@ -67,7 +64,7 @@ class PriorMeter:
 
     def _reconstructed(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for images, labels in self.yardstick.real("validation"):
-            yield keras.ops.convert_to_numpy(self._copy(images)), labels
+            yield keras.ops.convert_to_numpy(self._decode(self._encode(images))), labels
 
     def _drawn(self, settings: SampleConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         with progress_bar("draw", len(self._labels)) as bar:

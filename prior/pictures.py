@@ -6,7 +6,7 @@ import tensorflow as tf
 from etils import epath
 
 from prior.sampler import Sampler
-from vqvae.compilation import compile_function
+from vqvae.compilation import compiled_decoder
 from vqvae.figures import label_figure
 from vqvae.model import VQVAE
 
@@ -35,7 +35,7 @@ class Pictures(keras.callbacks.Callback):
     ):
         super().__init__()
         self.labels, self.names, self.seed = labels, names, seed
-        self.decode = compile_function(vqvae.decode, vqvae.variables, jit=False)
+        self.decode = compiled_decoder(vqvae)
         self.writer = tf.summary.create_file_writer(str(folder))
         self.sampler = None
         self.epoch = 0

@@ -35,6 +35,8 @@ def _prepared_run(path, config, *, train=20, validation=10, labels=("a", "b"), k
     Image i has the class i modulo their number, or the attributes that the bits of i stand for.
     """
     # Here, so that tests of the command line alone import no TensorFlow.
+    import tensorflow as tf
+
     from vqvae import records
     from vqvae.labels import Labels
     from vqvae.run_folder import RunFolder
@@ -56,14 +58,14 @@ def _prepared_run(path, config, *, train=20, validation=10, labels=("a", "b"), k
     for split, size in counts.items():
         pixels[split] = numbers.integers(0, 256, (size, *config.image_shape), np.uint8)
         examples = [
-            {"image": image, "key": f"{split}-{i}"} | label(i)
+            {"image": tf.io.encode_png(image).numpy(), "key": f"{split}-{i}"} | label(i)
             for i, image in enumerate(pixels[split])
         ]
         per_shard = config.data.images_per_shard
         parts = [examples[i : i + per_shard] for i in range(0, size, per_shard)]
         for index, part in enumerate(parts):
             files.append(folder / records.Shard(folder.name, split, index, len(parts)).filename)
-            written = [records.serialize(features, example) for example in part]
+            written = [records.serialize(example) for example in part]
             size_in_bytes = records.write_shard(files[-1], written)
             splits.setdefault(split, []).append((len(part), size_in_bytes))
     files += records.write_metadata(
@@ -129,3 +131,38 @@ def preset(tmp_path):
     path = tmp_path / "own.py"
     path.write_text(PRESET)
     return str(path)
+
+
+@pytest.fixture
+def failure(capfd, monkeypatch):
+    """Runs a command line that must fail; returns what it says and checks how."""
+    from pipelines import cli
+
+    monkeypatch.setattr(cli, "_be_quiet", lambda: None)
+
+    def run(*words, alone=True):
+        capfd.readouterr()
+        status = cli.main([str(word) for word in words])
+        out, err = capfd.readouterr()
+        lines = err.splitlines()
+        # Nothing but the one line, unless the work had begun and shows its progress.
+        assert len(lines) == 1 or not alone, err
+        assert "Traceback" not in err
+        assert lines[-1].startswith("vqbeam"), err
+        assert status == (2 if "usage" in out or "unknown" in lines[-1] else 1)
+        return lines[-1]
+
+    return run
+
+
+@pytest.fixture
+def own_run(finished_run, tmp_path):
+    """A copy of a finished run, to be damaged, and the preset that it was made with."""
+    import shutil
+
+    from pipeline_fixtures import write_preset
+
+    from vqvae.run_folder import RunFolder
+
+    run = RunFolder(shutil.copytree(finished_run.root, tmp_path / "run"))
+    return run, write_preset(tmp_path / "preset.py", run.load_config())

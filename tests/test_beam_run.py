@@ -2,7 +2,7 @@ import apache_beam as beam
 import pytest
 
 from pipelines import beam_run
-from pipelines.beam_run import run_pipeline, runner_of
+from pipelines.beam_run import run_pipeline
 
 
 def test_runs_to_the_end_and_closes_the_bars(tmp_path, monkeypatch):
@@ -19,8 +19,3 @@ def test_runs_to_the_end_and_closes_the_bars(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         run_pipeline(["--runner=FnApiRunner"], build(0))
     assert events == ["closed", "closed"]
-
-
-def test_the_runner_that_is_asked_for():
-    assert runner_of(["--runner=DataflowRunner", "--region=x"]) == "DataflowRunner"
-    assert runner_of([]) == ""

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from pipeline_fixtures import finish_again
 
 import vqvae.classifier as classifier
 from configs import VqbeamError
@@ -14,7 +15,6 @@ from vqvae.classifier import (
     load_classifier,
 )
 from vqvae.records import read_split
-from vqvae.run_folder import MANIFEST
 
 pytestmark = pytest.mark.slow
 
@@ -97,13 +97,11 @@ def test_other_images_train_it_anew(prepared_run, tiny_config, trainings):
     load_classifier(run)
     load_classifier(run)
     assert trainings == [(counts, 7)]
-    path = run.folder("prepare") / MANIFEST
-    manifest = json.loads(path.read_text())
-    # The same images, prepared a second time, in another time.
-    path.write_text(json.dumps(manifest | {"seconds": 1e6}))
+    # The same images, prepared a second time.
+    finish_again(run, "prepare")
     load_classifier(run)
     assert len(trainings) == 1
-    path.write_text(json.dumps(manifest | {"failed": 3}))
+    finish_again(run, "prepare", failed=3)
     load_classifier(run)
     load_classifier(run)
     assert len(trainings) == 2

@@ -3,24 +3,19 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 from engine_servers import ENGINES, ROOT
 from pipeline_fixtures import png, read_records, small_config, write_preset
+from stage_signs import SIGNS, wait_for
 
 from vqvae.run_folder import STAGES, RunFolder
 
 pytestmark = pytest.mark.engines
 
 IMAGES = 40
-# The file that tells that a stage is in the middle of its work.
-SIGNS = {
-    "prepare": "images/.reports-*/*.json",
-    "train-vqvae": "vqvae/checkpoints/*/epoch-00002.weights.h5",
-    "encode": "codes/.reports-*/*.json",
-}
+KILLED_IN = ("prepare", "train-vqvae", "encode")
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +56,7 @@ def workers(folder):
 
 def kill_workers_in(stage, folder, process):
     """Kills the workers once the stage has begun to write."""
-    end = time.monotonic() + 240
-    while not any((folder / "run").glob(SIGNS[stage])):
-        assert process.poll() is None, (folder / "command.log").read_text()
-        assert time.monotonic() < end
-        time.sleep(0.002)
+    wait_for(SIGNS[stage], folder / "run", process, folder / "command.log")
     pids = workers(folder)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
@@ -76,7 +67,7 @@ def kill_workers_in(stage, folder, process):
 @pytest.mark.parametrize("engine", ["worker pool", "Flink cluster"])
 def test_workers_killed_in_each_stage(engine, preset, tmp_path):
     with ENGINES[engine](tmp_path) as flags:
-        for stage in SIGNS:
+        for stage in KILLED_IN:
             process = command(tmp_path, preset, flags)
             assert kill_workers_in(stage, tmp_path, process), "there was no worker to kill"
             # It ends well, or says so, and does not hang.

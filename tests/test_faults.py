@@ -1,7 +1,6 @@
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import time
@@ -9,6 +8,7 @@ import time
 import numpy as np
 import pytest
 from pipeline_fixtures import png, read_records, small_config, write_images, write_preset
+from stage_signs import SIGNS, wait_for
 
 from pipelines import cli
 from pipelines.run import run_stages
@@ -20,14 +20,6 @@ pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parent.parent
 IMAGES = 60
-
-# The file that tells that a stage is in the middle of its work.
-SIGNS = {
-    "prepare": "images/.reports-*/*.json",
-    "train-vqvae": "vqvae/checkpoints/*/epoch-00002.weights.h5",
-    "encode": "codes/.reports-*/*.json",
-    "train-prior": "prior/checkpoints/*/epoch-00002.weights.h5",
-}
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +49,13 @@ def place(tmp_path_factory):
 
 def start(place, run_dir):
     folder, _, preset = place
-    with (folder / "log.txt").open("a") as log:
+    return command(folder / "log.txt", "run", preset, "--run-dir", run_dir)
+
+
+def command(log_file, *words):
+    with log_file.open("a") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "pipelines", "run", str(preset), "--run-dir", str(run_dir)],
+            [sys.executable, "-m", "pipelines", *map(str, words)],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=log,
             stderr=log,
@@ -69,12 +65,8 @@ def start(place, run_dir):
 def kill_in(stage, place, run_dir):
     """Starts the run and kills it, by SIGKILL, once the stage has begun to write."""
     process = start(place, run_dir)
-    end = time.monotonic() + 240
     try:
-        while not any(run_dir.glob(SIGNS[stage])):
-            assert process.poll() is None, (place[0] / "log.txt").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.002)
+        wait_for(SIGNS[stage], run_dir, process, place[0] / "log.txt")
     finally:
         process.kill()
         process.wait()
@@ -116,33 +108,30 @@ def test_killed_in_each_stage_and_run_again(place):
         assert len(run.manifest(stage)["history"]) == 12
 
 
-@pytest.fixture
-def failure(capfd, monkeypatch):
-    """Runs a command line that must fail; returns what it says and checks how."""
-    monkeypatch.setattr(cli, "_be_quiet", lambda: None)
-
-    def run(*words, alone=True):
-        capfd.readouterr()
-        status = cli.main([str(word) for word in words])
-        out, err = capfd.readouterr()
-        lines = err.splitlines()
-        # Nothing but the one line, unless the work had begun and shows its progress.
-        assert len(lines) == 1 or not alone, err
-        assert "Traceback" not in err
-        assert lines[-1].startswith("vqbeam"), err
-        assert status == (2 if "usage" in out or "unknown" in lines[-1] else 1)
-        return lines[-1]
-
-    return run
+def test_generate_killed_and_run_again(finished_run, tmp_path):
+    log = tmp_path / "log.txt"
+    words = ("generate", finished_run.root, "--num", 90, "--shard-images", 3)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert command(log, *words, "--output", whole).wait(300) == 0, log.read_text()
+    process = command(log, *words, "--output", killed)
+    try:
+        wait_for("*/samples.jsonl", killed, process, log)
+    finally:
+        process.kill()
+        process.wait()
+    done = len(list(killed.glob("*/samples.jsonl")))
+    assert 0 < done < 30
+    assert command(log, *words, "--output", killed).wait(300) == 0, log.read_text()
+    pictures = [sorted(path.relative_to(f) for path in f.rglob("*.png")) for f in (whole, killed)]
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 90
+    for name in pictures[0]:
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
 
 
 def test_a_second_command_in_the_same_folder(place, failure, tmp_path):
     process = start(place, tmp_path / "run")
     try:
-        end = time.monotonic() + 240
-        while not (tmp_path / "run" / ".lock.json").exists():
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.01)
+        wait_for(".lock.json", tmp_path / "run", process, place[0] / "log.txt")
         line = failure("run", place[2], "--run-dir", tmp_path / "run")
         assert f"run is in use by process {process.pid} on " in line
     finally:
@@ -150,11 +139,36 @@ def test_a_second_command_in_the_same_folder(place, failure, tmp_path):
         process.wait()
 
 
-@pytest.fixture
-def run(finished_run, tmp_path):
-    """A copy of a finished run, to be damaged, and the preset that it was made with."""
-    run = RunFolder(shutil.copytree(finished_run.root, tmp_path / "run"))
-    return run, write_preset(tmp_path / "preset.py", run.load_config())
+def test_one_image_in_a_hundred_is_corrupt(tmp_path):
+    pixels = write_images(tmp_path / "source", 300)
+    damaged = sorted(pixels)[7], sorted(pixels)[150], sorted(pixels)[299]
+    for key, content in zip(damaged, (b"", b"no image", None), strict=True):
+        file = tmp_path / "source" / key
+        file.write_bytes(file.read_bytes()[:50] if content is None else content)
+    config = small_config(f"folder:{tmp_path / 'source'}", data__images_per_shard=50)
+    stages = ("prepare", "train-vqvae", "encode")
+    run_stages(config, str(tmp_path / "run"), stages, ["--runner=FnApiRunner"])
+    run = RunFolder(tmp_path / "run")
+    letters = (run.folder("prepare") / "dead_letters.jsonl").read_text().splitlines()
+    assert {json.loads(line)["key"] for line in letters} == set(damaged)
+    records = read_records(run.folder("encode"))
+    keys = [example["key"].decode() for some in records.values() for example in some]
+    assert sorted(keys) == sorted(set(pixels) - set(damaged))
+
+
+def test_a_clock_that_jumps(tmp_path, monkeypatch):
+    write_images(tmp_path / "source", 24)
+    config = small_config(f"folder:{tmp_path / 'source'}")
+    clock = time.time
+    # By an hour or two, forwards and backwards, every half second.
+    monkeypatch.setattr(time, "time", lambda: clock() + 3600 * (int(2 * time.monotonic()) % 3 - 1))
+    for name in ("one", "two"):
+        run_stages(config, str(tmp_path / name), tuple(STAGES), ["--runner=FnApiRunner"])
+    monkeypatch.undo()
+    one, two = (RunFolder(tmp_path / name).folder("sample") for name in ("one", "two"))
+    assert (one / "samples.png").read_bytes() == (two / "samples.png").read_bytes()
+    seconds = [RunFolder(tmp_path / "one").manifest(stage)["seconds"] for stage in STAGES]
+    assert min(seconds) >= 0
 
 
 def test_words_that_are_not_known(failure, finished_run, tmp_path):
@@ -196,8 +210,8 @@ def test_no_write_permission_for_samples(failure, finished_run, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["prepare", "encode"])
-def test_a_truncated_shard(failure, run, stage):
-    run, preset = run
+def test_a_truncated_shard(failure, own_run, stage):
+    run, preset = own_run
     shard = next(run.folder(stage).glob("*-train.tfrecord-00001-*"))
     shard.write_bytes(shard.read_bytes()[:-7])
     following = list(STAGES)[list(STAGES).index(stage) + 1]
@@ -214,8 +228,8 @@ def test_a_truncated_shard(failure, run, stage):
     ("stage", "following"),
     [("prepare", "train-vqvae"), ("prepare", "encode"), ("encode", "train-prior")],
 )
-def test_a_damaged_record(failure, run, stage, following):
-    run, preset = run
+def test_a_damaged_record(failure, own_run, stage, following):
+    run, preset = own_run
     run.folder(following).rmtree()
     for shard in run.folder(stage).glob("*-train.tfrecord-*"):
         content = bytearray(shard.read_bytes())
@@ -226,6 +240,20 @@ def test_a_damaged_record(failure, run, stage, following):
     assert not run.is_done(following)
 
 
+@pytest.mark.parametrize("stage", ["prepare", "train-vqvae", "encode", "train-prior"])
+def test_a_manifest_edited_by_hand(failure, own_run, stage):
+    run, preset = own_run
+    path = run.folder(stage) / "manifest.json"
+    path.write_text(path.read_text().replace(": 1", ": 2", 1))
+    message = failure("run", preset, "--run-dir", run.root)
+    assert f"{path} is not as vqbeam wrote it" in message
+    assert f"delete it and run vqbeam {stage} again" in message
+    # What it says helps.
+    path.unlink()
+    assert cli.main(["run", str(preset), "--run-dir", str(run.root)]) == 0
+    assert all(run.is_done(name) for name in STAGES)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -233,8 +261,8 @@ def test_a_damaged_record(failure, run, stage, following):
         ("downsampling", 2, "2×2 grid, K = 12, the run's config says 4×4 grid, K = 12; delete"),
     ],
 )
-def test_a_model_that_does_not_match(failure, run, field, value, message):
-    run, _ = run
+def test_a_model_that_does_not_match(failure, own_run, field, value, message):
+    run, _ = own_run
     config = json.loads((run.root / "config.json").read_text())
     config["vqvae"][field] = value
     (run.root / "config.json").write_text(json.dumps(config))
@@ -242,16 +270,16 @@ def test_a_model_that_does_not_match(failure, run, field, value, message):
     assert message in failure("reconstruct", run.root, "--output", run.root / "x.png")
 
 
-def test_a_run_of_another_config(failure, run):
-    run, preset = run
+def test_a_run_of_another_config(failure, own_run):
+    run, preset = own_run
     words = ("run", preset, "--run-dir", run.root, "--vqvae.num-codes", 16, "--prior.layers", 2)
     message = failure(*words)
     assert "another config (vqvae.num_codes: 12 → 16; prior.layers: 1 → 2)" in message
     assert all(run.is_done(stage) for stage in STAGES)
 
 
-def test_a_stage_that_is_not_there(failure, run):
-    run, preset = run
+def test_a_stage_that_is_not_there(failure, own_run):
+    run, preset = own_run
     run.folder("train-prior").rmtree()
     message = failure("sample", run.root)
     assert "has no finished train-prior stage; run vqbeam train-prior PRESET" in message

@@ -95,16 +95,18 @@ def test_goes_on_with_the_shards_that_are_missing(finished_run, tmp_path, monkey
     drawn, fails = [], True
     load = generate_module._load_drawer
 
-    def load_drawer(order):
-        def draw(labels, first, on_batch):
+    class Failing:
+        def __init__(self, order):
+            self.drawer = load(order)
+            self.known = self.drawer.known
+
+        def __call__(self, labels, first, on_batch):
             if fails and first == 3:
                 raise OSError(28, "No space left on device")
             drawn.append(first)
-            return load(order)(labels, first, on_batch)
+            return self.drawer(labels, first, on_batch)
 
-        return draw
-
-    monkeypatch.setattr(generate_module, "_load_drawer", load_drawer)
+    monkeypatch.setattr(generate_module, "_load_drawer", Failing)
     with pytest.raises(Exception, match="No space left"):
         generate(str(finished_run.root), **order)
     (tmp_path / "new" / ".samples-train.tfrecord-00001-of-00003.0123").write_text("half a shard")

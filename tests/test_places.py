@@ -2,8 +2,8 @@ import os
 
 import pytest
 
-from configs import DataConfig
-from pipelines.places import absolute, located
+from configs import DataConfig, VqbeamError
+from pipelines.places import absolute, check_shared, located, places_of
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,20 @@ def test_sources(monkeypatch):
     assert moved("folder:gs://bucket/photos") == ("folder:gs://bucket/photos", None)
     assert moved("tfds:cifar10", "datasets") == ("tfds:cifar10", "/here/datasets")
     assert moved("glyphs") == ("glyphs", None)
+
+
+def test_what_other_machines_cannot_reach():
+    check_shared({"--run-dir": "gs://bucket/run", "--data.data-dir": "gs://bucket/data"})
+    with pytest.raises(VqbeamError, match="cannot reach /here/run; give a gs:// path by --run-dir"):
+        check_shared({"--data.data-dir": "gs://bucket/data", "--run-dir": "/here/run"})
+
+
+def test_where_the_images_of_a_section_are():
+    def places(source, data_dir=None):
+        return places_of(DataConfig(source=source, data_dir=data_dir))
+
+    assert places("folder:/photos") == {"--data.source": "/photos"}
+    assert places("folder:gs://bucket/photos") == {"--data.source": "gs://bucket/photos"}
+    assert places("tfds:cifar10", "/data") == {"--data.data-dir": "/data"}
+    (place,) = places("glyphs").values()
+    assert "TFDS" in place and "://" not in place

@@ -70,7 +70,7 @@ def encoded_run(path, config, labels=("a", "b", "c"), kind="classes"):
             for i, (of_image, label) in enumerate(zip(codes, given, strict=True))
         ]
         file = run.folder("encode") / records.Shard("codes", split, 0, 1).filename
-        size = records.write_shard(file, [records.serialize(features, e) for e in examples])
+        size = records.write_shard(file, [records.serialize(e) for e in examples])
         splits[split] = [(count, size)]
         files.append(file)
     files += records.write_metadata(

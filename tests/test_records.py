@@ -40,7 +40,7 @@ def write_dataset(folder, features, examples, per_shard=4):
         parts = [of_split[i : i + per_shard] for i in range(0, len(of_split), per_shard)]
         for index, part in enumerate(parts):
             shard = Shard(folder.name, split, index, len(parts))
-            records = [serialize(features, example) for example in part]
+            records = [serialize(example) for example in part]
             size = write_shard(folder / shard.filename, records)
             splits.setdefault(split, []).append((len(part), size))
     files = write_metadata(
@@ -52,6 +52,10 @@ def write_dataset(folder, features, examples, per_shard=4):
         description="What it is.",
     )
     return folder, files
+
+
+def encoded(image):
+    return tf.io.encode_png(image).numpy()
 
 
 def code_examples(count, shape=(2, 3), num_codes=500, label=True):
@@ -77,7 +81,8 @@ def test_images_round_trip(tmp_path, names, channels):
     shape = (6, 5, channels)
     images = np.random.default_rng(0).integers(0, 256, (9, *shape), np.uint8)
     examples = [
-        {"image": image, "key": f"ordner/bild {i}.png"} | ({"label": i % 2} if names else {})
+        {"image": encoded(image), "key": f"ordner/bild {i}.png"}
+        | ({"label": i % 2} if names else {})
         for i, image in enumerate(images)
     ]
     features = image_features(shape, Labels(names))
@@ -97,7 +102,8 @@ def test_attributes_round_trip(tmp_path, content):
     labels = Labels(("with, comma", "größe", "c"), "attributes")
     values = np.random.default_rng(0).integers(0, 2, (5, 3), np.uint8)
     if content == "image":
-        features, some = image_features((4, 4, 1), labels), np.zeros((4, 4, 1), np.uint8)
+        features = image_features((4, 4, 1), labels)
+        some = encoded(np.zeros((4, 4, 1), np.uint8))
     else:
         features, some = code_features(CodeLayout(9, ((2, 2),)), labels), np.zeros((2, 2), "uint16")
     examples = [{content: some, "key": "k", "attributes": row} for row in values]
@@ -179,17 +185,34 @@ def test_read_split_keeps_the_order_and_slices(codes, first, last):
 
 
 SERIALIZE = """
-import hashlib
 import numpy as np
-from vqvae.layout import CodeLayout
-from vqvae.labels import Labels
-from vqvae.records import code_features, serialize
-features = code_features(CodeLayout(9, ((2, 2),)), Labels(("a", "b")))
+from vqvae.records import serialize
 codes = np.arange(4, dtype="uint16").reshape(2, 2)
 for order in [("codes", "key", "label"), ("label", "key", "codes")]:
     values = {"codes": codes, "key": "k", "label": 1}
-    print(serialize(features, {name: values[name] for name in order}).hex())
+    print(serialize({name: values[name] for name in order}).hex())
 """
+
+
+@pytest.mark.parametrize("kind", ["classes", "attributes"])
+@pytest.mark.parametrize("content", ["image", "codes", "levels"])
+def test_serialize_writes_what_tfds_writes(content, kind):
+    labels = Labels(("a", "b", "größe"), kind)
+    if content == "image":
+        features = image_features((5, 4, 3), labels)
+        own = {"image": encoded(np.random.default_rng(0).integers(0, 256, (5, 4, 3), np.uint8))}
+    else:
+        shapes = {"codes": ((3, 5),), "levels": ((2, 2), (4, 4))}[content]
+        layout = CodeLayout(2**16 + 1, shapes)
+        features = code_features(layout, labels)
+        own = code_examples(1, layout.shape, layout.num_codes)[0]
+        own["codes"] = own["codes"].astype("uint32") + 2**16 - 499
+        del own["label"]
+    own["key"] = "ordner/größe.png"
+    label = {"label": np.int64(2)} if kind == "classes" else {"attributes": np.uint8([0, 1, 1])}
+    theirs = features.serialize_example(features.encode_example(own | label))
+    found = tf.train.Example.FromString(serialize(own | label))
+    assert found == tf.train.Example.FromString(theirs) and len(found.features.feature) == 3
 
 
 @pytest.mark.slow

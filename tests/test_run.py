@@ -8,6 +8,7 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from pipeline_fixtures import small_config, write_images, write_preset
 
 from configs import VqbeamError
+from pipelines import run as run_module
 from pipelines import stages as stages_module
 from pipelines.run import run_stages
 from vqvae.run_folder import MANIFEST, STAGES, RunFolder
@@ -206,11 +207,21 @@ def test_dataflow_is_asked_for_a_gpu(ran, tmp_path, source, monkeypatch):
     pipeline = beam.Pipeline
     go(tmp_path / "run", source, ("prepare",))
     monkeypatch.setattr(stages_module, "transform", transform)
+    monkeypatch.setattr(run_module, "check_shared", lambda places: None)
     # Beam's own would look for a project on Google Cloud.
     monkeypatch.setattr(beam, "Pipeline", lambda options: pipeline(runner=FnApiRunner()))
     for runner in ("FnApiRunner", "DataflowRunner"):
         go(tmp_path / "run", source, ("train-vqvae",), [f"--runner={runner}"])
     assert asked == [False, True]
+
+
+def test_dataflow_cannot_reach_this_machine(tmp_path, source):
+    message = "workers of Dataflow cannot reach .*/run; give a gs:// path by --run-dir"
+    with pytest.raises(VqbeamError, match=message):
+        go(tmp_path / "run", source, beam_args=["--runner=DataflowRunner"])
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(VqbeamError, match="give a gs:// path by --data.source"):
+        go("gs://bucket/run", source, beam_args=["--runner=DataflowRunner"])
 
 
 DONE_AGAIN = """

@@ -89,6 +89,21 @@ def test_a_config_changed_by_hand(run):
         run.load_config()
 
 
+@pytest.mark.parametrize("change", ['"train": 6', '"seed": 1, "train": 5'])
+def test_a_manifest_changed_by_hand(run, change):
+    finish(run, "prepare", counts={"train": 5})
+    path = run.folder("prepare") / MANIFEST
+    path.write_text(path.read_text().replace('"train": 5', change))
+    for look in (run.manifest, run.is_done, run.require, run.result_hash):
+        with pytest.raises(VqbeamError, match="manifest.json is not as vqbeam wrote it"):
+            look("prepare")
+    # What reads it is no less careful.
+    with pytest.raises(VqbeamError, match="or delete it and run vqbeam prepare again"):
+        run.is_done("train-vqvae")
+    path.unlink()
+    assert not run.is_done("prepare")
+
+
 def test_manifest_holds_outputs_and_facts(run):
     manifest = finish(run, "prepare", text="12345", counts={"train": 5})
     assert manifest == run.manifest("prepare") == run.require("prepare")
@@ -217,15 +232,14 @@ def test_files_are_written_whole_or_not_at_all(run, monkeypatch):
     assert json.loads(path.read_text()) == {"name": "größe"} and "größe" in path.read_text()
     before = {p.name for p in run.root.iterdir()}
 
-    def killed(self, target):
+    def interrupted(self, target):
         # At this moment the new content is under a name that begins with a dot.
         assert target == path
         assert self.name.startswith(".file.json.") and self.read_bytes() == b"new"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(path), "replace", killed)
+    monkeypatch.setattr(type(path), "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_bytes(path, b"new")
     assert json.loads(path.read_text()) == {"name": "größe"}
-    after = {p.name for p in run.root.iterdir()}
-    assert all(name.startswith(".") for name in after - before)
+    assert {p.name for p in run.root.iterdir()} == before

@@ -3,6 +3,7 @@ from argument_checks import PRESET, refusal
 
 import configs
 from pipelines.arguments import parse
+from pipelines.beam_flags import is_dataflow
 from pipelines.parser import Parser
 from pipelines.stage_arguments import STAGES
 
@@ -241,3 +242,17 @@ def test_a_folder_of_images_is_named_from_the_root(parse_run, monkeypatch, tmp_p
     for given, path in whole.items():
         assert parse_run(f"--data.source=folder:{given}")["config"].data.source == f"folder:{path}"
     assert parse_run("--data.source=tfds:mnist")["config"].data.source == "tfds:mnist"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], False),
+        (["--runner=DataflowRunner"], True),
+        (["--runner=dataflow", "--project=p"], True),
+        (["--dataflow_endpoint=localhost"], False),
+        (["--runner=DataflowRunner", "--runner=FnApiRunner"], False),
+    ],
+)
+def test_whether_dataflow_is_asked_for(words, expected):
+    assert is_dataflow(words) is expected

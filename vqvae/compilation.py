@@ -42,6 +42,16 @@ def compile_function(
     raise VqbeamError(f"KERAS_BACKEND is {backend!r}; set it to tensorflow or jax")
 
 
+def compiled_encoder(model: keras.Model) -> Callable[[Any], Any]:
+    """Returns the compiled `encode` of a VQ-VAE: uint8 [B, H, W, C] to codes int32 [B, *shape]."""
+    return compile_function(model.encode, model.variables, jit=False)
+
+
+def compiled_decoder(model: keras.Model) -> Callable[[Any], Any]:
+    """Returns the compiled `decode` of a VQ-VAE: codes [B, *shape] to uint8 [B, H, W, C]."""
+    return compile_function(model.decode, model.variables, jit=False)
+
+
 def in_batches(function: Callable[[Any], Any], rows: np.ndarray, batch_size: int) -> np.ndarray:
     """Returns what a compiled function makes of rows, [N, ...] both, in padded batches of one size.
 

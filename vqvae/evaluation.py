@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from vqvae.classifier import label_obstacle
-from vqvae.compilation import compile_function
+from vqvae.compilation import compiled_decoder, compiled_encoder
 from vqvae.features import Extract, feature_extractor
 from vqvae.frechet import Moments, frechet_distance
 from vqvae.layout import CodeLayout
@@ -85,8 +85,7 @@ def _frechet_obstacle(prepared: dict, features: str) -> str | None:
 
 def _passed_through(model: VQVAE, batches: Iterable[np.ndarray]):
     """Yields uint8 images [B, H, W, C], their codes int32 [B, *shape] and their reconstructions."""
-    encode = compile_function(model.encode, model.variables, jit=False)
-    decode = compile_function(model.decode, model.variables, jit=False)
+    encode, decode = compiled_encoder(model), compiled_decoder(model)
     for images in batches:
         codes = encode(images)
         yield images, *map(keras.ops.convert_to_numpy, (codes, decode(codes)))

@@ -116,9 +116,21 @@ class RunFolder:
         return from_dict(_read_json(path))
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
-        """Returns what a stage has written of itself, or None where it has not ended."""
+        """Returns what a stage has written of itself, or None where it has not ended.
+
+        Raises:
+            VqbeamError: It is not as the stage has written it.
+        """
         path = self.folder(stage) / MANIFEST
-        return _read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        manifest = _read_json(path)
+        if manifest.get("sha256") != _hash_of(manifest):
+            raise VqbeamError(
+                f"{path} is not as vqbeam wrote it: it was changed by hand, or is damaged; put it "
+                f"back, or delete it and run vqbeam {stage} again"
+            )
+        return manifest
 
     def is_done(self, stage: str) -> bool:
         """Tells whether a stage has ended, on the inputs that are there now.
@@ -181,9 +193,11 @@ class RunFolder:
             "stage": stage,
             "inputs": self._input_hashes(stage),
             "outputs": {str(path.relative_to(folder)): path.stat().length for path in outputs},
-            "seconds": round(time.time() - _read_json(begun), 1),
+            # A clock may have been set back meanwhile.
+            "seconds": max(0.0, round(time.time() - _read_json(begun), 1)),
             **facts,
         }
+        manifest["sha256"] = _hash_of(manifest)
         write_json(folder / MANIFEST, manifest)
         begun.unlink(missing_ok=True)
         return manifest
@@ -200,8 +214,7 @@ class RunFolder:
         if manifest is None:
             return None
         # The same result made a second time is the same, however long it took.
-        result = {name: value for name, value in manifest.items() if name != "seconds"}
-        return hashlib.sha256(json.dumps(result).encode()).hexdigest()
+        return _hash_of({name: value for name, value in manifest.items() if name != "seconds"})
 
     def _is_stale(self, stage: str) -> bool:
         """Tells whether a stage, or one that it was made from, was made from other inputs."""
@@ -224,6 +237,12 @@ class RunFolder:
                 )
 
 
+def _hash_of(manifest: dict[str, Any]) -> str:
+    """Returns a hash of all that a manifest says but the hash in it."""
+    said = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
 def write_json(path: epath.Path, value: Any) -> None:
     """Writes JSON to a temporary name and renames it, so that no reader sees half a file."""
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
@@ -232,8 +251,12 @@ def write_json(path: epath.Path, value: Any) -> None:
 def write_bytes(path: epath.Path, data: bytes) -> None:
     """Writes a file to a temporary name and renames it, so that no reader sees half of it."""
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _read_json(path: epath.Path) -> Any:

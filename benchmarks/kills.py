@@ -1,0 +1,107 @@
+"""Kills a run at random moments, starts it again, and looks for what was lost.
+
+    python benchmarks/kills.py --kills 20
+
+The run is a small one through all stages, on images of noise. Each attempt is killed by SIGKILL
+once, at a moment drawn evenly from the time of an unbroken run, and then run to its end by the same
+command. Its records, its weights and its pictures are compared with those of the unbroken run.
+"""
+
+import argparse
+import hashlib
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
+
+import numpy as np
+from pipeline_fixtures import shard_contents, small_config, write_images, write_preset
+from side_by_side import table
+
+from vqvae.fitting import load_model
+from vqvae.run_folder import STAGES, RunFolder
+from vqvae.training import MODEL_FILE
+
+ROOT = pathlib.Path(__file__).parents[1]
+HEADER = ["killed in", "attempts", "another result", "seconds to the end", "of an unbroken run"]
+
+
+def start(preset: pathlib.Path, run_dir: pathlib.Path) -> subprocess.Popen:
+    """Starts the command."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines", "run", str(preset), "--run-dir", str(run_dir)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def result(run: RunFolder) -> dict[str, str]:
+    """Returns a hash of each thing that a run has made."""
+    made = {}
+    for stage in ("prepare", "encode"):
+        made |= shard_contents(run.folder(stage))
+    for stage in ("train-vqvae", "train-prior"):
+        weights = load_model(run.folder(stage) / MODEL_FILE).weights
+        made |= {f"{stage} {w.path}": np.asarray(w).tobytes() for w in weights}
+    made["picture"] = (run.folder("sample") / "samples.png").read_bytes()
+    return {name: hashlib.sha256(content).hexdigest() for name, content in made.items()}
+
+
+def stage_at_work(run: RunFolder) -> str:
+    """Returns the first stage that is not done."""
+    if not run.exists():
+        return "start"
+    return next((stage for stage in STAGES if not run.is_done(stage)), "end")
+
+
+def main() -> None:
+    """Runs all attempts and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--kills", type=int, default=20, help="attempts (default 20)")
+    kills = parser.parse_args().kills
+    numbers, found = np.random.default_rng(0), defaultdict(list)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(scratch)
+        write_images(folder / "source", 600)
+        steps = {"vqvae__steps": 60, "prior__steps": 60, "data__images_per_shard": 25}
+        preset = write_preset(
+            folder / "preset.py", small_config(f"folder:{folder / 'source'}", **steps)
+        )
+        begun = time.monotonic()
+        assert start(preset, folder / "unbroken").wait() == 0
+        unbroken = time.monotonic() - begun
+        expected = result(RunFolder(folder / "unbroken"))
+        for attempt in range(kills):
+            run = RunFolder(folder / f"run-{attempt}")
+            process = start(preset, folder / run.root.name)
+            time.sleep(numbers.uniform(0, unbroken))
+            process.kill()
+            process.wait()
+            stage, begun = stage_at_work(run), time.monotonic()
+            assert start(preset, folder / run.root.name).wait() == 0
+            found[stage].append((time.monotonic() - begun, result(run) != expected))
+            print(f"{attempt + 1} of {kills}: {stage}, {found[stage][-1]}", file=sys.stderr)
+    rows = [
+        [
+            stage,
+            str(len(attempts)),
+            str(sum(other for _, other in attempts)),
+            f"{statistics.median(seconds for seconds, _ in attempts):.1f}",
+            f"{unbroken:.1f}",
+        ]
+        for stage, attempts in found.items()
+    ]
+    print(table(HEADER, rows))
+
+
+if __name__ == "__main__":
+    main()

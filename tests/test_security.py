@@ -1,0 +1,141 @@
+"""What a stranger's run, picture or dataset cannot do."""
+
+import io
+import json
+import os
+import pathlib
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+from pipeline_fixtures import SIDE, finish_again, small_config, write_images, write_tfds
+
+from pipelines.run import run_stages
+from pipelines.stage_arguments import STAGES
+from vqvae.run_folder import RunFolder
+
+pytestmark = pytest.mark.slow
+
+
+def lambda_layer(sign):
+    """A model with a layer that holds Python code, as Keras stores it."""
+    touch = eval(f"lambda x: __import__('pathlib').Path({str(sign)!r}).touch() or x")
+    data = io.BytesIO()
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Lambda(touch)])
+    file = sign.parent / "lambda.keras"
+    model.save(file)
+    data.write(file.read_bytes())
+    # Saving has run it.
+    sign.unlink(missing_ok=True)
+    return data.getvalue()
+
+
+def named_in_config(sign, original, spoil):
+    """The stored model with its config changed by `spoil`."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(original) as old, zipfile.ZipFile(data, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name == "config.json":
+                config = json.loads(content)
+                spoil(config, f"touch {sign}")
+                content = json.dumps(config).encode()
+            new.writestr(name, content)
+    return data.getvalue()
+
+
+def a_command_as_the_model(config, command):
+    config |= {"module": "os", "class_name": "system", "config": {"command": command}}
+    config["registered_name"] = None
+
+
+def a_command_as_an_argument(config, command):
+    config["config"]["num_codes"] = {
+        "module": "builtins",
+        "class_name": "function",
+        "config": f"__import__('os').system({command!r})",
+        "registered_name": None,
+    }
+
+
+def a_call_of_a_library(config, command):
+    config["config"]["quantizer"] = {
+        "module": "subprocess",
+        "class_name": "Popen",
+        "config": {"args": command, "shell": True},
+        "registered_name": "Popen",
+    }
+
+
+@pytest.mark.parametrize("stage", ["train-vqvae", "train-prior"])
+@pytest.mark.parametrize(
+    "attack",
+    [lambda_layer, a_command_as_the_model, a_command_as_an_argument, a_call_of_a_library],
+)
+def test_a_model_runs_no_code(failure, own_run, tmp_path, stage, attack):
+    run, _ = own_run
+    sign, file = tmp_path / "the code was run", run.folder(stage) / "model.keras"
+    if attack is lambda_layer:
+        file.write_bytes(lambda_layer(sign))
+    else:
+        file.write_bytes(named_in_config(sign, file, attack))
+    for each in ("train-vqvae", "encode", "train-prior", "sample"):
+        finish_again(run, each)
+    message = failure("sample", run.root, "--output", tmp_path / "samples.png", alone=False)
+    assert f"{file} is not a model that this version of vqbeam reads" in message
+    assert not sign.exists()
+
+
+class Pickled:
+    def __init__(self, sign):
+        self.sign = sign
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.sign,)
+
+
+def test_an_array_file_runs_no_code(failure, finished_run, tmp_path):
+    sign = tmp_path / "the code was run"
+    np.savez(tmp_path / "new.npz", vqbeam=np.array([Pickled(sign)], object))
+    with np.load(tmp_path / "new.npz", allow_pickle=True) as arrays:
+        arrays["vqbeam"]
+    assert sign.exists()
+    sign.unlink()
+    message = failure("sample", finished_run.root, "--like", tmp_path / "new.npz")
+    assert "does not say what it was drawn with" in message
+    assert not sign.exists()
+
+
+def everything_below(folder):
+    return {path for path in folder.rglob("*")}
+
+
+def test_names_in_a_dataset_lead_nowhere(tmp_path):
+    names = ["../../../outside", str(tmp_path / "outside"), "..\\outside", "a/b"]
+    counts = {"train": 8, "test": 4}
+    write_tfds(tmp_path / "data", "cifar10", "3.0.2", (SIDE, SIDE, 3), counts, names)
+    config = small_config("tfds:cifar10", data__data_dir=str(tmp_path / "data"))
+    before = everything_below(tmp_path)
+    run_stages(config, str(tmp_path / "a" / "b" / "run"), STAGES, ["--runner=FnApiRunner"])
+    run = RunFolder(tmp_path / "a" / "b" / "run")
+    assert run.manifest("encode")["label_names"] == names
+    new = everything_below(tmp_path) - before
+    assert new and all(path.is_relative_to(tmp_path / "a") for path in new)
+
+
+def test_files_in_a_folder_lead_nowhere(tmp_path):
+    pixels = write_images(tmp_path / "source", 6, classes=())
+    (tmp_path / "secret.txt").write_text("a secret")
+    os.symlink(tmp_path / "secret.txt", tmp_path / "source" / "link.png")
+    for name in ("..\\outside.png", "%2e%2e%2foutside.png", "line\nbreak.png", "$(touch x).png"):
+        (tmp_path / "source" / name).write_bytes((tmp_path / "source" / "000.png").read_bytes())
+    before = everything_below(tmp_path)
+    config = small_config(f"folder:{tmp_path / 'source'}", data__max_failed=0.2)
+    run_stages(config, str(tmp_path / "a" / "run"), STAGES, ["--runner=FnApiRunner"])
+    new = everything_below(tmp_path) - before
+    assert new and all(path.is_relative_to(tmp_path / "a") for path in new)
+    run = RunFolder(tmp_path / "a" / "run")
+    assert sum(run.manifest("encode")["counts"].values()) == len(pixels) + 4
+    letters = (run.folder("prepare") / "dead_letters.jsonl").read_text()
+    assert json.loads(letters)["key"] == "link.png" and "a secret" not in letters

@@ -156,6 +156,11 @@ def read_records(folder):
     }
 
 
+def drawn_pixels(run):
+    """Returns the picture of a run's new images; its file names the models' layers as well."""
+    return np.asarray(Image.open(run.folder("sample") / "samples.png"))
+
+
 def finish_again(run, stage, **changes):
     """Writes a stage's manifest anew, with some facts changed, as if it had run a second time."""
     told = run.manifest(stage)

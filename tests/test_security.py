@@ -114,7 +114,7 @@ def everything_below(folder):
 def test_names_in_a_dataset_lead_nowhere(tmp_path):
     names = ["../../../outside", str(tmp_path / "outside"), "..\\outside", "a/b"]
     counts = {"train": 8, "test": 4}
-    write_tfds(tmp_path / "data", "cifar10", "3.0.2", (SIDE, SIDE, 3), counts, names)
+    write_tfds(tmp_path / "data", "cifar10", "3.0.2", (SIDE, SIDE, 3), counts, names, ("id",))
     config = small_config("tfds:cifar10", data__data_dir=str(tmp_path / "data"))
     before = everything_below(tmp_path)
     run_stages(config, str(tmp_path / "a" / "b" / "run"), STAGES, ["--runner=FnApiRunner"])
@@ -128,7 +128,7 @@ def test_files_in_a_folder_lead_nowhere(tmp_path):
     pixels = write_images(tmp_path / "source", 6, classes=())
     (tmp_path / "secret.txt").write_text("a secret")
     os.symlink(tmp_path / "secret.txt", tmp_path / "source" / "link.png")
-    for name in ("..\\outside.png", "%2e%2e%2foutside.png", "line\nbreak.png", "$(touch x).png"):
+    for name in ("a\\..\\outside.png", "%2e%2e%2foutside.png", "line\nbreak.png", "$(touch x).png"):
         (tmp_path / "source" / name).write_bytes((tmp_path / "source" / "000.png").read_bytes())
     before = everything_below(tmp_path)
     config = small_config(f"folder:{tmp_path / 'source'}", data__max_failed=0.2)

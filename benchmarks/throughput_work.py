@@ -1,4 +1,4 @@
-"""One piece of work of `throughput.py`, in a process of its own."""
+"""One piece of work of `throughput.py`, in a process of its own; what is imported is not counted."""
 
 import os
 import pathlib
@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from measuring import report
 
+import pipelines.stages  # noqa: F401  `run_stages` imports it late, with all of Beam
 from pipelines.run import run_stages
 from vqvae.compilation import compiled_encoder
 from vqvae.records import Shard, open_dataset, write_metadata

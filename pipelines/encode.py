@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
@@ -22,12 +23,11 @@ from vqvae.metrics import by_level, count_codes, perplexity
 from vqvae.records import (
     CODES_VERSION,
     Shard,
-    code_dtype,
     code_features,
     damaged_records,
+    image_batches,
     labels_of,
     open_dataset,
-    read_split,
     serialize,
 )
 from vqvae.run_folder import RunFolder
@@ -62,15 +62,13 @@ class ImageShard(NamedTuple):
 
     Attributes:
         shard: The shard to write.
-        first: Number of its first image in the split.
-        last: Number of the image after its last one.
+        images: How many images it has.
         augment: Which variants are encoded beside the images; see `vqvae.variants`.
         total: Grids of codes in all shards, for progress.
     """
 
     shard: Shard
-    first: int
-    last: int
+    images: int
     augment: str
     total: int
 
@@ -87,11 +85,9 @@ def _image_shards(run_path: str) -> Iterator[tuple[str, ImageShard]]:
         for split in splits.values()
     )
     for split in splits.values():
-        bounds = np.cumsum([0, *split.shard_lengths])
-        for index, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for index, images in enumerate(split.shard_lengths):
             shard = Shard(DATASET, split.name, index, len(split.shard_lengths))
-            kind = augment.get(split.name, "none")
-            yield run_path, ImageShard(shard, int(first), int(last), kind, total)
+            yield run_path, ImageShard(shard, images, augment.get(split.name, "none"), total)
 
 
 def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
@@ -100,25 +96,27 @@ def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
     config = run.load_config()
     builder = open_dataset(run.folder("prepare"))
     layout = code_layout(config)
-    unseen = (part.last - part.first) * variant_count(part.augment)
+    unseen = part.images * variant_count(part.augment)
+
+    def encoded():
+        encode, split = _load_encoder(run), part.shard.split
+        for batch in image_batches(builder, split, part.shard.index, config.encode.batch_size):
+            batch = {name: values.numpy() for name, values in batch.items()}
+            originals = batch.pop("image")
+            for suffix, images in variants(originals, part.augment):
+                yield suffix.encode(), in_batches(encode, images, config.encode.batch_size), batch
 
     def records(facts):
         nonlocal unseen
         counts = np.zeros((layout.levels, layout.num_codes), np.int64)
-        encode = _load_encoder(run)
         with damaged_records(run.folder("prepare")):
-            for batch in _batches(builder, part, config.encode.batch_size):
-                keys, originals = batch.pop("key"), batch.pop("image")
-                for suffix, images in variants(originals, part.augment):
-                    codes = in_batches(encode, images, config.encode.batch_size)
-                    codes = codes.astype(code_dtype(config.vqvae.num_codes))
-                    counts += count_codes(codes, layout)
-                    unseen -= len(codes)
-                    advance(STAGE, len(codes), part.total)
-                    for i, of_image in enumerate(codes):
-                        rest = {name: values[i] for name, values in batch.items()}
-                        key = keys[i] + suffix.encode()
-                        yield serialize({"codes": of_image, "key": key, **rest})
+            for suffix, codes, batch in _one_ahead(encoded()):
+                counts += count_codes(codes, layout)
+                unseen -= len(codes)
+                advance(STAGE, len(codes), part.total)
+                for i, of_image in enumerate(codes):
+                    own = {name: values[i] for name, values in batch.items()}
+                    yield serialize(own | {"codes": of_image, "key": own["key"] + suffix})
         facts["code_counts"] = counts.tolist()
 
     report = write_shard_once(run.folder(STAGE), run.fingerprint(STAGE), part.shard, records)
@@ -127,12 +125,14 @@ def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
     return run_path, report
 
 
-def _batches(builder, part: ImageShard, batch_size: int):
-    """Returns the batches of a shard as NumPy arrays; TFDS refuses to read an empty one."""
-    if part.first == part.last:
-        return ()
-    images = read_split(builder, part.shard.split, first=part.first, last=part.last)
-    return images.batch(batch_size).prefetch(2).as_numpy_iterator()
+def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """Yields what an iterator gives, the next of which a thread makes meanwhile."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item
 
 
 def finish_codes(shards: Sequence[tuple[str, ShardReport]]) -> str:
@@ -141,7 +141,8 @@ def finish_codes(shards: Sequence[tuple[str, ShardReport]]) -> str:
     if run.is_done(STAGE):
         return str(run.root)  # a runner that does the next step again may do this one as well
     config = run.load_config()
-    reports = [report for _, report in shards]
+    # Workers end in any order, and the result is the same.
+    reports = sorted((report for _, report in shards), key=lambda report: report.shard)
     layout, labels = code_layout(config), labels_of(open_dataset(run.folder("prepare")))
     files, counts = write_dataset_metadata(
         run.folder(STAGE),

@@ -15,6 +15,7 @@ from vqvae.labels import Labels
 from vqvae.records import Shard, damaged_records
 
 DATASET = "images"
+_READ_AT_ONCE = 64
 
 
 class RawImage(NamedTuple):
@@ -208,23 +209,31 @@ def _read_tfds(data: DataConfig, unit: Unit) -> Iterator[RawImage]:
     builder = _builder(data)
     theirs = data.train_split if unit.shard.split == "train" else data.validation_split
     bounds = unit.images[0], unit.images[-1] + 1
+    wanted = [data.image_key, *([data.label_key] if unit.labels.names else [])]
     examples = builder.as_dataset(
         split=tfds.core.ReadInstruction(theirs, from_=bounds[0], to=bounds[1], unit="abs"),
-        decoders={data.image_key: tfds.decode.SkipDecoding()},
+        decoders=tfds.decode.PartialDecoding(
+            dict.fromkeys(wanted, True), decoders={data.image_key: tfds.decode.SkipDecoding()}
+        ),
         read_config=tfds.ReadConfig(
             add_tfds_id=True, interleave_cycle_length=1, try_autocache=False
         ),
     )
     with damaged_records(builder.data_path):
-        for example in examples.as_numpy_iterator():
-            label = _label(example[data.label_key], unit.labels) if unit.labels.names else -1
-            yield RawImage(os.fsdecode(example["tfds_id"]), example[data.image_key], label)
+        # Handed over one by one, they would take as long as to decode and encode.
+        for batch in examples.ragged_batch(_READ_AT_ONCE).prefetch(2):
+            keys, images = batch["tfds_id"].numpy(), batch[data.image_key].numpy()
+            labels = _labels_of(batch[data.label_key], unit.labels) if unit.labels.names else None
+            for row, image in enumerate(images):
+                yield RawImage(os.fsdecode(keys[row]), image, labels[row] if labels else -1)
 
 
-def _label(value, labels: Labels) -> int | tuple[int, ...]:
-    """Returns a label as `RawImage` has it, of what TFDS has."""
+def _labels_of(values, labels: Labels) -> list[int] | list[tuple[int, ...]]:
+    """Returns the labels of a batch as `RawImage` has them, of what TFDS has."""
     if labels.kind == "classes":
-        return int(value)
-    if isinstance(value, dict):
-        return tuple(int(value[name]) for name in labels.names)
-    return tuple(int(number in value) for number in range(len(labels.names)))
+        return values.numpy().tolist()
+    if isinstance(values, dict):
+        columns = [values[name].numpy().astype(int).tolist() for name in labels.names]
+        return list(zip(*columns, strict=True))
+    numbers = range(len(labels.names))
+    return [tuple(int(number in of_image) for number in numbers) for of_image in values.to_list()]

@@ -219,8 +219,9 @@ def test_work_of_another_model_is_not_taken_over(run):
 def test_an_empty_shard(run):
     # Of a shard of images none of which could be decoded.
     run.begin(STAGE)
+    (run.folder("prepare") / Shard("images", "train", 2, 3).filename).write_bytes(b"")
     shard = Shard("codes", "train", 2, 3)
-    _, report = encode_shard(str(run.root), ImageShard(shard, 20, 20, "flip", 29))
+    _, report = encode_shard(str(run.root), ImageShard(shard, 0, "flip", 29))
     assert report.records == 0 and np.sum(report.facts["code_counts"]) == 0
 
 

@@ -17,6 +17,7 @@ from vqvae.records import (
     code_dtype,
     code_features,
     damaged_records,
+    image_batches,
     image_features,
     label_of,
     labels_of,
@@ -182,6 +183,32 @@ def test_read_split_keeps_the_order_and_slices(codes, first, last):
     found = read_split(open_dataset(folder), "train", first=first, last=last)
     keys = [example["key"].decode() for example in found.as_numpy_iterator()]
     assert keys == [example["key"] for example in examples["train"][first:last]]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("labels", [Labels(), ABC, Labels(("a", "b"), "attributes")])
+def test_image_batches_are_what_tfds_reads(tmp_path, labels, channels):
+    shape = (6, 5, channels)
+    numbers = np.random.default_rng(0)
+    kinds = {"classes": lambda: {"label": numbers.integers(3)} if labels.names else {}}
+    kinds["attributes"] = lambda: {"attributes": numbers.integers(0, 2, 2, np.uint8)}
+    examples = [
+        {"image": encoded(numbers.integers(0, 256, shape, np.uint8)), "key": f"größe/{i}.png"}
+        | kinds[labels.kind]()
+        for i in range(10)
+    ]
+    features = image_features(shape, labels)
+    folder, _ = write_dataset(tmp_path / "images", features, {"train": examples}, per_shard=5)
+    builder = open_dataset(folder)
+    for shard in (0, 1):
+        expected = read_split(builder, "train", first=5 * shard, last=5 * shard + 5)
+        found = list(image_batches(builder, "train", shard, 2))
+        assert [len(batch["key"]) for batch in found] == [2, 2, 1]
+        for theirs, number in zip(expected.as_numpy_iterator(), range(5), strict=True):
+            ours = {name: values[number % 2] for name, values in found[number // 2].items()}
+            assert ours.keys() == theirs.keys()
+            for name, value in theirs.items():
+                np.testing.assert_array_equal(ours[name].numpy(), value)
 
 
 SERIALIZE = """

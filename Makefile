@@ -11,7 +11,7 @@ BACKEND_TESTS := $(addprefix tests/test_,$(addsuffix .py, \
 	lookup_free metrics nearest networks predictive prior_training residual_quantizer sampler scoring training \
 	transformer vector_quantizer vqvae_model))
 
-.PHONY: quickstart test test-fast test-engines test-engine-faults test-cloud lint clean
+.PHONY: quickstart test test-fast test-engines test-engine-faults test-cloud audit lint clean
 
 quickstart: $(BIN)/vqbeam
 	$(BIN)/vqbeam run glyphs --run-dir runs/glyphs
@@ -39,6 +39,11 @@ test-cloud: $(VENV)/.cloud-installed
 $(VENV)/engines/%: tests/engines/%.xml
 	mvn -q -B -f $< dependency:copy-dependencies -DoutputDirectory=$(abspath $@.part)
 	rm -rf $@ && mv $@.part $@ && touch $@
+
+# Asks PyPI for known weaknesses of the pinned versions.
+audit: $(VENV)/.test-installed
+	$(BIN)/python -m pip install -q pip-audit
+	$(BIN)/python -m pip_audit --strict --no-deps -r constraints.txt
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

@@ -26,9 +26,9 @@ import numpy as np
 from pipeline_fixtures import shard_contents, small_config, write_images, write_preset
 from side_by_side import table
 
-from vqvae.fitting import load_model
+from prior.training import load_prior
 from vqvae.run_folder import STAGES, RunFolder
-from vqvae.training import MODEL_FILE
+from vqvae.training import load_vqvae
 
 ROOT = pathlib.Path(__file__).parents[1]
 HEADER = ["killed in", "attempts", "another result", "seconds to the end", "of an unbroken run"]
@@ -49,9 +49,9 @@ def result(run: RunFolder) -> dict[str, str]:
     made = {}
     for stage in ("prepare", "encode"):
         made |= shard_contents(run.folder(stage))
-    for stage in ("train-vqvae", "train-prior"):
-        weights = load_model(run.folder(stage) / MODEL_FILE).weights
-        made |= {f"{stage} {w.path}": np.asarray(w).tobytes() for w in weights}
+    for load in (load_vqvae, load_prior):
+        weights = enumerate(load(run).weights)  # their names depend on what was loaded before
+        made |= {f"{load.__name__} {i}": np.asarray(w).tobytes() for i, w in weights}
     made["picture"] = (run.folder("sample") / "samples.png").read_bytes()
     return {name: hashlib.sha256(content).hexdigest() for name, content in made.items()}
 

@@ -79,7 +79,7 @@ def scratch_run(run: RunFolder, scratch: pathlib.Path, count: int) -> RunFolder:
 
 
 def bare_encode(run: RunFolder) -> None:
-    """Encodes the training images by a plain loop over the same records, and keeps the codes."""
+    """Encodes the images by a plain loop over the same records."""
     batch_size = run.load_config().encode.batch_size
     encode = compiled_encoder(load_vqvae(run))
     splits = open_dataset(run.folder("prepare")).info.splits
@@ -103,7 +103,11 @@ def bare_prepare(dataset, splits: dict[str, int], scratch: pathlib.Path) -> None
         examples = dataset.as_dataset(split=f"{split}[:{count}]", read_config=config)
 
         def packed(example):
-            return tf.io.encode_png(example["image"]), example["label"], example["tfds_id"]
+            return (
+                tf.io.encode_png(example["image"], compression=1),
+                example["label"],
+                example["tfds_id"],
+            )
 
         with tf.io.TFRecordWriter(str(scratch / f"{split}.tfrecord")) as writer:
             for image, label, key in examples.map(packed).prefetch(64).as_numpy_iterator():
@@ -130,7 +134,9 @@ def main() -> None:
         data = dataclasses.replace(config.data, data_dir=str(new_data), max_images=count)
         config = dataclasses.replace(config, data=data)
         dataset = tfds.builder("cifar10", data_dir=new_data)
-    splits = {name: min(count, split.num_examples) for name, split in dataset.info.splits.items()}
+    splits = {name: split.num_examples for name, split in dataset.info.splits.items()}
+    if work == "prepare":  # which takes no more of a shard than it is told to
+        splits = {name: min(count, size) for name, size in splits.items()}
     start, cpu = time.perf_counter(), time.process_time()
     if side == "beam":
         run_stages(config, str(scratch / "run"), (work,), LOCAL)

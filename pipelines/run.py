@@ -30,7 +30,9 @@ def run_stages(
     run = RunFolder(run_dir)
     config = dataclasses.replace(config, data=located(config.data))
     if is_dataflow(beam_args):
-        check_shared({"--run-dir": run_dir, **places_of(config.data)})
+        check_shared({"--run-dir": run_dir})
+        if "prepare" in stages and not run.is_done("prepare"):
+            check_shared(places_of(config.data))
     if "prepare" in stages and not run.exists():
         # First, so that no folder is bound to a dataset whose name was mistyped.
         from pipelines.sources import check_source

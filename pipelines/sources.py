@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
 
@@ -15,7 +16,7 @@ from vqvae.labels import Labels
 from vqvae.records import Shard, damaged_records
 
 DATASET = "images"
-_READ_AT_ONCE = 64
+_READ_AT_ONCE = 16  # more is no faster, and photographs may be large
 
 
 class RawImage(NamedTuple):
@@ -236,4 +237,5 @@ def _labels_of(values, labels: Labels) -> list[int] | list[tuple[int, ...]]:
         columns = [values[name].numpy().astype(int).tolist() for name in labels.names]
         return list(zip(*columns, strict=True))
     numbers = range(len(labels.names))
-    return [tuple(int(number in of_image) for number in numbers) for of_image in values.to_list()]
+    lists = values.to_list() if isinstance(values, tf.RaggedTensor) else values.numpy().tolist()
+    return [tuple(int(number in of_image) for number in numbers) for of_image in lists]

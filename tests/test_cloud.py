@@ -94,8 +94,9 @@ def test_every_stage_reads_and_writes_a_bucket(bucket, config, expected, tmp_pat
 def test_a_storage_that_is_out_of_order_for_a_while(bucket, config, expected, tmp_path):
     preset = write_preset(tmp_path / "preset.py", config)
     process = vqbeam(bucket, "run", preset, "--run-dir", "gs://bucket/runs/refused")
-    times = 0
+    times, end = 0, time.monotonic() + 600
     while process.poll() is None:
+        assert time.monotonic() < end
         before = bucket.requests
         time.sleep(1)
         if bucket.requests > before and times < 4:

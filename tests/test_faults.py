@@ -253,7 +253,7 @@ def test_a_manifest_edited_by_hand(failure, own_run, stage):
     path = run.folder(stage) / "manifest.json"
     path.write_text(path.read_text().replace(": 1", ": 2", 1))
     message = failure("run", preset, "--run-dir", run.root)
-    assert f"{path} is not as vqbeam wrote it" in message
+    assert f"{path} is not as vqbeam writes it" in message
     assert f"delete it and run vqbeam {stage} again" in message
     # What it says helps.
     path.unlink()

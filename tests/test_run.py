@@ -198,7 +198,7 @@ def test_failed_images_are_named_at_the_end(ran, tmp_path, source, capsys, monke
 
 
 def test_dataflow_is_asked_for_a_gpu(ran, tmp_path, source, monkeypatch):
-    asked = []
+    asked, checked = [], []
 
     def transform(stage, gpu_hint):
         asked.append(gpu_hint)
@@ -207,19 +207,22 @@ def test_dataflow_is_asked_for_a_gpu(ran, tmp_path, source, monkeypatch):
     pipeline = beam.Pipeline
     go(tmp_path / "run", source, ("prepare",))
     monkeypatch.setattr(stages_module, "transform", transform)
-    monkeypatch.setattr(run_module, "check_shared", lambda places: None)
+    monkeypatch.setattr(run_module, "check_shared", checked.append)
     # Beam's own would look for a project on Google Cloud.
     monkeypatch.setattr(beam, "Pipeline", lambda options: pipeline(runner=FnApiRunner()))
     for runner in ("FnApiRunner", "DataflowRunner"):
         go(tmp_path / "run", source, ("train-vqvae",), [f"--runner={runner}"])
     assert asked == [False, True]
+    # What is prepared already may have come from anywhere.
+    assert [list(places) for places in checked] == [["--run-dir"]]
 
 
-def test_dataflow_cannot_reach_this_machine(tmp_path, source):
+def test_dataflow_cannot_reach_this_machine(tmp_path, source, monkeypatch):
     message = "workers of Dataflow cannot reach .*/run; give a gs:// path by --run-dir"
     with pytest.raises(VqbeamError, match=message):
         go(tmp_path / "run", source, beam_args=["--runner=DataflowRunner"])
     assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(RunFolder, "is_done", lambda self, stage: False)  # or it asks Google
     with pytest.raises(VqbeamError, match="give a gs:// path by --data.source"):
         go("gs://bucket/run", source, beam_args=["--runner=DataflowRunner"])
 

@@ -2,13 +2,15 @@ import re
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tensorflow_datasets as tfds
 from pipeline_fixtures import CLASSES, SIDE, small_config, write_images, write_tfds
 
 from configs import VqbeamError
 from pipelines.glyphs import LETTERS, Glyphs, draw_glyph
 from pipelines.images import decode_image
-from pipelines.sources import check_source, plan, prepare_source, read_unit
+from pipelines.sources import _labels_of, check_source, plan, prepare_source, read_unit
+from vqvae.labels import Labels
 
 BEAM = ["--runner=FnApiRunner"]
 
@@ -242,3 +244,10 @@ def test_a_damaged_record_of_tfds(prepared, tmp_path):
     shard.write_bytes(bytes(content))
     with pytest.raises(VqbeamError, match="a record in .*own_set/1.2.3 is damaged"):
         read_all(settings)
+
+
+def test_lists_of_classes_of_one_length():
+    labels = Labels(("a", "b", "c"), "attributes")
+    lists = tf.ragged.constant([[0, 2], [1]]), tf.constant([[0, 2], [1, 1]])
+    for values in lists:
+        assert _labels_of(values, labels) == [(1, 0, 1), (0, 1, 0)]

@@ -125,10 +125,10 @@ class RunFolder:
         if not path.exists():
             return None
         manifest = _read_json(path)
-        if manifest.get("sha256") != _hash_of(manifest):
+        if not isinstance(manifest, dict) or manifest.get("sha256") != _hash_of(manifest):
             raise VqbeamError(
-                f"{path} is not as vqbeam wrote it: it was changed by hand, or is damaged; put it "
-                f"back, or delete it and run vqbeam {stage} again"
+                f"{path} is not as vqbeam writes it: it was changed by hand, is damaged, or is of "
+                f"an earlier version; put it back, or delete it and run vqbeam {stage} again"
             )
         return manifest
 

@@ -251,7 +251,9 @@ def test_a_damaged_record(failure, own_run, stage, following):
 def test_a_manifest_edited_by_hand(failure, own_run, stage):
     run, preset = own_run
     path = run.folder(stage) / "manifest.json"
-    path.write_text(path.read_text().replace(": 1", ": 2", 1))
+    manifest = json.loads(path.read_text())
+    manifest["outputs"] = dict.fromkeys(manifest["outputs"], 0)
+    path.write_text(json.dumps(manifest))
     message = failure("run", preset, "--run-dir", run.root)
     assert f"{path} is not as vqbeam writes it" in message
     assert f"delete it and run vqbeam {stage} again" in message

@@ -103,11 +103,7 @@ def bare_prepare(dataset, splits: dict[str, int], scratch: pathlib.Path) -> None
         examples = dataset.as_dataset(split=f"{split}[:{count}]", read_config=config)
 
         def packed(example):
-            return (
-                tf.io.encode_png(example["image"], compression=1),
-                example["label"],
-                example["tfds_id"],
-            )
+            return tf.io.encode_png(example["image"]), example["label"], example["tfds_id"]
 
         with tf.io.TFRecordWriter(str(scratch / f"{split}.tfrecord")) as writer:
             for image, label, key in examples.map(packed).prefetch(64).as_numpy_iterator():

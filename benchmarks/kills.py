@@ -12,7 +12,6 @@ import hashlib
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[1]))
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
 
 import numpy as np
+from commands import start
 from pipeline_fixtures import shard_contents, small_config, write_images, write_preset
 from side_by_side import table
 
@@ -30,18 +30,7 @@ from prior.training import load_prior
 from vqvae.run_folder import STAGES, RunFolder
 from vqvae.training import load_vqvae
 
-ROOT = pathlib.Path(__file__).parents[1]
 HEADER = ["killed in", "attempts", "another result", "seconds to the end", "of an unbroken run"]
-
-
-def start(preset: pathlib.Path, run_dir: pathlib.Path) -> subprocess.Popen:
-    """Starts the command."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipelines", "run", str(preset), "--run-dir", str(run_dir)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
 
 
 def result(run: RunFolder) -> dict[str, str]:
@@ -76,18 +65,22 @@ def main() -> None:
         preset = write_preset(
             folder / "preset.py", small_config(f"folder:{folder / 'source'}", **steps)
         )
+
+        def run_in(name):
+            return start(folder / "log.txt", "run", preset, "--run-dir", folder / name)
+
         begun = time.monotonic()
-        assert start(preset, folder / "unbroken").wait() == 0
+        assert run_in("unbroken").wait() == 0
         unbroken = time.monotonic() - begun
         expected = result(RunFolder(folder / "unbroken"))
         for attempt in range(kills):
             run = RunFolder(folder / f"run-{attempt}")
-            process = start(preset, folder / run.root.name)
+            process = run_in(run.root.name)
             time.sleep(numbers.uniform(0, unbroken))
             process.kill()
             process.wait()
             stage, begun = stage_at_work(run), time.monotonic()
-            assert start(preset, folder / run.root.name).wait() == 0
+            assert run_in(run.root.name).wait() == 0
             found[stage].append((time.monotonic() - begun, result(run) != expected))
             print(f"{attempt + 1} of {kills}: {stage}, {found[stage][-1]}", file=sys.stderr)
     rows = [

@@ -23,7 +23,7 @@ WORKS = ("encode", "prepare")
 LIMITS = {"encode": 1.15, "prepare": 1.3}
 
 
-def turns(run: str, data_dir: str, count: int, turns: int) -> list[list[str]]:
+def beside_loops(run: str, data_dir: str, count: int, turns: int) -> list[list[str]]:
     """Returns a row for each work: processor time of both sides, and their ratio."""
     rows = []
     for work in WORKS:
@@ -76,7 +76,7 @@ def main() -> None:
     given = parser.parse_args()
     run = str(pathlib.Path(given.run).resolve())
     header = ["CPU time of an image", "bare loop", "through Beam", "ratio", "goal", "wall"]
-    print(table(header, turns(run, given.data_dir, given.images, given.turns)), flush=True)
+    print(table(header, beside_loops(run, given.data_dir, given.images, given.turns)), flush=True)
     if given.sizes:
         counts = [int(count) for count in given.sizes.split(",")]
         header = ["work", "images", "wall time of an image", "peak memory"]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs import SampleConfig
-from pipelines.beam_flags import BEAM_HELP, with_runner
+from pipelines.beam_flags import BEAM_HELP, is_dataflow, with_runner
 from pipelines.config_flags import in_range
 from pipelines.parser import Parser, count, nonempty
 from pipelines.verbs import verb_parser
@@ -63,7 +63,7 @@ def parse_generate(verb: str, words: Sequence[str]) -> dict[str, Any]:
     given = parser.parse_words(words, beam=True)
     beam_args = with_runner(given.get("beam_args", []))
     labelled = any(word.startswith("--labels=") for word in beam_args)
-    if labelled and not any("Dataflow" in word for word in beam_args):
+    if labelled and not is_dataflow(beam_args):
         parser.error("--labels labels a job on Dataflow; did you mean --label?")
     return _settings(given, flags) | {
         "run_dir": given["DIR"],

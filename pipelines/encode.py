@@ -100,8 +100,8 @@ def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
 
     def encoded():
         encode, split = _load_encoder(run), part.shard.split
-        for batch in image_batches(builder, split, part.shard.index, config.encode.batch_size):
-            batch = {name: values.numpy() for name, values in batch.items()}
+        images = image_batches(builder, split, part.shard.index, config.encode.batch_size)
+        for batch in images.as_numpy_iterator():
             originals = batch.pop("image")
             for suffix, images in variants(originals, part.augment):
                 yield suffix.encode(), in_batches(encode, images, config.encode.batch_size), batch
@@ -141,8 +141,7 @@ def finish_codes(shards: Sequence[tuple[str, ShardReport]]) -> str:
     if run.is_done(STAGE):
         return str(run.root)  # a runner that does the next step again may do this one as well
     config = run.load_config()
-    # Workers end in any order, and the result is the same.
-    reports = sorted((report for _, report in shards), key=lambda report: report.shard)
+    reports = [report for _, report in shards]
     layout, labels = code_layout(config), labels_of(open_dataset(run.folder("prepare")))
     files, counts = write_dataset_metadata(
         run.folder(STAGE),

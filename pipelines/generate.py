@@ -22,7 +22,6 @@ from pipelines.sample_files import SAMPLES_LIST, write_samples
 from pipelines.samples import Drawer, Samples, fitted, learned_labels
 from pipelines.sampling_defaults import changed_defaults
 from pipelines.shards import ShardReport, write_dataset_metadata, write_shard_once
-from vqvae.labels import Labels
 from vqvae.records import IMAGES_VERSION, Shard, image_features, serialize
 from vqvae.run_folder import RunFolder
 
@@ -139,12 +138,11 @@ def draw_shard(order: Order, index: int) -> DrawnShard:
         drawer = _load_drawer(order)
         return drawer(label_rows(order.labels, drawer.known, num, first), first, moved)
 
-    def records(facts) -> Iterator[bytes]:
-        return _records(draw(), _load_drawer(order).known)
-
     if order.form == "tfrecord":
         shard = Shard(DATASET, SPLIT, index, order.shards)
-        report = write_shard_once(order.folder, order.fingerprint, shard, records)
+        report = write_shard_once(
+            order.folder, order.fingerprint, shard, lambda facts: _records(draw())
+        )
     elif not (folder / SAMPLES_LIST).exists():
         write_samples(draw(), folder)
     moved(num)  # where an earlier attempt has drawn them
@@ -152,12 +150,12 @@ def draw_shard(order: Order, index: int) -> DrawnShard:
     return DrawnShard(order, index, report)
 
 
-def _records(samples: Samples, labels: Labels) -> Iterator[bytes]:
+def _records(samples: Samples) -> Iterator[bytes]:
     for row, image in enumerate(samples.images):
         example = {"image": encode_png(image), "key": f"{samples.first + row:05d}"}
-        if labels.kind == "attributes":
+        if samples.labels.ndim == 2:
             example["attributes"] = samples.labels[row].astype(np.uint8)
-        elif labels.names:
+        elif samples.names:
             example["label"] = samples.labels[row]
         yield serialize(example)
 

@@ -102,7 +102,7 @@ def finish_images(shards: Sequence[tuple[str, ShardReport]]) -> str:
     if run.is_done(STAGE):
         return str(run.root)  # a runner that does the next step again may do this one as well
     config = run.load_config()
-    # Workers end in any order, and the result is the same.
+    # Workers end in any order, and the dead letters are the same.
     reports = sorted((report for _, report in shards), key=lambda report: report.shard)
     failures = [failure for report in reports for failure in report.facts["failures"]]
     letters = run.folder(STAGE) / DEAD_LETTERS

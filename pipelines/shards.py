@@ -85,8 +85,10 @@ def write_dataset_metadata(
     Raises:
         VqbeamError: A shard was not reported.
     """
+    # Workers end in any order, and the result is the same.
+    reports = sorted(reports, key=lambda report: report.shard)
     splits: dict[str, list[ShardReport]] = {}
-    for report in sorted(reports, key=lambda report: report.shard):
+    for report in reports:
         splits.setdefault(report.shard.split, []).append(report)
     for split, of_split in splits.items():
         found = [report.shard.index for report in of_split]

@@ -6,7 +6,6 @@ import http.client
 import http.server
 import json
 import pathlib
-import socket
 import ssl
 import threading
 import time
@@ -15,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 
 import trustme
+from engine_servers import free_port
 from gcp_storage_emulator.server import create_server
 
 BUCKET = "bucket"
@@ -43,11 +43,13 @@ class Storage:
         """Has the storage answer 503 for a while."""
         self._out_of_order_until = time.monotonic() + seconds
 
-    def write(self, name: str, data: bytes) -> None:
-        """Puts an object into the bucket."""
+    def upload(self, folder: pathlib.Path) -> None:
+        """Puts the files of a folder into the bucket, under its name."""
         place = f"{self.emulator}/upload/storage/v1/b/{BUCKET}/o"
-        query = urllib.parse.urlencode({"uploadType": "media", "name": name})
-        urllib.request.urlopen(f"{place}?{query}", data=data).close()
+        for path in filter(pathlib.Path.is_file, folder.rglob("*")):
+            name = str(path.relative_to(folder.parent))
+            query = urllib.parse.urlencode({"uploadType": "media", "name": name})
+            urllib.request.urlopen(f"{place}?{query}", data=path.read_bytes()).close()
 
     def download(self, folder: pathlib.Path) -> pathlib.Path:
         """Writes all objects of the bucket into a folder; returns it."""
@@ -103,13 +105,6 @@ def storage(folder: pathlib.Path) -> Iterator[Storage]:
         proxy.shutdown()
         proxy.server_close()
         emulator.stop()
-
-
-def free_port() -> int:
-    """Returns a port of this machine that nothing listens at."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 def _credentials(folder: pathlib.Path) -> pathlib.Path:

@@ -10,7 +10,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-ROOT = pathlib.Path(__file__).parent.parent
+from commands import ROOT
+
 # Where `make test-engines` has put the jars.
 JARS = pathlib.Path(os.environ.get("VQBEAM_ENGINES", ROOT / ".venv" / "engines"))
 _FLINK, _SPARK = "flink.FlinkJobServerDriver", "spark.SparkJobServerDriver"
@@ -60,7 +61,7 @@ def flink_in_one_process(folder: pathlib.Path) -> Iterator[list[str]]:
 @contextlib.contextmanager
 def flink_cluster(folder: pathlib.Path) -> Iterator[list[str]]:
     """A Flink cluster of one JobManager and two TaskManagers, each a process, and a worker pool."""
-    rest, rpc, blob = _free_port(), _free_port(), _free_port()
+    rest, rpc, blob = free_port(), free_port(), free_port()
     settings = {
         "jobmanager.rpc.address": "localhost",
         "jobmanager.rpc.port": rpc,
@@ -141,7 +142,7 @@ def _pool(folder: pathlib.Path):
 def _job_server(kind: str, driver: str, master: str, folder: pathlib.Path):
     def command(port):
         ports = ["--job-host=localhost", f"--job-port={port}"]
-        ports += [f"--artifact-port={_free_port()}", f"--expansion-port={_free_port()}"]
+        ports += [f"--artifact-port={free_port()}", f"--expansion-port={free_port()}"]
         return _java(kind, f"org.apache.beam.runners.{driver}", [master, *ports])
 
     return _server(command, folder / "job-server.log")
@@ -155,7 +156,7 @@ def _java(kind: str, main: str, words: list[str]) -> list[str]:
 @contextlib.contextmanager
 def _server(command: Callable[[int], list[str]], log: pathlib.Path) -> Iterator[int]:
     """Runs a server while the block runs; gives the port at which it answers."""
-    port = _free_port()
+    port = free_port()
     with _process(command(port), log):
         _wait_for(port, log)
         yield port
@@ -196,7 +197,8 @@ def _wait_for(port: int, log: pathlib.Path) -> None:
             time.sleep(0.1)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Returns a port of this machine that nothing listens at."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return listener.getsockname()[1]

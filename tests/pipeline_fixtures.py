@@ -1,6 +1,8 @@
 """Small datasets and configs that the tests of the pipeline share."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -44,6 +46,12 @@ def write_preset(path, config):
     """Writes a preset file that sets CONFIG to `config`."""
     path.write_text(f"from configs import *\n\nCONFIG = {config!r}\n")
     return path
+
+
+def png_chunk(kind, content):
+    """Returns a chunk of a PNG file."""
+    check = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + check
 
 
 def png(image):
@@ -154,6 +162,26 @@ def read_records(folder):
     return {
         split: list(read_split(builder, split).as_numpy_iterator()) for split in builder.info.splits
     }
+
+
+def read_keys(folder):
+    """Returns the keys of the examples of a folder of shards, all splits together."""
+    return [e["key"].decode() for examples in read_records(folder).values() for e in examples]
+
+
+def assert_same_run(run, expected):
+    """Checks that two runs hold the same images, codes and picture, in the same order."""
+    for stage in ("prepare", "encode"):
+        found, wanted = (read_records(which.folder(stage)) for which in (run, expected))
+        assert found.keys() == wanted.keys()
+        for split, examples in wanted.items():
+            assert len(found[split]) == len(examples) > 0
+            for ours, theirs in zip(found[split], examples, strict=True):
+                assert ours.keys() == theirs.keys()
+                for name, value in theirs.items():
+                    np.testing.assert_array_equal(ours[name], value, err_msg=name)
+    pictures = [which.folder("sample") / "samples.png" for which in (run, expected)]
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
 
 def drawn_pixels(run):

@@ -4,7 +4,6 @@ import base64
 import bz2
 import contextlib
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -12,11 +11,11 @@ import tarfile
 import zlib
 
 import pytest
-from pipeline_fixtures import small_config, write_preset
+from commands import ROOT
+from pipeline_fixtures import small_config, write_images, write_preset
 
 pytestmark = pytest.mark.cloud
 
-ROOT = pathlib.Path(__file__).parent.parent
 IMAGE = "region-docker.pkg.dev/project/images/vqbeam:1"
 ACCELERATOR = "beam:resources:accelerator:v1"
 
@@ -31,11 +30,8 @@ def submitted(tmp_path_factory):
     config = small_config("folder:gs://bucket/source")
     preset = write_preset(folder / "preset.py", config)
     with storage(folder) as bucket, dataflow_service() as (address, jobs):
-        from pipeline_fixtures import write_images
-
         write_images(folder / "source", 4)
-        for path in (folder / "source").rglob("*.png"):
-            bucket.write(f"source/{path.relative_to(folder / 'source')}", path.read_bytes())
+        bucket.upload(folder / "source")
         words = ["run", str(preset), "--run-dir", "gs://bucket/run", "--runner=DataflowRunner"]
         words += ["--project=project", "--region=region", f"--dataflow_endpoint={address}"]
         words += ["--temp_location=gs://bucket/tmp", f"--sdk_container_image={IMAGE}"]

@@ -1,14 +1,12 @@
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from engine_servers import ENGINES, ROOT
-from pipeline_fixtures import png, read_records, small_config, write_preset
-from stage_signs import SIGNS, wait_for
+from commands import SIGNS, start, wait_for
+from engine_servers import ENGINES
+from pipeline_fixtures import png, read_keys, small_config, write_preset
 
 from vqvae.run_folder import STAGES, RunFolder
 
@@ -29,15 +27,8 @@ def preset(tmp_path_factory):
     return write_preset(tmp_path_factory.mktemp("preset") / "small.py", config)
 
 
-def command(folder, preset, flags):
-    with (folder / "command.log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "pipelines", "run", preset, "--run-dir", "run", *flags],
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=log,
-            stderr=log,
-        )
+def start_run(folder, preset, flags):
+    return start(folder / "command.log", "run", preset, "--run-dir", "run", *flags, cwd=folder)
 
 
 def workers(folder):
@@ -68,14 +59,14 @@ def assert_nothing_is_lost(folder):
     run = RunFolder(folder / "run")
     assert all(run.is_done(stage) for stage in STAGES)
     for stage in ("prepare", "encode"):
-        records = read_records(run.folder(stage))
-        keys = [example["key"].decode() for some in records.values() for example in some]
-        assert sorted(keys) == [f"{index:02d}.png" for index in range(IMAGES)]
+        assert sorted(read_keys(run.folder(stage))) == [
+            f"{index:02d}.png" for index in range(IMAGES)
+        ]
 
 
 def test_flink_starts_what_was_broken_off_again(preset, tmp_path):
     with ENGINES["Flink cluster"](tmp_path) as flags:
-        process = command(tmp_path, preset, flags)
+        process = start_run(tmp_path, preset, flags)
         for stage in KILLED_IN:
             assert kill_workers_in(stage, tmp_path, process), "there was no worker to kill"
         assert process.wait(300) == 0, (tmp_path / "command.log").read_text()
@@ -85,7 +76,7 @@ def test_flink_starts_what_was_broken_off_again(preset, tmp_path):
 def test_a_job_that_died_with_its_workers_goes_on_when_started_again(preset, tmp_path):
     with ENGINES["worker pool"](tmp_path) as flags:
         for stage in KILLED_IN:
-            process = command(tmp_path, preset, flags)
+            process = start_run(tmp_path, preset, flags)
             assert kill_workers_in(stage, tmp_path, process), "there was no worker to kill"
             # It ends well, or says so, and does not hang.
             if process.wait(240):
@@ -93,5 +84,5 @@ def test_a_job_that_died_with_its_workers_goes_on_when_started_again(preset, tmp
                     "vqbeam: a worker of the engine has died; run the same command again to go on"
                 )
                 assert (tmp_path / "command.log").read_text().splitlines()[-1] == said
-        assert command(tmp_path, preset, flags).wait(300) == 0
+        assert start_run(tmp_path, preset, flags).wait(300) == 0
     assert_nothing_is_lost(tmp_path)

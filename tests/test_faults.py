@@ -1,21 +1,18 @@
 import json
 import os
-import pathlib
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
+from commands import SIGNS, start, wait_for
 from pipeline_fixtures import (
     drawn_pixels,
     png,
-    read_records,
+    read_keys,
     small_config,
     write_images,
     write_preset,
 )
-from stage_signs import SIGNS, wait_for
 
 from pipelines import cli
 from pipelines.run import run_stages
@@ -25,7 +22,6 @@ from vqvae.training import MODEL_FILE
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parent.parent
 IMAGES = 60
 
 
@@ -54,24 +50,14 @@ def place(tmp_path_factory):
     return folder, config, write_preset(folder / "preset.py", config)
 
 
-def start(place, run_dir):
+def start_run(place, run_dir):
     folder, _, preset = place
-    return command(folder / "log.txt", "run", preset, "--run-dir", run_dir)
-
-
-def command(log_file, *words):
-    with log_file.open("a") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "pipelines", *map(str, words)],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=log,
-            stderr=log,
-        )
+    return start(folder / "log.txt", "run", preset, "--run-dir", run_dir)
 
 
 def kill_in(stage, place, run_dir):
     """Starts the run and kills it, by SIGKILL, once the stage has begun to write."""
-    process = start(place, run_dir)
+    process = start_run(place, run_dir)
     try:
         wait_for(SIGNS[stage], run_dir, process, place[0] / "log.txt")
     finally:
@@ -92,15 +78,13 @@ def test_killed_in_each_stage_and_run_again(place):
         assert run.manifest(stage) is None
         before = list(STAGES)[: list(STAGES).index(stage)]
         assert all(run.is_done(name) for name in before)
-    assert start(place, folder / "run").wait(300) == 0, (folder / "log.txt").read_text()
+    assert start_run(place, folder / "run").wait(300) == 0, (folder / "log.txt").read_text()
     assert all(run.is_done(stage) for stage in STAGES)
 
     # Every image is there exactly once, and nothing else is.
     expected = sorted(f"{kind}/{i:02d}.png" for kind in "ab" for i in range(IMAGES // 2))
     for stage in ("prepare", "encode"):
-        records = read_records(run.folder(stage))
-        keys = [example["key"].decode() for some in records.values() for example in some]
-        assert sorted(keys) == expected
+        assert sorted(read_keys(run.folder(stage))) == expected
         found = {path.name for path in run.folder(stage).iterdir()}
         assert found == {*run.manifest(stage)["outputs"], "manifest.json"}
 
@@ -119,8 +103,8 @@ def test_generate_killed_and_run_again(finished_run, tmp_path):
     log = tmp_path / "log.txt"
     words = ("generate", finished_run.root, "--num", 90, "--shard-images", 3)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert command(log, *words, "--output", whole).wait(300) == 0, log.read_text()
-    process = command(log, *words, "--output", killed)
+    assert start(log, *words, "--output", whole).wait(300) == 0, log.read_text()
+    process = start(log, *words, "--output", killed)
     try:
         wait_for("*/samples.jsonl", killed, process, log)
     finally:
@@ -128,7 +112,7 @@ def test_generate_killed_and_run_again(finished_run, tmp_path):
         process.wait()
     done = len(list(killed.glob("*/samples.jsonl")))
     assert 0 < done < 30
-    assert command(log, *words, "--output", killed).wait(300) == 0, log.read_text()
+    assert start(log, *words, "--output", killed).wait(300) == 0, log.read_text()
     pictures = [sorted(path.relative_to(f) for path in f.rglob("*.png")) for f in (whole, killed)]
     assert pictures[0] == pictures[1] and len(pictures[0]) == 90
     for name in pictures[0]:
@@ -136,7 +120,7 @@ def test_generate_killed_and_run_again(finished_run, tmp_path):
 
 
 def test_a_second_command_in_the_same_folder(place, failure, tmp_path):
-    process = start(place, tmp_path / "run")
+    process = start_run(place, tmp_path / "run")
     try:
         wait_for(".lock.json", tmp_path / "run", process, place[0] / "log.txt")
         line = failure("run", place[2], "--run-dir", tmp_path / "run")
@@ -158,9 +142,7 @@ def test_one_image_in_a_hundred_is_corrupt(tmp_path):
     run = RunFolder(tmp_path / "run")
     letters = (run.folder("prepare") / "dead_letters.jsonl").read_text().splitlines()
     assert {json.loads(line)["key"] for line in letters} == set(damaged)
-    records = read_records(run.folder("encode"))
-    encoded = [example["key"].decode() for some in records.values() for example in some]
-    assert sorted(encoded) == sorted(set(keys) - set(damaged))
+    assert sorted(read_keys(run.folder("encode"))) == sorted(set(keys) - set(damaged))
 
 
 def test_a_clock_that_jumps(tmp_path, monkeypatch):

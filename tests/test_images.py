@@ -2,11 +2,11 @@ import contextlib
 import io
 import struct
 import warnings
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
+from pipeline_fixtures import png_chunk
 
 from pipelines import images
 
@@ -29,13 +29,9 @@ def _decode(data, height, width, channels=3, fit="crop"):
 
 
 def _png_header(width, height):
-    def chunk(kind, body):
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    chunks = (b"IHDR", header), (b"IDAT", b""), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
 
 
 @pytest.mark.parametrize(

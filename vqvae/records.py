@@ -94,8 +94,8 @@ def serialize(example: dict[str, Any]) -> bytes:
         else:
             numbers = np.asarray(value).ravel().tolist()
             features[name] = _Feature(int64_list=_Int64List(value=numbers))
-    example = tf.train.Example(features=tf.train.Features(feature=features))
-    return example.SerializeToString(deterministic=True)
+    record = tf.train.Example(features=tf.train.Features(feature=features))
+    return record.SerializeToString(deterministic=True)
 
 
 def write_shard(path: epath.Path, records: Iterable[bytes]) -> int:

@@ -1,0 +1,46 @@
+"""Starting the real command, and waiting until it is in the middle of a stage, to kill it there."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# The file that tells that a stage is in the middle of its work.
+SIGNS = {
+    "prepare": "images/.reports-*/*.json",
+    "train-vqvae": "vqvae/checkpoints/*/epoch-00002.weights.h5",
+    "encode": "codes/.reports-*/*.json",
+    "train-prior": "prior/checkpoints/*/epoch-00002.weights.h5",
+}
+
+
+def start(
+    log: pathlib.Path,
+    *words: object,
+    cwd: pathlib.Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.Popen:
+    """Starts `vqbeam` with these words; all that it says is added to the log."""
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipelines", *map(str, words)],
+            cwd=cwd,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | dict(environment or {}),
+            stdout=out,
+            stderr=out,
+        )
+
+
+def wait_for(
+    pattern: str, run_dir: pathlib.Path, process: subprocess.Popen, log: pathlib.Path
+) -> None:
+    """Waits until the command has written what the pattern names; it must not end before."""
+    end = time.monotonic() + 240
+    while not any(run_dir.glob(pattern)):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end
+        time.sleep(0.002)

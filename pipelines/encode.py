@@ -1,7 +1,7 @@
 """Stage 3 of the pipeline: every prepared image to its codes, and variants of it to theirs."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import numpy as np
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
+from pipelines.gathering import Gathered, GatherReports
 from pipelines.progress import advance
 from pipelines.shards import (
     ShardReport,
@@ -52,8 +53,8 @@ class EncodeImages(beam.PTransform):
             | "ListShards" >> beam.FlatMap(_image_shards)
             | beam.Reshuffle()
             | "EncodeShard" >> beam.MapTuple(encode_shard)
-            | beam.combiners.ToList()
-            | "FinishCodes" >> beam.Map(finish_codes)
+            | "GatherReports" >> beam.CombinePerKey(GatherReports(add_facts))
+            | "FinishCodes" >> beam.MapTuple(finish_codes)
         )
 
 
@@ -135,23 +136,27 @@ def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
             yield item
 
 
-def finish_codes(shards: Sequence[tuple[str, ShardReport]]) -> str:
+def add_facts(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Returns what was seen in some shards and in others as what was seen in both."""
+    return {"code_counts": np.add(one["code_counts"], other["code_counts"])}
+
+
+def finish_codes(run_path: str, gathered: Gathered) -> str:
     """Makes a dataset of the shards, with codebook use; returns the run's path."""
-    run = RunFolder(shards[0][0])
+    run = RunFolder(run_path)
     if run.is_done(STAGE):
-        return str(run.root)  # a runner that does the next step again may do this one as well
+        return run_path  # a runner that does the next step again may do this one as well
     config = run.load_config()
-    reports = [report for _, report in shards]
     layout, labels = code_layout(config), labels_of(open_dataset(run.folder("prepare")))
     files, counts = write_dataset_metadata(
         run.folder(STAGE),
-        reports,
+        gathered.reports,
         code_features(layout, labels),
         version=CODES_VERSION,
         description=f"Codes of {config.data.source}: {layout.describe()}.",
     )
     remove_leftovers(run.folder(STAGE), files)
-    use = np.sum([report.facts["code_counts"] for report in reports], axis=0)  # [levels, K]
+    use = np.asarray(gathered.facts["code_counts"])  # [levels, K]
     run.finish(
         STAGE,
         files,
@@ -161,7 +166,7 @@ def finish_codes(shards: Sequence[tuple[str, ShardReport]]) -> str:
         perplexity=by_level([perplexity(counts) for counts in use]),
         codes_used=by_level(np.count_nonzero(use, axis=1).tolist()),
     )
-    return str(run.root)
+    return run_path
 
 
 def _load_encoder(run: RunFolder):

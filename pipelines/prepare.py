@@ -11,6 +11,7 @@ import numpy as np
 from apache_beam.metrics import Metrics
 
 from configs import Config, VqbeamError
+from pipelines.gathering import Gathered, GatherReports
 from pipelines.images import ImageError, decode_image, encode_png
 from pipelines.progress import advance
 from pipelines.shards import (
@@ -42,8 +43,8 @@ class PrepareImages(beam.PTransform):
             | "Plan" >> beam.FlatMap(_plan_units)
             | beam.Reshuffle()
             | "PrepareShard" >> beam.MapTuple(prepare_shard)
-            | beam.combiners.ToList()
-            | "FinishImages" >> beam.Map(finish_images)
+            | "GatherReports" >> beam.CombinePerKey(GatherReports(add_facts))
+            | "FinishImages" >> beam.MapTuple(finish_images)
         )
 
 
@@ -72,7 +73,8 @@ def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
             except ImageError as error:
                 failures.append({"key": raw.key, "reason": str(error)})
                 continue
-            statistics.add(image, raw.label)
+            if unit.shard.split == "train":
+                statistics.add(image, raw.label)
             example = {"image": encode_png(image), "key": raw.key}
             yield serialize(example | _label(raw, unit))
         facts |= {
@@ -91,20 +93,30 @@ def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
     return run_path, report
 
 
-def finish_images(shards: Sequence[tuple[str, ShardReport]]) -> str:
+def add_facts(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Returns what was seen in some shards and in others as what was seen in both."""
+    sums, theirs = dict(one["statistics"]), other["statistics"]
+    for name in ("pixels", "pixel_sum", "square_sum"):
+        sums[name] += theirs[name]
+    sums["labels"] = Counter(sums["labels"]) + Counter(theirs["labels"])
+    failures = one["failures"] + other["failures"]
+    return {"failures": failures, "labels": one["labels"], "statistics": sums}
+
+
+def finish_images(run_path: str, gathered: Gathered) -> str:
     """Makes a dataset of the shards, with statistics and dead letters; returns the run's path.
 
     Raises:
         VqbeamError: More than `data.max_failed` of the images could not be decoded, or all of a
             split.
     """
-    run = RunFolder(shards[0][0])
+    run = RunFolder(run_path)
     if run.is_done(STAGE):
-        return str(run.root)  # a runner that does the next step again may do this one as well
+        return run_path  # a runner that does the next step again may do this one as well
     config = run.load_config()
+    reports, facts = gathered
     # Workers end in any order, and the dead letters are the same.
-    reports = sorted((report for _, report in shards), key=lambda report: report.shard)
-    failures = [failure for report in reports for failure in report.facts["failures"]]
+    failures = sorted(facts["failures"], key=lambda failure: failure["key"])
     letters = run.folder(STAGE) / DEAD_LETTERS
     lines = [json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures]
     write_bytes(letters, "".join(lines).encode())
@@ -114,7 +126,7 @@ def finish_images(shards: Sequence[tuple[str, ShardReport]]) -> str:
         # The next attempt reads every image again, for some may have been mended.
         remove_leftovers(run.folder(STAGE), [letters])
         raise
-    names, kind = reports[0].facts["labels"]
+    names, kind = facts["labels"]
     labels = Labels(tuple(names), kind)
     files, counts = write_dataset_metadata(
         run.folder(STAGE),
@@ -133,9 +145,9 @@ def finish_images(shards: Sequence[tuple[str, ShardReport]]) -> str:
         failed=len(failures),
         label_names=labels.names,
         label_kind=labels.kind,
-        statistics=_train_statistics(reports, config),
+        statistics=_scaled(facts["statistics"]),
     )
-    return str(run.root)
+    return run_path
 
 
 def _decode(raw: RawImage, config: Config) -> np.ndarray:
@@ -174,7 +186,7 @@ def _check_failures(
 
 
 class _Statistics:
-    """Sums over the images of a shard, as integers, so that their order does not matter."""
+    """Sums over the training images of a shard: integers, so that no order matters."""
 
     def __init__(self):
         self.pixels = 0
@@ -191,13 +203,11 @@ class _Statistics:
             self.labels[str(one)] = self.labels.get(str(one), 0) + 1
 
 
-def _train_statistics(reports: Sequence[ShardReport], config: Config) -> dict:
+def _scaled(sums: dict[str, Any]) -> dict[str, Any]:
     """Returns mean and variance of the training pixels on [−1, 1], and images of each label."""
-    shards = [r.facts["statistics"] for r in reports if r.shard.split == "train"]
-    pixels = sum(shard["pixels"] for shard in shards)
-    mean = sum(shard["pixel_sum"] for shard in shards) / pixels
-    variance = sum(shard["square_sum"] for shard in shards) / pixels - mean**2
-    labels = sum((Counter(shard["labels"]) for shard in shards), Counter())
+    mean = sums["pixel_sum"] / sums["pixels"]
+    variance = sums["square_sum"] / sums["pixels"] - mean**2
+    labels = sums["labels"]
     return {
         "mean": mean / 127.5 - 1,
         # A dataset of one flat colour has no variance to measure errors in.

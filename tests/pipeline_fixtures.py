@@ -164,6 +164,17 @@ def read_records(folder):
     }
 
 
+def gathered(add_facts, shards):
+    """Returns what a stage of Beam would make of `(run path, report)` before its last step."""
+    from pipelines.gathering import GatherReports
+
+    combine = GatherReports(add_facts)
+    found = combine.create_accumulator()
+    for _, report in shards:
+        found = combine.add_input(found, report)
+    return found
+
+
 def read_keys(folder):
     """Returns the keys of the examples of a folder of shards, all splits together."""
     return [e["key"].decode() for examples in read_records(folder).values() for e in examples]

@@ -2,12 +2,26 @@ import dataclasses
 
 import numpy as np
 import pytest
-from pipeline_fixtures import TWO_THREADS, read_records, run_transform, shard_contents, small_config
+from pipeline_fixtures import (
+    TWO_THREADS,
+    gathered,
+    read_records,
+    run_transform,
+    shard_contents,
+    small_config,
+)
 
 from configs import VqbeamError
 from pipelines import encode
 from pipelines.cli import user_message
-from pipelines.encode import STAGE, EncodeImages, ImageShard, encode_shard, finish_codes
+from pipelines.encode import (
+    STAGE,
+    EncodeImages,
+    ImageShard,
+    add_facts,
+    encode_shard,
+    finish_codes,
+)
 from vqvae.building import build_model
 from vqvae.fitting import save_model
 from vqvae.records import Shard
@@ -202,7 +216,7 @@ def test_goes_on_where_it_was_killed(run, monkeypatch):
     # Only the third shard of the training images and those of the validation images.
     assert sum(encoded) == 6 + 9
     assert again[:2] == done
-    finish_codes(again)
+    finish_codes(str(run.root), gathered(add_facts, again))
     assert written.items() < shard_contents(run.folder(STAGE)).items()
     keys = [e["key"] for some in read_records(run.folder(STAGE)).values() for e in some]
     assert len(set(keys)) == len(keys) == 29
@@ -226,10 +240,10 @@ def test_an_empty_shard(run):
 
 
 def test_the_last_step_may_be_done_twice(run):
-    reports = [encode_shard(str(run.root), part) for part in parts(run)]
-    finish_codes(reports)
+    reports = gathered(add_facts, [encode_shard(str(run.root), part) for part in parts(run)])
+    finish_codes(str(run.root), reports)
     manifest = run.manifest(STAGE)
-    finish_codes(reports)
+    finish_codes(str(run.root), reports)
     assert run.manifest(STAGE) == manifest and run.is_done(STAGE)
 
 

@@ -19,6 +19,7 @@ import hashlib
 import json
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
@@ -224,14 +225,24 @@ class RunFolder:
         )
 
     def _check_outputs(self, stage: str, manifest: dict[str, Any]) -> None:
-        for name, size in manifest["outputs"].items():
-            path = self.folder(stage) / name
-            found = path.stat().length if path.exists() else None
+        paths = [self.folder(stage) / name for name in manifest["outputs"]]
+        # Of thousands of files in a bucket, each takes a while to answer.
+        with ThreadPoolExecutor(32) as pool:
+            sizes = list(pool.map(_size, paths))
+        for path, size, found in zip(paths, manifest["outputs"].values(), sizes, strict=True):
             if found != size:
                 state = "is missing" if found is None else f"has {found} bytes instead of {size}"
                 raise VqbeamError(
                     f"{path} {state}; delete {self.folder(stage)} and run vqbeam {stage} again"
                 )
+
+
+def _size(path: epath.Path) -> int | None:
+    """Returns the bytes of a file, or None where it is missing."""
+    try:
+        return path.stat().length
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _hash_of(manifest: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Config fields that know their help text and their range, and sections that check them."""
 
 import dataclasses
+import math
 from typing import Any
 
 from configs.errors import VqbeamError
@@ -68,6 +69,8 @@ def check(name: str, value: Any, limits: Any) -> None:
     if value is None:
         return
     choices, minimum, maximum = limits["choices"], limits["minimum"], limits["maximum"]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise VqbeamError(f"{name} is {value}; it must be a number")
     if choices is not None and value not in choices:
         raise VqbeamError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
     if minimum is not None and value < minimum:

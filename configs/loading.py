@@ -137,6 +137,7 @@ def smoke(config: Config) -> Config:
             "prior.warmup_steps": 1,
             "prior.pictures": min(config.prior.pictures, 4),
             "sample.num": 8,
+            "sample.top_k": min(config.sample.top_k, num_codes),
             "sample.batch_size": 8,
         },
     )

@@ -30,7 +30,7 @@ class PriorConfig(Section):
     )
     dropout: float = field("dropout rate in the blocks", 0.1, minimum=0, maximum=0.9)
     label_dropout: float = field(
-        "share of examples trained without their label, for guidance", 0.1, minimum=0, maximum=1
+        "share of examples trained without their label, for guidance", 0.1, minimum=0, maximum=0.9
     )
     batch_size: int = field("code grids in a training batch, over all devices", 64, minimum=1)
     grad_accumulation: int = field(

@@ -40,6 +40,8 @@ class SampleConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.top_p == 0:
+            raise VqbeamError("sample.top_p is 0.0; it must be above 0; sample.top_k 1 is greedy")
         if self.min_p == 1:
             raise VqbeamError("sample.min_p is 1.0; it must be below 1; sample.top_k 1 is greedy")
         if self.guidance_start >= self.guidance_end:

@@ -91,6 +91,20 @@ class Config:
                     "vqvae.grids 2 halves it: use 1"
                 )
 
+        self._check_sampling()
+
+    def _check_sampling(self):
+        if self.sample.top_k > self.vqvae.num_codes:
+            raise VqbeamError(
+                f"sample.top_k is {self.sample.top_k}, more than the codes there are, "
+                f"vqvae.num_codes ({self.vqvae.num_codes}); 0 is for all"
+            )
+        if self.sample.guidance != 1 and not self.prior.label_dropout:
+            raise VqbeamError(
+                f"sample.guidance is {self.sample.guidance}, away from images without a label, "
+                "but prior.label_dropout 0 learns none; make that more, or guidance 1"
+            )
+
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the code grid, of the finer one where there are two."""

@@ -23,8 +23,8 @@ def read_attributes(file: epath.Path) -> tuple[tuple[str, ...], dict[str, tuple[
         VqbeamError: The table has no attribute, one without a name or twice, or another value.
     """
     try:
-        # Spreadsheets write a byte-order mark.
-        rows = csv.reader(io.StringIO(file.read_text(encoding="utf-8-sig"), newline=""))
+        text = file.read_bytes().decode("utf-8-sig")  # spreadsheets write a byte-order mark
+        rows = csv.reader(io.StringIO(text, newline=""))
         _, *names = next(rows, [""])
         lines = {row[0]: _values(file, rows.line_num, row, names) for row in rows if row}
     except (UnicodeDecodeError, csv.Error) as error:

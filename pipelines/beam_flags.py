@@ -13,6 +13,13 @@ Beam options:
   Without --runner the work is done on this machine, by Beam's FnApiRunner."""
 
 
+# What Beam knows, and vqbeam cannot go along with.
+_REFUSED = {
+    "--no_wait_until_finish": "vqbeam waits for the job, to tell what it has made",
+    "--template_location": "vqbeam starts its job itself, and makes no template of it",
+}
+
+
 def add_beam_flags(parser: argparse.ArgumentParser) -> None:
     """Adds Beam's own flags to a parser, which passes them on as text, in `beam_args`.
 
@@ -48,6 +55,8 @@ def _beam_actions() -> list[argparse.Action]:
 
 class _PassOn(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
+        if option_string in _REFUSED:
+            raise argparse.ArgumentError(self, _REFUSED[option_string])
         word = f"{option_string}={values}" if isinstance(values, str) else option_string
         namespace.beam_args = [*getattr(namespace, "beam_args", []), word]
 

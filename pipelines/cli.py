@@ -7,39 +7,12 @@ import os
 import re
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterator, Sequence
 
-from configs import VqbeamError
 from pipelines.arguments import Command, parse
+from pipelines.messages import is_interrupt, user_message
 from pipelines.parser import UsageError
 from pipelines.verbs import VERBS, function
-
-# A builtin exception or one with its module, at the start of a line.
-_EXCEPTION_LINE = re.compile(
-    r"^(?:RuntimeError: )*(\w*(?:Error|Exception)|\w+(?:\.\w+)+)(?:: (.*))?$", re.MULTILINE
-)
-
-_MENDS = {
-    "Permission denied": "choose another place, or ask for the permission to write there",
-    "No space left on device": "free some space and run the same command to go on",
-}
-
-_PYTHON_FILE_ERROR = re.compile(
-    r"""\[Errno \d+\] (?P<reason>[^:]+)(: (?P<quote>['"])(?P<path>.*?)(?P=quote))?"""
-)
-_TENSORFLOW_FILE_ERROR = re.compile(rf"(?P<path>.*); (?P<reason>{'|'.join(_MENDS)})")
-
-# What Beam says of options that are missing or do not fit together.
-_BEAM_REFUSAL = re.compile(
-    r"Pipeline has validations errors|please install apache_beam\[|You must specify a --"
-    r"|Unable to parse jar URL"
-)
-
-# What Beam and Flink say where a worker was killed, or had no memory left.
-_WORKER_LOST = re.compile(
-    r"Channel closed prematurely|StatusRuntimeException: CANCELLED: client cancelled"
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,14 +24,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _be_quiet()
         _dispatch(parse(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
         return 0
     except SystemExit as end:
         return end.code or 0
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever reads, such as `head`, has seen enough; Python would complain of it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except (KeyboardInterrupt, Exception) as error:
-        if _is_interrupt(error):
+        if is_interrupt(error):
             print("\nvqbeam: interrupted; run the same command to go on", file=sys.stderr)
             return 130
         message = user_message(error)
@@ -72,47 +50,6 @@ def _dispatch(command: Command) -> None:
     said = function(VERBS[command.verb].work)(**command.arguments)
     if isinstance(said, str):
         print(said)
-
-
-def user_message(error: BaseException) -> str | None:
-    """Returns the one line that tells a user what to mend; None if the error is a bug.
-
-    Beam's runners raise what a worker raised as it is, as a RuntimeError with the type and
-    the message, or as one with the worker's traceback, each with the name of the step. What
-    counts is the last exception of such a traceback: a bug may have started as a VqbeamError.
-    """
-    text = "".join(traceback.format_exception_only(error))
-    name, message = _last_exception(text)
-    if isinstance(error, VqbeamError) or name.endswith("configs.errors.VqbeamError"):
-        return message
-    if _BEAM_REFUSAL.search(str(error)):
-        return " ".join(str(error).split())
-    if _WORKER_LOST.search(text):
-        return "a worker of the engine has died; run the same command again to go on"
-    return _file_message(message)
-
-
-def _is_interrupt(error: BaseException) -> bool:
-    """Tells whether the user pressed Ctrl-C; Beam wraps that too, where a step was at work."""
-    text = "".join(traceback.format_exception_only(error))
-    return isinstance(error, KeyboardInterrupt) or _last_exception(text)[1] == "KeyboardInterrupt"
-
-
-def _last_exception(text: str) -> tuple[str, str]:
-    """Returns type and message of the last exception in a text, without Beam's step."""
-    without_steps = re.sub(r" \[while running '.*", "", text)
-    found = _EXCEPTION_LINE.findall(without_steps)
-    return found[-1] if found else ("", "")
-
-
-def _file_message(message: str) -> str | None:
-    """Returns what a user can do about a failed file operation; None if it is none."""
-    found = _PYTHON_FILE_ERROR.match(message) or _TENSORFLOW_FILE_ERROR.match(message)
-    if not found or not (found["path"] or found["reason"] in _MENDS):
-        return None
-    path, reason = found["path"], found["reason"]
-    what = f"{path}: {reason}" if path else reason
-    return f"{what}; {_MENDS[reason]}" if reason in _MENDS else what
 
 
 def _be_quiet() -> None:

@@ -25,12 +25,14 @@ from prior.training import load_prior
 from prior.transformer import CodePrior
 from vqvae.compilation import compiled_encoder, in_batches
 from vqvae.figures import label_figure, picture, save_png
+from vqvae.files import write_bytes
 from vqvae.labels import Labels
 from vqvae.model import VQVAE
 from vqvae.run_folder import RunFolder
 from vqvae.training import load_vqvae
 
 _GRAY = 128
+_LIST = "completions.jsonl"
 
 
 def complete(
@@ -58,7 +60,7 @@ def complete(
         keep: See `region_mask`.
         num: Completions of each image.
         output: A .png (each image, what is kept of it, and its completions side by side), or a
-            folder (a PNG for each completion).
+            folder (a PNG for each completion, and completions.jsonl).
         candidates: How many are drawn for each completion that is taken.
         label: Name or number of the class; None for no class, or for the only one.
         seed: Of the random numbers; the run's own by default.
@@ -156,8 +158,11 @@ def _save_figure(
 
 
 def _save_folder(images: np.ndarray, folder: epath.Path, facts: Sequence[dict]) -> None:
-    """Writes completion k of image i as `i-k.png`."""
+    """Writes completion k of image i as `i-k.png`, and then a list of which is of which."""
+    lines = []
     for row, of_image in enumerate(images):
         for column, image in enumerate(of_image):
-            text = {KEY: json.dumps(facts[row])}
-            save_png(picture(image), folder / f"{row:05d}-{column + 1}.png", text)
+            name = f"{row:05d}-{column + 1}.png"
+            save_png(picture(image), folder / name, {KEY: json.dumps(facts[row])})
+            lines.append(json.dumps({"file": name, **facts[row]}, ensure_ascii=False) + "\n")
+    write_bytes(folder / _LIST, "".join(lines).encode())

@@ -1,6 +1,6 @@
 """Flags for the fields of a config, and the config that they make of a preset."""
 
-import os
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import configs
 from configs import SECTIONS, Config, VqbeamError
 from pipelines.parser import Parser
+from pipelines.places import located
 
 
 def add_config(parser: Parser, sections: Iterable[str]) -> dict[str, str]:
@@ -25,19 +26,8 @@ def overridden(config: Config, given: Mapping[str, Any], flags: Mapping[str, str
     """Returns the config with what the given flags set."""
     values = {name: given[flag] for name, flag in flags.items() if flag in given}
     config = in_range(lambda: configs.override(config, values), flags)
-    return _with_whole_path(config)
-
-
-def _with_whole_path(config: Config) -> Config:
-    """Returns the config with a local folder of images named from the root.
-
-    A run may be gone on with from another working directory.
-    """
-    kind, _, path = config.data.source.partition(":")
-    if kind != "folder" or "://" in path:
-        return config
-    whole = os.path.abspath(os.path.expanduser(path))
-    return configs.override(config, {"data.source": f"folder:{whole}"})
+    # A run may be gone on with from another working directory.
+    return dataclasses.replace(config, data=located(config.data))
 
 
 def in_range(build: Callable[[], Any], flags: Mapping[str, str]) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 from configs import SampleConfig
 from pipelines.beam_flags import BEAM_HELP, is_dataflow, with_runner
 from pipelines.config_flags import in_range
-from pipelines.parser import Parser, count, nonempty
+from pipelines.parser import Parser, count, location, nonempty
 from pipelines.verbs import verb_parser
 
 _ORDER = """\
@@ -27,13 +27,13 @@ example:
 def parse_sample(verb: str, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `sample`."""
     parser = verb_parser(verb, "DIR [options]")
-    parser.add("DIR", nonempty, "the run's folder")
+    parser.add("DIR", location, "the run's folder")
     forms = "a .png (labelled grid), a .npz (arrays) or a folder (unset: samples.png)"
-    parser.add("--output", nonempty, forms, metavar="PATH")
+    parser.add("--output", location, forms, metavar="PATH")
     _add_labels(parser)
     _add_seed(parser)
     again = "a .png or .npz of this verb: draw it again, but for what other flags say"
-    parser.add("--like", nonempty, again, metavar="FILE")
+    parser.add("--like", location, again, metavar="FILE")
     flags = _add_settings(parser)
     given = parser.parse_words(words)
     return _settings(given, flags) | {
@@ -49,10 +49,10 @@ def parse_generate(verb: str, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `generate`."""
     rest = "DIR --num N --output FOLDER [options] [Beam options]"
     parser = verb_parser(verb, rest, epilog=BEAM_HELP + _GENERATE_EXAMPLE)
-    parser.add("DIR", nonempty, "the run's folder")
+    parser.add("DIR", location, "the run's folder")
     parser.add("--num", count, "images to draw", metavar="N", required=True)
     folder = "a new folder, or one that the same command has begun"
-    parser.add("--output", nonempty, folder, metavar="FOLDER", required=True)
+    parser.add("--output", location, folder, metavar="FOLDER", required=True)
     forms = "folders of PNGs with samples.jsonl, or a TFDS dataset (default: png)"
     parser.add("--format", nonempty, forms, choices=("png", "tfrecord"), default="png")
     size = "images of a shard, rounded up to whole batches (default: 1000)"
@@ -81,13 +81,13 @@ def parse_complete(verb: str, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `complete`."""
     rest = "DIR --input IMAGE-OR-FOLDER --keep REGION --output PATH [options]"
     parser = verb_parser(verb, rest, epilog=_ORDER)
-    parser.add("DIR", nonempty, "the run's folder")
+    parser.add("DIR", location, "the run's folder")
     source = "an image, or a folder of images; cropped and resized as the run's were"
-    parser.add("--input", nonempty, source, metavar="PATH", required=True)
+    parser.add("--input", location, source, metavar="PATH", required=True)
     region = "top-half, bottom-half, left-half, right-half, or a mask, an image: white is kept"
     parser.add("--keep", nonempty, region, metavar="REGION", required=True)
-    forms = "a .png (all side by side) or a folder (a PNG for each completion)"
-    parser.add("--output", nonempty, forms, metavar="PATH", required=True)
+    forms = "a .png (all side by side) or a folder (a PNG for each, and completions.jsonl)"
+    parser.add("--output", location, forms, metavar="PATH", required=True)
     parser.add("--num", count, "completions of each image (default: 4)", metavar="N", default=4)
     parser.add("--candidates", count, "drawn for each completion (default: 1)", metavar="M")
     parser.add("--label", nonempty, "class of the images (unset: unknown)", metavar="NAME-OR-ID")
@@ -110,11 +110,11 @@ def parse_interpolate(verb: str, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `interpolate`."""
     rest = "DIR --from LABEL --to LABEL --output FILE.png [options]"
     parser = verb_parser(verb, rest)
-    parser.add("DIR", nonempty, "the run's folder")
+    parser.add("DIR", location, "the run's folder")
     for flag, place in {"--from": "leftmost", "--to": "rightmost"}.items():
         text = f"class of the {place} column"
         parser.add(flag, nonempty, text, metavar="NAME-OR-ID", required=True)
-    parser.add("--output", nonempty, "the .png file to write", metavar="FILE.png", required=True)
+    parser.add("--output", location, "the .png file to write", metavar="FILE.png", required=True)
     parser.add("--steps", count, "columns, at least 2 (default: 8)", metavar="N", default=8)
     rows = "rows, each of the same random numbers from left to right (default: 4)"
     parser.add("--num", count, rows, metavar="N", default=4)

@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import apache_beam as beam
 import numpy as np
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
-from pipelines.gathering import Gathered, GatherReports
+from pipelines.gathering import Gathered, ShardedStage
 from pipelines.progress import advance
 from pipelines.shards import (
     ShardReport,
@@ -40,21 +39,15 @@ DATASET = "codes"
 _model = Shared()
 
 
-class EncodeImages(beam.PTransform):
+class EncodeImages(ShardedStage):
     """From the path of a run to the same path, once all its images are encoded.
 
-    One element is one shard; the model is loaded once by each process, and pixels never travel.
+    The model is loaded once by each process.
     """
 
-    def expand(self, runs):
-        """Builds the steps."""
-        return (
-            runs
-            | "ListShards" >> beam.FlatMap(_image_shards)
-            | beam.Reshuffle()
-            | "EncodeShard" >> beam.MapTuple(encode_shard)
-            | "GatherReports" >> beam.CombinePerKey(GatherReports(add_facts))
-            | "FinishCodes" >> beam.MapTuple(finish_codes)
+    def __init__(self):
+        super().__init__(
+            STAGE, plan=plan_shards, write=encode_shard, add=add_facts, finish=finish_codes
         )
 
 
@@ -74,7 +67,8 @@ class ImageShard(NamedTuple):
     total: int
 
 
-def _image_shards(run_path: str) -> Iterator[tuple[str, ImageShard]]:
+def plan_shards(run_path: str) -> Iterator[tuple[str, ImageShard]]:
+    """Begins the stage and yields the shards to encode."""
     run = RunFolder(run_path)
     run.require("prepare")
     run.begin(STAGE)
@@ -155,7 +149,6 @@ def finish_codes(run_path: str, gathered: Gathered) -> str:
         version=CODES_VERSION,
         description=f"Codes of {config.data.source}: {layout.describe()}.",
     )
-    remove_leftovers(run.folder(STAGE), files)
     use = np.asarray(gathered.facts["code_counts"])  # [levels, K]
     run.finish(
         STAGE,
@@ -166,6 +159,7 @@ def finish_codes(run_path: str, gathered: Gathered) -> str:
         perplexity=by_level([perplexity(counts) for counts in use]),
         codes_used=by_level(np.count_nonzero(use, axis=1).tolist()),
     )
+    remove_leftovers(run.folder(STAGE), files)
     return run_path
 
 

@@ -12,8 +12,9 @@ from prior.training import STAGE as TRAIN_PRIOR
 from vqvae.classifier import classifier_accuracy
 from vqvae.comparison import Yardstick
 from vqvae.evaluation import evaluate_vqvae
+from vqvae.files import write_json
 from vqvae.manifolds import NEIGHBOURS
-from vqvae.run_folder import RunFolder, write_json
+from vqvae.run_folder import RunFolder
 
 _NUM = 10_000
 _NUM_OF_SWEEP = 2_000

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -92,14 +93,31 @@ def image_keys(folder: epath.Path) -> list[str]:
         VqbeamError: A folder cannot be read, or a file name is not UTF-8.
     """
     keys = []
-    for directory, _, names in folder.walk(on_error=_refuse):
-        place = directory.relative_to(folder)
+    for place, names in _in_bucket(folder) if "://" in str(folder) else _in_folder(folder):
         for name in names:
-            key = (place / name).as_posix()
+            key = f"{place}{name}"
             hidden = any(part.startswith(".") for part in key.split("/"))
             if key.lower().endswith(SUFFIXES) and not hidden:
                 keys.append(_check_text(key))
     return keys
+
+
+def _in_folder(folder: epath.Path) -> Iterator[tuple[str, list[str]]]:
+    """Yields the path below the folder, with a slash at its end, and the files of each folder."""
+    for directory, _, names in folder.walk(on_error=_refuse):
+        place = directory.relative_to(folder).as_posix()
+        yield "" if place == "." else f"{place}/", names
+
+
+def _in_bucket(folder: epath.Path, place: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Yields the same of a bucket, where epath would ask of every file whether it is a folder."""
+    import tensorflow as tf
+
+    names = tf.io.gfile.listdir(f"{folder}/{place}")
+    yield place, [name for name in names if not name.endswith("/")]
+    for name in names:
+        if name.endswith("/"):
+            yield from _in_bucket(folder, f"{place}{name}")
 
 
 def _check_text(key: str) -> str:

@@ -1,4 +1,4 @@
-"""The reports of a dataset's shards as one, added up on their way to the worker that ends it."""
+"""What stages that write a dataset have in common: work by shards, whose reports become one."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 
 from pipelines.shards import ShardReport
+from vqvae.run_folder import RunFolder
 
 
 class Gathered(NamedTuple):
@@ -58,3 +59,41 @@ class GatherReports(beam.CombineFn):
         for one in facts:
             total = one if total is None else total if one is None else self.add(total, one)
         return total
+
+
+class ShardedStage(beam.PTransform):
+    """From the path of a run to the same path, once a stage has written all shards of its dataset.
+
+    Shards are shuffled as units of work, never as pixels: each is read and written by one worker.
+
+    Args:
+        stage: Its name.
+        plan: From the path of a run to `(path, unit)` for each shard; it begins the stage.
+        write: From these two to `(path, report)`, once the shard is written.
+        add: See `GatherReports`.
+        finish: From the path and what was gathered to the path, once the stage is finished.
+    """
+
+    def __init__(
+        self, stage: str, *, plan: Callable, write: Callable, add: Callable, finish: Callable
+    ):
+        super().__init__()
+        self.stage, self.plan, self.write, self.add, self.finish = stage, plan, write, add, finish
+
+    def expand(self, runs):
+        """Builds the steps."""
+        pending, done = runs | "IsDone" >> beam.Partition(_is_done, 2, self.stage)
+        finished = (
+            pending
+            | "Plan" >> beam.FlatMap(self.plan)
+            | beam.Reshuffle()
+            | "WriteShard" >> beam.MapTuple(self.write)
+            | "GatherReports" >> beam.CombinePerKey(GatherReports(self.add))
+            | "Finish" >> beam.MapTuple(self.finish)
+        )
+        return (done, finished) | beam.Flatten()
+
+
+def _is_done(run_path: str, parts: int, stage: str) -> int:
+    """Returns 1 for a run whose stage has ended: an engine may start a job anew, from its begin."""
+    return int(RunFolder(run_path).is_done(stage))

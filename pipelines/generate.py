@@ -18,10 +18,12 @@ from pipelines.labels import label_rows
 from pipelines.places import absolute, check_shared
 from pipelines.progress import advance
 from pipelines.provenance import checkpoint
+from pipelines.run_lock import LOCK_FILE, locked
 from pipelines.sample_files import SAMPLES_LIST, write_samples
 from pipelines.samples import Drawer, Samples, fitted, learned_labels
 from pipelines.sampling_defaults import changed_defaults
 from pipelines.shards import ShardReport, write_dataset_metadata, write_shard_once
+from vqvae.files import matching
 from vqvae.records import IMAGES_VERSION, Shard, image_features, serialize
 from vqvae.run_folder import RunFolder
 
@@ -71,7 +73,8 @@ def generate(
 
     Raises:
         VqbeamError: The run has no trained prior, a setting or label is out of range, the folder
-            holds other images, or workers elsewhere could not read a path.
+            holds other images or another command is at work in it, or workers elsewhere could not
+            read a path.
     """
     if is_dataflow(beam_args):
         check_shared({"DIR": run_dir, "--output": output})
@@ -90,9 +93,10 @@ def generate(
         config.name,
         checkpoint(run),
     )
-    order.claim_folder()
-    if not order.is_done():
-        run_pipeline(beam_args, lambda pipeline: pipeline | GenerateImages(order))
+    with locked(order.folder, "--output"):
+        order.claim_folder()
+        if not order.is_done():
+            run_pipeline(beam_args, lambda pipeline: pipeline | GenerateImages(order))
     kind = "a TFDS dataset" if form == "tfrecord" else "PNGs by shard"
     return f"{num:,} new images, {kind}: {output}"
 
@@ -144,6 +148,7 @@ def draw_shard(order: Order, index: int) -> DrawnShard:
             order.folder, order.fingerprint, shard, lambda facts: _records(draw())
         )
     elif not (folder / SAMPLES_LIST).exists():
+        folder.rmtree(missing_ok=True)  # what was killed may have left half a picture
         write_samples(draw(), folder)
     moved(num)  # where an earlier attempt has drawn them
     Metrics.counter("vqbeam", "images_generated").inc(num)
@@ -174,9 +179,10 @@ def finish_images(shards: Sequence[DrawnShard]) -> str:
             version=IMAGES_VERSION,
             description=f"Images drawn by vqbeam: {json.dumps(order.facts)}",
         )
-    for leftover in order.folder.glob(".*"):
-        leftover.rmtree() if leftover.is_dir() else leftover.unlink()
     order.finish()
+    for leftover in matching(order.folder, ".*"):
+        if leftover.name != LOCK_FILE:
+            leftover.rmtree() if leftover.is_dir() else leftover.unlink()
     return order.output
 
 

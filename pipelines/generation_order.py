@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from configs import SampleConfig, VqbeamError
-from vqvae.run_folder import write_json
+from vqvae.files import matching, read_json, write_json
 
 _FILE = "generate.json"
 
@@ -69,7 +69,7 @@ class Order:
             VqbeamError: It holds something else.
         """
         if self._file.exists():
-            found, facts = json.loads(self._file.read_text())["order"], self.facts
+            found, facts = read_json(self._file)["order"], self.facts
             changed = [
                 f"{name} {found.get(name)}" for name in facts if found.get(name) != facts[name]
             ]
@@ -78,7 +78,7 @@ class Order:
                     f"{self.folder} holds images of {', '.join(changed)}; ask for the same, or "
                     "give another --output"
                 )
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and matching(self.folder, "[!.]*"):
             raise VqbeamError(f"{self.folder} is not empty; give another --output")
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ class Order:
 
     def is_done(self) -> bool:
         """Tells whether all images of the order are in its folder, which it has claimed."""
-        return json.loads(self._file.read_text())["done"]
+        return read_json(self._file)["done"]
 
     def finish(self) -> None:
         """Declares that they are."""

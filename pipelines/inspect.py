@@ -5,6 +5,7 @@ import datetime
 from etils import epath
 
 from configs import VqbeamError, VQVAEConfig
+from vqvae.files import matching, modified, size
 from vqvae.labels import Labels
 from vqvae.layout import CodeLayout, code_layout
 from vqvae.run_folder import MANIFEST, STAGES, RunFolder
@@ -46,17 +47,19 @@ def _quantizer(settings: VQVAEConfig) -> str:
 def _state(run: RunFolder, stage: str) -> str:
     manifest = run.manifest(stage)
     if manifest is None:
-        checkpoints = sorted(run.folder(stage).glob("checkpoints/*/epoch-*.weights.h5"))
-        if checkpoints:
+        if checkpoints := run.checkpoints(stage):
             epochs = int(checkpoints[-1].name[len("epoch-") :].split(".")[0])
             return f"begun, {epochs} epochs done"
+        reports = matching(run.folder(stage), ".reports-*")
+        if shards := [path for folder in reports for path in matching(folder, "*.json")]:
+            return f"begun, {len(shards)} shards written"
         return "begun" if run.folder(stage).exists() else "not begun"
     try:
         if not run.is_done(stage):
             return "stale: made from inputs that have changed since"
     except VqbeamError as error:
         return f"damaged: {error}"
-    ended = datetime.datetime.fromtimestamp((run.folder(stage) / MANIFEST).stat().mtime)
+    ended = datetime.datetime.fromtimestamp(modified(run.folder(stage) / MANIFEST))
     return f"done in {_duration(manifest['seconds'])}, {ended:%Y-%m-%d %H:%M}"
 
 
@@ -121,7 +124,7 @@ def _counts(counts: dict[str, int], what: str) -> str:
 
 def _size(folder: epath.Path) -> int:
     return sum(
-        _size(path) if path.is_dir() else path.stat().length
+        _size(path) if path.is_dir() else size(path) or 0
         for path in folder.iterdir()
         if path.name != MANIFEST
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import configs
 from configs import SampleConfig
-from pipelines.parser import KINDS, Parser, count, nonempty
+from pipelines.parser import KINDS, Parser, count, location, nonempty
 from pipelines.verbs import verb_parser
 
 # What decides how many images are drawn, and not what they look like.
@@ -16,7 +16,7 @@ _NOT_SWEPT = ("num", "batch_size")
 def parse_evaluate(verb: str, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `evaluate`."""
     parser = verb_parser(verb, "DIR [options]")
-    parser.add("DIR", nonempty, "the run's folder")
+    parser.add("DIR", location, "the run's folder")
     parser.add(
         "--features",
         str,
@@ -95,12 +95,12 @@ def _swept(parser: Parser, words: Sequence[str]) -> dict[str, list[Any]]:
 def parse_score(verb: str, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `score`."""
     parser = verb_parser(verb, "DIR --input IMAGE-OR-FOLDER [options]")
-    parser.add("DIR", nonempty, "the run's folder")
+    parser.add("DIR", location, "the run's folder")
     place = "an image, or a folder with images at any depth"
-    parser.add("--input", nonempty, place, metavar="IMAGE-OR-FOLDER", required=True)
+    parser.add("--input", location, place, metavar="IMAGE-OR-FOLDER", required=True)
     parser.add("--label", nonempty, "the class of them all (unset: none)", metavar="NAME-OR-ID")
     lines = "file for a line of JSON for each image (unset: standard output)"
-    parser.add("--output", nonempty, lines, metavar="FILE.jsonl")
+    parser.add("--output", location, lines, metavar="FILE.jsonl")
     parser.add_argument(
         "--sort", dest="--sort", action="store_true", help="the least likely images first"
     )
@@ -117,8 +117,8 @@ def parse_score(verb: str, words: Sequence[str]) -> dict[str, Any]:
 def parse_export(verb: str, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `export`."""
     parser = verb_parser(verb, "DIR --output FOLDER")
-    parser.add("DIR", nonempty, "the run's folder")
+    parser.add("DIR", location, "the run's folder")
     folder = "the folder to write; for TensorFlow Serving, its name is the version: models/NAME/1"
-    parser.add("--output", nonempty, folder, metavar="FOLDER", required=True)
+    parser.add("--output", location, folder, metavar="FOLDER", required=True)
     given = parser.parse_words(words)
     return {"run_dir": given["DIR"], "output": given["--output"]}

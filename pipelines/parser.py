@@ -5,12 +5,14 @@ import dataclasses
 import difflib
 import importlib.metadata
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, get_args
 
 import configs
 from pipelines.beam_flags import add_beam_flags
+from pipelines.places import KINDS_OF_PLACES, is_known
 
 
 class UsageError(Exception):
@@ -145,6 +147,13 @@ def nonempty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("is empty")
     return text
+
+
+def location(text: str) -> str:
+    """Returns the path that a word stands for; "~" is the user's home."""
+    if not is_known(nonempty(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used; {KINDS_OF_PLACES}")
+    return os.path.expanduser(text)
 
 
 def _whole(text: str) -> int:

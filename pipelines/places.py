@@ -2,11 +2,20 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 
 from configs import DataConfig, VqbeamError
 
+KINDS_OF_PLACES = "paths are those of this machine, or begin with gs://"
+_BUCKET = "gs://"
 _FOLDER = "folder:"
+
+
+def is_known(path: str) -> bool:
+    """Tells whether a path is one of this machine or of a bucket, and not `s3://` or `gs:/x`."""
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", path)
+    return scheme is None or path.startswith(_BUCKET)
 
 
 def absolute(path: str) -> str:
@@ -38,7 +47,14 @@ def places_of(data: DataConfig) -> dict[str, str]:
 
 
 def located(data: DataConfig) -> DataConfig:
-    """Returns the section with the paths in it absolute."""
+    """Returns the section with the paths in it absolute.
+
+    Raises:
+        VqbeamError: One is neither of this machine nor of a bucket.
+    """
+    for flag, place in places_of(data).items():
+        if not is_known(place):
+            raise VqbeamError(f"{flag} is {place}; {KINDS_OF_PLACES}")
     source, data_dir = data.source, data.data_dir
     if source.startswith(_FOLDER):
         source = _FOLDER + absolute(source.removeprefix(_FOLDER))

@@ -1,18 +1,18 @@
 """Stage 1 of the pipeline: any source of images to a TFDS dataset of uint8 images."""
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import apache_beam as beam
 import numpy as np
 from apache_beam.metrics import Metrics
 
 from configs import Config, VqbeamError
-from pipelines.gathering import Gathered, GatherReports
-from pipelines.images import ImageError, decode_image, encode_png
+from pipelines.gathering import Gathered, ShardedStage
+from pipelines.images import ImageError, encode_png
 from pipelines.progress import advance
 from pipelines.shards import (
     ShardReport,
@@ -20,35 +20,27 @@ from pipelines.shards import (
     write_dataset_metadata,
     write_shard_once,
 )
-from pipelines.sources import RawImage, Unit, plan, read_unit
+from pipelines.sources import RawImage, Unit, decode, plan, read_unit
+from vqvae.files import write_bytes
 from vqvae.labels import Labels
 from vqvae.records import IMAGES_VERSION, image_features, serialize
-from vqvae.run_folder import RunFolder, write_bytes
+from vqvae.run_folder import RunFolder
 
 STAGE = "prepare"
 DEAD_LETTERS = "dead_letters.jsonl"
 
 
-class PrepareImages(beam.PTransform):
-    """From the path of a run to the same path, once its images are prepared.
+class PrepareImages(ShardedStage):
+    """From the path of a run to the same path, once its images are prepared."""
 
-    Shards are shuffled as units of work, never as pixels: each is read, decoded and written by one
-    worker.
-    """
-
-    def expand(self, runs):
-        """Builds the steps."""
-        return (
-            runs
-            | "Plan" >> beam.FlatMap(_plan_units)
-            | beam.Reshuffle()
-            | "PrepareShard" >> beam.MapTuple(prepare_shard)
-            | "GatherReports" >> beam.CombinePerKey(GatherReports(add_facts))
-            | "FinishImages" >> beam.MapTuple(finish_images)
+    def __init__(self):
+        super().__init__(
+            STAGE, plan=plan_units, write=prepare_shard, add=add_facts, finish=finish_images
         )
 
 
-def _plan_units(run_path: str) -> Iterator[tuple[str, Unit]]:
+def plan_units(run_path: str) -> Iterator[tuple[str, Unit]]:
+    """Begins the stage and yields its units of work."""
     run = RunFolder(run_path)
     run.begin(STAGE)
     for unit in plan(run.load_config().data):
@@ -69,7 +61,7 @@ def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
             unseen -= 1
             advance(STAGE, 1, unit.total)
             try:
-                image = _decode(raw, config)
+                image = decode(raw, config.data)
             except ImageError as error:
                 failures.append({"key": raw.key, "reason": str(error)})
                 continue
@@ -83,10 +75,17 @@ def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
             "statistics": vars(statistics),
         }
 
-    # Files may come and go between two attempts, so that a shard of that name holds others.
-    content = hashlib.sha256(repr(unit.images).encode()).hexdigest()
-    folder, fingerprint = run.folder(STAGE), run.fingerprint(STAGE)
-    report = write_shard_once(folder, fingerprint, unit.shard, records, content=content)
+    # Files and classes may come and go between two attempts, so that a shard of that name holds
+    # others.
+    content = hashlib.sha256(repr((unit.images, unit.labels)).encode()).hexdigest()
+    report = write_shard_once(
+        run.folder(STAGE),
+        run.fingerprint(STAGE),
+        unit.shard,
+        records,
+        content=content,
+        holds=lambda facts: not _was_mended(facts["failures"], unit, config),
+    )
     advance(STAGE, unseen, unit.total)  # those that an earlier attempt has prepared
     Metrics.counter("vqbeam", "images_prepared").inc(report.records)
     Metrics.counter("vqbeam", "images_failed").inc(len(report.facts["failures"]))
@@ -120,12 +119,7 @@ def finish_images(run_path: str, gathered: Gathered) -> str:
     letters = run.folder(STAGE) / DEAD_LETTERS
     lines = [json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures]
     write_bytes(letters, "".join(lines).encode())
-    try:
-        _check_failures(failures, reports, config, letters)
-    except VqbeamError:
-        # The next attempt reads every image again, for some may have been mended.
-        remove_leftovers(run.folder(STAGE), [letters])
-        raise
+    _check_failures(failures, reports, config, letters)
     names, kind = facts["labels"]
     labels = Labels(tuple(names), kind)
     files, counts = write_dataset_metadata(
@@ -135,11 +129,9 @@ def finish_images(run_path: str, gathered: Gathered) -> str:
         version=IMAGES_VERSION,
         description=f"Images of {config.data.source}, prepared by vqbeam.",
     )
-    files.append(letters)
-    remove_leftovers(run.folder(STAGE), files)
     run.finish(
         STAGE,
-        files,
+        [*files, letters],
         source=config.data.source,
         counts=counts,
         failed=len(failures),
@@ -147,17 +139,21 @@ def finish_images(run_path: str, gathered: Gathered) -> str:
         label_kind=labels.kind,
         statistics=_scaled(facts["statistics"]),
     )
+    remove_leftovers(run.folder(STAGE), [*files, letters])
     return run_path
 
 
-def _decode(raw: RawImage, config: Config) -> np.ndarray:
-    return decode_image(
-        raw.data,
-        height=config.data.height,
-        width=config.data.width,
-        channels=config.data.channels,
-        fit=config.data.fit,
-    )
+def _was_mended(failures: Sequence[dict], unit: Unit, config: Config) -> bool:
+    """Tells whether an image that could not be decoded by an earlier attempt can be by now."""
+    failed = {failure["key"] for failure in failures}
+    if not failed or not config.data.source.startswith("folder:"):
+        return False  # a version of a dataset never changes
+    images = [image for image in unit.images if image[0] in failed]
+    for raw in read_unit(config.data, unit._replace(images=images)):
+        with contextlib.suppress(ImageError):
+            decode(raw, config.data)
+            return True
+    return False
 
 
 def _label(raw: RawImage, unit: Unit) -> dict[str, Any]:
@@ -174,8 +170,8 @@ def _check_failures(
         first = failures[0]
         raise VqbeamError(
             f"{len(failures)} of {total} images could not be decoded, more than data.max_failed "
-            f"({100 * config.data.max_failed:g}%) allows; the first is {first['key']} "
-            f"({first['reason']}), all are in {letters}"
+            f"({100 * config.data.max_failed:g}%) allows; mend them, or allow more, and run it "
+            f"again; the first is {first['key']} ({first['reason']}), all are in {letters}"
         )
     for split, purpose in (("train", "train on"), ("validation", "hold out")):
         if not any(report.records for report in reports if report.shard.split == split):

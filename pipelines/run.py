@@ -38,29 +38,31 @@ def run_stages(
         from pipelines.sources import check_source
 
         check_source(config.data)
-    run.start(config)
     start = time.monotonic()
-    pending = _pending(run, stages)
-    for stage in stages:
-        if stage not in pending:
-            print(f"{stage}: done already, in {run.folder(stage)}")
-    if pending:
-        with locked(run):
+    # Even the config is stored only where no other command goes by the one that is there.
+    with locked(run.root, "--run-dir"):
+        run.start(config)
+        pending = _pending(run, stages)
+        for stage in stages:
+            if stage not in pending:
+                print(f"{stage}: done already, in {run.folder(stage)}")
+        if pending:
             _run_pipeline(run, config, pending, beam_args)
-        print(f"{' → '.join(pending)}: done in {_duration(time.monotonic() - start)}")
+            print(f"{' → '.join(pending)}: done in {_duration(time.monotonic() - start)}")
     for line in _closing_lines(run, stages):
         print(line)
 
 
 def _pending(run: RunFolder, stages: Sequence[str]) -> list[str]:
     """Returns the stages to do: those not done, and all after them that read what they write."""
+    done = run.done(stages)
     pending: list[str] = []
     for stage in stages:
         sources = STAGES[stage][1]
         for source in sources:
-            if source not in pending:
+            if source not in stages:
                 run.require(source)
-        if not run.is_done(stage) or any(source in pending for source in sources):
+        if stage not in done or any(source in pending for source in sources):
             pending.append(stage)
     return pending
 

@@ -7,15 +7,15 @@ from typing import Any
 import configs
 from configs import Config, VqbeamError
 from pipelines.config_flags import add_config, overridden
-from pipelines.parser import Parser, count, nonempty
+from pipelines.parser import Parser, count, location, nonempty
 from pipelines.verbs import verb_parser
 
 
 def parse_reconstruct(verb: str, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `reconstruct`."""
     parser = verb_parser(verb, "DIR --output FILE.png [--num N]")
-    parser.add("DIR", nonempty, "the run's folder")
-    parser.add("--output", nonempty, "the .png file to write", metavar="FILE.png", required=True)
+    parser.add("DIR", location, "the run's folder")
+    parser.add("--output", location, "the .png file to write", metavar="FILE.png", required=True)
     parser.add("--num", count, "images to draw (default: 16)", metavar="N", default=16)
     given = parser.parse_words(words)
     return {"run_dir": given["DIR"], "output": given["--output"], "num": given["--num"]}
@@ -24,7 +24,7 @@ def parse_reconstruct(verb: str, words: Sequence[str]) -> dict[str, Any]:
 def parse_inspect(verb: str, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `describe`."""
     parser = verb_parser(verb, "DIR")
-    parser.add("DIR", nonempty, "the run's folder")
+    parser.add("DIR", location, "the run's folder")
     return {"run_dir": parser.parse_words(words)["DIR"]}
 
 
@@ -61,7 +61,7 @@ def _gradients_parser(verb: str) -> tuple[Parser, dict[str, str]]:
     kinds = "a preset, for a fresh model on images from its source; or the folder of a trained run"
     parser.add("PRESET-OR-DIR", nonempty, kinds)
     file = "the .png file to write (default: gradients.png)"
-    parser.add("--output", nonempty, file, metavar="FILE.png", default="gradients.png")
+    parser.add("--output", location, file, metavar="FILE.png", default="gradients.png")
     parser.add_argument(
         "--no-straight-through",
         dest="--no-straight-through",

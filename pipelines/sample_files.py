@@ -11,7 +11,7 @@ from configs import VqbeamError
 from pipelines.provenance import KEY
 from pipelines.samples import Samples
 from vqvae.figures import label_figure, picture, save_png
-from vqvae.run_folder import write_bytes
+from vqvae.files import write_bytes
 
 SAMPLES_LIST = "samples.jsonl"
 

@@ -1,29 +1,53 @@
 """How a run draws images unless told otherwise: as its config says, or as was stored since."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from configs import SampleConfig
-from vqvae.run_folder import RunFolder, write_json
+from etils import epath
+
+from configs import SampleConfig, VqbeamError
+from vqvae.files import read_json, write_json
+from vqvae.run_folder import RunFolder
 
 _FILE = "sample.json"
 
 
 def sampling_defaults(run: RunFolder) -> SampleConfig:
-    """Returns the run's settings, without guidance where there are no classes to guide towards."""
+    """Returns the run's settings, without guidance where there are no classes to guide towards.
+
+    Raises:
+        VqbeamError: The run has no trained prior, or what is stored is not what vqbeam stores.
+    """
     path = run.root / _FILE
-    stored = SampleConfig(**json.loads(path.read_text())) if path.exists() else None
-    settings = stored or run.load_config().sample
+    settings = _stored(path) if path.exists() else run.load_config().sample
     has_classes = bool(run.require("train-prior")["label_names"])
     return settings if has_classes else dataclasses.replace(settings, guidance=1.0)
 
 
+def _stored(path: epath.Path) -> SampleConfig:
+    try:
+        return SampleConfig(**read_json(path))
+    except TypeError as error:
+        raise VqbeamError(
+            f"{path} does not fit this version of vqbeam ({error}); delete it"
+        ) from error
+
+
 def changed_defaults(run: RunFolder, settings: Mapping[str, Any]) -> SampleConfig:
-    """Returns the run's settings with those that are not None in place of its own."""
+    """Returns the run's settings with those that are not None in place of its own.
+
+    Raises:
+        VqbeamError: As `sampling_defaults`; or the run cannot be guided.
+    """
     changes = {name: value for name, value in settings.items() if value is not None}
-    return dataclasses.replace(sampling_defaults(run), **changes)
+    changed = dataclasses.replace(sampling_defaults(run), **changes)
+    if changed.guidance != 1 and not run.load_config().prior.label_dropout:
+        raise VqbeamError(
+            f"guidance is {changed.guidance}, but {run.root} was trained with prior.label_dropout "
+            "0 and does not know images without a label; use 1"
+        )
+    return changed
 
 
 def store_sampling_defaults(run: RunFolder, settings: SampleConfig) -> None:

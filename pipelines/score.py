@@ -4,7 +4,6 @@ import json
 import math
 import sys
 
-import keras
 import numpy as np
 from etils import epath
 
@@ -13,10 +12,11 @@ from pipelines.input_images import image_files, read_image
 from pipelines.labels import Label, label_name, parse_label
 from prior.scoring import code_scorer
 from prior.training import load_prior
-from vqvae.compilation import compiled_decoder, compiled_encoder
+from vqvae.compilation import compiled_decoder, compiled_encoder, in_batches
+from vqvae.files import write_bytes
 from vqvae.labels import Labels
 from vqvae.progress import progress_bar
-from vqvae.run_folder import RunFolder, write_bytes
+from vqvae.run_folder import RunFolder
 from vqvae.training import load_vqvae
 
 
@@ -70,12 +70,10 @@ def _scored(
 ) -> list[dict]:
     """Returns for each file its figures, or the error that kept it from being read."""
     measure = _measures(run, config)
-    size, lines = config.encode.batch_size, []
+    size, lines, named = config.encode.batch_size, [], list(files.items())
     with progress_bar("score", len(files)) as bar:
-        for first in range(0, len(files), size):
-            batch = [
-                _read(name, path, config) for name, path in [*files.items()][first : first + size]
-            ]
+        for first in range(0, len(named), size):
+            batch = [_read(name, path, config) for name, path in named[first : first + size]]
             images = [line.pop("image") for line in batch if "image" in line]
             figures = iter(measure(np.stack(images), label) if images else [])
             lines += [line if "error" in line else line | next(figures) for line in batch]
@@ -94,14 +92,15 @@ def _measures(run: RunFolder, config: Config):
     """Returns a function from images uint8 [B, H, W, C] and a label to the figures of each."""
     vqvae, prior = load_vqvae(run), load_prior(run)
     encode, decode = compiled_encoder(vqvae), compiled_decoder(vqvae)
+    size = config.encode.batch_size
     log_likelihood = code_scorer(prior)
 
     def measure(images: np.ndarray, label: Label) -> list[dict]:
-        codes = encode(images)
-        copies = keras.ops.convert_to_numpy(decode(codes))
+        codes = in_batches(encode, images, size)
+        copies = in_batches(decode, codes, size)
         errors = np.square(images.astype(np.float64) - copies).mean(axis=(1, 2, 3))
-        codes = keras.ops.convert_to_numpy(codes)
-        scores = log_likelihood(codes, np.asarray([label] * len(images), np.int32))
+        labels = np.asarray([label] * size, np.int32)
+        scores = in_batches(lambda batch: log_likelihood(batch, labels), codes, size)
         return [
             {
                 "log_likelihood": float(nats),

@@ -8,8 +8,9 @@ from typing import Any
 from etils import epath
 
 from configs import VqbeamError
+from vqvae.files import size, write_json
 from vqvae.records import Shard, write_metadata, write_shard
-from vqvae.run_folder import write_json
+from vqvae.run_folder import MANIFEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ def write_shard_once(
     records: Callable[[dict], Iterator[bytes]],
     *,
     content: str = "",
+    holds: Callable[[dict], bool] = lambda facts: True,
 ) -> ShardReport:
     """Writes a shard, or returns the report of the one that an earlier attempt has completed.
 
@@ -45,13 +47,13 @@ def write_shard_once(
         shard: Which one.
         records: Yields the serialized records; puts what it sees into the dictionary it is given.
         content: Names what the shard is made of, where the fingerprint does not tell.
+        holds: Tells of what an earlier attempt has seen whether it would be seen again.
     """
     path = folder / shard.filename
     report_path = folder / f".reports-{fingerprint}" / f"{shard.filename}.json"
     if report_path.exists():
         report = _read_report(report_path)
-        whole = path.exists() and path.stat().length == report.bytes
-        if whole and report.content == content:
+        if size(path) == report.bytes and report.content == content and holds(report.facts):
             return report
     report_path.parent.mkdir(parents=True, exist_ok=True)
     facts: dict[str, Any] = {}
@@ -63,8 +65,8 @@ def write_shard_once(
             count += 1
             yield record
 
-    size = write_shard(path, counted())
-    report = ShardReport(shard, content, count, size, facts)
+    written = write_shard(path, counted())
+    report = ShardReport(shard, content, count, written, facts)
     write_json(report_path, dataclasses.asdict(report))
     return report
 
@@ -112,8 +114,12 @@ def write_dataset_metadata(
 
 
 def remove_leftovers(folder: epath.Path, keep: Sequence[epath.Path]) -> None:
-    """Removes from a folder of shards the reports, and all that killed or older attempts left."""
-    kept = {path.name for path in keep}
+    """Removes from a folder of shards the reports, and all that killed or older attempts left.
+
+    After the manifest is written, and not before: until then the reports are what a worker that
+    is killed goes on from.
+    """
+    kept = {path.name for path in keep} | {MANIFEST}
     for path in folder.iterdir():
         if path.name not in kept:
             path.rmtree() if path.is_dir() else path.unlink()

@@ -12,6 +12,8 @@ from etils import epath
 
 from configs import DataConfig, VqbeamError
 from pipelines.folder import list_folder
+from pipelines.images import ImageError, decode_image
+from pipelines.messages import is_interrupt, user_message
 from vqvae.labels import Labels
 from vqvae.records import Shard, damaged_records
 
@@ -24,12 +26,12 @@ class RawImage(NamedTuple):
 
     Attributes:
         key: Its name in the source.
-        data: The encoded bytes.
+        data: The encoded bytes, or why there are none.
         label: The class, −1 for none; or for each attribute 1 where the image has it, else 0.
     """
 
     key: str
-    data: bytes
+    data: bytes | OSError
     label: int | tuple[int, ...]
 
 
@@ -91,6 +93,8 @@ def prepare_source(data: DataConfig, beam_args: Sequence[str]) -> None:
     try:
         builder.download_and_prepare(download_config=config)
     except Exception as error:
+        if is_interrupt(error) or user_message(error):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise VqbeamError(
             f"TFDS could not prepare {builder.info.full_name} ({reason}); where its host cannot "
@@ -134,9 +138,29 @@ def read_unit(data: DataConfig, unit: Unit) -> Iterator[RawImage]:
     if data.source.startswith("folder:"):
         root = epath.Path(data.source.removeprefix("folder:")).expanduser()
         for key, label in unit.images:
-            yield RawImage(key, (root / key).read_bytes(), label)
+            yield RawImage(key, _bytes_of(root / key), label)
         return
     yield from _read_tfds(data, unit)
+
+
+def _bytes_of(file: epath.Path) -> bytes | OSError:
+    try:
+        return file.read_bytes()
+    # One of a million files that may not be read, or is gone by now, is no reason to end.
+    except (PermissionError, FileNotFoundError) as error:
+        return error
+
+
+def decode(raw: RawImage, data: DataConfig) -> np.ndarray:
+    """Returns an image in the shape that the section asks for: uint8 [H, W, C].
+
+    Raises:
+        ImageError: It cannot be used.
+    """
+    if isinstance(raw.data, OSError):
+        raise ImageError(f"the file cannot be read: {raw.data.strerror or raw.data}")
+    shape = {"height": data.height, "width": data.width, "channels": data.channels}
+    return decode_image(raw.data, **shape, fit=data.fit)
 
 
 def _units(data: DataConfig, splits: dict[str, Sequence[Any]], labels: Labels) -> list[Unit]:

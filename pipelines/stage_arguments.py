@@ -7,7 +7,7 @@ import configs
 from configs import SECTIONS
 from pipelines.beam_flags import BEAM_HELP, with_runner
 from pipelines.config_flags import add_config, overridden
-from pipelines.parser import nonempty
+from pipelines.parser import location, nonempty
 from pipelines.verbs import verb_parser
 
 STAGES = ("prepare", "train-vqvae", "encode", "train-prior", "sample")
@@ -24,7 +24,7 @@ def parse_stages(verb: str, words: Sequence[str]) -> dict[str, Any]:
     parser = verb_parser(verb, rest, epilog=BEAM_HELP + _EXAMPLE.format(verb=verb))
     parser.add("PRESET", nonempty, "a name from `vqbeam presets`, or a .py file that sets CONFIG")
     folder = "the run's folder; made if it is not there"
-    parser.add("--run-dir", nonempty, folder, metavar="DIR", required=True)
+    parser.add("--run-dir", location, folder, metavar="DIR", required=True)
     parser.add_argument(
         "--smoke",
         dest="--smoke",

@@ -13,8 +13,9 @@ from prior.evaluation import FIGURES, PriorMeter, sampler_settings
 from prior.training import STAGE as TRAIN_PRIOR
 from vqvae.comparison import Yardstick
 from vqvae.figures import save_png
+from vqvae.files import write_json
 from vqvae.manifolds import NEIGHBOURS
-from vqvae.run_folder import RunFolder, write_json
+from vqvae.run_folder import RunFolder
 from vqvae.training import STAGE as TRAIN_VQVAE
 
 

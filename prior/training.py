@@ -129,7 +129,7 @@ def _fit(run: RunFolder, config: Config, codes: dict, callbacks: Sequence) -> li
     callbacks = [_BitsPerDimension(config), *callbacks]
     if settings.pictures and run.manifest("train-vqvae"):  # codes alone may be all there is
         callbacks.append(_pictures(run, config, Labels.of(codes)))
-    with data_parallel(settings.batch_size // settings.grad_accumulation):
+    with data_parallel(settings.batch_size // settings.grad_accumulation, settings.dtype):
         model = build_prior(config, Labels.of(codes))
         model.parts = settings.grad_accumulation
         model.compile(build_optimizer(settings))

@@ -66,6 +66,7 @@ def some_reach(gradients):
 
 
 def none_reach(gradients):
+    assert len(gradients) > 0, "there is nothing to reach"
     return all(gradient is None for gradient in gradients)
 
 

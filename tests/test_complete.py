@@ -58,8 +58,14 @@ def test_a_folder_of_completions_under_a_mask(finished_run, photos, tmp_path):
     words = ["--input", str(folder / "001.png"), "--keep", str(tmp_path / "mask.png")]
     words += ["--num=2", "--candidates=3", "--output", str(tmp_path / "out")]
     assert main(["complete", str(finished_run.root), *words]) == 0
-    paths = sorted((tmp_path / "out").iterdir())
+    *paths, listing = sorted((tmp_path / "out").iterdir())
     assert [path.name for path in paths] == ["00000-1.png", "00000-2.png"]
+    lines = [json.loads(line) for line in listing.read_text().splitlines()]
+    assert listing.name == "completions.jsonl"
+    assert [(line["file"], line["input"]) for line in lines] == [
+        ("00000-1.png", "001.png"),
+        ("00000-2.png", "001.png"),
+    ]
     for path in paths:
         with Image.open(path) as image:
             assert image.size == (SIDE, SIDE)

@@ -20,6 +20,14 @@ def test_device_count(monkeypatch):
     assert device_count() == 3
 
 
+def test_float16_on_several_devices_is_refused(monkeypatch):
+    monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["gpu:0", "gpu:1"])
+    monkeypatch.setattr(keras.backend, "backend", lambda: "tensorflow")
+    message = "mixed_float16 does not train on 2 devices with TensorFlow; use mixed_bfloat16, or"
+    with pytest.raises(VqbeamError, match=message), data_parallel(64, "mixed_float16"):
+        raise AssertionError("the block was entered")
+
+
 def test_a_batch_that_devices_cannot_share_is_refused(monkeypatch):
     monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["gpu:0", "gpu:1", "gpu:2"])
     message = "a batch of 64 cannot be shared evenly by 3 devices; make it a multiple, or choose"

@@ -13,7 +13,6 @@ from pipeline_fixtures import (
 
 from configs import VqbeamError
 from pipelines import encode
-from pipelines.cli import user_message
 from pipelines.encode import (
     STAGE,
     EncodeImages,
@@ -22,6 +21,7 @@ from pipelines.encode import (
     encode_shard,
     finish_codes,
 )
+from pipelines.messages import user_message
 from vqvae.building import build_model
 from vqvae.fitting import save_model
 from vqvae.records import Shard
@@ -196,7 +196,7 @@ def test_variants_of_the_training_images(make_run, kind, count):
 
 
 def parts(run):
-    return [part for _, part in encode._image_shards(str(run.root))]
+    return [part for _, part in encode.plan_shards(str(run.root))]
 
 
 def test_goes_on_where_it_was_killed(run, monkeypatch):

@@ -7,11 +7,11 @@ from vqvae.quantizers.finite_scalar import FiniteScalarQuantizer
 
 
 def constants(sizes):
-    """Reach, offset, shift and half of appendix A.1 of Mentzer et al. 2023."""
+    """Reach, offset, shift and half of appendix A.1 of Mentzer et al. 2023; no shift of 2."""
     sizes = np.float64(sizes)
     reach = (sizes - 1) * (1 + 1e-3) / 2
     offset = np.where(sizes % 2 == 0, 0.5, 0.0)
-    return reach, offset, np.arctanh(offset / reach), sizes // 2
+    return reach, offset, np.arctanh(np.where(sizes == 2, 0, offset) / reach), sizes // 2
 
 
 def in_numpy(layer, z):
@@ -70,6 +70,15 @@ def test_the_gradient_is_that_of_the_bound():
     expected = g * (1 - np.tanh(z + shift) ** 2) * reach / half
     found = gradient(lambda x: ops.sum(layer(x).quantized * g), z)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_channels_of_two_values_are_signs_that_can_be_learned():
+    layer, z = FiniteScalarQuantizer((2, 2, 2)), latents(4000, 3)
+    codes = array(layer.encode(z))
+    np.testing.assert_array_equal(codes, (z > 0) @ [1, 2, 4])
+    assert np.bincount(codes, minlength=8).min() > 300
+    slope = gradient(lambda x: ops.sum(layer(x).quantized), z)
+    assert np.median(slope) > 0.3
 
 
 def test_has_no_weights():

@@ -77,7 +77,7 @@ def assert_same_state(one, other):
 
 
 def checkpoints(folder, fingerprint="f"):
-    found = (pathlib.Path(folder) / "checkpoints" / fingerprint).glob("epoch-*")
+    found = (pathlib.Path(folder) / "checkpoints" / fingerprint).glob("*.weights.h5")
     return sorted(path.name for path in found)
 
 
@@ -202,7 +202,7 @@ def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
     # As a kill leaves it: the history of epoch 3 and a part of its weights.
     whole = (folder / "epoch-00002.weights.h5").read_bytes()
     (folder / ".epoch-00003.weights.h5.0123456789abcdef").write_bytes(whole[:1000])
-    (folder / "history.json").write_text(json.dumps([*history, {"loss": 1e9, "val_loss": 0}]))
+    (folder / "epoch-00003.json").write_text(json.dumps([*history, {"loss": 1e9, "val_loss": 0}]))
     resumed = build(seed=5)
     keras.utils.set_random_seed(1)
     again = train(resumed, tmp_path, 3)
@@ -210,13 +210,17 @@ def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
     expected = train(unbroken, tmp_path / "unbroken", 3)
     assert again == expected
     assert_same_state(state(resumed), state(unbroken))
+    assert not any(path.name.startswith(".") for path in folder.iterdir())
 
 
 def test_keeps_the_last_two_checkpoints(tmp_path):
     train(build(), tmp_path, 4)
     assert checkpoints(tmp_path) == ["epoch-00003.weights.h5", "epoch-00004.weights.h5"]
-    history = json.loads((tmp_path / "checkpoints" / "f" / "history.json").read_text())
-    assert len(history) == 4
+    folder = tmp_path / "checkpoints" / "f"
+    for epochs in (3, 4):
+        history = json.loads((folder / f"epoch-{epochs:05d}.json").read_text())
+        assert len(history) == epochs
+    assert len(list(folder.iterdir())) == 4
 
 
 @pytest.mark.tensorflow_alone
@@ -242,6 +246,24 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(VqbeamError, match="epoch-00001.* does not fit the model .*; delete .*chec"):
         train(build(), tmp_path, 2)
+
+
+@pytest.mark.tensorflow_alone
+@pytest.mark.parametrize("content", [b"", b"\x89HDF and no more", None])
+def test_goes_back_an_epoch_where_the_last_checkpoint_is_damaged(tmp_path, capsys, content):
+    unbroken = build()
+    expected = train(unbroken, tmp_path / "unbroken", 3)
+    train(build(), tmp_path, 2)
+    folder = tmp_path / "checkpoints" / "f"
+    if content is None:
+        (folder / "epoch-00002.json").unlink()
+    else:
+        (folder / "epoch-00002.weights.h5").write_bytes(content)
+    resumed = build(seed=5)
+    keras.utils.set_random_seed(1)
+    assert train(resumed, tmp_path, 3) == expected
+    assert_same_state(state(resumed), state(unbroken))
+    assert "epoch-00002.weights.h5 cannot be read: going back an epoch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

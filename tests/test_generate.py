@@ -3,12 +3,14 @@ import json
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
 from PIL import Image
 
 from configs import VqbeamError
 from pipelines import generate as generate_module
 from pipelines.cli import main
 from pipelines.generate import generate
+from pipelines.run_lock import LOCK_FILE, locked
 from pipelines.sample import sample
 from vqvae.run_folder import RunFolder
 
@@ -110,6 +112,9 @@ def test_goes_on_with_the_shards_that_are_missing(finished_run, tmp_path, monkey
     with pytest.raises(Exception, match="No space left"):
         generate(str(finished_run.root), **order)
     (tmp_path / "new" / ".samples-train.tfrecord-00001-of-00003.0123").write_text("half a shard")
+    if form == "png":  # or half a picture, of the shard that a worker was killed in
+        (tmp_path / "new" / SHARDS[1]).mkdir(exist_ok=True)
+        (tmp_path / "new" / SHARDS[1] / ".00004.png.0123").write_text("half a picture")
     before, fails = list(drawn), False
     generate(str(finished_run.root), **order)
     # The runner may give up before or after the third shard; what it had drawn is not done again.
@@ -134,6 +139,17 @@ def test_another_order_in_the_same_folder(finished_run, pngs):
     ]:
         with pytest.raises(VqbeamError, match=told):
             generate(str(finished_run.root), output=str(pngs), **ORDER | change)
+
+
+def test_two_commands_into_one_folder(finished_run, tmp_path):
+    folder = tmp_path / "new"
+    with locked(epath.Path(folder), "--output"):
+        holder = json.loads((folder / LOCK_FILE).read_text()) | {"pid": 1}
+        (folder / LOCK_FILE).write_text(json.dumps(holder))
+        told = "new is in use by process 1 .*; wait until it ends, or choose another --output"
+        with pytest.raises(VqbeamError, match=told):
+            generate(str(finished_run.root), output=str(folder), **ORDER)
+    assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
 
 
 def test_refusals_leave_nothing(finished_run, tmp_path):

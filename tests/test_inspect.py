@@ -101,8 +101,14 @@ def test_begun_stages(run):
     (run.folder("sample")).rmtree()
     found = states(run)
     assert found["train-prior"] == "begun, 2 epochs done"
+    reports = run.folder("encode") / ".reports-0123"
+    reports.mkdir()
     assert found["encode"] == "begun" and found["sample"] == "not begun"
     assert found["train-vqvae"].startswith("done in")
+    for shard in range(3):
+        (reports / f"codes-{shard}.json").write_text("{}")
+    assert states(run)["encode"] == "begun, 3 shards written"
+    reports.rmtree()
 
 
 def test_stale_stages(run):

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from configs import DataConfig, VqbeamError
-from pipelines.places import absolute, check_shared, located, places_of
+from pipelines.places import absolute, check_shared, is_known, located, places_of
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,26 @@ def test_absolute(path, place, monkeypatch):
     monkeypatch.setattr(os, "getcwd", lambda: "/here")
     monkeypatch.setenv("HOME", "/home/me")
     assert absolute(path) == place
+
+
+@pytest.mark.parametrize(
+    ("path", "known"),
+    [
+        ("gs://bucket/run", True),
+        ("runs/a:b", True),
+        ("/a b/c", True),
+        ("gs:/bucket/run", False),
+        ("s3://bucket/run", False),
+        ("hdfs://host/run", False),
+        ("file:///run", False),
+    ],
+)
+def test_paths_that_can_be_used(path, known):
+    assert is_known(path) == known
+    if not known:
+        for data in ({"source": f"folder:{path}"}, {"source": "glyphs", "data_dir": path}):
+            with pytest.raises(VqbeamError, match=f"is {path}; paths are those of this machine, o"):
+                located(DataConfig(**data))
 
 
 def test_sources(monkeypatch):

@@ -119,6 +119,23 @@ def test_gradient_passes_the_predictions_by():
     np.testing.assert_allclose(found, weights, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("estimator", "reached"), [("straight_through", False), ("rotation", True), ("diveq", True)]
+)
+def test_what_of_the_reconstruction_reaches_the_predictions(estimator, reached):
+    layer = built(make(estimator=estimator))
+    z, weights = latents(1, 3, 4, D), latents(1, 3, 4, D, seed=5)
+    for prediction in layer.predictions:
+
+        def loss(kernel, prediction=prediction):
+            with keras.StatelessScope(state_mapping=[(prediction.kernel, kernel)]):
+                return keras.ops.sum(layer(z).quantized * weights)
+
+        found = gradient(loss, array(prediction.kernel))
+        assert (np.abs(found).max() > 1e-3) == reached
+        assert np.abs(found).max() < 1e-5 or reached
+
+
 def test_diveq_takes_the_gradient_along_each_error_away():
     layer = built(make(estimator="diveq"))
     z, weights = latents(1, 3, 4, D), latents(1, 3, 4, D, seed=5)

@@ -9,6 +9,7 @@ from pipeline_fixtures import (
     SIDE,
     TWO_THREADS,
     gathered,
+    read_keys,
     read_records,
     run_transform,
     shard_contents,
@@ -17,6 +18,7 @@ from pipeline_fixtures import (
 )
 
 from configs import VqbeamError
+from pipelines import prepare
 from pipelines.images import decode_image
 from pipelines.prepare import (
     DEAD_LETTERS,
@@ -183,8 +185,9 @@ def test_too_many_failures_end_the_stage_until_they_are_mended(tmp_path):
     write_broken_images(folder)
     run = start(tmp_path / "run", f"folder:{folder}", data__max_failed=0.015)
     message = (
-        r"^2 of 22 images could not be decoded, more than data.max_failed \(1.5%\) allows; the "
-        r"first is (apple/broken.png|cherry/cut.jpg) \(.*\), all are in .*/dead_letters.jsonl$"
+        r"^2 of 22 images could not be decoded, more than data.max_failed \(1.5%\) allows; mend "
+        r"them, or allow more, and run it again; the first is apple/broken.png \(.*\), all are in "
+        r".*/dead_letters.jsonl$"
     )
     with pytest.raises(VqbeamError, match=message):
         do_stage(run)
@@ -197,6 +200,92 @@ def test_too_many_failures_end_the_stage_until_they_are_mended(tmp_path):
     do_stage(run)
     assert run.manifest(STAGE)["failed"] == 0
     assert sum(run.manifest(STAGE)["counts"].values()) == 22
+
+
+def test_more_failures_are_allowed_afterwards(tmp_path, monkeypatch):
+    write_images(tmp_path / "source", 20)
+    write_broken_images(tmp_path / "source")
+    run = start(tmp_path / "run", f"folder:{tmp_path / 'source'}")
+    with pytest.raises(VqbeamError, match="2 of 22 images could not be decoded"):
+        do_stage(run)
+    config = small_config(f"folder:{tmp_path / 'source'}", data__max_failed=0.2)
+    run.start(config)
+    # What is written stays: only what could not be decoded is looked at again.
+    encoded = []
+    monkeypatch.setattr(prepare, "encode_png", encoded.append)
+    do_stage(run)
+    assert not encoded
+    assert run.manifest(STAGE)["failed"] == 2
+    assert sum(run.manifest(STAGE)["counts"].values()) == 20
+    assert {path.name for path in run.folder(STAGE).iterdir()} == {
+        *run.manifest(STAGE)["outputs"],
+        "manifest.json",
+    }
+
+
+def test_a_file_that_cannot_be_read_is_a_dead_letter(tmp_path, monkeypatch):
+    # Tests may run as root, who may read all.
+    pixels = write_images(tmp_path / "source", 20)
+    lost = sorted(pixels)[3]
+    run = start(tmp_path / "run", f"folder:{tmp_path / 'source'}", data__max_failed=0.1)
+    path = type(run.root)
+    read_bytes = path.read_bytes
+
+    def refuse(self):
+        if self.as_posix().endswith(lost):
+            raise PermissionError(13, "Permission denied", str(self))
+        return read_bytes(self)
+
+    monkeypatch.setattr(path, "read_bytes", refuse)
+    do_stage(run)
+    (letter,) = (run.folder(STAGE) / DEAD_LETTERS).read_text().splitlines()
+    reason = "the file cannot be read: Permission denied"
+    assert json.loads(letter) == {"key": lost, "reason": reason}
+    assert sorted(read_keys(run.folder(STAGE))) == sorted(set(pixels) - {lost})
+
+
+def test_classes_that_came_meanwhile(tmp_path):
+    pixels = write_images(tmp_path / "source", 23)
+    run = start(tmp_path / "run", f"folder:{tmp_path / 'source'}")
+    run.begin(STAGE)
+    units = plan(run.load_config().data)
+    first = prepare_shard(str(run.root), units[0])[1]
+    # The last by name: the numbers of the others stay, and so may the images of a shard.
+    (tmp_path / "source" / "zebra").mkdir()
+    whole = (tmp_path / "source" / "Banana" / "000.png").read_bytes()
+    (tmp_path / "source" / "zebra" / "new.png").write_bytes(whole)
+    same = units[0]._replace(labels=plan(run.load_config().data)[0].labels)
+    again = prepare_shard(str(run.root), same)[1]
+    assert first.facts["labels"][0] == CLASSES
+    assert again.facts["labels"][0] == (*CLASSES, "zebra")
+    do_stage(run)
+    assert run.manifest(STAGE)["label_names"] == [*CLASSES, "zebra"]
+    assert sorted(read_keys(run.folder(STAGE))) == sorted([*pixels, "zebra/new.png"])
+
+
+def test_an_engine_that_begins_again_leaves_a_finished_stage_alone(tmp_path):
+    write_images(tmp_path / "source", 20)
+    run = start(tmp_path / "run", f"folder:{tmp_path / 'source'}")
+    run_transform(PrepareImages(), run)
+    manifest = run.manifest(STAGE)
+    (tmp_path / "source" / "apple" / "new.png").write_bytes(b"came later")
+    run_transform(PrepareImages(), run)
+    assert run.manifest(STAGE) == manifest
+
+
+def test_killed_after_the_manifest(tmp_path, monkeypatch):
+    # What is left over is removed last, and what was killed before that is done.
+    write_images(tmp_path / "source", 20)
+    run = start(tmp_path / "run", f"folder:{tmp_path / 'source'}")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "remove_leftovers", killed)
+        with pytest.raises(KeyboardInterrupt):
+            do_stage(run)
+    assert run.is_done(STAGE)
 
 
 def test_a_shard_of_which_nothing_is_left(tmp_path):

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from configs import VqbeamError
 from pipelines import run as run_module
 from pipelines import stages as stages_module
 from pipelines.run import run_stages
+from pipelines.run_lock import LOCK_FILE, locked
 from vqvae.run_folder import MANIFEST, STAGES, RunFolder
 
 ALL = tuple(STAGES)
@@ -172,6 +174,20 @@ def test_a_stage_that_is_not_done_takes_new_settings(ran, tmp_path, source):
     go(tmp_path / "run", source, ("prepare", "train-vqvae"), vqvae__num_codes=16)
     assert ran.names() == ["prepare", "train-vqvae"]
     assert RunFolder(tmp_path / "run").load_config().vqvae.num_codes == 16
+
+
+def test_a_command_that_is_refused_changes_nothing(ran, tmp_path, source):
+    run = RunFolder(tmp_path / "run")
+    run.start(small_config(source))
+    before = {path.name: path.read_bytes() for path in run.root.iterdir()}
+    with locked(run.root, "--run-dir"):
+        holder = json.loads((run.root / LOCK_FILE).read_text()) | {"pid": 1}
+        (run.root / LOCK_FILE).write_text(json.dumps(holder))
+        with pytest.raises(VqbeamError, match="run is in use by process 1"):
+            go(tmp_path / "run", source, vqvae__num_codes=16, data__height=16)
+    (run.root / LOCK_FILE).unlink()
+    assert {path.name: path.read_bytes() for path in run.root.iterdir()} == before
+    assert ran.names() == []
 
 
 def test_a_mistyped_source_binds_no_folder(ran, tmp_path, source):

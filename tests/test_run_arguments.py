@@ -21,9 +21,9 @@ def test_gradients_of_a_preset(preset):
         "steps": 200,
     }
     words = ["--no-straight-through", "--steps=9", "--output", "a.png"]
-    words += ["--seed", "4", "--data.data_dir", "d", "--vqvae.num-codes", "64"]
+    words += ["--seed", "4", "--data.data_dir", "/d", "--vqvae.num-codes", "64"]
     given = parse(["gradients", preset, *words]).arguments
-    changes = {"seed": 4, "data.data_dir": "d", "vqvae.num_codes": 64}
+    changes = {"seed": 4, "data.data_dir": "/d", "vqvae.num_codes": 64}
     assert given == {
         "config": configs.override(configs.load_preset(preset), changes),
         "run_dir": None,

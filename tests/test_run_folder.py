@@ -1,9 +1,8 @@
-import json
-
 import pytest
 
 from configs import VqbeamError
-from vqvae.run_folder import MANIFEST, STAGES, RunFolder, write_bytes, write_json
+from vqvae import run_folder
+from vqvae.run_folder import MANIFEST, STAGES, RunFolder
 
 
 @pytest.fixture
@@ -64,23 +63,6 @@ def test_a_checkpoint_is_something_to_lose(run, tiny_config):
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(VqbeamError, match="is not a run folder: it has no config.json"):
         RunFolder(tmp_path).load_config()
-
-
-def test_a_file_in_place_of_the_folder(tmp_path, tiny_config):
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(VqbeamError, match="cannot write to .*; choose another --run-dir"):
-            RunFolder(path).start(tiny_config())
-
-
-def test_no_permission(tmp_path, tiny_config, monkeypatch):
-    # Tests may run as root, whom no mode bits stop.
-    def refuse(*_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("vqvae.run_folder.write_bytes", refuse)
-    with pytest.raises(VqbeamError, match=r"cannot write to .* \(Permission denied\)"):
-        RunFolder(tmp_path / "run").start(tiny_config())
 
 
 def test_a_config_changed_by_hand(run):
@@ -160,7 +142,8 @@ def test_a_damaged_output_is_named(run, damage):
     else:
         output.write_text("conte")
         state = "has 5 bytes instead of 7"
-    message = f"vqvae/output.txt {state}; delete .*vqvae and run vqbeam train-vqvae again"
+    again = "run vqbeam train-vqvae PRESET --run-dir .*run again"
+    message = f"vqvae/output.txt {state}; delete .*vqvae and {again}"
     for check in (run.is_done, run.require):
         with pytest.raises(VqbeamError, match=message):
             check("train-vqvae")
@@ -223,20 +206,47 @@ def test_a_stage_reads_only_what_runs_before_it():
     assert len({folder for folder, _ in STAGES.values()}) == len(STAGES)
 
 
-def test_files_are_written_whole_or_not_at_all(run, monkeypatch):
-    path = run.root / "file.json"
-    write_json(path, {"name": "größe"})
-    assert json.loads(path.read_text()) == {"name": "größe"} and "größe" in path.read_text()
-    before = {p.name for p in run.root.iterdir()}
+def test_every_file_is_looked_at_once(run, monkeypatch):
+    finish_all(run)
+    looked = []
+    size = run_folder.size
+    monkeypatch.setattr(run_folder, "size", lambda path: looked.append(path) or size(path))
+    assert run.done(STAGES) == set(STAGES)
+    assert len(looked) == len(set(looked)) == len(STAGES)
+    looked.clear()
+    assert run.done(["train-vqvae"]) == {"train-vqvae"}
+    assert {path.parent.name for path in looked} == {"images", "vqvae"}
 
-    def interrupted(self, target):
-        # At this moment the new content is under a name that begins with a dot.
-        assert target == path
-        assert self.name.startswith(".file.json.") and self.read_bytes() == b"new"
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(path), "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_bytes(path, b"new")
-    assert json.loads(path.read_text()) == {"name": "größe"}
-    assert {p.name for p in run.root.iterdir()} == before
+def test_the_limit_of_failed_images_is_no_part_of_what_is_made(tmp_path, tiny_config):
+    prints = set()
+    for name, share in (("a", 0.01), ("b", 0.5)):
+        run = RunFolder(tmp_path / name)
+        run.start(tiny_config(data__max_failed=share))
+        prints.add(run.fingerprint("prepare"))
+    assert len(prints) == 1
+    run = RunFolder(tmp_path / "c")
+    run.start(tiny_config(data__images_per_shard=9))
+    assert run.fingerprint("prepare") not in prints
+
+
+def test_checkpoints_are_found_whatever_the_folder_is_called(tmp_path, tiny_config):
+    run = RunFolder(tmp_path / "runs[1]" / "*a?")
+    run.start(tiny_config())
+    assert run.checkpoints("train-prior") == []
+    folder = run.folder("train-prior") / "checkpoints" / "f"
+    folder.mkdir(parents=True)
+    for name in ("epoch-00010.weights.h5", "epoch-00009.weights.h5", "epoch-00010.json"):
+        (folder / name).write_text("")
+    names = [path.name for path in run.checkpoints("train-prior")]
+    assert names == ["epoch-00009.weights.h5", "epoch-00010.weights.h5"]
+    with pytest.raises(VqbeamError, match="another config .prior.layers: "):
+        run.start(tiny_config(prior__layers=2))
+
+
+def test_two_attempts_may_end_at_the_same_time(run):
+    run.begin("prepare")
+    run.begin("prepare")
+    first = run.finish("prepare", [], counts={"train": 5})
+    second = run.finish("prepare", [], counts={"train": 5})
+    assert first["sha256"] == second["sha256"] and run.is_done("prepare")

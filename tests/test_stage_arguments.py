@@ -210,6 +210,9 @@ def test_an_unknown_flag_is_named_before_anything_else_is_missed():
         (["--data.image-key", ""], "--data.image-key: is empty"),
         (["--smoke=1"], "--smoke: takes no value"),
         (["stray"], "unexpected argument 'stray'"),
+        (["--run-dir=hdfs://a/b"], "--run-dir: 'hdfs://a/b' cannot be used; paths are those of"),
+        (["--no_wait_until_finish"], "--no_wait_until_finish: vqbeam waits for the job, to tell"),
+        (["--template_location=gs://b/t"], "--template_location: vqbeam starts its job itself"),
     ],
 )
 def test_malformed_command_lines(preset, words, message):

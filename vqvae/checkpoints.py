@@ -1,14 +1,14 @@
 """What training keeps after each epoch, to go on from and to go back to."""
 
-import json
 import pathlib
+import sys
 import tempfile
 
 import keras
 from etils import epath
 
 from configs import VqbeamError
-from vqvae.run_folder import write_bytes, write_json
+from vqvae.files import matching, read_json, write_bytes, write_json
 
 
 class Checkpoints(keras.callbacks.Callback):
@@ -18,7 +18,8 @@ class Checkpoints(keras.callbacks.Callback):
     kill between the two trains an epoch twice; here the epoch is in the file's name.
 
     Args:
-        folder: Gets `checkpoints/epoch-NNNNN.weights.h5` and `history.json`.
+        folder: Gets `checkpoints/FINGERPRINT/epoch-NNNNN.weights.h5` and, with the measures of all
+            epochs so far, `epoch-NNNNN.json`.
         fingerprint: Checkpoints made under another one are not restored.
         patience: Epochs without a better validation loss after which training ends; 0 for never.
 
@@ -31,27 +32,39 @@ class Checkpoints(keras.callbacks.Callback):
     def __init__(self, folder: epath.Path, fingerprint: str, patience: int = 0):
         super().__init__()
         self.folder = folder / "checkpoints" / fingerprint
-        self.history_file = self.folder / "history.json"
         self.patience = patience
         self.history: list[dict[str, float]] = []
 
     def restore(self, model: keras.Model) -> int:
-        """Loads the last whole checkpoint into `model`; returns the number of epochs behind it."""
+        """Loads the last whole checkpoint into `model`; returns the number of epochs behind it.
+
+        Raises:
+            VqbeamError: There are checkpoints, and none of them can be loaded.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in self.folder.parent.iterdir():
             if stale != self.folder:
                 stale.rmtree()
-        found = sorted(self.folder.glob("epoch-*.weights.h5"))
-        if not found:
-            return 0
-        self._load(model, found[-1])
-        epoch = int(found[-1].name.split(".")[0].removeprefix("epoch-"))
-        self.history = json.loads(self.history_file.read_text())[:epoch]
-        return epoch
+        for unfinished in matching(self.folder, ".*"):  # of an attempt that was killed
+            unfinished.unlink(missing_ok=True)
+        damaged = None
+        for file in reversed(matching(self.folder, "epoch-*.weights.h5")):
+            epoch = int(file.name.split(".")[0].removeprefix("epoch-"))
+            try:
+                self._load(model, file)
+                self.history = read_json(self._measures(epoch))
+                return epoch
+            except (VqbeamError, FileNotFoundError) as error:
+                # A machine that lost its power may have kept the name of a file, and no content.
+                damaged = damaged or error
+                print(f"{file} cannot be read: going back an epoch", file=sys.stderr)
+        if damaged:
+            raise damaged
+        return 0
 
     def restore_best(self, model: keras.Model) -> None:
         """Loads the checkpoint of the epoch with the lowest validation loss."""
-        self._load(model, self._file(self.best_epoch))
+        self._load(model, self._weights(self.best_epoch))
 
     @property
     def best_epoch(self) -> int:
@@ -66,8 +79,11 @@ class Checkpoints(keras.callbacks.Callback):
             return False
         return len(self.history) - self.best_epoch >= self.patience
 
-    def _file(self, epoch: int) -> epath.Path:
+    def _weights(self, epoch: int) -> epath.Path:
         return self.folder / f"epoch-{epoch:05d}.weights.h5"
+
+    def _measures(self, epoch: int) -> epath.Path:
+        return self.folder / f"epoch-{epoch:05d}.json"
 
     def _load(self, model: keras.Model, file: epath.Path) -> None:
         model.optimizer.build(model.trainable_variables)
@@ -76,7 +92,7 @@ class Checkpoints(keras.callbacks.Callback):
             copy.write_bytes(file.read_bytes())
             try:
                 model.load_weights(copy)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, KeyError) as error:
                 raise VqbeamError(
                     f"{file} does not fit the model of this run; delete "
                     f"{self.folder.parent} to train anew"
@@ -85,14 +101,21 @@ class Checkpoints(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         """Saves model, optimizer and history; ends training where it has stalled."""
         self.history.append({name: float(value) for name, value in logs.items()})
-        write_json(self.history_file, self.history)
+        # First, since the weights are what tells that the epoch is whole.
+        write_json(self._measures(epoch + 1), self.history)
         with tempfile.TemporaryDirectory() as local:
             weights = pathlib.Path(local) / "model.weights.h5"
             self.model.save_weights(weights)
-            write_bytes(self._file(epoch + 1), weights.read_bytes())
-        best = self._file(self.best_epoch) if self.patience else None
-        for old in sorted(self.folder.glob("epoch-*.weights.h5"))[: -self.kept]:
-            if old != best:
-                old.unlink()
+            write_bytes(self._weights(epoch + 1), weights.read_bytes())
+        self._remove_old()
         if self.stalled:
             self.model.stop_training = True
+
+    def _remove_old(self) -> None:
+        kept = matching(self.folder, "epoch-*.weights.h5")[-self.kept :]
+        if self.patience:
+            kept.append(self._weights(self.best_epoch))
+        names = {path.name.split(".")[0] for path in kept}
+        for path in matching(self.folder, "epoch-*"):
+            if path.name.split(".")[0] not in names:
+                path.unlink(missing_ok=True)  # another attempt at the same time may be here as well

@@ -8,11 +8,12 @@ import tensorflow as tf
 from etils import epath
 
 from configs import VqbeamError
+from vqvae.files import write_json
 from vqvae.fitting import load_model, save_model
 from vqvae.labels import Labels
 from vqvae.progress import FitProgress
 from vqvae.records import damaged_records, open_dataset, read_split, training_batches
-from vqvae.run_folder import RunFolder, write_json
+from vqvae.run_folder import RunFolder
 from vqvae.schedules import learning_rate
 
 FEATURES = "features"

@@ -1,5 +1,6 @@
 """Compiles functions that read model weights, alike on TensorFlow and JAX."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,10 +37,28 @@ def compile_function(
     if backend == "tensorflow":
         import tensorflow as tf
 
+        full_precision()
         return tf.function(function, jit_compile=jit, reduce_retracing=False, autograph=False)
     if backend == "jax":
         return _jit_with_weights(function, list(variables))
     raise VqbeamError(f"KERAS_BACKEND is {backend!r}; set it to tensorflow or jax")
+
+
+def full_precision():
+    """Returns a context in which GPUs multiply float32 without dropping digits (TF32).
+
+    With fewer digits the nearest code is another one for some vectors, and the images of a seed
+    depend on the batch.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.default_matmul_precision("highest")
+    import tensorflow as tf
+
+    # TensorFlow has one switch for the whole process, and none for a single product.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    return contextlib.nullcontext()
 
 
 def compiled_encoder(model: keras.Model) -> Callable[[Any], Any]:
@@ -73,7 +92,8 @@ def _jit_with_weights(
     # `jax.jit` copies what a function closes over into the program: weights go in as an argument.
     @jax.jit
     def pure(values, *tensors):
-        with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
+        state = zip(variables, values, strict=True)
+        with keras.StatelessScope(state_mapping=state), full_precision():
             return function(*tensors)
 
     def compiled(*tensors):

@@ -19,18 +19,20 @@ def evenly_shared(size: int) -> int:
 
 
 @contextlib.contextmanager
-def data_parallel(batch_size: int):
+def data_parallel(batch_size: int, dtype: str = "float32"):
     """Lets a model that is built and trained in the block use all devices.
 
     Each device computes its share of every batch, and they agree on gradients and statistics
-    before the step ends: the model is that of one device on the whole batch, up to rounding.
+    before the step ends: the model is that of one device on the whole batch, up to rounding and
+    to what is drawn at random (dropout, and the vectors on which dead codes are restarted).
     CUDA_VISIBLE_DEVICES chooses among GPUs.
 
     Args:
         batch_size: Images in a batch, over all devices.
+        dtype: The policy that is trained in.
 
     Raises:
-        VqbeamError: The devices cannot share a batch evenly.
+        VqbeamError: The devices cannot share a batch evenly, or not in this precision.
     """
     devices = keras.distribution.list_devices()
     if batch_size % len(devices):
@@ -38,9 +40,16 @@ def data_parallel(batch_size: int):
             f"a batch of {batch_size} cannot be shared evenly by {len(devices)} devices; make it "
             "a multiple, or choose devices with CUDA_VISIBLE_DEVICES"
         )
+    on_tensorflow = keras.backend.backend() == "tensorflow"
+    if len(devices) > 1 and dtype == "mixed_float16" and on_tensorflow:
+        # Keras looks for an overflow on the first of them alone, and takes the others' for numbers.
+        raise VqbeamError(
+            f"mixed_float16 does not train on {len(devices)} devices with TensorFlow; use "
+            "mixed_bfloat16, or choose one device with CUDA_VISIBLE_DEVICES"
+        )
     if len(devices) == 1:
         yield
-    elif keras.backend.backend() == "tensorflow":
+    elif on_tensorflow:
         with _mirrored_strategy(tuple(devices)).scope():
             yield
     else:

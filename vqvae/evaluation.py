@@ -8,6 +8,7 @@ import numpy as np
 from vqvae.classifier import label_obstacle
 from vqvae.compilation import compiled_decoder, compiled_encoder
 from vqvae.features import Extract, feature_extractor
+from vqvae.files import write_json
 from vqvae.frechet import Moments, frechet_distance
 from vqvae.layout import CodeLayout
 from vqvae.metrics import (
@@ -23,7 +24,7 @@ from vqvae.metrics import (
 from vqvae.model import VQVAE
 from vqvae.progress import progress_bar
 from vqvae.records import damaged_records, open_dataset, read_split
-from vqvae.run_folder import RunFolder, write_json
+from vqvae.run_folder import RunFolder
 from vqvae.training import load_vqvae
 
 

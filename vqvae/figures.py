@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from vqvae.run_folder import write_bytes
+from vqvae.files import write_bytes
 
 _MARGIN = 4
 _SMALLEST_TILE = 64

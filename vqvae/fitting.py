@@ -14,8 +14,8 @@ from etils import epath
 
 from configs import VqbeamError
 from vqvae.checkpoints import Checkpoints
+from vqvae.files import write_bytes
 from vqvae.progress import FitProgress
-from vqvae.run_folder import write_bytes
 
 
 def fit(
@@ -35,15 +35,16 @@ def fit(
 ) -> list[dict[str, float]]:
     """Trains a compiled model to a number of steps, from its last checkpoint where it has one.
 
-    A run that was killed and started again ends with the weights of an unbroken one: the model's
-    and the optimizer's state come from the checkpoint, and the batches go on where they were.
+    A run that was killed and started again ends with the weights of an unbroken one (on a GPU up to
+    the order in which it adds up): the model's and the optimizer's state come from the checkpoint,
+    and the batches go on where they were.
 
     Args:
         model: Compiled and built.
         batches: Function from a step number to the endless dataset that begins with its batch.
         validation: Dataset evaluated after each epoch.
-        folder: Gets `checkpoints/`, `history.json` and TensorBoard's `logs/`.
-        fingerprint: Hash of what the training reads; checkpoints with another are set aside.
+        folder: Gets `checkpoints/` and TensorBoard's `logs/`.
+        fingerprint: Hash of what the training reads; checkpoints with another are removed.
         steps: Training steps in all.
         steps_per_epoch: Steps between checkpoints.
         batch_size: Images in a batch, for the progress bar.

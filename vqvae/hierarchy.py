@@ -62,8 +62,13 @@ class HierarchicalVQVAE(VQVAE):
             ops.concatenate([coarse, bottom.quantized], axis=-1),
             self.layout.join([top.codes, bottom.codes]),
             _added(top.losses, bottom.losses),
-            _added(top.statistics, bottom.statistics),
+            self._means_over_cells(top.statistics, bottom.statistics),
         )
+
+    def _means_over_cells(self, top, bottom):
+        cells = [rows * columns for rows, columns in self.layout.grids]
+        share = cells[0] / sum(cells)
+        return {name: share * top[name] + (1 - share) * bottom[name] for name in top}
 
     def latents(self, codes):
         """Returns the vectors that the decoder takes, from codes [B, T]."""

@@ -90,7 +90,7 @@ def psnr(mse: float) -> float:
 def nmse(mse: float, variance: float) -> float:
     """Returns a squared error in units of the training pixels' variance, both on one scale.
 
-    1 is what the mean colour in place of every pixel would reach.
+    1 is what the mean level, one for all channels, in place of every number would reach.
     """
     return mse / variance
 

@@ -16,7 +16,7 @@ def build_optimizer(settings: VQVAEConfig) -> keras.Optimizer:
     options = optimizer_options(settings)
     if settings.optimizer == "adam":
         return Adam(**options)
-    # Half the rate for Adam's share: biases, norms, the codebook, and what touches the pixels.
+    # Half the rate for Adam's share: biases, norms, a learned codebook, and the smallest kernels.
     return ConvolutionMuon(weight_decay=0.0, adam_weight_decay=0.0, adam_lr_ratio=0.5, **options)
 
 
@@ -50,24 +50,45 @@ class WholeBatchClipping:
         return [share_of_replica(gradient) for gradient in super()._clip_gradients(list(whole))]
 
 
+class WarmAverage:
+    """Averages the weights over a tenth of the steps so far, until the decay is reached.
+
+    At step t, from 0 up, the decay is min(`ema_momentum`, t / (t + 9)). Keras's average starts with
+    the weights of the first step, of which it keeps a share of decay^(t - 1): after 1,000 steps
+    with 0.999 more than a third of it would be an untrained model.
+    """
+
+    def _update_model_variables_moving_average(self, trainable_variables):
+        if not self.use_ema:
+            return
+        steps = ops.cast(self.iterations, "float32")
+        decay = ops.minimum(self.ema_momentum, steps / (steps + 9.0))
+        averages = self._model_variables_moving_average
+        for variable, average in zip(trainable_variables, averages, strict=True):
+            if average is not None:
+                kept = ops.cast(decay, average.dtype)
+                average.assign(kept * average + (1 - kept) * ops.cast(variable, average.dtype))
+
+
 @keras.saving.register_keras_serializable("vqbeam")
-class Adam(WholeBatchClipping, keras.optimizers.Adam):
+class Adam(WholeBatchClipping, WarmAverage, keras.optimizers.Adam):
     """Keras's Adam, for several devices as well."""
 
 
 @keras.saving.register_keras_serializable("vqbeam")
-class AdamW(WholeBatchClipping, keras.optimizers.AdamW):
+class AdamW(WholeBatchClipping, WarmAverage, keras.optimizers.AdamW):
     """Keras's AdamW, for several devices as well."""
 
 
 @keras.saving.register_keras_serializable("vqbeam")
-class ConvolutionMuon(WholeBatchClipping, keras.optimizers.Muon):
+class ConvolutionMuon(WholeBatchClipping, WarmAverage, keras.optimizers.Muon):
     """Keras's Muon, which leaves all but matrices to Adam, for kernels of convolutions as well.
 
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) turns the momentum of a
     weight matrix into the nearest orthogonal one, so that a step is as long in every direction. A
-    kernel is taken as the matrix from its patches to its output channels. Kernels with fewer than
-    `smallest` rows or columns, those next to the pixels among them, are left to Adam.
+    kernel is taken as the matrix from its patches to its last axis: the output channels, or of a
+    transposed convolution the input channels. Kernels with fewer than `smallest` rows or columns
+    are left to Adam.
     """
 
     smallest = 16

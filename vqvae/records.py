@@ -24,6 +24,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from configs import VqbeamError
+from vqvae.files import size
 from vqvae.labels import Labels
 from vqvae.layout import CodeLayout
 from vqvae.run_folder import MANIFEST
@@ -112,9 +113,9 @@ def write_shard(path: epath.Path, records: Iterable[bytes]) -> int:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    size = temporary.stat().length
+    written = size(temporary)
     temporary.replace(path)
-    return size
+    return written
 
 
 def write_metadata(

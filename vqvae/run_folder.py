@@ -18,13 +18,14 @@ in its folder.
 import hashlib
 import json
 import time
-import uuid
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
 
 from configs import Config, VqbeamError, differences, from_dict, to_dict
+from vqvae.files import matching, read_json, size, write_json
 
 # Each stage's folder and the stages that it reads, in the order in which they run.
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -60,6 +61,11 @@ class RunFolder:
         """Returns the folder that a stage writes."""
         return self.root / STAGES[stage][0]
 
+    def checkpoints(self, stage: str) -> list[epath.Path]:
+        """Returns the checkpoints of a training, the last one last."""
+        kept = matching(self.folder(stage) / "checkpoints", "*")
+        return [path for folder in kept for path in matching(folder, "epoch-*.weights.h5")]
+
     @property
     def evaluation(self) -> epath.Path:
         """The folder of what was measured of the run, apart from its stages."""
@@ -76,7 +82,7 @@ class RunFolder:
         a checkpoint. After that, a folder of another config is refused.
 
         Raises:
-            VqbeamError: The folder holds a run with another config, or is not writable.
+            VqbeamError: The folder holds a run with another config.
         """
         if self.exists():
             changed = differences(self.load_config(), config)
@@ -87,20 +93,14 @@ class RunFolder:
                 )
             if not changed:
                 return
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            write_json(self.root / _CONFIG, to_dict(config))
-        except (PermissionError, FileExistsError, NotADirectoryError) as error:
-            raise VqbeamError(
-                f"cannot write to {self.root} ({error.strerror}); choose another --run-dir"
-            ) from error
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_json(self.root / _CONFIG, to_dict(config))
 
     def _is_bound(self, change: str) -> bool:
         """Tells whether a changed setting, such as `vqvae.num_codes: 256 → 512`, comes too late."""
         section, dot, _ = change.partition(":")[0].partition(".")
         return any(
-            (self.folder(stage) / MANIFEST).exists()
-            or any(self.folder(stage).glob("checkpoints/*/epoch-*"))
+            (self.folder(stage) / MANIFEST).exists() or self.checkpoints(stage)
             for stage in STAGES
             if not dot or _SECTIONS[stage] == section
         )
@@ -114,7 +114,7 @@ class RunFolder:
         path = self.root / _CONFIG
         if not path.exists():
             raise VqbeamError(f"{self.root} is not a run folder: it has no {_CONFIG}")
-        return from_dict(_read_json(path))
+        return from_dict(read_json(path))
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
         """Returns what a stage has written of itself, or None where it has not ended.
@@ -125,11 +125,11 @@ class RunFolder:
         path = self.folder(stage) / MANIFEST
         if not path.exists():
             return None
-        manifest = _read_json(path)
+        manifest = read_json(path)
         if not isinstance(manifest, dict) or manifest.get("sha256") != _hash_of(manifest):
             raise VqbeamError(
                 f"{path} is not as vqbeam writes it: it was changed by hand, is damaged, or is of "
-                f"an earlier version; put it back, or delete it and run vqbeam {stage} again"
+                f"an earlier version; put it back, or delete it and {self._again(stage)}"
             )
         return manifest
 
@@ -139,11 +139,22 @@ class RunFolder:
         Raises:
             VqbeamError: It has ended, but one of its files is missing or has another size.
         """
-        manifest = self.manifest(stage)
-        if manifest is None or manifest["inputs"] != self._input_hashes(stage):
-            return False
-        self._check_outputs(stage, manifest)
-        return all(self.is_done(source) for source in STAGES[stage][1])
+        return stage in self.done([stage])
+
+    def done(self, stages: Iterable[str]) -> set[str]:
+        """Returns those stages for which `is_done` holds; every file is looked at but once."""
+        found: dict[str, bool] = {}
+
+        def look(stage):
+            if stage not in found:
+                manifest = self.manifest(stage)
+                fits = manifest is not None and manifest["inputs"] == self._input_hashes(stage)
+                if fits:
+                    self._check_outputs(stage, manifest)
+                found[stage] = fits and all(map(look, STAGES[stage][1]))
+            return found[stage]
+
+        return {stage for stage in stages if look(stage)}
 
     def require(self, stage: str) -> dict[str, Any]:
         """Returns the manifest of a stage that must be done.
@@ -169,7 +180,10 @@ class RunFolder:
     def fingerprint(self, stage: str) -> str:
         """Returns a hash of all that a stage reads, to tell stale partial work from good."""
         config = to_dict(self.load_config())
-        own = [config["seed"], config[_SECTIONS[stage]]]
+        settings = config[_SECTIONS[stage]]
+        # It decides whether the result is taken, and not what it is.
+        settings.pop("max_failed", None)
+        own = [config["seed"], settings]
         inputs = json.dumps([stage, own, self._input_hashes(stage)])
         return hashlib.sha256(inputs.encode()).hexdigest()[:16]
 
@@ -190,12 +204,14 @@ class RunFolder:
         """
         folder = self.folder(stage)
         begun = self._begun_file(stage)
+        # Of two attempts at the same time, the other one may have ended the stage already.
+        start = read_json(begun) if begun.exists() else time.time()
         manifest = {
             "stage": stage,
             "inputs": self._input_hashes(stage),
-            "outputs": {str(path.relative_to(folder)): path.stat().length for path in outputs},
+            "outputs": {str(path.relative_to(folder)): size(path) for path in outputs},
             # A clock may have been set back meanwhile.
-            "seconds": max(0.0, round(time.time() - _read_json(begun), 1)),
+            "seconds": max(0.0, round(time.time() - start, 1)),
             **facts,
         }
         manifest["sha256"] = _hash_of(manifest)
@@ -228,21 +244,17 @@ class RunFolder:
         paths = [self.folder(stage) / name for name in manifest["outputs"]]
         # Of thousands of files in a bucket, each takes a while to answer.
         with ThreadPoolExecutor(32) as pool:
-            sizes = list(pool.map(_size, paths))
-        for path, size, found in zip(paths, manifest["outputs"].values(), sizes, strict=True):
-            if found != size:
-                state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            sizes = list(pool.map(size, paths))
+        for path, whole, found in zip(paths, manifest["outputs"].values(), sizes, strict=True):
+            if found != whole:
+                state = "is missing" if found is None else f"has {found} bytes instead of {whole}"
                 raise VqbeamError(
-                    f"{path} {state}; delete {self.folder(stage)} and run vqbeam {stage} again"
+                    f"{path} {state}; delete {self.folder(stage)} and {self._again(stage)}"
                 )
 
-
-def _size(path: epath.Path) -> int | None:
-    """Returns the bytes of a file, or None where it is missing."""
-    try:
-        return path.stat().length
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    def _again(self, stage: str) -> str:
+        verb = "run" if stage == "sample" else stage  # `vqbeam sample` writes elsewhere
+        return f"run vqbeam {verb} PRESET --run-dir {self.root} again"
 
 
 def _hash_of(manifest: dict[str, Any]) -> str:
@@ -252,26 +264,3 @@ def _hash_of(manifest: dict[str, Any]) -> str:
     """
     said = {name: value for name, value in manifest.items() if name not in ("sha256", "seconds")}
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
-
-
-def write_json(path: epath.Path, value: Any) -> None:
-    """Writes JSON to a temporary name and renames it, so that no reader sees half a file."""
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def write_bytes(path: epath.Path, data: bytes) -> None:
-    """Writes a file to a temporary name and renames it, so that no reader sees half of it."""
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _read_json(path: epath.Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise VqbeamError(f"{path} is not valid JSON ({error}); it was changed by hand") from error

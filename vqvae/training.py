@@ -115,7 +115,7 @@ def evaluate(model: VQVAE, batches) -> dict[str, float]:
 def _fit(run: RunFolder, config: Config, images: dict, callbacks: Sequence) -> list[dict]:
     """Trains the model and writes it; returns the measures of each epoch."""
     settings = config.vqvae
-    with data_parallel(settings.batch_size):
+    with data_parallel(settings.batch_size, settings.dtype):
         model = build_model(config, data_variance=images["statistics"]["variance"])
         model.compile(build_optimizer(settings))
         batches = functools.partial(_training, run, config)
@@ -205,13 +205,22 @@ class Pictures(keras.callbacks.Callback):
         super().__init__()
         self.images = images
         self.writer = tf.summary.create_file_writer(str(folder))
+        self.epoch = 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Notes the epoch."""
+        self.epoch = epoch
+
+    def on_test_begin(self, logs=None):
+        """Writes the images: where validation begins, the weights are those that would be kept."""
+        figure = reconstruction_figure(self.images, reconstruct(self.model, self.images))
+        with self.writer.as_default():
+            tf.summary.image("reconstructions", np.asarray(figure)[None], step=self.epoch)
 
     def on_epoch_end(self, epoch, logs=None):
-        """Writes both; the counts are those of the validation that has just ended."""
-        figure = reconstruction_figure(self.images, reconstruct(self.model, self.images))
+        """Writes the counts, which are those of the validation that has just ended."""
         counts = keras.ops.convert_to_numpy(self.model.codebook_use.counts)
         with self.writer.as_default():
-            tf.summary.image("reconstructions", np.asarray(figure)[None], step=epoch)
             for level, of_level in enumerate(counts):
                 tf.summary.histogram(f"codebook_use/level_{level}", of_level, step=epoch)
         self.writer.flush()

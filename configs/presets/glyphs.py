@@ -20,7 +20,7 @@ CONFIG = Config(
         batch_size=64,
         steps=1200,  # 3 passes over the 26,000 training images
         steps_per_epoch=400,
-        learning_rate=1e-3,  # a short schedule that decays to 5% of it
+        learning_rate=1e-3,  # a short schedule that decays to 1% of it
     ),
     encode=EncodeConfig(batch_size=256),
     prior=PriorConfig(

@@ -17,7 +17,8 @@ class FiniteScalarQuantizer(Quantizer):
     From "Finite Scalar Quantization: VQ-VAE Made Simple", Mentzer et al. 2023
     (https://arxiv.org/abs/2309.15505), appendix A.1: channel i is bounded by a tanh to L_i values
     around 0 and rounded, with the straight-through gradient of the rounding. The values are given
-    to the decoder on [−1, 1].
+    to the decoder on [−1, 1]. Where L_i is 2, the sign of the channel is taken: the paper's shift
+    would have it begin where the slope is a thousandth.
 
     Args:
         levels_per_channel: Values of each channel, each at least 2, such as (8, 8, 8) for K = 512.
@@ -66,7 +67,8 @@ class FiniteScalarQuantizer(Quantizer):
         sizes = np.asarray(self.levels_per_channel, "float32")
         reach = (sizes - 1) * (1 + self.margin) / 2
         offset = np.where(sizes % 2 == 0, 0.5, 0.0)
-        shift = np.arctanh(offset / reach).astype("float32")
+        # Of two values 0 is the border: the shift would put it where the tanh is flat.
+        shift = np.arctanh(np.where(sizes == 2, 0.0, offset) / reach).astype("float32")
         return ops.tanh(z + shift) * reach - offset.astype("float32")
 
     def _codes(self, rounded):

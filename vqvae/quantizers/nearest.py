@@ -1,9 +1,8 @@
 """The nearest code of every vector, without ever holding all their distances."""
 
-import contextlib
-
-import keras
 from keras import ops
+
+from vqvae.compilation import full_precision
 
 # Numbers of a block of scores: 4 MB, which a processor core's cache holds.
 BLOCK_SIZE = 2**20
@@ -33,7 +32,7 @@ def nearest_codes(vectors, codebook, penalties=None, block_size=BLOCK_SIZE):
     codes = _code_blocks(ops.stop_gradient(codebook), penalties, block_size)  # [G, D + 1, k]
     size = ops.shape(vectors)[0]
     rows = _row_blocks(ops.stop_gradient(vectors), max(1, block_size // codes.shape[-1]))
-    with _full_precision():
+    with full_precision():
         if rows.shape[0] == 1:
             nearest = _nearest_of_block(rows[0], codes)
         else:
@@ -101,16 +100,3 @@ def _first(mask):
     """Returns the place of the first True of each row; 0 where there is none, as with NaN."""
     # Over integers, since Keras's argmax of floats makes several passes for the sake of −0.0.
     return ops.argmax(ops.cast(mask, "int32"), axis=1)
-
-
-def _full_precision():
-    """Returns a context in which GPUs multiply float32 without dropping digits (TF32)."""
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.default_matmul_precision("highest")
-    import tensorflow as tf
-
-    # TensorFlow has one switch for the whole process, and none for a single product.
-    tf.config.experimental.enable_tensor_float_32_execution(False)
-    return contextlib.nullcontext()

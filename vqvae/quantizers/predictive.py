@@ -29,8 +29,9 @@ class PredictiveQuantizer(Quantizer):
     2021 (https://arxiv.org/abs/2103.15306).
 
     All turns share one codebook. The predictions learn from the commitment loss, which makes what
-    is left small; the reconstruction's gradient passes them by, on its way to z. With the estimator
-    "diveq" they get the part of it that z does not get, along the error.
+    is left small. With the straight-through estimator the reconstruction's gradient passes them by,
+    on its way to z; "diveq" and "rotation" give z another gradient than the quantized vector has,
+    and the predictions get the difference, "diveq" that along the error.
 
     Args:
         num_codes: Codebook size K.

@@ -26,7 +26,8 @@ class VectorQuantizer(Quantizer):
       encoder.
     - `update="ema"`: appendix A.1. Per code, moving averages of how many vectors chose it and of
       their sum; the code becomes the ratio. Both start at zero, so the factor by which a moving
-      average is biased cancels, and a code that no vector of the batch chose stays where it is.
+      average is biased cancels (up to the smoothing: by less than 1% where decay ≤ 0.999), and a
+      code that no vector of the batch chose stays where it is.
 
     In either way, codes that hardly any vector chooses are moved onto vectors of the batch
     (Dhariwal et al. 2020, https://arxiv.org/abs/2005.00341).
@@ -83,7 +84,7 @@ class VectorQuantizer(Quantizer):
         super().__init__(**kwargs)
         _check_choice("lookup", lookup, ("l2", "cosine"))
         _check_choice("update", update, ("ema", "gradient"))
-        _check_choice("estimator", estimator, tuple(ESTIMATORS))
+        _check_choice("estimator", estimator, [name for name in ESTIMATORS if name != "none"])
         self.num_codes = num_codes
         self.dim = code_dim
         self.lookup = lookup

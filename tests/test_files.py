@@ -1,0 +1,65 @@
+import json
+import os
+
+import pytest
+from etils import epath
+
+from configs import VqbeamError
+from vqvae.files import matching, modified, read_json, size, write_bytes, write_json
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return epath.Path(tmp_path)
+
+
+def test_files_are_written_whole_or_not_at_all(folder, monkeypatch):
+    path = folder / "file.json"
+    write_json(path, {"name": "größe"})
+    assert json.loads(path.read_text()) == {"name": "größe"} and "größe" in path.read_text()
+    before = {p.name for p in folder.iterdir()}
+
+    def interrupted(self, target):
+        # At this moment the new content is under a name that begins with a dot.
+        assert target == path
+        assert self.name.startswith(".file.json.") and self.read_bytes() == b"new"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(path), "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_bytes(path, b"new")
+    assert json.loads(path.read_text()) == {"name": "größe"}
+    assert {p.name for p in folder.iterdir()} == before
+
+
+def test_json_that_is_none(folder):
+    (folder / "file.json").write_text("{")
+    with pytest.raises(VqbeamError, match="file.json is not valid JSON .*; it was changed by hand"):
+        read_json(folder / "file.json")
+
+
+def test_size(folder):
+    (folder / "file").write_bytes(b"12345")
+    assert size(folder / "file") == 5
+    assert size(folder / "other") is None
+    assert size(folder / "file" / "below") is None
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="root alone gives files away")
+def test_files_of_a_user_whom_nobody_knows(folder):
+    # As in a container that runs under a number of its own.
+    path = folder / "file"
+    path.write_bytes(b"12345")
+    os.chown(path, 54321, 54321)
+    os.utime(path, (9, 9))
+    assert size(path) == 5 and modified(path) == 9
+
+
+def test_matching_names_alone(folder):
+    below = folder / "runs[1]"
+    below.mkdir()
+    for name in ("b.json", "a.json", ".c.json", "d.JSON", "e.txt"):
+        (below / name).write_text("")
+    assert [path.name for path in matching(below, "*.json")] == [".c.json", "a.json", "b.json"]
+    assert [path.name for path in matching(below, ".*")] == [".c.json"]
+    assert matching(folder / "nowhere", "*") == []

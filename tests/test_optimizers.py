@@ -1,0 +1,103 @@
+import keras
+import numpy as np
+import pytest
+from quantizer_checks import array
+
+from configs import PriorConfig, VQVAEConfig, load_preset, override
+from prior.training import build_optimizer as build_prior_optimizer
+from vqvae.building import build_model
+from vqvae.optimizers import ConvolutionMuon, build_optimizer
+
+NUMBERS = np.random.default_rng(0)
+
+
+def path_of_weights(optimizer, steps):
+    """Takes steps of random gradients; returns the weights after each of them."""
+    variable = keras.Variable(np.full((3, 2), 100.0, "float32"))
+    path = []
+    for _ in range(steps):
+        gradient = keras.ops.convert_to_tensor(NUMBERS.normal(size=(3, 2)).astype("float32"))
+        optimizer.apply([gradient], [variable])
+        path.append(array(variable).astype(float))
+    return variable, np.stack(path)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda decay: build_optimizer(VQVAEConfig(weight_ema=decay, learning_rate=0.1)),
+        lambda decay: build_optimizer(
+            VQVAEConfig(weight_ema=decay, learning_rate=0.1, optimizer="muon")
+        ),
+        lambda decay: build_prior_optimizer(PriorConfig(weight_ema=decay, learning_rate=0.1)),
+    ],
+    ids=["adam", "muon", "adamw"],
+)
+@pytest.mark.parametrize("decay", [0.4, 0.999])
+def test_the_average_of_the_weights_in_numpy(optimizer, decay):
+    optimizer = optimizer(decay)
+    variable, path = path_of_weights(optimizer, 30)
+    average = np.zeros((3, 2))
+    for step, weights in enumerate(path):
+        kept = min(decay, step / (step + 9))
+        average = kept * average + (1 - kept) * weights
+    optimizer.finalize_variable_values([variable])
+    np.testing.assert_allclose(array(variable), average, rtol=1e-5)
+
+
+def test_an_untrained_model_has_no_share_in_the_average():
+    # Of the weights of the first step Keras's own average would hold 0.999^199 = 82%.
+    weights = np.array([1.0] + [0.0] * 199)
+    average = 0.0
+    for step, now in enumerate(weights):
+        kept = min(0.999, step / (step + 9))
+        average = kept * average + (1 - kept) * now
+    assert average < 1e-8
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = override(load_preset("cifar10"), {"vqvae.width": 32, "vqvae.residual_width": 8})
+    return build_model(config, data_variance=0.3)
+
+
+def test_muon_takes_the_kernels_of_convolutions(model):
+    muon = build_optimizer(VQVAEConfig(optimizer="muon"))
+    muon.build(model.trainable_variables)
+    taken = [not muon._should_use_adamw(variable) for variable in model.trainable_variables]
+    for variable, is_taken in zip(model.trainable_variables, taken, strict=True):
+        shape = variable.shape
+        large = len(shape) == 4 and min(np.prod(shape[:-1]), shape[-1]) >= 16
+        assert is_taken == large, (variable.path, shape)
+    # Those next to the pixels too: 4×4 pixels of three colours are 48 rows.
+    first = next(v for v in model.trainable_variables if tuple(v.shape[:3]) == (4, 4, 3))
+    assert not muon._should_use_adamw(first)
+    assert 0 < sum(taken) < len(taken)
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 3, 16), (1, 1, 32, 64), (3, 3, 32, 16)])
+def test_a_step_of_muon_is_as_long_in_every_direction(shape):
+    muon = ConvolutionMuon(learning_rate=0.1, weight_decay=0.0, adam_weight_decay=0.0)
+    variable = keras.Variable(np.zeros(shape, "float32"))
+    gradient = NUMBERS.normal(size=shape).astype("float32") * np.geomspace(1, 30, shape[-1])
+    muon.apply([keras.ops.convert_to_tensor(gradient.astype("float32"))], [variable])
+    rows = int(np.prod(shape[:-1]))
+    left, _, right = np.linalg.svd(gradient.reshape(rows, shape[-1]), full_matrices=False)
+    step = left.T @ array(variable).reshape(rows, shape[-1]) @ right.T
+    lengths = -np.diag(step)
+    # Five iterations of Newton and Schulz bring singular values near 1, whatever they were.
+    assert (lengths > 0).all() and lengths.max() / lengths.min() < 2.5
+    assert np.abs(step + np.diag(lengths)).max() < 0.02 * lengths.max()
+    # The rate of Adam: a root mean square of 0.2 of the learning rate in each weight.
+    assert lengths.mean() == pytest.approx(0.1 * 0.2 * np.sqrt(max(rows, shape[-1])), rel=0.25)
+
+
+def test_what_muon_leaves_is_moved_at_half_the_rate():
+    muon = build_optimizer(VQVAEConfig(optimizer="muon", learning_rate=0.1, schedule="constant"))
+    adam = build_optimizer(VQVAEConfig(optimizer="adam", learning_rate=0.1, schedule="constant"))
+    moved = []
+    for optimizer in (muon, adam):
+        bias = keras.Variable(np.zeros(5, "float32"))
+        optimizer.apply([keras.ops.convert_to_tensor(np.ones(5, "float32"))], [bias])
+        moved.append(array(bias))
+    np.testing.assert_allclose(moved[0], 0.5 * moved[1], rtol=1e-4)

@@ -49,12 +49,13 @@ def test_in_numpy(make):
     top_book, bottom_book = (array(q.vectors()) for q in (model.top_quantizer, model.quantizer))
     assert np.abs(top_book - bottom_book).max() > 0.01  # two codebooks
     top = nearest_codes(z, top_book)
-    error = np.square(z - top_book[top]).mean()
+    top_error = np.square(z - top_book[top]).mean()
     coarse = array(model.top_decoder(top_book[top]))
     assert coarse.shape == (5, 2, 4, 4)
     z = array(model.bottom_projection(np.concatenate([features, coarse], axis=-1)))
     bottom = nearest_codes(z, bottom_book)
-    error += np.square(z - bottom_book[bottom]).mean()
+    bottom_error = np.square(z - bottom_book[bottom]).mean()
+    error = top_error + bottom_error
     assert min(len(np.unique(codes)) for codes in (top, bottom)) > 2
 
     codes = np.concatenate([top.reshape(5, 2), bottom.reshape(5, 8)], axis=1)
@@ -65,7 +66,9 @@ def test_in_numpy(make):
     np.testing.assert_allclose(array(model.latents(codes)), seen, atol=1e-5)
     np.testing.assert_allclose(array(result["losses"]["commitment"]), 0.6 * error, rtol=1e-4)
     np.testing.assert_allclose(array(result["losses"]["codebook"]), error, rtol=1e-4)
-    np.testing.assert_allclose(array(result["statistics"]["quantization_error"]), error, rtol=1e-4)
+    of_a_cell = (2 * top_error + 8 * bottom_error) / 10
+    found = array(result["statistics"]["quantization_error"])
+    np.testing.assert_allclose(found, of_a_cell, rtol=1e-4)
     loss = array(model.compute_loss(x=images, y_pred=result))
     expected = np.square(images - decoded).mean() / VARIANCE + 1.6 * error
     np.testing.assert_allclose(loss, expected, rtol=1e-4)

@@ -115,6 +115,7 @@ def smoke(config: Config) -> Config:
         {
             "data.max_images": min(config.data.max_images or 64, 64),
             "data.images_per_shard": 48,
+            "data.max_failed": max(config.data.max_failed, 0.2),  # of 64, one is too many for 1%
             "vqvae.num_codes": num_codes,
             "vqvae.fsq_levels": fsq_levels,
             "vqvae.width": 8,

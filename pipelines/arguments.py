@@ -49,6 +49,8 @@ def parse(argv: Sequence[str]) -> Command:
     if not argv:
         raise UsageError(_top_parser().format_help().rstrip())
     verb, words = argv[0], argv[1:]
+    if verb == "help":
+        verb, words = [*words, "--help"][0], ["--help"]
     if verb.startswith("-"):
         _top_parser().parse_words([verb])
     if verb not in VERBS:

@@ -1,11 +1,13 @@
 """Running a Beam pipeline from the command line."""
 
 import logging
+import socket
 from collections.abc import Callable, Sequence
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions
 
+from configs import VqbeamError
 from pipelines.beam_flags import is_dataflow
 from pipelines.progress import close_all
 
@@ -18,10 +20,15 @@ def run_pipeline(beam_args: Sequence[str], build: Callable[[beam.Pipeline], obje
     Args:
         beam_args: Beam's own options, such as `["--runner=FnApiRunner"]`.
         build: Gets the pipeline.
+
+    Raises:
+        VqbeamError: Nothing answers where the job service is said to be.
     """
     if is_dataflow(beam_args):
         _tell_of_the_job()
-    pipeline = beam.Pipeline(options=PipelineOptions(list(beam_args)))
+    options = PipelineOptions(list(beam_args))
+    _check_service(options.view_as(PortableOptions).job_endpoint)
+    pipeline = beam.Pipeline(options=options)
     try:
         with pipeline:
             build(pipeline)
@@ -32,6 +39,20 @@ def run_pipeline(beam_args: Sequence[str], build: Callable[[beam.Pipeline], obje
         raise
     finally:
         close_all()
+
+
+def _check_service(endpoint: str | None) -> None:
+    """Finds out in a moment what takes Beam five minutes, and ends with a traceback there."""
+    host, colon, port = (endpoint or "").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=20).close()
+    except OSError as error:
+        raise VqbeamError(
+            f"nothing answers at {endpoint}, the --job_endpoint ({error.strerror or error}); start "
+            "its job service first, as docs/engines.md says"
+        ) from error
 
 
 def _tell_of_the_job() -> None:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 
 from pipelines.arguments import Command, parse
+from pipelines.early_checks import check
 from pipelines.messages import is_interrupt, user_message
 from pipelines.parser import UsageError
 from pipelines.verbs import VERBS, function
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(command: Command) -> None:
+    check(command)
     said = function(VERBS[command.verb].work)(**command.arguments)
     if isinstance(said, str):
         print(said)
@@ -85,6 +87,8 @@ def _without_start_up_noise() -> Iterator[None]:
     """Drops C++ log lines from stderr while the block runs; keeps all else."""
     sys.stderr.flush()
     stderr = os.dup(2)
+    if sys.stderr.isatty():
+        os.write(2, b"loading TensorFlow ...\r")
     with tempfile.TemporaryFile() as held:
         os.dup2(held.fileno(), 2)
         try:
@@ -93,6 +97,8 @@ def _without_start_up_noise() -> Iterator[None]:
             sys.stderr.flush()
             os.dup2(stderr, 2)
             os.close(stderr)
+            if sys.stderr.isatty():
+                os.write(2, b"\033[K")
             held.seek(0)
             for line in held:
                 if not re.match(rb"WARNING: All log messages before absl|[IW]\d{4} ", line):

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from configs import SampleConfig, VqbeamError
+from configs import SampleConfig
 from pipelines.input_images import image_files, read_image
 from pipelines.labels import Label, parse_label
+from pipelines.places import check_output
 from pipelines.provenance import KEY
 from pipelines.regions import kept_cells, kept_codes, region_mask
 from pipelines.samples import (
@@ -70,9 +71,8 @@ def complete(
         VqbeamError: The run lacks a model, an image or the mask cannot be read, or a setting is
             out of range.
     """
+    check_output(output, [".png", ""])
     path = epath.Path(output).expanduser()
-    if path.suffix not in (".png", ""):
-        raise VqbeamError(f"cannot write completions as {path.suffix}; use .png or a folder")
     run = RunFolder(run_dir)
     config = run.load_config()
     seed = config.seed if seed is None else seed

@@ -107,17 +107,23 @@ def measure_prior(run: RunFolder, features: str, num: int, seed: int) -> dict:
 def prior_lines(measures: dict) -> list[str]:
     """Returns what `measure_prior` found as lines, the first of which says by how many images."""
     table = [["", *_KINDS]]
-    notes = []
+    left_out: dict[str, list[str]] = {}
     for name, (title, form) in FIGURES.items():
         if name in measures["left_out"]:
-            notes.append(f"left out: {title}, {measures['left_out'][name]}")
+            left_out.setdefault(measures["left_out"][name], []).append(title)
         else:
             table.append([title, *(form.format(measures[kind][name]) for kind in _KINDS)])
+    notes = [f"left out: {', '.join(titles)} ({why})" for why, titles in left_out.items()]
+    held_out = (
+        f"held-out codes: {measures['nats_per_code']:.3f} nats per code, "
+        f"{measures['bits_per_dim']:.4f} bits per dimension"
+    )
+    if len(table) == 1:
+        return ["by the codes of its validation split", *notes, held_out]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     settings = ", ".join(f"{name} {value}" for name, value in measures["settings"].items())
     rows = [
-        "  ".join([f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])])
-        for row in table[: None if len(table) > 1 else 0]
+        "  ".join([f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]) for row in table
     ]
     return [
         f"sets of {measures['images']:,} images by as many of the validation split",
@@ -126,8 +132,7 @@ def prior_lines(measures: dict) -> list[str]:
         "real: training images, but for the label agreement the held-out ones",
         f"samples: {settings}, seed {measures['seed']}; labels as in the training split",
         f"features: {measures['features']}, {measures['neighbours']} neighbours",
-        f"held-out codes: {measures['nats_per_code']:.3f} nats per code, "
-        f"{measures['bits_per_dim']:.4f} bits per dimension",
+        held_out,
     ]
 
 

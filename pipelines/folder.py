@@ -56,9 +56,7 @@ def list_folder(path: str, *, validation_share: float, max_images: int | None) -
             images both at the top and in subfolders, a file name is not UTF-8, or the table of
             attributes is damaged or lacks an image.
     """
-    folder = epath.Path(path).expanduser()
-    if not folder.is_dir():
-        raise VqbeamError(f"there is no folder {path!r}; check the path in data.source")
+    folder = check_folder(path)
     keys = image_keys(folder)
     if not keys:
         raise VqbeamError(
@@ -71,6 +69,14 @@ def list_folder(path: str, *, validation_share: float, max_images: int | None) -
         for name, members in _split(keys, validation_share).items()
     }
     return FolderListing(splits=splits, labels=labels)
+
+
+def check_folder(path: str) -> epath.Path:
+    """Returns the folder at a path; raises a VqbeamError where there is none."""
+    folder = epath.Path(path).expanduser()
+    if not folder.is_dir():
+        raise VqbeamError(f"there is no folder {path!r}; check the path in data.source")
+    return folder
 
 
 def _labels(path: str, table: epath.Path, keys: list[str]) -> tuple[Labels, dict[str, Any]]:

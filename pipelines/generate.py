@@ -95,10 +95,11 @@ def generate(
     )
     with locked(order.folder, "--output"):
         order.claim_folder()
-        if not order.is_done():
+        done = order.is_done()
+        if not done:
             run_pipeline(beam_args, lambda pipeline: pipeline | GenerateImages(order))
     kind = "a TFDS dataset" if form == "tfrecord" else "PNGs by shard"
-    return f"{num:,} new images, {kind}: {output}"
+    return f"{num:,} images {'were drawn already' if done else 'drawn'}, {kind}: {output}"
 
 
 class GenerateImages(beam.PTransform):

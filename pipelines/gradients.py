@@ -11,8 +11,10 @@ from etils import epath
 
 from configs import Config, VqbeamError
 from pipelines.beam_flags import with_runner
-from pipelines.images import ImageError, decode_image
-from pipelines.sources import Unit, plan, prepare_source, read_unit
+from pipelines.downloads import prepare_source
+from pipelines.images import ImageError
+from pipelines.places import check_output
+from pipelines.sources import Unit, decode, plan, read_unit
 from vqvae.building import build_model
 from vqvae.codebook_step import CodebookStep
 from vqvae.figures import save_png
@@ -59,9 +61,8 @@ def gradients(
         VqbeamError: `output` does not end in .png, the run lacks a stage, the source cannot be
             read, or there is no estimator to leave out.
     """
-    path = epath.Path(output)
-    if path.suffix != ".png":
-        raise VqbeamError(f"--output is {output!r}; give a name that ends in .png")
+    check_output(output, [".png"])
+    path = epath.Path(output).expanduser()
     with _readable(run_dir):
         subject = _of_preset(config) if run_dir is None else _of_run(RunFolder(run_dir))
         images, earlier = itertools.islice(subject.batches(), 2)
@@ -184,16 +185,16 @@ def _of_preset(config: Config) -> _Subject:
 
 def _endless_images(config: Config, units: Sequence[Unit]) -> Iterator[np.ndarray]:
     """Yields the images of units over and over, uint8 [H, W, C]; what is damaged is left out."""
-    data = config.data
-    shape = {"height": data.height, "width": data.width, "channels": data.channels}
     while True:
         found = False
-        for raw in itertools.chain.from_iterable(read_unit(data, unit) for unit in units):
+        for raw in itertools.chain.from_iterable(read_unit(config.data, unit) for unit in units):
             with contextlib.suppress(ImageError):
-                yield decode_image(raw.data, **shape, fit=data.fit)
+                yield decode(raw, config.data)
                 found = True
         if not found:
-            raise VqbeamError(f"{data.source} has no training image that can be decoded; check it")
+            raise VqbeamError(
+                f"{config.data.source} has no training image that can be decoded; check it"
+            )
 
 
 def _readable(run_dir: str | None):

@@ -8,6 +8,7 @@ from etils import epath
 
 from configs import VqbeamError
 from pipelines.labels import label_name, parse_label
+from pipelines.places import check_output
 from pipelines.provenance import KEY
 from pipelines.samples import decode, draw_grids, fitted, learned_labels, provenance
 from pipelines.sampling_defaults import changed_defaults
@@ -47,9 +48,8 @@ def interpolate(
         VqbeamError: The run lacks a model or has no classes, the two classes are the same or not
             known, or a setting is out of range.
     """
+    check_output(output, [".png"])
     path = epath.Path(output).expanduser()
-    if path.suffix != ".png":
-        raise VqbeamError(f"--output is {output!r}; give a name that ends in .png")
     run = RunFolder(run_dir)
     config, labels = run.load_config(), learned_labels(run)
     if not labels.names:

@@ -75,4 +75,6 @@ def label_number(label: str, names: Sequence[str]) -> int:
     if label.isdecimal() and int(label) < len(names):
         return int(label)
     shown = ", ".join(names[:30]) + (", …" if len(names) > 30 else "")
-    raise VqbeamError(f"the run has no label {label!r}; it has {shown}")
+    raise VqbeamError(
+        f"the run has no label {label!r}; it has {shown}, or by number 0 to {len(names) - 1}"
+    )

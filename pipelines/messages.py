@@ -40,6 +40,14 @@ _KNOWN = {
         "the job on Dataflow has failed, and its page says why; once that is mended, the same "
         "command goes on"
     ),
+    r"Unable to fetch remote job server jar": (
+        "the job server of this runner cannot be downloaded; start one yourself, and use --runner "
+        "PortableRunner, as docs/engines.md says"
+    ),
+    r"No module named '(jax|torch)'": (
+        "the backend that KERAS_BACKEND names is not installed; unset it, or for jax: pip install "
+        "-c constraints.txt jax"
+    ),
     r"OOM when allocating|RESOURCE_EXHAUSTED: Out of memory": (
         "the device has not enough memory; take a smaller batch_size, or for the prior a larger "
         "prior.grad_accumulation"

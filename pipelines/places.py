@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from configs import DataConfig, VqbeamError
 
@@ -37,6 +37,22 @@ def check_shared(places: Mapping[str, str]) -> None:
             raise VqbeamError(
                 f"the workers of Dataflow cannot reach {place}; give a gs:// path by {flag}"
             )
+
+
+def check_output(output: str, endings: Sequence[str]) -> None:
+    """Checks the name of a file that is to be written.
+
+    Args:
+        output: The path.
+        endings: Those that it may have, such as ".png"; "" stands for a folder.
+
+    Raises:
+        VqbeamError: It has another.
+    """
+    if os.path.splitext(output)[1] not in endings:
+        files = " or ".join(ending for ending in endings if ending)
+        folder = ", or a folder" if "" in endings else ""
+        raise VqbeamError(f"--output is {output!r}; give a name that ends in {files}{folder}")
 
 
 def places_of(data: DataConfig) -> dict[str, str]:

@@ -169,7 +169,7 @@ def _check_failures(
     if len(failures) > config.data.max_failed * total:
         first = failures[0]
         raise VqbeamError(
-            f"{len(failures)} of {total} images could not be decoded, more than data.max_failed "
+            f"{len(failures)} of {total} images could not be decoded, more than --data.max-failed "
             f"({100 * config.data.max_failed:g}%) allows; mend them, or allow more, and run it "
             f"again; the first is {first['key']} ({first['reason']}), all are in {letters}"
         )

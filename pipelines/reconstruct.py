@@ -3,7 +3,7 @@
 import numpy as np
 from etils import epath
 
-from configs import VqbeamError
+from pipelines.places import check_output
 from vqvae.figures import reconstruction_figure, save_png
 from vqvae.records import damaged_records, open_dataset, read_split
 from vqvae.run_folder import RunFolder
@@ -17,9 +17,8 @@ def reconstruct(run_dir: str, output: str, num: int = 16) -> None:
     Raises:
         VqbeamError: The run has no trained VQ-VAE, or `output` does not end in .png.
     """
-    path = epath.Path(output)
-    if path.suffix != ".png":
-        raise VqbeamError(f"--output is {output!r}; give a name that ends in .png")
+    check_output(output, [".png"])
+    path = epath.Path(output).expanduser()
     run = RunFolder(run_dir)
     run.load_config()
     model = load_vqvae(run)

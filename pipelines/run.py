@@ -76,7 +76,7 @@ def _run_pipeline(
     from pipelines.stages import transform
 
     if "prepare" in stages:
-        from pipelines.sources import prepare_source
+        from pipelines.downloads import prepare_source
 
         prepare_source(config.data, beam_args)
 
@@ -97,7 +97,8 @@ def _closing_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:
         lines.append(f"images: {counts}, in {run.folder('prepare')}")
         if images["failed"]:
             letters = run.folder("prepare") / "dead_letters.jsonl"
-            lines.append(f"could not be decoded: {images['failed']} images, listed in {letters}")
+            images = f"{images['failed']} image{'s' if images['failed'] > 1 else ''}"
+            lines.append(f"could not be decoded: {images}, listed in {letters}")
     if "sample" in stages:
         lines.append(f"new images: {run.folder('sample') / 'samples.png'}")
         lines.append(f"next: vqbeam sample {run.root} --output samples.png")

@@ -29,9 +29,11 @@ def parse_inspect(verb: str, words: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_presets(verb: str, words: Sequence[str]) -> dict[str, Any]:
-    """Returns the arguments of `describe`: none."""
-    verb_parser(verb, "").parse_words(words)
-    return {}
+    """Returns the arguments of `describe`."""
+    parser = verb_parser(verb, "[PRESET]")
+    kinds = "a name, or a .py file that sets CONFIG: shows all its settings"
+    parser.add("PRESET", nonempty, kinds, nargs="?")
+    return {"preset": parser.parse_words(words).get("PRESET")}
 
 
 def parse_gradients(verb: str, words: Sequence[str]) -> dict[str, Any]:

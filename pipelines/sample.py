@@ -9,8 +9,9 @@ from etils import epath
 
 from configs import SampleConfig
 from pipelines.labels import label_rows
+from pipelines.places import check_output
 from pipelines.provenance import check_checkpoint, read_provenance
-from pipelines.sample_files import check_ending, write_samples
+from pipelines.sample_files import write_samples
 from pipelines.samples import Samples, draw_samples, fitted, learned_labels
 from pipelines.sampling_defaults import changed_defaults
 from vqvae.run_folder import RunFolder
@@ -47,8 +48,9 @@ def sample(
     """
     run = RunFolder(run_dir)
     config = run.load_config()
-    path = epath.Path(output or "samples.png").expanduser()
-    check_ending(path)
+    output = output or "samples.png"
+    check_output(output, [".png", ".npz", ""])
+    path = epath.Path(output).expanduser()
     changes = {name: value for name, value in settings.items() if value is not None}
     bare = False
     if like is None:

@@ -7,19 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 from etils import epath
 
-from configs import VqbeamError
 from pipelines.provenance import KEY
 from pipelines.samples import Samples
 from vqvae.figures import label_figure, picture, save_png
-from vqvae.files import write_bytes
+from vqvae.files import matching, write_bytes
 
 SAMPLES_LIST = "samples.jsonl"
-
-
-def check_ending(path: epath.Path) -> None:
-    """Raises a VqbeamError where samples cannot be written as a path's ending says."""
-    if path.suffix not in (".png", ".npz", ""):
-        raise VqbeamError(f"cannot write samples as {path.suffix}; use .png, .npz or a folder")
 
 
 def write_samples(samples: Samples, path: epath.Path, *, bare: bool = False) -> None:
@@ -42,12 +35,17 @@ def write_samples(samples: Samples, path: epath.Path, *, bare: bool = False) -> 
     elif bare:
         _write_picture(samples, 0, next(_each(samples)), path)
     else:
-        save_png(label_figure(samples.images, samples.names), path, {KEY: json.dumps(facts)})
+        figure = label_figure(samples.images, samples.names, fill=True)
+        save_png(figure, path, {KEY: json.dumps(facts)})
 
 
 def _write_folder(samples: Samples, folder: epath.Path) -> None:
     """Writes a PNG for each image and then their list: with it the folder is whole."""
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / SAMPLES_LIST).exists():  # those of before would be taken for these
+        (folder / SAMPLES_LIST).unlink()
+        for picture_of_before in matching(folder, "[0-9]*.png"):
+            picture_of_before.unlink()
     lines = []
     for row, own in enumerate(_each(samples)):
         name = f"{own['index']:05d}.png"

@@ -38,10 +38,16 @@ def changed_defaults(run: RunFolder, settings: Mapping[str, Any]) -> SampleConfi
     """Returns the run's settings with those that are not None in place of its own.
 
     Raises:
-        VqbeamError: As `sampling_defaults`; or the run cannot be guided.
+        VqbeamError: As `sampling_defaults`; or the run cannot be guided, or not so.
     """
     changes = {name: value for name, value in settings.items() if value is not None}
     changed = dataclasses.replace(sampling_defaults(run), **changes)
+    bounds = [name for name in ("guidance_start", "guidance_end") if name in changes]
+    if bounds and changed.guidance_schedule != "interval":
+        raise VqbeamError(
+            f"{bounds[0]} is {changes[bounds[0]]}, but guidance_schedule "
+            f"{changed.guidance_schedule} has no start and no end; set it to interval"
+        )
     if changed.guidance != 1 and not run.load_config().prior.label_dropout:
         raise VqbeamError(
             f"guidance is {changed.guidance}, but {run.root} was trained with prior.label_dropout "
@@ -50,6 +56,8 @@ def changed_defaults(run: RunFolder, settings: Mapping[str, Any]) -> SampleConfi
     return changed
 
 
-def store_sampling_defaults(run: RunFolder, settings: SampleConfig) -> None:
-    """Has all later drawing from a run go by these settings."""
-    write_json(run.root / _FILE, dataclasses.asdict(settings))
+def store_sampling_defaults(run: RunFolder, settings: SampleConfig) -> epath.Path:
+    """Has all later drawing from a run go by these settings; returns the file that says so."""
+    path = run.root / _FILE
+    write_json(path, dataclasses.asdict(settings))
+    return path

@@ -13,7 +13,6 @@ from etils import epath
 from configs import DataConfig, VqbeamError
 from pipelines.folder import list_folder
 from pipelines.images import ImageError, decode_image
-from pipelines.messages import is_interrupt, user_message
 from vqvae.labels import Labels
 from vqvae.records import Shard, damaged_records
 
@@ -60,46 +59,11 @@ def check_source(data: DataConfig) -> None:
     if data.source.startswith("folder:"):
         plan(data)
         return
-    builder = _builder(data)
+    builder = builder_of(data)
     if builder.is_prepared():
         plan(data)
     else:
         _tfds_labels(data, builder.info)
-
-
-def prepare_source(data: DataConfig, beam_args: Sequence[str]) -> None:
-    """Has TFDS download and prepare its dataset, where that was not done yet.
-
-    Raises:
-        VqbeamError: There is no such dataset, or it cannot be had; the message says what to do.
-    """
-    if data.source.startswith("folder:"):
-        return
-    builder = _builder(data)
-    if builder.is_prepared():
-        return
-    from apache_beam.options.pipeline_options import PipelineOptions
-
-    print(
-        f"{builder.info.full_name} is not in {builder.data_dir} yet: TFDS prepares it there "
-        "(if its host cannot be reached, interrupt, and name a prepared copy by --data.data-dir)",
-        flush=True,
-    )
-    config = tfds.download.DownloadConfig(
-        beam_options=PipelineOptions(list(beam_args)),
-        manual_dir=data.manual_dir,
-        try_download_gcs=False,
-    )
-    try:
-        builder.download_and_prepare(download_config=config)
-    except Exception as error:
-        if is_interrupt(error) or user_message(error):
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise VqbeamError(
-            f"TFDS could not prepare {builder.info.full_name} ({reason}); where its host cannot "
-            "be reached, prepare it elsewhere and give its folder by --data.data-dir"
-        ) from error
 
 
 def plan(data: DataConfig) -> list[Unit]:
@@ -120,7 +84,7 @@ def plan(data: DataConfig) -> list[Unit]:
                 "data.validation_share above 0"
             )
         return _units(data, listing.splits, listing.labels)
-    info = _builder(data).info
+    info = builder_of(data).info
     splits = {}
     for split, theirs in (("train", data.train_split), ("validation", data.validation_split)):
         if theirs not in info.splits:
@@ -175,7 +139,12 @@ def _units(data: DataConfig, splits: dict[str, Sequence[Any]], labels: Labels) -
     return units
 
 
-def _builder(data: DataConfig):
+def builder_of(data: DataConfig) -> tfds.core.DatasetBuilder:
+    """Returns the builder of a TFDS dataset or of glyphs, prepared or not.
+
+    Raises:
+        VqbeamError: TFDS has no such dataset.
+    """
     options = {"data_dir": data.data_dir} if data.data_dir else {}
     if data.source == "glyphs":
         from pipelines.glyphs import Glyphs
@@ -231,7 +200,7 @@ def _read_tfds(data: DataConfig, unit: Unit) -> Iterator[RawImage]:
     `tfds.beam.ReadFromTFDS` reads the same files, one worker a file, but leaves the examples of a
     one-file dataset in no particular place: putting them in order would shuffle pixels.
     """
-    builder = _builder(data)
+    builder = builder_of(data)
     theirs = data.train_split if unit.shard.split == "train" else data.validation_split
     bounds = unit.images[0], unit.images[-1] + 1
     wanted = [data.image_key, *([data.label_key] if unit.labels.names else [])]

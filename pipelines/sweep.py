@@ -18,6 +18,9 @@ from vqvae.manifolds import NEIGHBOURS
 from vqvae.run_folder import RunFolder
 from vqvae.training import STAGE as TRAIN_VQVAE
 
+# Fewer images than this tell settings apart by chance.
+_FEW = 500
+
 
 def sweep(
     run: RunFolder,
@@ -59,8 +62,10 @@ def sweep(
     save_png(sweep_figure(values, results, best), picture)
     print(f"written to {run.evaluation / 'sweep.json'} and {picture}")
     if store:
-        store_sampling_defaults(run, grid[best])
-        print(f"{run.root} draws with the best of them from now on")
+        stored = store_sampling_defaults(run, grid[best])
+        print(f"{run.root} draws with the best of them from now on; to undo it, delete {stored}")
+        if num < _FEW:
+            print(f"of {num} images chance decides as much as the settings; --num 2000 tells more")
 
 
 def sweep_lines(names: Sequence[str], results: Sequence[dict], best: int) -> list[str]:

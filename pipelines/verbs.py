@@ -17,13 +17,18 @@ class Verb:
         grammar: MODULE:FUNCTION of `pipelines` that turns the verb and the words behind it into
             the keyword arguments of the next.
         work: MODULE:FUNCTION of `pipelines` that does the work; a text that it returns is printed.
+        needs: The stages of a run that must be done.
+        outputs: The endings that the file to write may have; "" stands for a folder.
     """
 
     summary: str
     grammar: str
     work: str
+    needs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
 
 
+_MODELS = ("train-vqvae", "train-prior")
 _STAGES = {"grammar": "stage_arguments:parse_stages", "work": "run:run_stages"}
 
 VERBS = {
@@ -33,27 +38,38 @@ VERBS = {
     "encode": Verb("turn every image into a grid of codes, as TFRecords", **_STAGES),
     "train-prior": Verb("train the transformer prior on the codes", **_STAGES),
     "sample": Verb(
-        "draw new images from a trained run", "draw_arguments:parse_sample", "sample:sample"
+        "draw new images from a trained run",
+        "draw_arguments:parse_sample",
+        "sample:sample",
+        needs=_MODELS,
+        outputs=(".png", ".npz", ""),
     ),
     "generate": Verb(
         "draw very many images, as a Beam pipeline",
         "draw_arguments:parse_generate",
         "generate:generate",
+        needs=_MODELS,
     ),
     "complete": Verb(
         "draw the missing part of images, several times",
         "draw_arguments:parse_complete",
         "complete:complete",
+        needs=_MODELS,
+        outputs=(".png", ""),
     ),
     "interpolate": Verb(
         "draw images on the way from one class to another",
         "draw_arguments:parse_interpolate",
         "interpolate:interpolate",
+        needs=_MODELS,
+        outputs=(".png",),
     ),
     "reconstruct": Verb(
         "draw held-out images above their reconstructions",
         "run_arguments:parse_reconstruct",
         "reconstruct:reconstruct",
+        needs=("prepare", "train-vqvae"),
+        outputs=(".png",),
     ),
     "evaluate": Verb(
         "measure a trained run on all of its held-out images",
@@ -64,11 +80,13 @@ VERBS = {
         "tell how likely a trained run finds images of your own",
         "measure_arguments:parse_score",
         "score:score",
+        needs=_MODELS,
     ),
     "export": Verb(
         "write a trained run as a SavedModel, which needs neither vqbeam nor Keras",
         "measure_arguments:parse_export",
         "export:export",
+        needs=_MODELS,
     ),
     "inspect": Verb(
         "show what is in a run: stages, sizes, losses, codebook use",
@@ -79,9 +97,12 @@ VERBS = {
         "show which part of a model the gradient of each loss reaches",
         "run_arguments:parse_gradients",
         "gradients:gradients",
+        outputs=(".png",),
     ),
     "presets": Verb(
-        "list the presets, a line each", "run_arguments:parse_presets", "presets:describe"
+        "list the presets, or the settings of one",
+        "run_arguments:parse_presets",
+        "presets:describe",
     ),
 }
 

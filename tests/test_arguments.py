@@ -39,7 +39,8 @@ from pipelines.verbs import VERBS
         (["gradients", "glyphs", "--prior.layers", "1"], "vqbeam: unknown flag --prior.layers"),
         (["gradients", "glyphs", "--output", ""], "vqbeam gradients: --output: is empty"),
         (["inspect", "d", "e"], "vqbeam inspect: unexpected argument 'e'"),
-        (["presets", "d"], "vqbeam presets: unexpected argument 'd'"),
+        (["presets", "d", "e"], "vqbeam presets: unexpected argument 'e'"),
+        (["help", "zzz"], "vqbeam: unknown verb 'zzz'; see vqbeam --help"),
         (["smaple", "d"], "vqbeam: unknown verb 'smaple'; did you mean sample?"),
         (["zzz"], "vqbeam: unknown verb 'zzz'; see vqbeam --help"),
         (["--verison"], "vqbeam: unknown flag --verison; did you mean --version?"),
@@ -64,6 +65,18 @@ def test_help_and_version(verb, flag, capsys):
     shown = capsys.readouterr().out
     assert shown.startswith("vqbeam" if flag == "--version" else f"usage: vqbeam {verb or 'VERB'}")
     assert max(map(len, shown.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("words", "same"), [(["help"], ["--help"]), (["help", "run"], ["run", "--help"])]
+)
+def test_help_is_a_verb_too(words, same, capsys):
+    shown = []
+    for line in (words, same):
+        with pytest.raises(SystemExit):
+            parse(line)
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] != ""
 
 
 def test_top_level_help_lists_each_verb(capsys):

@@ -1,7 +1,11 @@
+import logging
+import socket
+
 import apache_beam as beam
 import pytest
 from apache_beam.runners.runner import PipelineResult, PipelineRunner
 
+from configs import VqbeamError
 from pipelines import beam_run
 from pipelines.beam_run import run_pipeline
 
@@ -42,3 +46,37 @@ def test_an_interrupted_job_is_cancelled(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_pipeline([], lambda pipeline: pipeline | beam.Create([1]))
     assert events == ["submitted", "cancelled"]
+
+
+def test_a_job_service_that_does_not_answer(monkeypatch):
+    monkeypatch.setattr(beam, "Pipeline", None)  # which would wait for five minutes
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+        words = ["--runner=PortableRunner", f"--job_endpoint=localhost:{port}"]
+        with pytest.raises(VqbeamError, match=f"nothing answers at localhost:{port}, the --job_e"):
+            run_pipeline(words, None)
+        listener.listen()
+        with pytest.raises(TypeError, match="NoneType"):  # it got as far as the pipeline
+            run_pipeline(words, None)
+
+
+def test_what_is_shown_of_a_job_on_dataflow(capsys):
+    logger = logging.getLogger("apache_beam.runners.dataflow")
+    try:
+        beam_run._tell_of_the_job()
+        beam_run._tell_of_the_job()
+        client = logger.getChild("internal.apiclient")
+        client.info("Starting GCS upload to gs://x")
+        client.info("Created job with id: [%s]", "7")
+        client.warning("something is wrong")
+        logger.getChild("dataflow_runner").info("Job 7 is in state JOB_STATE_RUNNING")
+    finally:
+        logger.handlers.clear()
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
+    assert capsys.readouterr().err.splitlines() == [
+        "Dataflow: Created job with id: [7]",
+        "Dataflow: something is wrong",
+        "Dataflow: Job 7 is in state JOB_STATE_RUNNING",
+    ]

@@ -127,7 +127,7 @@ def test_the_label_of_a_run_with_one_class_is_known():
     [
         (["--input", "gone.png"], "there is no file or folder gone.png; check --input"),
         (["--keep", "middle"], "--keep is 'middle'; give top-half"),
-        (["--output", "c.gif"], "cannot write completions as .gif; use .png or a folder"),
+        (["--output", "c.gif"], "--output is 'c.gif'; give a name that ends in .png, or a folder"),
         (["--label", "melon"], "the run has no label 'melon'"),
         (["--top-k", "99"], "top_k is 99; it must be from 1 to 12"),
     ],

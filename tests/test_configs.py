@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import types
 import typing
 
@@ -88,6 +89,14 @@ def test_presets_of_the_issue_are_there():
 def test_smoke_grows_nothing(config):
     small = override(config, {"data.max_images": 10, "vqvae.num_codes": 8})
     assert smoke(small).data.max_images == 10 and smoke(small).vqvae.num_codes == 8
+
+
+def test_smoke_takes_what_the_whole_run_would(config):
+    wide = override(config, {"sample.top_k": 100})
+    assert smoke(wide).sample.top_k == 32
+    # One damaged image of 64 is more than the usual 1%.
+    assert smoke(config).data.max_failed == 0.2
+    assert smoke(override(config, {"data.max_failed": 0.5})).data.max_failed == 0.5
 
 
 def test_smoke_keeps_what_must_divide(config):
@@ -230,6 +239,21 @@ FSQ = {"vqvae.quantizer": "fsq"}
             "data.height is 36, which makes a grid with an odd side; vqvae.grids 2 halves it",
         ),
         ({"vqvae.grids": 2, "data.width": 28}, "data.width is 28, which makes a grid with an odd"),
+        (
+            {"sample.top_k": 513},
+            r"sample.top_k is 513, more than .*, vqvae.num_codes \(512\); 0 is",
+        ),
+        (
+            {"sample.top_p": 0.0},
+            "sample.top_p is 0.0; it must be above 0; sample.top_k 1 is greedy",
+        ),
+        (
+            {"sample.guidance": 2.0, "prior.label_dropout": 0.0},
+            "sample.guidance is 2.0, away from images without a label, but prior.label_dropout 0",
+        ),
+        ({"prior.label_dropout": 1.0}, "prior.label_dropout is 1.0; it must be at most 0.9"),
+        ({"vqvae.learning_rate": math.nan}, "vqvae.learning_rate is nan; it must be a number"),
+        ({"vqvae.commitment": math.inf}, "vqvae.commitment is inf; it must be a number"),
     ],
 )
 def test_checks_across_fields(config, changes, message):

@@ -206,7 +206,7 @@ def test_a_truncated_shard(failure, own_run, stage):
     following = list(STAGES)[list(STAGES).index(stage) + 1]
     for verb in ("run", following):
         message = failure(verb, preset, "--run-dir", run.root)
-        assert f"{shard} has " in message and f"run vqbeam {stage} again" in message
+        assert f"{shard} has " in message and f"run vqbeam {stage} PRESET --run-dir" in message
     # Nothing was lost: what it says helps.
     run.folder(stage).rmtree()
     assert cli.main(["run", str(preset), "--run-dir", str(run.root)]) == 0
@@ -238,7 +238,7 @@ def test_a_manifest_edited_by_hand(failure, own_run, stage):
     path.write_text(json.dumps(manifest))
     message = failure("run", preset, "--run-dir", run.root)
     assert f"{path} is not as vqbeam writes it" in message
-    assert f"delete it and run vqbeam {stage} again" in message
+    assert f"delete it and run vqbeam {stage} PRESET --run-dir {run.root} again" in message
     # What it says helps.
     path.unlink()
     assert cli.main(["run", str(preset), "--run-dir", str(run.root)]) == 0

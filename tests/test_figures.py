@@ -84,6 +84,25 @@ def test_each_image_is_under_its_heading(monkeypatch):
         assert_blank(above[:, left + TILE : left + TILE + GAP])
 
 
+@pytest.mark.parametrize(
+    ("labels", "images", "columns", "rows"),
+    [(3, 81, 9, 9), (3, 27, 6, 5), (1, 64, 8, 8), (2, 3, 2, 2), (10, 80, 10, 8), (26, 52, 13, 4)],
+)
+def test_few_labels_fill_the_width(labels, images, columns, rows):
+    names = [f"l{index % labels}" for index in range(images)]
+    figure = label_figure(tiles(images), names, fill=True)
+    assert figure.size[0] == columns * (TILE + GAP) + GAP
+    bands = -(-labels // 13)
+    assert figure.size[1] == rows * (TILE + GAP) + bands * (GAP + HEADING) + GAP
+    # Of one label they are read from left to right, and then down.
+    each = columns * bands // labels
+    for index in range(0, images, labels):
+        turn = index // labels
+        if bands == 1:
+            found = tile_at(figure, turn % each, turn // each, GAP + HEADING)
+            np.testing.assert_array_equal(found, enlarged(tiles(images)[index]))
+
+
 def ink_above(figure, column, upper=0):
     left = GAP + column * (TILE + GAP)
     return np.asarray(figure)[upper : upper + GAP + HEADING, left : left + TILE]

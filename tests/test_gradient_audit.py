@@ -260,7 +260,7 @@ def test_rows_of_several_levels(make, name):
 
 @pytest.mark.tensorflow_alone
 def test_training_with_and_without(tiny_config):
-    config = tiny_config(vqvae__codebook_init="data", vqvae__learning_rate=3e-3)
+    config = tiny_config(vqvae__codebook_init="data", vqvae__learning_rate=1e-2)
     # Images of one shade each: what there is to learn is learned in a few steps.
     shades = np.random.default_rng(0).uniform(-1, 1, (31, 8, 1, 1, 1))
     batches = np.broadcast_to(shades, (31, 8, 8, 8, 1)).astype("float32")

@@ -51,7 +51,7 @@ def test_says_what_was_made_and_what_to_type_next(place):
     assert lines[0].startswith("prepare → train-vqvae → encode → train-prior → sample: done in ")
     assert lines[1].startswith("images: ") and lines[1].endswith(", in run/images")
     letters = "run/images/dead_letters.jsonl"
-    assert lines[2] == f"could not be decoded: 1 images, listed in {letters}"
+    assert lines[2] == f"could not be decoded: 1 image, listed in {letters}"
     assert lines[3:] == [
         "new images: run/samples/samples.png",
         "next: vqbeam sample run --output samples.png",

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from configs import DataConfig, VqbeamError
-from pipelines.places import absolute, check_shared, is_known, located, places_of
+from pipelines.places import absolute, check_output, check_shared, is_known, located, places_of
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,16 @@ def test_sources(monkeypatch):
     assert moved("folder:gs://bucket/photos") == ("folder:gs://bucket/photos", None)
     assert moved("tfds:cifar10", "datasets") == ("tfds:cifar10", "/here/datasets")
     assert moved("glyphs") == ("glyphs", None)
+
+
+def test_endings():
+    for name in ("a.png", "b/a.npz", "a", "gs://b/a"):
+        check_output(name, [".png", ".npz", ""])
+    message = r"--output is 'a.jpeg'; give a name that ends in .png or .npz, or a folder$"
+    with pytest.raises(VqbeamError, match=message):
+        check_output("a.jpeg", [".png", ".npz", ""])
+    with pytest.raises(VqbeamError, match=r"'a'; give a name that ends in .png$"):
+        check_output("a", [".png"])
 
 
 def test_what_other_machines_cannot_reach():

@@ -209,7 +209,7 @@ def test_samples_png_by_default(finished_run, tmp_path, monkeypatch, capsys):
 
 def test_an_ending_that_is_not_known_costs_no_drawing(finished_run, monkeypatch):
     monkeypatch.setattr(sample_module, "draw_samples", None)
-    with pytest.raises(VqbeamError, match="cannot write samples as .jpeg; use .png, .npz or a fol"):
+    with pytest.raises(VqbeamError, match="give a name that ends in .png or .npz, or a folder"):
         sample(str(finished_run.root), output="samples.jpeg")
 
 

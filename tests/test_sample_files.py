@@ -5,8 +5,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from configs import VqbeamError
-from pipelines.sample_files import check_ending, write_samples
+from pipelines.sample_files import write_samples
 from pipelines.samples import Samples
 
 SETTINGS = {"preset": "tiny", "checkpoint": "0123", "seed": 4}
@@ -63,8 +62,11 @@ def test_without_classes_there_are_no_labels(samples, tmp_path):
     assert text_of(tmp_path / "out" / "00001.png") == SETTINGS | {"index": 1}
 
 
-def test_endings():
-    for name in ("a.png", "a.npz", "a"):
-        check_ending(epath.Path(name))
-    with pytest.raises(VqbeamError, match="cannot write samples as .jpeg; use .png, .npz or a fol"):
-        check_ending(epath.Path("a.jpeg"))
+def test_no_picture_of_before_is_left(samples, tmp_path):
+    folder = epath.Path(tmp_path / "out")
+    write_samples(samples, folder)
+    (folder / "mine.png").write_text("another's")
+    one = Samples(samples.images[:1], samples.codes[:1], samples.labels[:1], ["é"], SETTINGS, 9)
+    write_samples(one, folder)
+    found = sorted(path.name for path in folder.iterdir())
+    assert found == ["00009.png", "mine.png", "samples.jsonl"]

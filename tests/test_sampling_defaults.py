@@ -43,6 +43,36 @@ def test_no_guidance_without_classes(run):
     assert changed_defaults(run, {"guidance": 3.0}).guidance == 3.0
 
 
+def test_bounds_of_guidance_belong_to_an_interval(run):
+    run = run(["a"])
+    message = "guidance_end is 0.5, but guidance_schedule constant has no start and no end; set"
+    with pytest.raises(VqbeamError, match=message):
+        changed_defaults(run, {"guidance_end": 0.5})
+    found = changed_defaults(run, {"guidance_end": 0.5, "guidance_schedule": "interval"})
+    assert found.guidance_end == 0.5
+    store_sampling_defaults(run, found)
+    assert changed_defaults(run, {"guidance_start": 0.2}).guidance_start == 0.2
+
+
+def test_no_guidance_where_no_image_was_learned_without_its_label(tmp_path, tiny_config):
+    run = RunFolder(tmp_path)
+    run.start(tiny_config(prior__label_dropout=0.0))
+    run.begin("train-prior")
+    run.finish("train-prior", [], label_names=["a"])
+    message = "guidance is 2.0, but .* was trained with prior.label_dropout 0 and does not know"
+    with pytest.raises(VqbeamError, match=message):
+        changed_defaults(run, {"guidance": 2.0})
+    assert changed_defaults(run, {"guidance": 1.0}).guidance == 1.0
+
+
+@pytest.mark.parametrize("content", ['{"heat": 1.0}', "[1]", "{"])
+def test_stored_settings_of_another_version(run, content):
+    run = run(["a"])
+    (run.root / "sample.json").write_text(content)
+    with pytest.raises(VqbeamError, match="sample.json (does not fit this version|is not valid)"):
+        sampling_defaults(run)
+
+
 def test_a_change_out_of_range(run):
     with pytest.raises(VqbeamError, match="sample.top_p is 2"):
         changed_defaults(run(["a"]), {"top_p": 2})

@@ -3,13 +3,13 @@ import re
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_datasets as tfds
 from pipeline_fixtures import CLASSES, SIDE, small_config, write_images, write_tfds
 
 from configs import VqbeamError
+from pipelines.downloads import prepare_source
 from pipelines.glyphs import LETTERS, Glyphs, draw_glyph
 from pipelines.images import decode_image
-from pipelines.sources import _labels_of, check_source, plan, prepare_source, read_unit
+from pipelines.sources import _labels_of, check_source, plan, read_unit
 from vqvae.labels import Labels
 
 BEAM = ["--runner=FnApiRunner"]
@@ -124,7 +124,9 @@ def few_glyphs(monkeypatch, tmp_path):
 def test_glyphs_are_prepared_once_and_read_whole(few_glyphs, capsys):
     check_source(few_glyphs)  # before it is there
     prepare_source(few_glyphs, BEAM)
-    assert "glyphs/1.0.0 is not in " in capsys.readouterr().out
+    said = capsys.readouterr().out  # and nothing of a download
+    assert said.startswith("drawing the 38 letters of glyphs/1.0.0, once, into ")
+    assert said.count("\n") == 1
     prepare_source(few_glyphs, BEAM)
     assert capsys.readouterr().out == ""
     check_source(few_glyphs)
@@ -215,25 +217,6 @@ def test_datasets_that_tfds_does_not_have(name, message, tmp_path):
         with pytest.raises(VqbeamError, match=message) as caught:
             look(settings)
         assert "\n" not in str(caught.value)
-
-
-def test_a_host_that_cannot_be_reached(tmp_path, monkeypatch, capsys):
-    settings = data("tfds:fashion_mnist", data_dir=str(tmp_path))
-
-    def unreachable(self, **_):
-        # What to do is said before TFDS begins its retries, which take minutes.
-        said = capsys.readouterr().out
-        assert "fashion_mnist/3.0.1 is not in" in said and "--data.data-dir" in said
-        raise ConnectionError("Max retries exceeded\nwith url: /x")
-
-    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", unreachable)
-    check_source(settings)  # says nothing of a dataset that is only not there yet
-    with pytest.raises(VqbeamError) as caught:
-        prepare_source(settings, BEAM)
-    assert str(caught.value) == (
-        "TFDS could not prepare fashion_mnist/3.0.1 (Max retries exceeded); where its host cannot "
-        "be reached, prepare it elsewhere and give its folder by --data.data-dir"
-    )
 
 
 def test_a_damaged_record_of_tfds(prepared, tmp_path):

@@ -259,3 +259,15 @@ def test_a_folder_of_images_is_named_from_the_root(parse_run, monkeypatch, tmp_p
 )
 def test_whether_dataflow_is_asked_for(words, expected):
     assert is_dataflow(words) is expected
+
+
+def test_the_levels_of_fsq_say_how_many_codes_there_are(parse_run):
+    given = parse_run("--vqvae.quantizer=fsq", "--vqvae.fsq-levels=8,5,5")["config"].vqvae
+    assert (given.num_codes, given.fsq_sizes) == (200, (8, 5, 5))
+    given = parse_run("--smoke", "--vqvae.quantizer=fsq", "--vqvae.fsq-levels=8,8,8")["config"]
+    assert given.vqvae.num_codes == 512
+    wrong = ["--vqvae.quantizer=fsq", "--vqvae.fsq-levels=8,5,5", "--vqvae.num-codes=100"]
+    with pytest.raises(configs.VqbeamError, match="--vqvae.fsq-levels 8,5,5 make 200 codes, --vqv"):
+        parse_run(*wrong)
+    with pytest.raises(configs.VqbeamError, match="--vqvae.fsq-levels is '8;5'; give numbers from"):
+        parse_run("--vqvae.quantizer=fsq", "--vqvae.fsq-levels=8;5")

@@ -1,6 +1,7 @@
 import pytest
 
 from pipelines.verbs import VERBS, function, verb_parser
+from vqvae.run_folder import STAGES
 
 
 @pytest.mark.slow
@@ -14,4 +15,10 @@ def test_the_parser_of_a_verb(capsys):
     with pytest.raises(SystemExit):
         verb_parser("presets", "WORDS").parse_words(["--help"])
     shown = capsys.readouterr().out
-    assert shown.startswith("usage: vqbeam presets WORDS\n\nList the presets, a line each.\n")
+    summary = "List the presets, or the settings of one."
+    assert shown.startswith(f"usage: vqbeam presets WORDS\n\n{summary}\n")
+
+
+def test_only_stages_are_needed():
+    for verb in VERBS.values():
+        assert set(verb.needs) <= set(STAGES)

@@ -12,6 +12,7 @@ from vqvae.files import write_bytes
 
 _MARGIN = 4
 _SMALLEST_TILE = 64
+_MOST_COLUMNS = 13
 
 
 def reconstruction_figure(originals: np.ndarray, reconstructions: np.ndarray) -> Image.Image:
@@ -23,12 +24,15 @@ def reconstruction_figure(originals: np.ndarray, reconstructions: np.ndarray) ->
     return _grid(rows, headings=None)
 
 
-def label_figure(images: np.ndarray, headings: Sequence[str] | None) -> Image.Image:
+def label_figure(
+    images: np.ndarray, headings: Sequence[str] | None, *, fill: bool = False
+) -> Image.Image:
     """Draws images in columns, one column for each label, with the label above it.
 
     Args:
         images: uint8 [N, H, W, C].
         headings: The label of each image; None for a plain grid.
+        fill: Whether a label may have several columns side by side, where there are few labels.
     """
     if headings is None:
         columns = math.ceil(math.sqrt(len(images)))
@@ -36,11 +40,19 @@ def label_figure(images: np.ndarray, headings: Sequence[str] | None) -> Image.Im
     by_label: dict[str, list[np.ndarray]] = {}
     for image, heading in zip(images, headings, strict=True):
         by_label.setdefault(heading, []).append(image)
-    names = list(by_label)
+    each = _columns_of_a_label(by_label) if fill else 1
+    columns = [(name, of[i::each]) for name, of in by_label.items() for i in range(each)]
     # As few bands as keep the picture under about 13 columns, and these of equal width.
-    bands = math.ceil(len(names) / 13)
-    width = math.ceil(len(names) / bands)
-    return _stack([_band(by_label, names[i : i + width]) for i in range(0, len(names), width)])
+    bands = math.ceil(len(columns) / _MOST_COLUMNS)
+    width = math.ceil(len(columns) / bands)
+    return _stack([_band(columns[i : i + width]) for i in range(0, len(columns), width)])
+
+
+def _columns_of_a_label(by_label: Mapping[str, list[np.ndarray]]) -> int:
+    """Returns how many make the picture about as wide as high."""
+    depth = max(map(len, by_label.values()))
+    square = math.ceil(math.sqrt(depth / len(by_label)))
+    return max(1, min(_MOST_COLUMNS // len(by_label), square))
 
 
 def picture(image: np.ndarray) -> Image.Image:
@@ -59,14 +71,14 @@ def save_png(figure: Image.Image, path: epath.Path, text: Mapping[str, str] | No
     write_bytes(path, buffer.getvalue())
 
 
-def _band(by_label: Mapping[str, list[np.ndarray]], names: Sequence[str]) -> Image.Image:
-    depth = max(len(by_label[name]) for name in names)
-    blank = np.full_like(by_label[names[0]][0], 255)
+def _band(columns: Sequence[tuple[str, list[np.ndarray]]]) -> Image.Image:
+    depth = max(len(images) for _, images in columns)
+    blank = np.full_like(columns[0][1][0], 255)
     rows = [
-        np.stack([by_label[name][row] if row < len(by_label[name]) else blank for name in names])
+        np.stack([images[row] if row < len(images) else blank for _, images in columns])
         for row in range(depth)
     ]
-    return _grid(rows, headings=names)
+    return _grid(rows, headings=[name for name, _ in columns])
 
 
 def _grid(rows: Sequence[np.ndarray], headings: Sequence[str] | None) -> Image.Image:

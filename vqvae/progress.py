@@ -1,5 +1,6 @@
 """Progress that a person sees: a bar with images per second and, in training, the loss."""
 
+import os
 import sys
 
 import keras
@@ -14,10 +15,19 @@ def progress_bar(title: str, total: int, *, initial: int = 0) -> tqdm.tqdm:
         initial=initial,
         unit=" images",
         mininterval=0.2 if sys.stderr.isatty() else 20,
-        dynamic_ncols=True,
+        dynamic_ncols=_columns() > 0,
+        ncols=None if _columns() else 100,
         bar_format="{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}"
         " [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
     )
+
+
+def _columns() -> int:
+    """Returns the width of the terminal; where one gives 0, tqdm would show nothing at all."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError, AttributeError):
+        return 100  # no terminal
 
 
 class FitProgress(keras.callbacks.Callback):

@@ -1,0 +1,33 @@
+import pytest
+
+import configs
+from configs import VqbeamError
+from pipelines.arguments import parse
+from pipelines.presets import describe
+
+
+def test_a_line_for_each():
+    lines = describe().splitlines()
+    assert [line.split()[0] for line in lines] == configs.preset_names()
+
+
+@pytest.mark.parametrize("name", configs.preset_names())
+def test_the_settings_of_one_are_words_that_make_it(name):
+    summary, *lines = describe(name).splitlines()
+    assert summary == configs.preset_summary(name)
+    assert len(lines) == len(list(configs.field_types()))
+    words = [word for line in lines for word in line.split()[:2]]
+    given = parse(["run", "glyphs", "--run-dir", "d", *words]).arguments["config"]
+    changed = configs.differences(given, configs.load_preset(name))
+    assert [change for change in changed if not change.startswith("name:")] == []
+
+
+def test_a_file_of_ones_own(preset):
+    assert "--vqvae.num-codes" in describe(preset)
+    assert parse(["presets", preset]).arguments == {"preset": preset}
+    assert parse(["presets"]).arguments == {"preset": None}
+
+
+def test_none_of_that_name():
+    with pytest.raises(VqbeamError, match="no preset is named 'glyph'; did you mean 'glyphs'?"):
+        describe("glyph")

@@ -47,7 +47,7 @@ def _check_service(endpoint: str | None) -> None:
     if not colon or not port.isdecimal():
         return
     try:
-        socket.create_connection((host, int(port)), timeout=20).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=20).close()
     except OSError as error:
         raise VqbeamError(
             f"nothing answers at {endpoint}, the --job_endpoint ({error.strerror or error}); start "

@@ -1,6 +1,7 @@
 """What stages that write a dataset have in common: work by shards, whose reports become one."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -55,10 +56,8 @@ class GatherReports(beam.CombineFn):
         return gathered
 
     def _sum(self, facts: list[dict | None]) -> dict | None:
-        total = None
-        for one in facts:
-            total = one if total is None else total if one is None else self.add(total, one)
-        return total
+        seen = [one for one in facts if one is not None]
+        return functools.reduce(self.add, seen) if seen else None
 
 
 class ShardedStage(beam.PTransform):

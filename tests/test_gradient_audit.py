@@ -289,4 +289,4 @@ def test_training_with_and_without(tiny_config):
         # The estimator changes no value, only the gradient.
         np.testing.assert_allclose(found[0], first, rtol=1e-5)
     np.testing.assert_allclose(errors["straight_through"][-1], last, rtol=1e-3)
-    assert errors["straight_through"][-1] < 0.9 * errors["none"][-1]
+    assert sum(errors["straight_through"][-5:]) < sum(errors["none"][-5:])

@@ -32,11 +32,12 @@ def test_all_classes_or_none():
 def test_unknown_label(label):
     with pytest.raises(VqbeamError) as caught:
         label_number(label, NAMES)
-    assert str(caught.value) == f"the run has no label {label!r}; it has Banana, apple, cherry"
+    wanted = "Banana, apple, cherry, or by number 0 to 2"
+    assert str(caught.value) == f"the run has no label {label!r}; it has {wanted}"
 
 
 def test_many_classes_are_not_all_listed():
-    with pytest.raises(VqbeamError, match="it has 0, 1, .*, 29, …$"):
+    with pytest.raises(VqbeamError, match="it has 0, 1, .*, 29, …, or by number 0 to 30$"):
         label_number("x", [str(number) for number in range(31)])
 
 

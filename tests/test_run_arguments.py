@@ -9,7 +9,7 @@ def test_reconstruct_inspect_and_presets():
     given = parse(["reconstruct", "d", "--output", "a.png"]).arguments
     assert given == {"run_dir": "d", "output": "a.png", "num": 16}
     assert parse(["inspect", "d"]).arguments == {"run_dir": "d"}
-    assert parse(["presets"]).arguments == {}
+    assert parse(["presets"]).arguments == {"preset": None}
 
 
 def test_gradients_of_a_preset(preset):

@@ -26,7 +26,7 @@ from vqvae.records import damaged_records
 from vqvae.run_folder import RunFolder
 from vqvae.training import load_vqvae, scale_batch, training_images
 
-_PARTS = ("encoder", "codebook", "decoder", "discriminator")
+_PARTS = ("encoder", "predictions", "codebook", "decoder", "discriminator")
 
 
 class _Subject(NamedTuple):

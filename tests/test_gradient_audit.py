@@ -259,6 +259,23 @@ def test_rows_of_several_levels(make, name):
 
 
 @pytest.mark.tensorflow_alone
+@pytest.mark.parametrize(
+    ("estimator", "reached"), [("straight_through", False), ("diveq", True), ("rotation", True)]
+)
+def test_predictions_are_a_part_of_their_own(tiny_config, estimator, reached):
+    config = tiny_config(
+        vqvae__quantizer="predictive", vqvae__estimator=estimator, vqvae__codebook_update="gradient"
+    )
+    model = build_model(config, data_variance=VARIANCE)
+    model.initialize_codebook(IMAGES, "data", 0)
+    norms = audit(model, IMAGES, EARLIER).norms
+    assert list(norms["reconstruction"]) == ["encoder", "predictions", "codebook", "decoder"]
+    assert (norms["reconstruction"]["predictions"] > 1e-6) == reached
+    assert norms["reconstruction"]["predictions"] == 0 or reached
+    assert norms["commitment"]["predictions"] > 1e-4
+    assert norms["codebook"]["predictions"] == norms["commitment"]["decoder"] == 0
+
+
 def test_training_with_and_without(tiny_config):
     config = tiny_config(vqvae__codebook_init="data", vqvae__learning_rate=1e-2)
     # Images of one shade each: what there is to learn is learned in a few steps.

@@ -98,10 +98,9 @@ def _parts(audit: Audit) -> dict[str, str]:
         "moving average": "quantizer\n(codebook by\nmoving average)",
         "nothing": "quantizer\n(no codebook)",
     }[audit.moved_by]
-    parts = {"encoder": "encoder", "codebook": codebook, "decoder": "decoder"}
-    if "discriminator" in _reachable(audit):
-        parts["discriminator"] = "discriminator"
-    return parts
+    texts = {"encoder": "encoder", "predictions": "predictions", "codebook": codebook}
+    texts |= {"decoder": "decoder", "discriminator": "discriminator"}
+    return {part: text for part, text in texts.items() if part in {*_reachable(audit), "codebook"}}
 
 
 def _reachable(audit: Audit) -> set[str]:

@@ -11,6 +11,7 @@ from vqvae.quantizers.vector import VectorQuantizer
 # The layers of a model that belong to each part; a model has those that its kind has.
 _LAYERS = {
     "encoder": ("encoder", "top_encoder", "bottom_projection"),
+    "predictions": ("top_quantizer", "quantizer"),
     "codebook": ("top_quantizer", "quantizer"),
     "decoder": ("top_decoder", "decoder"),
     "discriminator": ("discriminator",),
@@ -41,9 +42,17 @@ def loss_gradients(model: VQVAE, images, losses: Callable = losses_of) -> dict:
 
 
 def part_variables(model: VQVAE, part: str) -> list[keras.Variable]:
-    """Returns the trainable variables of "encoder", "codebook", "decoder" or "discriminator"."""
+    """Returns the trainable variables of a part.
+
+    Args:
+        model: Built.
+        part: "encoder", "predictions" (of a predictive quantizer), "codebook", "decoder" or
+            "discriminator".
+    """
     layers = [getattr(model, name) for name in _LAYERS[part] if hasattr(model, name)]
-    if codebooks(model) and part == "codebook":  # the predictions between them are no codebook
+    if part == "predictions":
+        layers = [p for quantizer in layers for p in getattr(quantizer, "predictions", [])]
+    elif codebooks(model) and part == "codebook":
         layers = codebooks(model)
     return [variable for layer in layers for variable in layer.trainable_variables]
 

@@ -63,6 +63,7 @@ def test_a_job_service_that_does_not_answer(monkeypatch):
 
 def test_what_is_shown_of_a_job_on_dataflow(capsys):
     logger = logging.getLogger("apache_beam.runners.dataflow")
+    logger.handlers.clear()  # of a test before
     try:
         beam_run._tell_of_the_job()
         beam_run._tell_of_the_job()

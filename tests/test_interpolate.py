@@ -56,4 +56,4 @@ def test_a_run_without_classes(finished_run, monkeypatch, capsys):
     )
     given = ["--from", "cherry", "--to", "apple", "--output", "a.png"]
     assert main(["interpolate", str(finished_run.root), *given]) == 1
-    assert "has no classes to go between" in capsys.readouterr().err
+    assert "the run has no classes" in capsys.readouterr().err

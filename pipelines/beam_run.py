@@ -68,6 +68,9 @@ def _tell_of_the_job() -> None:
 
 
 def _is_of_the_job(record: logging.LogRecord) -> bool:
-    # The client logs all that it uploads as well.
-    by_client = record.name.endswith(".apiclient") and record.levelno < logging.WARNING
-    return not by_client or record.getMessage().startswith(("Created job", "To access"))
+    said = record.getMessage()
+    if record.levelno >= logging.WARNING:
+        return True
+    if record.name.endswith(".apiclient"):  # which tells of all that it uploads as well
+        return said.startswith(("Created job", "To access"))
+    return not said.startswith("Pipeline has additional dependencies")  # advice, and a long one

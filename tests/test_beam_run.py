@@ -71,6 +71,7 @@ def test_what_is_shown_of_a_job_on_dataflow(capsys):
         client.info("Starting GCS upload to gs://x")
         client.info("Created job with id: [%s]", "7")
         client.warning("something is wrong")
+        logger.getChild("dataflow_runner").info("Pipeline has additional dependencies, consider")
         logger.getChild("dataflow_runner").info("Job 7 is in state JOB_STATE_RUNNING")
     finally:
         logger.handlers.clear()

@@ -82,6 +82,7 @@ def test_shape_range_and_seed(any_sampler):
     assert np.any(any_sampler(LABEL_ROWS, seed=2) != codes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch_size", "settings"),
     [(1, {}), (3, dict(temperature=0.9, top_k=9, top_p=0.95, min_p=0.02))],
@@ -107,6 +108,7 @@ def test_cores_share_a_batch(monkeypatch, batch_size, cores, share):
     assert Sampler(build(), batch_size).share == share
 
 
+@pytest.mark.slow
 def test_images_do_not_depend_on_the_cores(sampler, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     other, labels, done = Sampler(sampler.model, batch_size=24), np.arange(44) % 3, []
@@ -270,6 +272,7 @@ def test_guidance_one_is_the_class(sampler):
     np.testing.assert_array_equal(ops.convert_to_numpy(codes), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout", [CodeLayout(K, ((1, 1),)), CodeLayout(K, ((1, 7),)), DEEP, PYRAMID]
 )
@@ -288,6 +291,7 @@ def test_a_growing_cache_gives_the_same_codes(layout):
     np.testing.assert_array_equal(*codes)
 
 
+@pytest.mark.slow
 def test_settings_compile_nothing_anew(monkeypatch):
     sampler, traced = Sampler(build(), batch_size=2), []
     step = CodePrior.step
@@ -311,6 +315,7 @@ def test_new_weights_are_seen():
     assert np.any(sampler([0, 1], 0, temperature=0) != before)
 
 
+@pytest.mark.slow
 def test_mixed_precision_samples():
     codes = Sampler(build(dtype="mixed_bfloat16"), batch_size=2)([0, 1], 0, guidance=2, top_k=3)
     assert codes.shape == (2, *GRID)

@@ -121,6 +121,7 @@ def few_glyphs(monkeypatch, tmp_path):
     return data("glyphs", data_dir=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_glyphs_are_prepared_once_and_read_whole(few_glyphs, capsys):
     check_source(few_glyphs)  # before it is there
     prepare_source(few_glyphs, BEAM)

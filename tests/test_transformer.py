@@ -119,6 +119,7 @@ def test_the_token_of_attributes_in_numpy():
     assert len(np.unique(first.round(4), axis=0)) == 4
 
 
+@pytest.mark.slow
 def test_attributes_are_learned_and_stored(tmp_path):
     model = compiled(build(False, conditioning="attributes", num_labels=3), 3e-2)
     inputs = examples(64)
@@ -274,6 +275,7 @@ EVERY_KIND = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @EVERY_KIND
 def test_a_few_steps_lower_the_loss(layout, dtype):
     model = compiled(build(perturbed=False, dropout=0.1, layout=layout, dtype=dtype))

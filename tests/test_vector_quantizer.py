@@ -369,6 +369,7 @@ def test_balance_follows_the_error_of_the_codes_chosen():
         np.testing.assert_allclose(array(layer.mean_error), expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_balance_evens_out_the_use_of_codes():
     # Vectors crowd at the origin, and few codes lie there.
     z = (latents(600, D) ** 3).astype("float32")

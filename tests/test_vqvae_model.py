@@ -100,6 +100,7 @@ def test_loss_in_numpy(make, update):
     assert set(measured) == {*expected, "perplexity", "codes_used"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_fit_lowers_the_loss(make, update):
     model = make(codebook_update=update)
@@ -199,6 +200,7 @@ def test_mixed_policies(make, dtype, compute):
         assert keras.backend.standardize_dtype(tensor.dtype) == "float32"
 
 
+@pytest.mark.slow
 def test_mixed_policy_trains(make):
     model = make(dtype="mixed_bfloat16")
     model.compile(keras.optimizers.Adam(1e-3))
@@ -209,6 +211,7 @@ def test_mixed_policy_trains(make):
     assert np.isfinite(loss).all() and loss[-1] < loss[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [0, 3])
 def test_the_adversarial_loss_sets_in_at_its_step(make, start):
     model = make(adversarial=0.3, adversarial_start=start)

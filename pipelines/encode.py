@@ -9,8 +9,8 @@ import numpy as np
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
-from pipelines.gathering import Gathered, ShardedStage
 from pipelines.progress import advance
+from pipelines.sharded_stage import Gathered, ShardedStage
 from pipelines.shards import (
     ShardReport,
     remove_leftovers,

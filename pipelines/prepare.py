@@ -11,9 +11,9 @@ import numpy as np
 from apache_beam.metrics import Metrics
 
 from configs import Config, VqbeamError
-from pipelines.gathering import Gathered, ShardedStage
 from pipelines.images import ImageError, encode_png
 from pipelines.progress import advance
+from pipelines.sharded_stage import Gathered, ShardedStage
 from pipelines.shards import (
     ShardReport,
     remove_leftovers,

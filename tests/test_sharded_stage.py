@@ -5,7 +5,7 @@ from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
 
 from pipelines import encode, prepare
-from pipelines.gathering import Gathered, GatherReports
+from pipelines.sharded_stage import Gathered, GatherReports
 from pipelines.shards import ShardReport
 from vqvae.records import Shard
 

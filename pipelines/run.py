@@ -38,19 +38,29 @@ def run_stages(
         from pipelines.sources import check_source
 
         check_source(config.data)
-    start = time.monotonic()
-    # Even the config is stored only where no other command goes by the one that is there.
-    with locked(run.root, "--run-dir"):
-        run.start(config)
-        pending = _pending(run, stages)
-        for stage in stages:
-            if stage not in pending:
-                print(f"{stage}: done already, in {run.folder(stage)}")
-        if pending:
-            _run_pipeline(run, config, pending, beam_args)
-            print(f"{' → '.join(pending)}: done in {_duration(time.monotonic() - start)}")
+    if run.exists() and run.load_config() == config and run.done(stages) == set(stages):
+        _tell_what_is_done(run, stages)
+    else:
+        # Even the config is stored only where no other command goes by the one that is there.
+        with locked(run.root, "--run-dir"):
+            run.start(config)
+            _do(run, config, stages, beam_args)
     for line in _closing_lines(run, stages):
         print(line)
+
+
+def _do(run: RunFolder, config: Config, stages: Sequence[str], beam_args: Sequence[str]) -> None:
+    start = time.monotonic()
+    pending = _pending(run, stages)
+    _tell_what_is_done(run, [stage for stage in stages if stage not in pending])
+    if pending:
+        _run_pipeline(run, config, pending, beam_args)
+        print(f"{' → '.join(pending)}: done in {_duration(time.monotonic() - start)}")
+
+
+def _tell_what_is_done(run: RunFolder, stages: Sequence[str]) -> None:
+    for stage in stages:
+        print(f"{stage}: done already, in {run.folder(stage)}")
 
 
 def _pending(run: RunFolder, stages: Sequence[str]) -> list[str]:

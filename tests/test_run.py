@@ -91,6 +91,20 @@ def test_a_finished_run_is_left_alone(ran, tmp_path, source, capsys):
     assert lines[-1].startswith("next: vqbeam sample")
 
 
+def test_a_finished_run_may_be_in_use(ran, tmp_path, source, capsys):
+    go(tmp_path / "run", source)
+    run = RunFolder(tmp_path / "run")
+    (run.root / LOCK_FILE).write_text(json.dumps({"host": "elsewhere", "pid": 1, "token": "x"}))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    capsys.readouterr()
+    go(tmp_path / "run", source)
+    assert capsys.readouterr().out.count("done already") == len(ALL)
+    # Nothing is written for it either: the folder may be one that only others may write to.
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    with pytest.raises(VqbeamError, match="in use by process 1 on elsewhere"):
+        go(tmp_path / "run", source, sample__num=3)
+
+
 def test_stage_by_stage(ran, tmp_path, source, capsys):
     for stage in ALL:
         go(tmp_path / "run", source, (stage,))

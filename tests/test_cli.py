@@ -165,6 +165,7 @@ sys.exit(", ".join(heavy) or 0)
     assert done.stderr.endswith("[0, 0, 0, 2, 2]\n")
 
 
+@pytest.mark.slow
 def test_python_m_pipelines():
     done = vqbeam("run", "glyphs", "--run-dir", "d", "--runer=DataflowRunner")
     assert done.returncode == 2

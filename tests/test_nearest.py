@@ -83,6 +83,7 @@ def test_zero_vectors_and_codes_take_the_first():
     np.testing.assert_array_equal(run(-whole(4, 3), np.zeros((130, 3)), block_size=64), 0)
 
 
+@pytest.mark.slow
 def test_several_code_blocks(monkeypatch):
     monkeypatch.setattr(nearest, "_MAX_CODES", 128)
     vectors, codebook = whole(70, 4), whole(700, 4, seed=1)

@@ -143,6 +143,7 @@ def test_perplexity_is_counted_over_the_epoch_and_anew_in_each(make):
         np.testing.assert_allclose(history["perplexity"], [perplexity(expected)] * 2, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_validation_moves_no_weight(make):
     model = make()
     model.compile("adam")

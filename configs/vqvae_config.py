@@ -130,13 +130,20 @@ class VQVAEConfig(Section):
             self._check_fsq()
 
     def _check_fsq(self):
-        if not re.fullmatch(r"\d+(,\d+)*", self.fsq_levels) or min(self.fsq_sizes) < 2:
+        codes = fsq_codes(self.fsq_levels)
+        if codes is None or min(self.fsq_sizes) < 2:
             raise VqbeamError(
                 f"vqvae.fsq_levels is {self.fsq_levels!r}; give numbers from 2 up, such as 8,8,8"
             )
-        codes = math.prod(self.fsq_sizes)
         if codes != self.num_codes:
             raise VqbeamError(
                 f"vqvae.fsq_levels {self.fsq_levels} make {codes} codes, vqvae.num_codes is "
                 f"{self.num_codes}; set it to {codes}"
             )
+
+
+def fsq_codes(levels: str) -> int | None:
+    """Returns how many codes levels such as "8,8,8" make, or None where they are none."""
+    if not re.fullmatch(r"\d+(,\d+)*", levels):
+        return None
+    return math.prod(map(int, levels.split(",")))

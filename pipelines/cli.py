@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from pipelines.arguments import Command, parse
 from pipelines.early_checks import check
-from pipelines.messages import is_interrupt, user_message
+from pipelines.messages import INTERRUPTED, is_interrupt, user_message
 from pipelines.parser import UsageError
 from pipelines.verbs import VERBS, function
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (KeyboardInterrupt, Exception) as error:
         if is_interrupt(error):
-            print("\nvqbeam: interrupted; run the same command to go on", file=sys.stderr)
+            print(INTERRUPTED, file=sys.stderr)
             return 130
         message = user_message(error)
         if message is None:

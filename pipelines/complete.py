@@ -21,6 +21,7 @@ from pipelines.samples import (
     provenance,
 )
 from pipelines.sampling_defaults import changed_defaults
+from pipelines.verbs import VERBS
 from prior.scoring import code_scorer
 from prior.training import load_prior
 from prior.transformer import CodePrior
@@ -71,7 +72,7 @@ def complete(
         VqbeamError: The run lacks a model, an image or the mask cannot be read, or a setting is
             out of range.
     """
-    check_output(output, [".png", ""])
+    check_output(output, VERBS["complete"].outputs)
     path = epath.Path(output).expanduser()
     run = RunFolder(run_dir)
     config = run.load_config()

@@ -1,13 +1,13 @@
 """Flags for the fields of a config, and the config that they make of a preset."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import configs
 from configs import SECTIONS, Config, VqbeamError
+from configs.vqvae_config import fsq_codes
 from pipelines.parser import Parser
 from pipelines.places import located
 
@@ -27,17 +27,10 @@ def overridden(config: Config, given: Mapping[str, Any], flags: Mapping[str, str
     """Returns the config with what the given flags set."""
     values = {name: given[flag] for name, flag in flags.items() if flag in given}
     if "vqvae.fsq_levels" in values and "vqvae.num_codes" not in values:
-        values["vqvae.num_codes"] = _codes_of(values["vqvae.fsq_levels"]) or config.vqvae.num_codes
+        values["vqvae.num_codes"] = fsq_codes(values["vqvae.fsq_levels"]) or config.vqvae.num_codes
     config = in_range(lambda: configs.override(config, values), flags)
     # A run may be gone on with from another working directory.
     return dataclasses.replace(config, data=located(config.data))
-
-
-def _codes_of(levels: str) -> int | None:
-    """Returns how many codes the levels of an FSQ make, or None where they are none."""
-    if not re.fullmatch(r"\d+(,\d+)*", levels):
-        return None
-    return math.prod(map(int, levels.split(",")))
 
 
 def in_range(build: Callable[[], Any], flags: Mapping[str, str]) -> Any:

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from configs import DataConfig, VqbeamError
-from pipelines.messages import is_interrupt, user_message
+from pipelines.messages import INTERRUPTED, is_interrupt, user_message
 from pipelines.sources import builder_of
 
 
@@ -65,8 +65,7 @@ def _ended_by_an_interrupt() -> Iterator[None]:
         return
 
     def end(*_):
-        sys.stderr.write("\nvqbeam: interrupted; run the same command to go on\n")
-        sys.stderr.flush()
+        print(INTERRUPTED, file=sys.stderr, flush=True)
         os._exit(130)
 
     before = signal.signal(signal.SIGINT, end)

@@ -9,6 +9,7 @@ from etils import epath
 
 from configs import VqbeamError
 from pipelines.attributes import FILE, read_attributes
+from vqvae.files import is_local
 from vqvae.labels import Labels
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -99,7 +100,7 @@ def image_keys(folder: epath.Path) -> list[str]:
         VqbeamError: A folder cannot be read, or a file name is not UTF-8.
     """
     keys = []
-    for place, names in _in_bucket(folder) if "://" in str(folder) else _in_folder(folder):
+    for place, names in _in_folder(folder) if is_local(folder) else _in_bucket(folder):
         for name in names:
             key = f"{place}{name}"
             hidden = any(part.startswith(".") for part in key.split("/"))

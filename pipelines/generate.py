@@ -22,7 +22,12 @@ from pipelines.run_lock import LOCK_FILE, locked
 from pipelines.sample_files import SAMPLES_LIST, write_samples
 from pipelines.samples import Drawer, Samples, fitted, learned_labels
 from pipelines.sampling_defaults import changed_defaults
-from pipelines.shards import ShardReport, write_dataset_metadata, write_shard_once
+from pipelines.shards import (
+    ShardReport,
+    remove_leftovers,
+    write_dataset_metadata,
+    write_shard_once,
+)
 from vqvae.files import matching
 from vqvae.records import IMAGES_VERSION, Shard, image_features, serialize
 from vqvae.run_folder import RunFolder
@@ -181,9 +186,8 @@ def finish_images(shards: Sequence[DrawnShard]) -> str:
             description=f"Images drawn by vqbeam: {json.dumps(order.facts)}",
         )
     order.finish()
-    for leftover in matching(order.folder, ".*"):
-        if leftover.name != LOCK_FILE:
-            leftover.rmtree() if leftover.is_dir() else leftover.unlink()
+    shards_and_lock = [*matching(order.folder, "[!.]*"), order.folder / LOCK_FILE]
+    remove_leftovers(order.folder, shards_and_lock)
     return order.output
 
 

@@ -15,6 +15,7 @@ from pipelines.downloads import prepare_source
 from pipelines.images import ImageError
 from pipelines.places import check_output
 from pipelines.sources import Unit, decode, plan, read_unit
+from pipelines.verbs import VERBS
 from vqvae.building import build_model
 from vqvae.codebook_step import CodebookStep
 from vqvae.figures import save_png
@@ -61,7 +62,7 @@ def gradients(
         VqbeamError: `output` does not end in .png, the run lacks a stage, the source cannot be
             read, or there is no estimator to leave out.
     """
-    check_output(output, [".png"])
+    check_output(output, VERBS["gradients"].outputs)
     path = epath.Path(output).expanduser()
     with _readable(run_dir):
         subject = _of_preset(config) if run_dir is None else _of_run(RunFolder(run_dir))

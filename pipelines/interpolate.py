@@ -12,6 +12,7 @@ from pipelines.places import check_output
 from pipelines.provenance import KEY
 from pipelines.samples import decode, draw_grids, fitted, learned_labels, provenance
 from pipelines.sampling_defaults import changed_defaults
+from pipelines.verbs import VERBS
 from prior.training import load_prior
 from vqvae.figures import label_figure, save_png
 from vqvae.run_folder import RunFolder
@@ -48,7 +49,7 @@ def interpolate(
         VqbeamError: The run lacks a model or has no classes, the two classes are the same or not
             known, or a setting is out of range.
     """
-    check_output(output, [".png"])
+    check_output(output, VERBS["interpolate"].outputs)
     path = epath.Path(output).expanduser()
     run = RunFolder(run_dir)
     config, labels = run.load_config(), learned_labels(run)

@@ -61,6 +61,9 @@ _STORAGE_ERROR = re.compile(
 _GOOGLE_ERROR = re.compile(r"\bgoogle\.(?:api_core|auth)\.exceptions\.\w+: (.*)")
 
 
+INTERRUPTED = "\nvqbeam: interrupted; run the same command to go on"
+
+
 def user_message(error: BaseException) -> str | None:
     """Returns the one line that tells a user what to mend; None if the error is a bug.
 

@@ -4,6 +4,7 @@ import numpy as np
 from etils import epath
 
 from pipelines.places import check_output
+from pipelines.verbs import VERBS
 from vqvae.figures import reconstruction_figure, save_png
 from vqvae.records import damaged_records, open_dataset, read_split
 from vqvae.run_folder import RunFolder
@@ -17,7 +18,7 @@ def reconstruct(run_dir: str, output: str, num: int = 16) -> None:
     Raises:
         VqbeamError: The run has no trained VQ-VAE, or `output` does not end in .png.
     """
-    check_output(output, [".png"])
+    check_output(output, VERBS["reconstruct"].outputs)
     path = epath.Path(output).expanduser()
     run = RunFolder(run_dir)
     run.load_config()

@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from configs import VqbeamError
-from vqvae.files import modified, write_json
+from vqvae.files import is_local, modified, write_json
 
 LOCK_FILE = ".lock.json"
 _SECONDS_BETWEEN_SIGNS = 60
@@ -68,7 +68,7 @@ def _take(path: epath.Path, own: dict[str, Any], flag: str) -> None:
             f"{flag} (if there is no such process, delete {path})"
         )
     write_json(path, own)
-    time.sleep(_SECONDS_TO_SETTLE["remote" if "://" in os.fspath(path) else "local"])
+    time.sleep(_SECONDS_TO_SETTLE["local" if is_local(path) else "remote"])
     # Of two that found no lock at the same time, the one that wrote last has it.
     holder = _read(path)
     if holder and holder != own:

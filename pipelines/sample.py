@@ -14,6 +14,7 @@ from pipelines.provenance import check_checkpoint, read_provenance
 from pipelines.sample_files import write_samples
 from pipelines.samples import Samples, draw_samples, fitted, learned_labels
 from pipelines.sampling_defaults import changed_defaults
+from pipelines.verbs import VERBS
 from vqvae.run_folder import RunFolder
 
 STAGE = "sample"
@@ -49,7 +50,7 @@ def sample(
     run = RunFolder(run_dir)
     config = run.load_config()
     output = output or "samples.png"
-    check_output(output, [".png", ".npz", ""])
+    check_output(output, VERBS["sample"].outputs)
     path = epath.Path(output).expanduser()
     changes = {name: value for name, value in settings.items() if value is not None}
     bare = False

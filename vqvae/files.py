@@ -42,14 +42,15 @@ def read_json(path: epath.Path) -> Any:
 def size(path: epath.Path) -> int | None:
     """Returns the bytes of a file, or None where it is missing."""
     try:
-        return os.stat(path).st_size if _is_local(path) else path.stat().length
+        # What epath asks of a local file has its owner's name in it, which may not be there.
+        return os.stat(path).st_size if is_local(path) else path.stat().length
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
 def modified(path: epath.Path) -> float:
     """Returns when a file was changed, in seconds, by the clock of its file system."""
-    return os.stat(path).st_mtime if _is_local(path) else path.stat().mtime
+    return os.stat(path).st_mtime if is_local(path) else path.stat().mtime
 
 
 def matching(folder: epath.Path, pattern: str) -> list[epath.Path]:
@@ -62,6 +63,6 @@ def matching(folder: epath.Path, pattern: str) -> list[epath.Path]:
     return sorted(path for path in folder.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
 
-def _is_local(path: epath.Path) -> bool:
-    """Tells whether to ask Python: epath looks up the owner's name, which may not be there."""
+def is_local(path: epath.Path) -> bool:
+    """Tells whether a path is of this machine, and not of a bucket."""
     return "://" not in os.fspath(path)

@@ -66,7 +66,7 @@ def test_no_run(tmp_path, capsys):
     assert main(["evaluate", str(tmp_path)]) == 1
     assert capsys.readouterr() == (
         "",
-        f"vqbeam: {tmp_path} is not a run folder: it has no config.json\n",
+        f"vqbeam: {tmp_path} is not a run folder: it has no config.json; check the path\n",
     )
 
 

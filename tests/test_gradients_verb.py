@@ -130,7 +130,7 @@ def test_refusals(preset, tmp_path, capsys):
     said = refusal(capsys, "gone.py")
     assert said == "vqbeam: there is no preset file 'gone.py'; check the path"
     said = refusal(capsys, tmp_path)
-    assert said == f"vqbeam: {tmp_path} is not a run folder: it has no config.json"
+    assert said == f"vqbeam: {tmp_path} is not a run folder: it has no config.json; check the path"
     said = refusal(capsys, preset, "--output", "a.jpg")
     assert said == "vqbeam: --output is 'a.jpg'; give a name that ends in .png"
     for quantizer in ("fsq", "lfq"):

@@ -113,7 +113,9 @@ class RunFolder:
         """
         path = self.root / _CONFIG
         if not path.exists():
-            raise VqbeamError(f"{self.root} is not a run folder: it has no {_CONFIG}")
+            raise VqbeamError(
+                f"{self.root} is not a run folder: it has no {_CONFIG}; check the path"
+            )
         return from_dict(read_json(path))
 
     def manifest(self, stage: str) -> dict[str, Any] | None:

@@ -38,10 +38,15 @@ class Storage:
     requests: int = 0
     refused: int = 0
     _out_of_order_until: float = 0.0
+    _seconds_from_upload: float = 0.0
 
     def fail_for(self, seconds: float) -> None:
         """Has the storage answer 503 for a while."""
         self._out_of_order_until = time.monotonic() + seconds
+
+    def fail_at_upload(self, seconds: float) -> None:
+        """Has it do so from the next time that the bytes of a file are sent to it."""
+        self._seconds_from_upload = seconds
 
     def upload(self, folder: pathlib.Path) -> None:
         """Puts the files of a folder into the bucket, under its name."""
@@ -64,9 +69,12 @@ class Storage:
                     (folder / name).write_bytes(answer.read())
         return folder
 
-    def refuses(self) -> bool:
+    def refuses(self, method: str) -> bool:
         """Counts a request, and tells whether it is to be refused."""
         self.requests += 1
+        if method == "PUT" and self._seconds_from_upload:
+            self.fail_for(self._seconds_from_upload)
+            self._seconds_from_upload = 0.0
         refused = time.monotonic() < self._out_of_order_until
         self.refused += refused
         return refused
@@ -132,7 +140,7 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
 
     def _forward(self):
         body = self._body()
-        if self.server.storage.refuses():
+        if self.server.storage.refuses(self.command):
             self._answer(503, {}, b"out of order")
             return
         path, headers = self.path, {**self.headers, "Content-Length": str(len(body))}
@@ -145,6 +153,10 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
         kept = {
             name: found.headers[name] for name in ("Location", "Range") if name in found.headers
         }
+        if kept.get("Range") == "bytes=0-0":
+            # The emulator's word for an upload of which it has nothing, for which Google's has
+            # none: TensorFlow would take its first byte for received.
+            del kept["Range"]
         if "Location" in kept:
             kept["Location"] = kept["Location"].replace("http:", "https:")
         self._answer(found.status, kept, found.read())

@@ -80,6 +80,7 @@ def test_every_stage_reads_and_writes_a_bucket(bucket, said, config, expected, t
 def test_a_storage_that_is_out_of_order_for_a_while(bucket, config, expected, tmp_path):
     preset = write_preset(tmp_path / "preset.py", config)
     words = ("run", preset, "--run-dir", "gs://bucket/runs/refused")
+    bucket.fail_at_upload(4)
     process = start(tmp_path / "log.txt", *words, environment=bucket.environment)
     times, end = 0, time.monotonic() + 600
     while process.poll() is None:

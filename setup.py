@@ -30,7 +30,7 @@ setuptools.setup(
     extras_require={
         "gcp": ["apache-beam[gcp]>=2.77"],
         "test-cloud": ["apache-beam[gcp]>=2.77", "gcp-storage-emulator", "trustme"],
-        "test": ["jax", "pytest", "pytest-xdist", "ruff"],
+        "test": ["jax", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
     },
     entry_points={"console_scripts": ["vqbeam = pipelines.cli:main"]},
 )

@@ -1,6 +1,7 @@
 """One command at a time in a folder."""
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -16,6 +17,8 @@ from configs import VqbeamError
 from vqvae.files import is_local, modified, write_json
 
 LOCK_FILE = ".lock.json"
+# What the system says of a place where no folder can be made or written to.
+_NOT_A_PLACE = {errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EROFS}
 _SECONDS_BETWEEN_SIGNS = 60
 # Of a command on another machine, of which nothing else is known.
 _SECONDS_TO_BE_DEAD = 600
@@ -43,7 +46,9 @@ def locked(folder: epath.Path, flag: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _take(path, own, flag)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    except OSError as error:
+        if error.errno not in _NOT_A_PLACE:
+            raise
         raise VqbeamError(
             f"cannot write to {folder} ({error.strerror}); choose another {flag}"
         ) from error

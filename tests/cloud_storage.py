@@ -14,10 +14,12 @@ import urllib.request
 from collections.abc import Iterator
 
 import trustme
-from engine_servers import free_port
+from engine_servers import free_ports
 from gcp_storage_emulator.server import create_server
 
 BUCKET = "bucket"
+# Whatever proxy this process may have for other addresses.
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 _HOSTS = ("www.googleapis.com", "storage.googleapis.com")
 
 
@@ -54,18 +56,18 @@ class Storage:
         for path in filter(pathlib.Path.is_file, folder.rglob("*")):
             name = str(path.relative_to(folder.parent))
             query = urllib.parse.urlencode({"uploadType": "media", "name": name})
-            urllib.request.urlopen(f"{place}?{query}", data=path.read_bytes()).close()
+            _open(f"{place}?{query}", data=path.read_bytes()).close()
 
     def download(self, folder: pathlib.Path) -> pathlib.Path:
         """Writes all objects of the bucket into a folder; returns it."""
         listing = f"{self.emulator}/storage/v1/b/{BUCKET}/o"
-        with urllib.request.urlopen(listing) as answer:
+        with _open(listing) as answer:
             names = [item["name"] for item in json.load(answer).get("items", [])]
         for name in names:
             if not name.endswith("/"):  # TensorFlow keeps an empty object for a folder
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 address = f"{listing}/{urllib.parse.quote(name, safe='')}?alt=media"
-                with urllib.request.urlopen(address) as answer:
+                with _open(address) as answer:
                     (folder / name).write_bytes(answer.read())
         return folder
 
@@ -83,12 +85,13 @@ class Storage:
 @contextlib.contextmanager
 def storage(folder: pathlib.Path) -> Iterator[Storage]:
     """Runs a storage with one empty bucket while the block runs; keeps certificates in `folder`."""
-    port = free_port()
+    (port,) = free_ports(1)
     emulator = create_server("localhost", port, in_memory=True, default_bucket=BUCKET)
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(folder / "authority.pem"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert(*_HOSTS).configure_cert(context)
+    emulator.start()
     proxy = http.server.ThreadingHTTPServer(("localhost", 0), _Proxy)
     proxy.daemon_threads = True
     proxy.context, proxy.emulator = context, port
@@ -105,7 +108,6 @@ def storage(folder: pathlib.Path) -> Iterator[Storage]:
         },
         emulator=f"http://localhost:{port}",
     )
-    emulator.start()
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     try:
         yield proxy.storage

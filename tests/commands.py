@@ -1,38 +1,54 @@
-"""Starting the real command, and waiting until it is in the middle of a stage, to kill it there."""
+"""Running the real command, or waiting until it is in the middle of a stage, to kill it there."""
 
+import contextlib
 import os
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 # The file that tells that a stage is in the middle of its work.
 SIGNS = {
     "prepare": "images/.reports-*/*.json",
-    "train-vqvae": "vqvae/checkpoints/*/epoch-00002.weights.h5",
+    "train-vqvae": "vqvae/checkpoints/*/epoch-0000[2-9].weights.h5",
     "encode": "codes/.reports-*/*.json",
-    "train-prior": "prior/checkpoints/*/epoch-00002.weights.h5",
+    "train-prior": "prior/checkpoints/*/epoch-0000[2-9].weights.h5",
 }
 
 
-def start(
+@contextlib.contextmanager
+def started(
     log: pathlib.Path,
     *words: object,
     cwd: pathlib.Path | None = None,
     environment: Mapping[str, str] | None = None,
-) -> subprocess.Popen:
-    """Starts `vqbeam` with these words; all that it says is added to the log."""
+) -> Iterator[subprocess.Popen]:
+    """Starts `vqbeam` with these words, and kills it where it has not ended with the block.
+
+    All that it says is added to the log.
+    """
     with log.open("ab") as out:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "pipelines", *map(str, words)],
             cwd=cwd,
             env=os.environ | {"PYTHONPATH": str(ROOT)} | dict(environment or {}),
             stdout=out,
             stderr=out,
         )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def status_of(log: pathlib.Path, *words: object, **where) -> int:
+    """Runs `vqbeam` as `started` does, to its end, which it must reach within minutes."""
+    with started(log, *words, **where) as process:
+        return process.wait(400)
 
 
 def wait_for(

@@ -61,7 +61,7 @@ def flink_in_one_process(folder: pathlib.Path) -> Iterator[list[str]]:
 @contextlib.contextmanager
 def flink_cluster(folder: pathlib.Path) -> Iterator[list[str]]:
     """A Flink cluster of one JobManager and two TaskManagers, each a process, and a worker pool."""
-    rest, rpc, blob = free_port(), free_port(), free_port()
+    rest, rpc, blob = free_ports(3)
     settings = {
         "jobmanager.rpc.address": "localhost",
         "jobmanager.rpc.port": rpc,
@@ -141,8 +141,9 @@ def _pool(folder: pathlib.Path):
 
 def _job_server(kind: str, driver: str, master: str, folder: pathlib.Path):
     def command(port):
+        artifacts, expansion = free_ports(2)
         ports = ["--job-host=localhost", f"--job-port={port}"]
-        ports += [f"--artifact-port={free_port()}", f"--expansion-port={free_port()}"]
+        ports += [f"--artifact-port={artifacts}", f"--expansion-port={expansion}"]
         return _java(kind, f"org.apache.beam.runners.{driver}", [master, *ports])
 
     return _server(command, folder / "job-server.log")
@@ -156,7 +157,7 @@ def _java(kind: str, main: str, words: list[str]) -> list[str]:
 @contextlib.contextmanager
 def _server(command: Callable[[int], list[str]], log: pathlib.Path) -> Iterator[int]:
     """Runs a server while the block runs; gives the port at which it answers."""
-    port = free_port()
+    (port,) = free_ports(1)
     with _process(command(port), log):
         _wait_for(port, log)
         yield port
@@ -197,8 +198,10 @@ def _wait_for(port: int, log: pathlib.Path) -> None:
             time.sleep(0.1)
 
 
-def free_port() -> int:
-    """Returns a port of this machine that nothing listens at."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """Returns different ports of this machine that nothing listens at."""
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in listeners:
+            listener.bind(("localhost", 0))
+        return [listener.getsockname()[1] for listener in listeners]

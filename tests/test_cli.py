@@ -127,13 +127,12 @@ def test_errors_are_one_line_and_a_status(target, capsys, error, status, line):
 
 
 def test_who_reads_may_stop_reading():
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipelines", "presets"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait(60) == 1
+    reads, writes = os.pipe()
+    os.close(reads)
+    words = [sys.executable, "-m", "pipelines", "presets"]
+    done = subprocess.run(words, stdout=writes, stderr=subprocess.PIPE)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_a_bug_keeps_its_traceback(target):
@@ -183,7 +182,7 @@ import sys
 tf.function(lambda x: x @ x, jit_compile=True)(tf.ones((4, 4)))
 sys.stderr.write("ours\\n")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "ours\n"
 

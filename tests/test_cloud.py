@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from commands import start
+from commands import started, status_of
 from pipeline_fixtures import (
     assert_same_run,
     read_records,
@@ -54,8 +54,7 @@ def said(bucket, tmp_path):
 
     def run(*words):
         log.unlink(missing_ok=True)
-        process = start(log, *words, environment=bucket.environment)
-        assert process.wait(400) == 0, log.read_text()
+        assert status_of(log, *words, environment=bucket.environment) == 0, log.read_text()
         return log.read_text()
 
     return run
@@ -78,19 +77,19 @@ def test_every_stage_reads_and_writes_a_bucket(bucket, said, config, expected, t
 
 
 def test_a_storage_that_is_out_of_order_for_a_while(bucket, config, expected, tmp_path):
-    preset = write_preset(tmp_path / "preset.py", config)
+    preset, log = write_preset(tmp_path / "preset.py", config), tmp_path / "log.txt"
     words = ("run", preset, "--run-dir", "gs://bucket/runs/refused")
     bucket.fail_at_upload(4)
-    process = start(tmp_path / "log.txt", *words, environment=bucket.environment)
     times, end = 0, time.monotonic() + 600
-    while process.poll() is None:
-        assert time.monotonic() < end
-        before = bucket.requests
-        time.sleep(1)
-        if bucket.requests > before and times < 4:
-            bucket.fail_for(4)
-            times += 1
-            time.sleep(4)
-    assert process.returncode == 0, (tmp_path / "log.txt").read_text()
+    with started(log, *words, environment=bucket.environment) as process:
+        while process.poll() is None:
+            assert time.monotonic() < end
+            before = bucket.requests
+            time.sleep(1)
+            if bucket.requests > before and times < 4:
+                bucket.fail_for(4)
+                times += 1
+                time.sleep(4)
+        assert process.returncode == 0, log.read_text()
     assert bucket.refused > 2
     assert_same_run(RunFolder(bucket.download(tmp_path) / "runs" / "refused"), expected)

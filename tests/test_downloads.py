@@ -1,6 +1,5 @@
 import subprocess
 import sys
-import time
 
 import pytest
 import tensorflow_datasets as tfds
@@ -74,7 +73,6 @@ prepare_source(DataConfig(source="tfds:fashion_mnist", data_dir=sys.argv[1]), []
 
 @pytest.mark.slow
 def test_ctrl_c_does_not_wait_for_a_host(tmp_path):
-    begun = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, str(tmp_path)],
         capture_output=True,
@@ -82,5 +80,5 @@ def test_ctrl_c_does_not_wait_for_a_host(tmp_path):
         cwd=ROOT,
         timeout=200,
     )
-    assert done.returncode == 130 and time.monotonic() - begun < 200
+    assert done.returncode == 130
     assert done.stderr.endswith("\nvqbeam: interrupted; run the same command to go on\n")

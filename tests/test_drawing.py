@@ -15,7 +15,10 @@ def numpy_draw(logits, uniform, temperature, top_k, top_p, min_p):
     probabilities = np.zeros(len(logits))
     probabilities[kept] = weights[: len(kept)]
     cdf = np.cumsum(probabilities)
-    return np.argmax(cdf > uniform * cdf[-1])
+    drawn = np.argmax(cdf > uniform * cdf[-1])
+    # So near to a border between two codes, float32 may fall on its other side.
+    near = np.abs(cdf[probabilities > 0] / cdf[-1] - uniform).min() < 1e-6
+    return -1 if near else drawn
 
 
 def compiled_draw(filtered=True):
@@ -38,7 +41,9 @@ def test_draws_against_numpy(tied):
         scalars = [np.array(x, "float32") for x in settings]
         codes = ops.convert_to_numpy(draw(logits, uniform, *scalars)).ravel()
         rows = zip(logits, uniform, strict=True)
-        np.testing.assert_array_equal(codes, [numpy_draw(*row, *settings) for row in rows])
+        expected = np.array([numpy_draw(*row, *settings) for row in rows])
+        np.testing.assert_array_equal(codes[expected >= 0], expected[expected >= 0])
+        assert np.mean(expected >= 0) > 0.9
 
 
 def test_a_filtered_code_is_never_drawn():

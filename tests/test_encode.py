@@ -150,7 +150,9 @@ def test_the_model_is_loaded_once(run, monkeypatch):
 def test_attributes_go_along(make_run):
     run, _ = make_run(labels=("young", "smiling", "hat"), kind="attributes")
     run_transform(EncodeImages(), run)
-    for some in read_records(run.folder(STAGE)).values():
+    found = read_records(run.folder(STAGE))
+    assert {split: len(some) for split, some in found.items()} == COUNTS
+    for some in found.values():
         for i, example in enumerate(some):
             assert example["attributes"].tolist() == [i & 1, i >> 1 & 1, i >> 2 & 1]
     manifest = run.manifest(STAGE)

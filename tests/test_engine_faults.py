@@ -4,7 +4,7 @@ import signal
 
 import numpy as np
 import pytest
-from commands import SIGNS, start, wait_for
+from commands import SIGNS, started, wait_for
 from engine_servers import ENGINES
 from pipeline_fixtures import png, read_keys, small_config, write_preset
 
@@ -13,6 +13,7 @@ from vqvae.run_folder import STAGES, RunFolder
 pytestmark = pytest.mark.engines
 
 IMAGES = 40
+SAID = "vqbeam: a worker of the engine has died; run the same command again to go on"
 KILLED_IN = ("prepare", "train-vqvae", "encode")
 
 
@@ -28,7 +29,7 @@ def preset(tmp_path_factory):
 
 
 def start_run(folder, preset, flags):
-    return start(folder / "command.log", "run", preset, "--run-dir", "run", *flags, cwd=folder)
+    return started(folder / "command.log", "run", preset, "--run-dir", "run", *flags, cwd=folder)
 
 
 def workers(folder):
@@ -66,23 +67,21 @@ def assert_nothing_is_lost(folder):
 
 def test_flink_starts_what_was_broken_off_again(preset, tmp_path):
     with ENGINES["Flink cluster"](tmp_path) as flags:
-        process = start_run(tmp_path, preset, flags)
-        for stage in KILLED_IN:
-            assert kill_workers_in(stage, tmp_path, process), "there was no worker to kill"
-        assert process.wait(300) == 0, (tmp_path / "command.log").read_text()
+        with start_run(tmp_path, preset, flags) as process:
+            for stage in KILLED_IN:
+                assert kill_workers_in(stage, tmp_path, process), "there was no worker to kill"
+            assert process.wait(300) == 0, (tmp_path / "command.log").read_text()
     assert_nothing_is_lost(tmp_path)
 
 
 def test_a_job_that_died_with_its_workers_goes_on_when_started_again(preset, tmp_path):
     with ENGINES["worker pool"](tmp_path) as flags:
         for stage in KILLED_IN:
-            process = start_run(tmp_path, preset, flags)
-            assert kill_workers_in(stage, tmp_path, process), "there was no worker to kill"
-            # It ends well, or says so, and does not hang.
-            if process.wait(240):
-                said = (
-                    "vqbeam: a worker of the engine has died; run the same command again to go on"
-                )
-                assert (tmp_path / "command.log").read_text().splitlines()[-1] == said
-        assert start_run(tmp_path, preset, flags).wait(300) == 0
+            with start_run(tmp_path, preset, flags) as process:
+                assert kill_workers_in(stage, tmp_path, process), "there was no worker to kill"
+                # It ends well, or says so, and does not hang.
+                if process.wait(240):
+                    assert (tmp_path / "command.log").read_text().splitlines()[-1] == SAID
+        with start_run(tmp_path, preset, flags) as process:
+            assert process.wait(300) == 0
     assert_nothing_is_lost(tmp_path)

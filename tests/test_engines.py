@@ -1,9 +1,9 @@
 import pathlib
 
 import pytest
-from commands import start
+from commands import status_of
 from engine_servers import ENGINES
-from pipeline_fixtures import assert_same_run, small_config, write_preset
+from pipeline_fixtures import assert_same_run, small_config, write_images, write_preset
 
 from vqvae.run_folder import STAGES, RunFolder
 
@@ -12,15 +12,17 @@ pytestmark = pytest.mark.engines
 
 @pytest.fixture(scope="module")
 def preset(tmp_path_factory):
-    config = small_config("glyphs", data__max_images=60, data__images_per_shard=20)
-    return write_preset(tmp_path_factory.mktemp("preset") / "small.py", config)
+    folder = tmp_path_factory.mktemp("preset")
+    write_images(folder / "source", 120)
+    config = small_config(f"folder:{folder / 'source'}", data__images_per_shard=20)
+    return write_preset(folder / "small.py", config)
 
 
 def run_on(engine, folder, preset):
     """Takes the preset to new images by the real command; returns the run."""
     with ENGINES[engine](folder) as flags:
         words = ("run", preset, "--run-dir", "run", *flags)
-        status = start(folder / "command.log", *words, cwd=folder).wait(300)
+        status = status_of(folder / "command.log", *words, cwd=folder)
     logs = [f"{path.name}:\n{path.read_text()[-3000:]}" for path in folder.glob("*.log")]
     assert status == 0, "\n".join(logs)
     assert "Traceback" not in (folder / "command.log").read_text()

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 import pytest
-from commands import SIGNS, start, wait_for
+from commands import SIGNS, started, status_of, wait_for
 from pipeline_fixtures import (
     drawn_pixels,
     png,
@@ -52,17 +52,13 @@ def place(tmp_path_factory):
 
 def start_run(place, run_dir):
     folder, _, preset = place
-    return start(folder / "log.txt", "run", preset, "--run-dir", run_dir)
+    return started(folder / "log.txt", "run", preset, "--run-dir", run_dir)
 
 
 def kill_in(stage, place, run_dir):
     """Starts the run and kills it, by SIGKILL, once the stage has begun to write."""
-    process = start_run(place, run_dir)
-    try:
+    with start_run(place, run_dir) as process:
         wait_for(SIGNS[stage], run_dir, process, place[0] / "log.txt")
-    finally:
-        process.kill()
-        process.wait()
 
 
 def weights(run, stage):
@@ -78,7 +74,8 @@ def test_killed_in_each_stage_and_run_again(place):
         assert run.manifest(stage) is None
         before = list(STAGES)[: list(STAGES).index(stage)]
         assert all(run.is_done(name) for name in before)
-    assert start_run(place, folder / "run").wait(300) == 0, (folder / "log.txt").read_text()
+    with start_run(place, folder / "run") as process:
+        assert process.wait(300) == 0, (folder / "log.txt").read_text()
     assert all(run.is_done(stage) for stage in STAGES)
 
     # Every image is there exactly once, and nothing else is.
@@ -101,33 +98,25 @@ def test_killed_in_each_stage_and_run_again(place):
 
 def test_generate_killed_and_run_again(finished_run, tmp_path):
     log = tmp_path / "log.txt"
-    words = ("generate", finished_run.root, "--num", 90, "--shard-images", 3)
+    words = ("generate", finished_run.root, "--num", 300, "--shard-images", 3)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(log, *words, "--output", whole).wait(300) == 0, log.read_text()
-    process = start(log, *words, "--output", killed)
-    try:
+    assert status_of(log, *words, "--output", whole) == 0, log.read_text()
+    with started(log, *words, "--output", killed) as process:
         wait_for("*/samples.jsonl", killed, process, log)
-    finally:
-        process.kill()
-        process.wait()
     done = len(list(killed.glob("*/samples.jsonl")))
-    assert 0 < done < 30
-    assert start(log, *words, "--output", killed).wait(300) == 0, log.read_text()
+    assert 0 < done < 100
+    assert status_of(log, *words, "--output", killed) == 0, log.read_text()
     pictures = [sorted(path.relative_to(f) for path in f.rglob("*.png")) for f in (whole, killed)]
-    assert pictures[0] == pictures[1] and len(pictures[0]) == 90
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 300
     for name in pictures[0]:
         assert (whole / name).read_bytes() == (killed / name).read_bytes()
 
 
 def test_a_second_command_in_the_same_folder(place, failure, tmp_path):
-    process = start_run(place, tmp_path / "run")
-    try:
+    with start_run(place, tmp_path / "run") as process:
         wait_for(".lock.json", tmp_path / "run", process, place[0] / "log.txt")
         line = failure("run", place[2], "--run-dir", tmp_path / "run")
         assert f"run is in use by process {process.pid} on " in line
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_one_image_in_a_hundred_is_corrupt(tmp_path):

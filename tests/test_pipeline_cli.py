@@ -77,7 +77,7 @@ def test_done_again_ends_within_seconds(place):
     folder, _ = place
     start = time.monotonic()
     done = vqbeam(folder, "run", "own.py", "--run-dir", "run", "--seed", 3)
-    assert time.monotonic() - start < 20  # on a busy machine; alone it takes one
+    assert time.monotonic() - start < 60  # on a busy machine; alone it takes one
     assert (done.returncode, done.stderr) == (0, "")
     assert [line.partition(":")[0] for line in done.stdout.splitlines()[:5]] == list(STAGES)
     assert done.stdout.count("done already, in run/") == 5

@@ -251,7 +251,8 @@ def assert_pictures(run, epochs, best):
     codes = Sampler(load_prior(run), 4)(labels, run.load_config().seed)
     figure = label_figure(array(load_vqvae(run).decode(codes)), ["abc"[label] for label in labels])
     png = Image.open(io.BytesIO(shown[best][2]))
-    np.testing.assert_array_equal(np.asarray(png), np.asarray(figure))
+    # A compiled decoder may round a pixel in another way.
+    assert np.abs(np.asarray(png).astype(int) - np.asarray(figure)).max() <= 1
 
 
 def batches(run, config, model, count, first_step=0):

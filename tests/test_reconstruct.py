@@ -35,7 +35,9 @@ def test_originals_above_reconstructions(finished_run, tmp_path, capsys):
         for column in range(count):
             top, left = 4 + row * 68, 4 + column * 68
             tile = some[column].repeat(8, 0).repeat(8, 1)
-            np.testing.assert_array_equal(shown[top : top + 64, left : left + 64], tile)
+            # Decoded in a batch of another size, a pixel may round in another way.
+            found = shown[top : top + 64, left : left + 64]
+            assert np.abs(found.astype(int) - tile).max() <= 1
 
 
 def test_no_more_than_there_are(finished_run, tmp_path):

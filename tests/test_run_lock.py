@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import socket
@@ -121,7 +122,9 @@ def test_a_storage_that_fails_ends_neither_signs_nor_work(run, monkeypatch):
             time.sleep(0.01)
 
 
-def test_two_threads_find_no_lock_at_the_same_time(tmp_path):
+def test_two_threads_find_no_lock_at_the_same_time(tmp_path, monkeypatch):
+    # Longer than a busy machine may keep one of them waiting.
+    monkeypatch.setitem(run_lock._SECONDS_TO_SETTLE, "local", 2)
     # Each as if it were a process of its own, on a machine of its own.
     inside, refused = [], []
     together = threading.Barrier(2)
@@ -142,6 +145,16 @@ def test_two_threads_find_no_lock_at_the_same_time(tmp_path):
         thread.join()
     assert len(inside) == len(refused) == 1
     assert "was taken by process 1 on" in refused[0] or "is in use by process 1" in refused[0]
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(run_lock, "write_json", fail)
+    told = r"cannot write to \S+ \(Read-only file system\); choose another --run-dir"
+    with pytest.raises(VqbeamError, match=told), locked(tmp_path):
+        pass
 
 
 def test_half_a_lock_keeps_nobody_out(run):

@@ -55,7 +55,8 @@ def test_arrays(draw, finished_run):
 def test_image_i_of_a_seed_is_always_the_same(draw):
     first, larger = draw(seed=3), draw(seed=3, num=10, batch_size=4)
     np.testing.assert_array_equal(larger["codes"][:7], first["codes"])
-    np.testing.assert_array_equal(larger["images"][:7], first["images"])
+    # Decoded in a batch of another size, a pixel may round in another way.
+    assert np.abs(larger["images"][:7].astype(int) - first["images"]).max() <= 1
     # The run's own seed is 0.
     assert (draw()["codes"] != first["codes"]).any()
 

@@ -27,6 +27,7 @@ def test_a_folder(samples, tmp_path):
     write_samples(samples, epath.Path(tmp_path / "out"))
     lines = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
     own = [{"index": 5, "label": 1, "name": "é"}, {"index": 6, "label": 0, "name": "a"}]
+    assert len(lines) == len(own)
     for row, line in enumerate(lines):
         name = f"{5 + row:05d}.png"
         assert json.loads(line) == {"file": name} | SETTINGS | own[row]

@@ -2,7 +2,7 @@ import apache_beam as beam
 import pytest
 from apache_beam.metrics import MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions
-from pipeline_fixtures import small_config
+from pipeline_fixtures import small_config, write_images
 
 from pipelines.stages import transform
 from vqvae.run_folder import RunFolder
@@ -11,8 +11,9 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_runner_hears_of_images_steps_and_loss(tmp_path):
+    write_images(tmp_path / "source", 24)
     run = RunFolder(tmp_path / "run")
-    run.start(small_config("glyphs", data__max_images=40))
+    run.start(small_config(f"folder:{tmp_path / 'source'}"))
     pipeline = beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner"]))
     runs = pipeline | beam.Create([str(run.root)])
     for stage in ("prepare", "train-vqvae", "encode", "train-prior"):

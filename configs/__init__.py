@@ -1,6 +1,6 @@
 """What a run is: dataclasses with checks, presets, and their JSON form. Standard library only."""
 
-from configs.errors import VqbeamError
+from configs.errors import VqbeamError, first_line
 from configs.loading import (
     differences,
     field_types,
@@ -12,6 +12,7 @@ from configs.loading import (
     smoke,
     to_dict,
 )
+from configs.sample_config import HOW_MANY
 from configs.schema import (
     SECTIONS,
     Config,
@@ -23,6 +24,7 @@ from configs.schema import (
 )
 
 __all__ = [
+    "HOW_MANY",
     "SECTIONS",
     "Config",
     "DataConfig",
@@ -33,6 +35,7 @@ __all__ = [
     "VqbeamError",
     "differences",
     "field_types",
+    "first_line",
     "from_dict",
     "load_preset",
     "override",

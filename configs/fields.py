@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 from typing import Any
 
 from configs.errors import VqbeamError
@@ -51,8 +52,11 @@ class Section:
     prefix = ""
 
     def __post_init__(self):
+        hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
-            check(f"{self.prefix}.{f.name}", getattr(self, f.name), f.metadata)
+            name, value = f"{self.prefix}.{f.name}", getattr(self, f.name)
+            check_type(name, value, hints[f.name])
+            check(name, value, f.metadata)
 
 
 def check_epochs(prefix: str, steps: int, steps_per_epoch: int) -> None:
@@ -62,6 +66,15 @@ def check_epochs(prefix: str, steps: int, steps_per_epoch: int) -> None:
             f"{prefix}.steps is {steps}; make it a whole multiple of {prefix}.steps_per_epoch "
             f"({steps_per_epoch})"
         )
+
+
+def check_type(name: str, value: Any, kind: Any) -> None:
+    """Raises a VqbeamError where a value is not of its field's type; a float may be whole."""
+    kinds = typing.get_args(kind) or (kind,)
+    fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+    if not fits or isinstance(value, bool):
+        wanted = {int: "a whole number", float: "a number", str: "a text", type(None): "None"}
+        raise VqbeamError(f"{name} is {value!r}; give {' or '.join(wanted[k] for k in kinds)}")
 
 
 def check(name: str, value: Any, limits: Any) -> None:

@@ -152,8 +152,10 @@ def to_dict(config: Config) -> dict[str, Any]:
 def from_dict(values: Mapping[str, Any]) -> Config:
     """Returns the config that `to_dict` was given.
 
+    A field that it lacks, since an earlier version of vqbeam had none such, has its default.
+
     Raises:
-        VqbeamError: A field is missing or unknown, or out of its range.
+        VqbeamError: A field is unknown, of another type, or out of its range.
     """
     try:
         sections = {name: cls(**values[name]) for name, cls in SECTIONS.items()}

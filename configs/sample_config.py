@@ -5,6 +5,9 @@ import dataclasses
 from configs.errors import VqbeamError
 from configs.fields import Section, field
 
+# Fields that decide how many images are drawn, and not what they look like.
+HOW_MANY = ("num", "batch_size")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig(Section):

@@ -7,7 +7,7 @@ documentation have one source.
 import dataclasses
 
 from configs.errors import VqbeamError
-from configs.fields import Section, check, field
+from configs.fields import Section, check, check_type, field
 from configs.prior_config import PriorConfig
 from configs.sample_config import SampleConfig
 from configs.vqvae_config import VQVAEConfig
@@ -22,13 +22,13 @@ class DataConfig(Section):
     source: str = field("tfds:NAME[/CONFIG][:VERSION], folder:PATH, or glyphs")
     data_dir: str | None = field("folder in which TFDS keeps prepared datasets", None)
     manual_dir: str | None = field("folder with files that TFDS wants downloaded by hand", None)
-    train_split: str = field("TFDS split to train on", "train")
-    validation_split: str = field("TFDS split that is held out", "test")
+    train_split: str = field("TFDS split to train on, or a part of it such as train[:90%]", "train")
+    validation_split: str = field("TFDS split that is held out, or a part of it", "test")
     validation_share: float = field(
         "folder: share of the images held out, by hash of their path", 0.1, minimum=0, maximum=0.9
     )
     image_key: str = field("TFDS feature that holds the image", "image")
-    label_key: str = field("TFDS feature that holds the class, where there is one", "label")
+    label_key: str = field("TFDS feature that holds the class, or none to use no classes", "label")
     height: int = field("image height in pixels", 32, minimum=4, maximum=4096)
     width: int = field("image width in pixels", 32, minimum=4, maximum=4096)
     channels: int = field("1 for grayscale, 3 for RGB", 3, minimum=1, maximum=3)
@@ -77,6 +77,7 @@ class Config:
 
     def __post_init__(self):
         seed = next(f for f in dataclasses.fields(self) if f.name == "seed")
+        check_type("seed", self.seed, int)
         check("seed", self.seed, seed.metadata)
         for side in ("height", "width"):
             pixels = getattr(self.data, side)

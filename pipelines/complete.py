@@ -13,13 +13,8 @@ from pipelines.labels import Label, parse_label
 from pipelines.places import check_output
 from pipelines.provenance import KEY
 from pipelines.regions import kept_cells, kept_codes, region_mask
-from pipelines.samples import (
-    decode,
-    draw_grids,
-    fitted,
-    learned_labels,
-    provenance,
-)
+from pipelines.sample_files import remove_listed
+from pipelines.samples import decode, draw_grids, fitted, learned_labels, provenance
 from pipelines.sampling_defaults import changed_defaults
 from pipelines.verbs import VERBS
 from prior.scoring import code_scorer
@@ -160,6 +155,8 @@ def _save_figure(
 
 def _save_folder(images: np.ndarray, folder: epath.Path, facts: Sequence[dict]) -> None:
     """Writes completion k of image i as `i-k.png`, and then a list of which is of which."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_listed(folder, _LIST)
     lines = []
     for row, of_image in enumerate(images):
         for column, image in enumerate(of_image):

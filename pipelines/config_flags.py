@@ -26,8 +26,11 @@ def add_config(parser: Parser, sections: Iterable[str]) -> dict[str, str]:
 def overridden(config: Config, given: Mapping[str, Any], flags: Mapping[str, str]) -> Config:
     """Returns the config with what the given flags set."""
     values = {name: given[flag] for name, flag in flags.items() if flag in given}
-    if "vqvae.fsq_levels" in values and "vqvae.num_codes" not in values:
-        values["vqvae.num_codes"] = fsq_codes(values["vqvae.fsq_levels"]) or config.vqvae.num_codes
+    if "vqvae.fsq_levels" in values:
+        if values.get("vqvae.quantizer", config.vqvae.quantizer) != "fsq":
+            raise VqbeamError("--vqvae.fsq-levels is for fsq; add --vqvae.quantizer fsq")
+        codes = fsq_codes(values["vqvae.fsq_levels"]) or config.vqvae.num_codes
+        values.setdefault("vqvae.num_codes", codes)
     config = in_range(lambda: configs.override(config, values), flags)
     # A run may be gone on with from another working directory.
     return dataclasses.replace(config, data=located(config.data))

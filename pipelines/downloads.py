@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import tensorflow_datasets as tfds
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from configs import DataConfig, VqbeamError
+from configs import DataConfig, VqbeamError, first_line
 from pipelines.messages import INTERRUPTED, is_interrupt, user_message
 from pipelines.sources import builder_of
 
@@ -39,10 +39,9 @@ def prepare_source(data: DataConfig, beam_args: Sequence[str]) -> None:
     except Exception as error:
         if is_interrupt(error) or user_message(error):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise VqbeamError(
-            f"TFDS could not prepare {builder.info.full_name} ({reason}); where its host cannot "
-            "be reached, prepare it elsewhere and give its folder by --data.data-dir"
+            f"TFDS could not prepare {builder.info.full_name} ({first_line(error)}); where its "
+            "host cannot be reached, prepare it elsewhere and give its folder by --data.data-dir"
         ) from error
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from configs import SampleConfig
 from pipelines.beam_flags import BEAM_HELP, is_dataflow, with_runner
 from pipelines.config_flags import in_range
-from pipelines.parser import Parser, count, location, nonempty
+from pipelines.parser import Parser, count, location, natural, nonempty
 from pipelines.verbs import verb_parser
 
 _ORDER = """\
@@ -85,7 +85,7 @@ def parse_complete(verb: str, words: Sequence[str]) -> dict[str, Any]:
     source = "an image, or a folder of images; cropped and resized as the run's were"
     parser.add("--input", location, source, metavar="PATH", required=True)
     region = "top-half, bottom-half, left-half, right-half, or a mask, an image: white is kept"
-    parser.add("--keep", nonempty, region, metavar="REGION", required=True)
+    parser.add("--keep", location, region, metavar="REGION", required=True)
     forms = "a .png (all side by side) or a folder (a PNG for each, and completions.jsonl)"
     parser.add("--output", location, forms, metavar="PATH", required=True)
     parser.add("--num", count, "completions of each image (default: 4)", metavar="N", default=4)
@@ -146,7 +146,8 @@ def _add_labels(parser: Parser) -> None:
 
 
 def _add_seed(parser: Parser) -> None:
-    parser.add("--seed", int, "image i of a seed is always the same image (unset: the run's seed)")
+    same = "image i of a seed is always the same image (unset: the run's seed)"
+    parser.add("--seed", natural, same, metavar="N")
 
 
 def _add_settings(parser: Parser, without: Sequence[str] = ()) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Stage 3 of the pipeline: every prepared image to its codes, and variants of it to theirs."""
 
-import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ from vqvae.records import (
     serialize,
 )
 from vqvae.run_folder import RunFolder
-from vqvae.training import MODEL_FILE, load_vqvae
+from vqvae.training import load_vqvae
 from vqvae.variants import variant_count, variants
 
 STAGE = "encode"
@@ -164,12 +163,10 @@ def finish_codes(run_path: str, gathered: Gathered) -> str:
 
 
 def _load_encoder(run: RunFolder):
-    model_file = (run.folder("train-vqvae") / MODEL_FILE).read_bytes()
-
     def load():
         return _Encoder(compiled_encoder(load_vqvae(run)))
 
-    return _model.acquire(load, tag=hashlib.sha256(model_file).hexdigest()).function
+    return _model.acquire(load, tag=f"{run.root} {run.result_hash('train-vqvae')}").function
 
 
 class _Encoder:

@@ -39,8 +39,8 @@ def evaluate(
         num: Images to draw, 10,000 by default or 2,000 in a sweep; fewer where the run has not as
             many real images in either split.
         seed: Of the images drawn and of the choice of real ones; the run's own by default.
-        sweep: Nothing but this is done: see `pipelines.sweep.sweep` for this and
-        store: whether its best settings are stored.
+        sweep: Values by setting, to be measured in the place of all else: `pipelines.sweep`.
+        store: Whether the best settings of the sweep are stored.
 
     Raises:
         VqbeamError: The run lacks a stage, or the features cannot be had.

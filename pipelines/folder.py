@@ -10,11 +10,9 @@ from etils import epath
 from configs import VqbeamError
 from pipelines.attributes import FILE, read_attributes
 from vqvae.files import is_local
-from vqvae.labels import Labels
+from vqvae.labels import NO_CLASS, Labels
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-
-NO_LABEL = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +22,7 @@ class FolderListing:
     Attributes:
         splits: For "train" and "validation" the images as `(key, label)`. A key is a path
             relative to the folder, with "/" between its parts. A label is an index into
-            `labels.names`, `NO_LABEL` where there are none, or a 0 or 1 for each attribute.
+            `labels.names`, `NO_CLASS` where there are none, or a 0 or 1 for each attribute.
         labels: The attributes of the folder's table, where it has one. Otherwise the subfolders,
             sorted, are classes; none if the images lie in the folder itself.
     """
@@ -90,7 +88,7 @@ def _labels(path: str, table: epath.Path, keys: list[str]) -> tuple[Labels, dict
         return Labels(names, "attributes"), values
     names = _label_names(path, keys)
     numbers = {name: label for label, name in enumerate(names)}
-    return Labels(names), {key: numbers.get(key.partition("/")[0], NO_LABEL) for key in keys}
+    return Labels(names), {key: numbers.get(key.partition("/")[0], NO_CLASS) for key in keys}
 
 
 def image_keys(folder: epath.Path) -> list[str]:

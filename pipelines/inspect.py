@@ -27,8 +27,12 @@ def describe(run_dir: str) -> str:
         f"codes    {code_layout(config).describe()}, {_quantizer(config.vqvae)}",
     ]
     for stage, (folder, _) in STAGES.items():
-        lines += ["", f"{stage:<12} {_state(run, stage)}"]
-        lines += [f"  {line}" for line in _facts(run, stage)]
+        lines.append("")
+        try:
+            lines.append(f"{stage:<12} {_state(run, stage)}")
+            lines += [f"  {line}" for line in _facts(run, stage)]
+        except VqbeamError as error:
+            lines.append(f"{stage:<12} damaged: {error}")
         if (run.root / folder).exists():
             lines.append(f"  {run.root / folder}, {_bytes(_size(run.root / folder))}")
     return "\n".join(lines)
@@ -47,18 +51,14 @@ def _quantizer(settings: VQVAEConfig) -> str:
 def _state(run: RunFolder, stage: str) -> str:
     manifest = run.manifest(stage)
     if manifest is None:
-        if checkpoints := run.checkpoints(stage):
-            epochs = int(checkpoints[-1].name[len("epoch-") :].split(".")[0])
+        if epochs := run.epochs(stage):
             return f"begun, {epochs} epochs done"
-        reports = matching(run.folder(stage), ".reports-*")
-        if shards := [path for folder in reports for path in matching(folder, "*.json")]:
+        reports = run.folder(stage) / f".reports-{run.fingerprint(stage)}"
+        if shards := matching(reports, "*.json"):
             return f"begun, {len(shards)} shards written"
         return "begun" if run.folder(stage).exists() else "not begun"
-    try:
-        if not run.is_done(stage):
-            return "stale: made from inputs that have changed since"
-    except VqbeamError as error:
-        return f"damaged: {error}"
+    if not run.is_done(stage):
+        return "stale: made from inputs that have changed since"
     ended = datetime.datetime.fromtimestamp(modified(run.folder(stage) / MANIFEST))
     return f"done in {_duration(manifest['seconds'])}, {ended:%Y-%m-%d %H:%M}"
 

@@ -5,12 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import configs
-from configs import SampleConfig
-from pipelines.parser import KINDS, Parser, count, location, nonempty
+from configs import HOW_MANY, SampleConfig
+from pipelines.parser import KINDS, Parser, count, location, natural, nonempty
 from pipelines.verbs import verb_parser
-
-# What decides how many images are drawn, and not what they look like.
-_NOT_SWEPT = ("num", "batch_size")
 
 
 def parse_evaluate(verb: str, words: Sequence[str]) -> dict[str, Any]:
@@ -31,7 +28,7 @@ def parse_evaluate(verb: str, words: Sequence[str]) -> dict[str, Any]:
     parser.add("--stage", str, stages, choices=choices, metavar="STAGE")
     number = "images to draw from the prior (default: 10,000, or 2,000 in a sweep)"
     parser.add("--num", count, number, metavar="N")
-    parser.add("--seed", int, "seed of what is drawn (unset: the run's)")
+    parser.add("--seed", natural, "seed of what is drawn (unset: the run's)", metavar="N")
     parser.add(
         "--sweep",
         nonempty,
@@ -52,6 +49,9 @@ def parse_evaluate(verb: str, words: Sequence[str]) -> dict[str, Any]:
         parser.error("--store stores the best settings of a sweep; add --sweep")
     if "--stage" in given and sweep:
         parser.error("--stage and --sweep exclude each other; a sweep measures the prior")
+    for flag in ("--num", "--seed"):
+        if flag in given and given.get("--stage") == "vqvae":
+            parser.error(f"{flag} is of what the prior draws, and --stage vqvae draws nothing")
     return {
         "run_dir": given["DIR"],
         "features": given["--features"],
@@ -72,7 +72,7 @@ def _swept(parser: Parser, words: Sequence[str]) -> dict[str, list[Any]]:
     kinds = {
         field.name: kind
         for name, field, kind in configs.field_types()
-        if name.startswith("sample.") and field.name not in _NOT_SWEPT
+        if name.startswith("sample.") and field.name not in HOW_MANY
     }
     values: dict[str, list[Any]] = {}
     for word in words:

@@ -170,6 +170,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """Returns the whole number, at least 0, that a word stands for."""
+    if _whole(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
+    return int(text)
+
+
 def _number(text: str) -> float:
     try:
         number = float(text)

@@ -10,6 +10,9 @@ from configs import DataConfig, VqbeamError
 KINDS_OF_PLACES = "paths are those of this machine, or begin with gs://"
 _BUCKET = "gs://"
 _FOLDER = "folder:"
+# Endings by which a file is meant, and never a folder.
+_FILES = {".bmp", ".csv", ".gif", ".jpeg", ".jpg", ".json", ".jsonl", ".npy", ".npz", ".pdf"}
+_FILES |= {".png", ".svg", ".tfrecord", ".tif", ".tiff", ".txt", ".webp", ".zip"}
 
 
 def is_known(path: str) -> bool:
@@ -49,7 +52,9 @@ def check_output(output: str, endings: Sequence[str]) -> None:
     Raises:
         VqbeamError: It has another.
     """
-    if os.path.splitext(output)[1] not in endings:
+    ending = os.path.splitext(output)[1]
+    # A folder may have a dot in its name, such as runs/v1.2.
+    if ending not in endings and ("" not in endings or ending.lower() in _FILES):
         files = " or ".join(ending for ending in endings if ending)
         folder = ", or a folder" if "" in endings else ""
         raise VqbeamError(f"--output is {output!r}; give a name that ends in {files}{folder}")
@@ -68,11 +73,16 @@ def located(data: DataConfig) -> DataConfig:
     Raises:
         VqbeamError: One is neither of this machine nor of a bucket.
     """
-    for flag, place in places_of(data).items():
+    places = places_of(data) | ({"--data.manual-dir": data.manual_dir} if data.manual_dir else {})
+    for flag, place in places.items():
         if not is_known(place):
             raise VqbeamError(f"{flag} is {place}; {KINDS_OF_PLACES}")
-    source, data_dir = data.source, data.data_dir
+    source = data.source
     if source.startswith(_FOLDER):
         source = _FOLDER + absolute(source.removeprefix(_FOLDER))
-    data_dir = absolute(data_dir) if data_dir else data_dir
-    return dataclasses.replace(data, source=source, data_dir=data_dir)
+    return dataclasses.replace(
+        data,
+        source=source,
+        data_dir=data.data_dir and absolute(data.data_dir),
+        manual_dir=data.manual_dir and absolute(data.manual_dir),
+    )

@@ -22,7 +22,7 @@ from pipelines.shards import (
 )
 from pipelines.sources import RawImage, Unit, decode, plan, read_unit
 from vqvae.files import write_bytes
-from vqvae.labels import Labels
+from vqvae.labels import NO_CLASS, Labels
 from vqvae.records import IMAGES_VERSION, image_features, serialize
 from vqvae.run_folder import RunFolder
 
@@ -122,6 +122,10 @@ def finish_images(run_path: str, gathered: Gathered) -> str:
     _check_failures(failures, reports, config, letters)
     names, kind = facts["labels"]
     labels = Labels(tuple(names), kind)
+    if kind == "classes" and names and set(facts["statistics"]["labels"]) == {str(NO_CLASS)}:
+        raise VqbeamError(
+            f"no training image of {config.data.source} has a class; set --data.label-key none"
+        )
     files, counts = write_dataset_metadata(
         run.folder(STAGE),
         reports,

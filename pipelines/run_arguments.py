@@ -61,7 +61,7 @@ def _gradients_parser(verb: str) -> tuple[Parser, dict[str, str]]:
     rest = "PRESET-OR-DIR [--no-straight-through] [options] [--SECTION.FIELD VALUE ...]"
     parser = verb_parser(verb, rest)
     kinds = "a preset, for a fresh model on images from its source; or the folder of a trained run"
-    parser.add("PRESET-OR-DIR", nonempty, kinds)
+    parser.add("PRESET-OR-DIR", location, kinds)
     file = "the .png file to write (default: gradients.png)"
     parser.add("--output", location, file, metavar="FILE.png", default="gradients.png")
     parser.add_argument(

@@ -13,7 +13,7 @@ from pipelines.places import check_output
 from pipelines.provenance import check_checkpoint, read_provenance
 from pipelines.sample_files import write_samples
 from pipelines.samples import Samples, draw_samples, fitted, learned_labels
-from pipelines.sampling_defaults import changed_defaults
+from pipelines.sampling_defaults import changed_defaults, check_guidance
 from pipelines.verbs import VERBS
 from vqvae.run_folder import RunFolder
 
@@ -106,5 +106,6 @@ def _draw_again(
         _, turn = np.unique(rows, axis=0, return_index=True)
         rows = rows[np.sort(turn)][np.arange(num) % len(turn)]
     settings = SampleConfig(**stored | changes)
+    check_guidance(run, settings)
     seed = facts["seed"] if seed is None else seed
     return draw_samples(run, settings, seed, rows, drawn[0]["index"])

@@ -10,7 +10,7 @@ from etils import epath
 from pipelines.provenance import KEY
 from pipelines.samples import Samples
 from vqvae.figures import label_figure, picture, save_png
-from vqvae.files import matching, write_bytes
+from vqvae.files import write_bytes
 
 SAMPLES_LIST = "samples.jsonl"
 
@@ -42,10 +42,7 @@ def write_samples(samples: Samples, path: epath.Path, *, bare: bool = False) -> 
 def _write_folder(samples: Samples, folder: epath.Path) -> None:
     """Writes a PNG for each image and then their list: with it the folder is whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / SAMPLES_LIST).exists():  # those of before would be taken for these
-        (folder / SAMPLES_LIST).unlink()
-        for picture_of_before in matching(folder, "[0-9]*.png"):
-            picture_of_before.unlink()
+    remove_listed(folder, SAMPLES_LIST)
     lines = []
     for row, own in enumerate(_each(samples)):
         name = f"{own['index']:05d}.png"
@@ -53,6 +50,23 @@ def _write_folder(samples: Samples, folder: epath.Path) -> None:
         line = {"file": name, **own, **samples.settings}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_bytes(folder / SAMPLES_LIST, "".join(lines).encode())
+
+
+def remove_listed(folder: epath.Path, name: str) -> None:
+    """Removes the pictures that a list in a folder names: those of before would be taken for new.
+
+    The list is renamed first and removed last, so that a folder with a list is whole, and what is
+    killed in between is done by the next call.
+    """
+    listing, old = folder / name, folder / f".{name}.old"
+    if listing.exists():
+        listing.replace(old)
+    if old.exists():
+        for line in old.read_text().splitlines():
+            picture_of_before = json.loads(line)["file"]
+            if epath.Path(picture_of_before).name == picture_of_before:  # and no way out of it
+                (folder / picture_of_before).unlink(missing_ok=True)
+        old.unlink()
 
 
 def _write_picture(samples: Samples, row: int, own: dict, path: epath.Path) -> None:

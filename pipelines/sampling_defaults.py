@@ -48,12 +48,17 @@ def changed_defaults(run: RunFolder, settings: Mapping[str, Any]) -> SampleConfi
             f"{bounds[0]} is {changes[bounds[0]]}, but guidance_schedule "
             f"{changed.guidance_schedule} has no start and no end; set it to interval"
         )
-    if changed.guidance != 1 and not run.load_config().prior.label_dropout:
-        raise VqbeamError(
-            f"guidance is {changed.guidance}, but {run.root} was trained with prior.label_dropout "
-            "0 and does not know images without a label; use 1"
-        )
+    check_guidance(run, changed)
     return changed
+
+
+def check_guidance(run: RunFolder, settings: SampleConfig) -> None:
+    """Raises a VqbeamError where the settings guide away from what the run's prior never saw."""
+    if settings.guidance != 1 and not run.load_config().prior.label_dropout:
+        raise VqbeamError(
+            f"guidance is {settings.guidance}, but {run.root} was trained with "
+            "prior.label_dropout 0 and does not know images without a label; use 1"
+        )
 
 
 def store_sampling_defaults(run: RunFolder, settings: SampleConfig) -> epath.Path:

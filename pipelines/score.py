@@ -11,7 +11,7 @@ from configs import Config, VqbeamError
 from pipelines.input_images import image_files, read_image
 from pipelines.labels import Label, label_name, parse_label
 from prior.scoring import code_scorer
-from prior.training import load_prior
+from prior.training import bits_per_dim, load_prior
 from vqvae.compilation import compiled_decoder, compiled_encoder, in_batches
 from vqvae.files import write_bytes
 from vqvae.labels import Labels
@@ -92,7 +92,7 @@ def _measures(run: RunFolder, config: Config):
     """Returns a function from images uint8 [B, H, W, C] and a label to the figures of each."""
     vqvae, prior = load_vqvae(run), load_prior(run)
     encode, decode = compiled_encoder(vqvae), compiled_decoder(vqvae)
-    size = config.encode.batch_size
+    size, length = config.encode.batch_size, prior.layout.length
     log_likelihood = code_scorer(prior)
 
     def measure(images: np.ndarray, label: Label) -> list[dict]:
@@ -104,8 +104,8 @@ def _measures(run: RunFolder, config: Config):
         return [
             {
                 "log_likelihood": float(nats),
-                "nats_per_code": float(-nats / prior.layout.length),
-                "bits_per_dim": float(-nats / math.log(2) / math.prod(config.image_shape)),
+                "nats_per_code": float(-nats / length),
+                "bits_per_dim": bits_per_dim(float(-nats / length), prior.layout, config),
                 "mse": float(error),
             }
             for nats, error in zip(scores, errors, strict=True)

@@ -51,8 +51,7 @@ def write_shard_once(
     """
     path = folder / shard.filename
     report_path = folder / f".reports-{fingerprint}" / f"{shard.filename}.json"
-    if report_path.exists():
-        report = _read_report(report_path)
+    if report := _earlier(report_path):
         if size(path) == report.bytes and report.content == content and holds(report.facts):
             return report
     report_path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,11 +93,11 @@ def write_dataset_metadata(
         splits.setdefault(report.shard.split, []).append(report)
     for split, of_split in splits.items():
         found = [report.shard.index for report in of_split]
-        if found != list(range(of_split[0].shard.count)):
-            raise VqbeamError(
-                f"{folder} has shards {found} of {of_split[0].shard.count} of split {split}; "
-                "run the same command again"
-            )
+        count = of_split[0].shard.count
+        if found != list(range(count)):
+            missing = count - len(set(found))
+            state = f"lacks {missing} of {count} shards" if missing else "has a shard twice"
+            raise VqbeamError(f"{folder} {state} of split {split}; run the same command again")
     sizes = {s: [(r.records, r.bytes) for r in of_split] for s, of_split in splits.items()}
     files = write_metadata(
         folder,
@@ -122,9 +121,13 @@ def remove_leftovers(folder: epath.Path, keep: Sequence[epath.Path]) -> None:
     kept = {path.name for path in keep} | {MANIFEST}
     for path in folder.iterdir():
         if path.name not in kept:
-            path.rmtree() if path.is_dir() else path.unlink()
+            path.rmtree() if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _read_report(path: epath.Path) -> ShardReport:
-    values = json.loads(path.read_text())
+def _earlier(path: epath.Path) -> ShardReport | None:
+    """Returns the report of an earlier attempt, or None where there is none that can be read."""
+    try:
+        values = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # emptied where the machine lost its power
+        return None
     return ShardReport(**{**values, "shard": Shard(*values["shard"])})

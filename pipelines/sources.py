@@ -10,13 +10,14 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
 
-from configs import DataConfig, VqbeamError
+from configs import DataConfig, VqbeamError, first_line
 from pipelines.folder import list_folder
 from pipelines.images import ImageError, decode_image
 from vqvae.labels import Labels
 from vqvae.records import Shard, damaged_records
 
 DATASET = "images"
+_SPLITS = ("train", "validation")
 _READ_AT_ONCE = 16  # more is no faster, and photographs may be large
 
 
@@ -85,15 +86,13 @@ def plan(data: DataConfig) -> list[Unit]:
             )
         return _units(data, listing.splits, listing.labels)
     info = builder_of(data).info
-    splits = {}
-    for split, theirs in (("train", data.train_split), ("validation", data.validation_split)):
-        if theirs not in info.splits:
-            raise VqbeamError(
-                f"{info.full_name} has no split {theirs!r}; set data.{split}_split to one of "
-                f"{', '.join(info.splits)}"
-            )
-        size = info.splits[theirs].num_examples
-        splits[split] = range(min(size, data.max_images or size))
+    splits = {split: _images_of(info, data, split)[: data.max_images] for split in _SPLITS}
+    if _split_of(data, "train") == _split_of(data, "validation") and _overlap(*splits.values()):
+        raise VqbeamError(
+            f"data.train_split {data.train_split} and data.validation_split "
+            f"{data.validation_split} share images; take parts that do not, such as "
+            "train[:90%] and train[90%:]"
+        )
     return _units(data, splits, _tfds_labels(data, info))
 
 
@@ -125,6 +124,28 @@ def decode(raw: RawImage, data: DataConfig) -> np.ndarray:
         raise ImageError(f"the file cannot be read: {raw.data.strerror or raw.data}")
     shape = {"height": data.height, "width": data.width, "channels": data.channels}
     return decode_image(raw.data, **shape, fit=data.fit)
+
+
+def _split_of(data: DataConfig, split: str) -> str:
+    """Returns the split of a TFDS dataset that one of the two is, or is a part of."""
+    return getattr(data, f"{split}_split").partition("[")[0]
+
+
+def _images_of(info, data: DataConfig, split: str) -> range:
+    """Returns the numbers that the images of one of the two have in their split."""
+    wanted, theirs = getattr(data, f"{split}_split"), _split_of(data, split)
+    try:
+        (part,) = tfds.core.ReadInstruction.from_spec(wanted).to_absolute(info.splits)
+    except (ValueError, AssertionError) as error:
+        raise VqbeamError(
+            f"{info.full_name} has no split {wanted!r}; set data.{split}_split to one of "
+            f"{', '.join(info.splits)}, or to a part of one, such as train[:90%]"
+        ) from error
+    return range(info.splits[theirs].num_examples)[part.from_ : part.to]
+
+
+def _overlap(one: range, other: range) -> bool:
+    return max(one.start, other.start) < min(one.stop, other.stop)
 
 
 def _units(data: DataConfig, splits: dict[str, Sequence[Any]], labels: Labels) -> list[Unit]:
@@ -159,7 +180,7 @@ def builder_of(data: DataConfig) -> tfds.core.DatasetBuilder:
         hint = f"did you mean {close[0]!r}?" if close else "see tfds.list_builders()"
         raise VqbeamError(f"TFDS has no dataset {name!r}; {hint}") from error
     except (ValueError, AssertionError) as error:
-        raise VqbeamError(f"TFDS refuses {name!r}: {str(error).splitlines()[0]}") from error
+        raise VqbeamError(f"TFDS refuses {name!r}: {first_line(error)}") from error
 
 
 def _tfds_labels(data: DataConfig, info) -> Labels:
@@ -171,6 +192,12 @@ def _tfds_labels(data: DataConfig, info) -> Labels:
     if not isinstance(info.features[data.image_key], tfds.features.Image):
         raise VqbeamError(
             f"feature {data.image_key!r} of {info.full_name} holds no image; set data.image_key"
+        )
+    # Not of the usual name, which most datasets without classes do not have.
+    if data.label_key not in (*info.features, DataConfig.label_key, "none"):
+        raise VqbeamError(
+            f"{info.full_name} has no feature {data.label_key!r}; set data.label_key to one of "
+            f"{', '.join(info.features)}, or to none"
         )
     label = info.features[data.label_key] if data.label_key in info.features else None
     if isinstance(label, tfds.features.ClassLabel):
@@ -201,7 +228,7 @@ def _read_tfds(data: DataConfig, unit: Unit) -> Iterator[RawImage]:
     one-file dataset in no particular place: putting them in order would shuffle pixels.
     """
     builder = builder_of(data)
-    theirs = data.train_split if unit.shard.split == "train" else data.validation_split
+    theirs = _split_of(data, unit.shard.split)
     bounds = unit.images[0], unit.images[-1] + 1
     wanted = [data.image_key, *([data.label_key] if unit.labels.names else [])]
     examples = builder.as_dataset(

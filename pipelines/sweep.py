@@ -2,18 +2,21 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs import SampleConfig, VqbeamError
-from pipelines.sampling_defaults import sampling_defaults, store_sampling_defaults
+from pipelines.sampling_defaults import (
+    check_guidance,
+    sampling_defaults,
+    store_sampling_defaults,
+)
 from pipelines.sweep_figure import sweep_figure
 from prior.evaluation import FIGURES, PriorMeter, sampler_settings
 from prior.training import STAGE as TRAIN_PRIOR
 from vqvae.comparison import Yardstick
 from vqvae.figures import save_png
-from vqvae.files import write_json
+from vqvae.files import read_json, write_json
 from vqvae.manifolds import NEIGHBOURS
 from vqvae.run_folder import RunFolder
 from vqvae.training import STAGE as TRAIN_VQVAE
@@ -40,7 +43,7 @@ def sweep(
         run: Both of its models are trained.
         values: By field of `SampleConfig` its values; the other fields are as in the run.
         features: See `vqvae.features.feature_extractor`.
-        num: Images drawn for each combination.
+        num: Images drawn for each combination; fewer where the run has not as many in a split.
         seed: Of the images drawn and of the choice of real ones.
         store: Whether the run draws with the best settings from now on.
 
@@ -49,11 +52,14 @@ def sweep(
             distance to go by.
     """
     run.require(TRAIN_PRIOR)
+    num = min(num, *run.require("prepare")["counts"].values())  # more would be measured by fewer
     defaults = sampling_defaults(run)
     grid = [
         dataclasses.replace(defaults, **dict(zip(values, combination, strict=True)))
         for combination in itertools.product(*values.values())
     ]
+    for settings in grid:
+        check_guidance(run, settings)
     results = _measured(run, grid, features, num, seed)
     best = min(range(len(grid)), key=lambda index: results[index]["frechet"])
     print(f"{num:,} images at each setting (--num), seed {seed}, {features} features")
@@ -114,5 +120,5 @@ def _measured(
 
 
 def _earlier(path, identity: dict) -> list[dict]:
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = read_json(path) if path.exists() else {}
     return found["results"] if identity.items() <= found.items() else []

@@ -75,6 +75,7 @@ VERBS = {
         "measure a trained run on all of its held-out images",
         "measure_arguments:parse_evaluate",
         "evaluate:evaluate",
+        needs=("prepare", "train-vqvae"),
     ),
     "score": Verb(
         "tell how likely a trained run finds images of your own",

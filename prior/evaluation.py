@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 
-from configs import SampleConfig
+from configs import HOW_MANY, SampleConfig
 from prior.sampler import Sampler, sampler_arguments
 from prior.training import load_prior
 from vqvae.comparison import Yardstick
@@ -83,4 +83,4 @@ class PriorMeter:
 def sampler_settings(settings: SampleConfig) -> dict:
     """Returns what decides what an image of a seed looks like, by name."""
     fields = dataclasses.asdict(settings)
-    return {name: value for name, value in fields.items() if name not in ("num", "batch_size")}
+    return {name: value for name, value in fields.items() if name not in HOW_MANY}

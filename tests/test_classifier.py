@@ -165,3 +165,29 @@ def test_a_damaged_record_is_named(prepared_run, tiny_config):
     shard.write_bytes(bytes(data))
     with pytest.raises(VqbeamError, match="a record in .*images is damaged"):
         load_classifier(run)
+
+
+def test_images_without_a_class_teach_nothing(prepared_run, tiny_config, monkeypatch):
+    steps, seen = [], []
+
+    def fit(model, batches, steps_per_epoch, **_):
+        steps.append(steps_per_epoch)
+        seen.extend(label for _, labels in batches.take(9) for label in labels.numpy())
+
+    def some_unlabelled(builder, split):
+        def without(example):
+            return example | {
+                "label": tf.where(
+                    example["label"] == 1, tf.constant(-1, tf.int64), example["label"]
+                )
+            }
+
+        return read_split(builder, split).map(without)
+
+    monkeypatch.setattr(keras.Model, "fit", fit)
+    monkeypatch.setattr(classifier, "read_split", some_unlabelled)
+    run, _ = prepared_run(tiny_config(), train=258, labels=("a", "b", "c"))
+    finish_again(run, "prepare", statistics={"images_per_label": {"-1": 86, "0": 86, "2": 86}})
+    load_classifier(run)
+    assert steps == [200]  # of 172 images, in two batches
+    assert set(seen) == {0, 2}

@@ -57,6 +57,7 @@ def test_a_folder_of_completions_under_a_mask(finished_run, photos, tmp_path):
     Image.fromarray(mask).save(tmp_path / "mask.png")
     words = ["--input", str(folder / "001.png"), "--keep", str(tmp_path / "mask.png")]
     words += ["--num=2", "--candidates=3", "--output", str(tmp_path / "out")]
+    assert main(["complete", str(finished_run.root), *words, "--num=4"]) == 0
     assert main(["complete", str(finished_run.root), *words]) == 0
     *paths, listing = sorted((tmp_path / "out").iterdir())
     assert [path.name for path in paths] == ["00000-1.png", "00000-2.png"]

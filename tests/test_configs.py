@@ -16,6 +16,7 @@ from configs import (
     VQVAEConfig,
     differences,
     field_types,
+    first_line,
     from_dict,
     load_preset,
     override,
@@ -393,6 +394,34 @@ def test_sections_are_those_of_a_config():
     assert {k: v for k, v in hints.items() if dataclasses.is_dataclass(v)} == SECTIONS
     for section, cls in SECTIONS.items():
         assert cls.prefix == section
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("vqvae.steps", 1e3, "vqvae.steps is 1000.0; give a whole number"),
+        ("vqvae.commitment", "much", "vqvae.commitment is 'much'; give a number"),
+        ("data.max_images", "x", "data.max_images is 'x'; give a whole number or None"),
+        ("data.data_dir", 3, "data.data_dir is 3; give a text or None"),
+        ("prior.layers", True, "prior.layers is True; give a whole number"),
+        ("seed", 0.5, "seed is 0.5; give a whole number"),
+    ],
+)
+def test_a_value_of_another_type(config, name, value, message):
+    with pytest.raises(VqbeamError, match=message):
+        override(config, {name: value})
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(ValueError("\n one\ntwo"), "one"), (MemoryError(), "MemoryError()"), (ValueError(), "Val")],
+)
+def test_the_first_line_of_an_error(error, line):
+    assert first_line(error).startswith(line)
+
+
+def test_a_number_may_be_whole(config):
+    assert override(config, {"vqvae.commitment": 1}).vqvae.commitment == 1
 
 
 def test_values_have_the_type_of_their_field():

@@ -30,7 +30,7 @@ def test_sample_unset_is_none():
 def test_sample_in_full():
     words = "sample d --num 4 --label A 3 --label=B --temperature 0.5 --top-k 9 --top_p 0.9"
     words += " --min-p 0.1 --guidance 2 --guidance-schedule interval --guidance-start 0.2"
-    words += " --guidance-end 0.8 --seed -1 --batch-size 2 --like a.png --output x.png"
+    words += " --guidance-end 0.8 --seed 5 --batch-size 2 --like a.png --output x.png"
     assert parse(words.split()).arguments == {
         "run_dir": "d",
         "num": 4,
@@ -43,7 +43,7 @@ def test_sample_in_full():
         "guidance_schedule": "interval",
         "guidance_start": 0.2,
         "guidance_end": 0.8,
-        "seed": -1,
+        "seed": 5,
         "like": "a.png",
         "batch_size": 2,
         "output": "x.png",
@@ -140,6 +140,8 @@ def test_interpolate():
     "words,message",
     [
         (["complete", "d"], "vqbeam complete: missing --input, --keep, --output"),
+        ([*COMPLETE, "--seed", "-1"], "vqbeam complete: --seed: -1 is not at least 0"),
+        ([*COMPLETE, "--keep", "s3://b/m.png"], "vqbeam complete: --keep: 's3://b/m.png' can"),
         ([*COMPLETE, "--num", "0"], "vqbeam complete: --num: 0 is not at least 1"),
         (["interpolate", "d"], "vqbeam interpolate: missing --from, --to, --output"),
         ([*INTERPOLATE, "--steps", "1"], "vqbeam interpolate: --steps: 1 is not at least 2"),

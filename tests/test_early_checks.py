@@ -64,6 +64,9 @@ def test_what_is_not_trained_yet(run, verb):
     (run.folder("train-prior") / "manifest.json").unlink()
     with pytest.raises(VqbeamError, match="has no finished train-prior stage; run vqbeam train-p"):
         check(parse([verb, str(run.root), *GOOD[verb]]))
+    (run.folder("prepare") / "manifest.json").unlink()
+    with pytest.raises(VqbeamError, match="has no finished prepare stage; run vqbeam prepare"):
+        check(parse(["evaluate", str(run.root)]))
     with pytest.raises(VqbeamError, match="nowhere is not a run folder"):
         check(parse([verb, f"{run.root}/nowhere", *GOOD[verb]]))
 

@@ -5,7 +5,7 @@ import pytest
 from etils import epath
 
 from configs import VqbeamError
-from vqvae.files import matching, modified, read_json, size, write_bytes, write_json
+from vqvae.files import matching, modified, read_json, size, sizes, write_bytes, write_json
 
 
 @pytest.fixture
@@ -34,7 +34,9 @@ def test_files_are_written_whole_or_not_at_all(folder, monkeypatch):
 
 def test_json_that_is_none(folder):
     (folder / "file.json").write_text("{")
-    with pytest.raises(VqbeamError, match="file.json is not valid JSON .*; it was changed by hand"):
+    with pytest.raises(
+        VqbeamError, match="file.json is not valid JSON .* by hand, or is damaged; put it back"
+    ):
         read_json(folder / "file.json")
 
 
@@ -43,6 +45,7 @@ def test_size(folder):
     assert size(folder / "file") == 5
     assert size(folder / "other") is None
     assert size(folder / "file" / "below") is None
+    assert sizes([folder / "other", folder / "file"] * 40) == [None, 5] * 40
 
 
 def test_files_of_a_user_whom_nobody_knows(folder):

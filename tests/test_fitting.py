@@ -224,10 +224,12 @@ def test_keeps_the_last_two_checkpoints(tmp_path):
 
 
 @pytest.mark.tensorflow_alone
-def test_checkpoints_of_other_inputs_are_removed(tmp_path):
+def test_checkpoints_of_other_inputs_are_removed(tmp_path, capsys):
     train(build(), tmp_path, 2, fingerprint="old")
     model, fresh = build(), build()
     train(model, tmp_path, 1, fingerprint="new")
+    told = f"{tmp_path}/checkpoints/old is of other settings or inputs: removed\n"
+    assert told in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["new"]
     assert checkpoints(tmp_path, "new") == ["epoch-00001.weights.h5"]
     train(fresh, tmp_path / "fresh", 1, fingerprint="new")

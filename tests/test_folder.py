@@ -4,6 +4,7 @@ import pytest
 
 from configs import VqbeamError
 from pipelines import folder
+from vqvae.labels import NO_CLASS
 
 
 def _fill(root, keys):
@@ -38,7 +39,7 @@ def test_flat_folder_has_no_labels(tmp_path):
     _fill(tmp_path, ["1.png", "2.Jpeg"])
     listing = _list(tmp_path, validation_share=0)
     assert listing.labels == ((), "classes")
-    assert dict(listing.splits["train"]) == {"1.png": folder.NO_LABEL, "2.Jpeg": folder.NO_LABEL}
+    assert dict(listing.splits["train"]) == {"1.png": NO_CLASS, "2.Jpeg": NO_CLASS}
 
 
 def test_a_table_of_attributes(tmp_path):

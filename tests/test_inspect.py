@@ -101,8 +101,11 @@ def test_begun_stages(run):
     (run.folder("sample")).rmtree()
     found = states(run)
     assert found["train-prior"] == "begun, 2 epochs done"
-    reports = run.folder("encode") / ".reports-0123"
+    reports = run.folder("encode") / f".reports-{run.fingerprint('encode')}"
     reports.mkdir()
+    older = run.folder("encode") / ".reports-of-other-settings"
+    older.mkdir()
+    (older / "codes-0.json").write_text("{}")
     assert found["encode"] == "begun" and found["sample"] == "not begun"
     assert found["train-vqvae"].startswith("done in")
     for shard in range(3):
@@ -128,6 +131,14 @@ def test_a_damaged_stage_does_not_hide_the_others(run):
     found = states(run)
     assert re.match(f"damaged: .*{shard.name} has .* bytes instead of .*; delete", found["encode"])
     assert found["train-vqvae"].startswith("done in")
+
+
+def test_a_manifest_changed_by_hand_does_not_hide_the_others(run):
+    manifest = run.folder("train-prior") / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"parameters": ', '"parameters": 1'))
+    found = states(run)
+    assert re.match("damaged: .*manifest.json is not as vqbeam writes it", found["train-prior"])
+    assert found["train-vqvae"].startswith("done in") and found["encode"].startswith("done in")
 
 
 def test_no_run(tmp_path):

@@ -38,6 +38,12 @@ def test_a_sweep():
         (["evaluate", "d", "--store"], "--store stores the best settings of a sweep; add --sweep"),
         (["evaluate", "d", "--stage=x"], "--stage: invalid choice: 'x'"),
         (["evaluate", "d", "--num=0"], "--num: 0 is not at least 1"),
+        (["evaluate", "d", "--seed=-1"], "--seed: -1 is not at least 0"),
+        (
+            ["evaluate", "d", "--stage=vqvae", "--seed=3"],
+            "--seed is of what the prior draws, and --stage vqvae draws nothing",
+        ),
+        (["evaluate", "d", "--stage=vqvae", "--num=3"], "--num is of what the prior draws, and"),
         (["evaluate", "d", "--sweep"], "--sweep needs a value"),
         (["evaluate", "d", "--sweep", "top_k"], "--sweep: 'top_k' is not SETTING=VALUE,...; the"),
         (["evaluate", "d", "--sweep", "num=3"], "--sweep: 'num=3' is not SETTING=VALUE"),

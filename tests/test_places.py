@@ -46,7 +46,8 @@ def test_sources(monkeypatch):
     monkeypatch.setattr(os, "getcwd", lambda: "/here")
 
     def moved(source, data_dir=None):
-        found = located(DataConfig(source=source, data_dir=data_dir))
+        found = located(DataConfig(source=source, data_dir=data_dir, manual_dir=data_dir))
+        assert found.manual_dir == found.data_dir
         return found.source, found.data_dir
 
     assert moved("folder:photos") == ("folder:/here/photos", None)
@@ -55,8 +56,14 @@ def test_sources(monkeypatch):
     assert moved("glyphs") == ("glyphs", None)
 
 
+def test_files_got_by_hand_lie_where_they_can_be_found():
+    data = DataConfig(source="glyphs", manual_dir="s3://bucket/raw")
+    with pytest.raises(VqbeamError, match="--data.manual-dir is s3://bucket/raw; paths are those"):
+        located(data)
+
+
 def test_endings():
-    for name in ("a.png", "b/a.npz", "a", "gs://b/a"):
+    for name in ("a.png", "b/a.npz", "a", "gs://b/a", "runs/v1.2", "a.new"):
         check_output(name, [".png", ".npz", ""])
     message = r"--output is 'a.jpeg'; give a name that ends in .png or .npz, or a folder$"
     with pytest.raises(VqbeamError, match=message):

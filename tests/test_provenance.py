@@ -91,6 +91,13 @@ def test_files_that_do_not_say(tmp_path, data):
         read_provenance(epath.Path(tmp_path / "x.png"))
 
 
+def test_a_grid_larger_than_pillow_opens(tmp_path, monkeypatch):
+    save_picture(epath.Path(tmp_path / "x.png"), '{"checkpoint": "01", "images": []}')
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    with pytest.raises(VqbeamError, match="does not say what it was drawn with"):
+        read_provenance(epath.Path(tmp_path / "x.png"))
+
+
 @pytest.mark.parametrize("facts", ["[]", "7", '{"seed": 1, "index": 2}', '{"checkpoint": "01"}'])
 def test_text_of_another_kind(tmp_path, facts):
     save_picture(epath.Path(tmp_path / "x.png"), facts)

@@ -172,6 +172,12 @@ def test_metadata(codes):
 def test_shard_name_is_the_one_that_tfds_looks_for(codes):
     folder, _, _ = codes
     assert Shard("codes", "train", 1, 3).filename == "codes-train.tfrecord-00001-of-00003"
+    # As TFDS writes numbers of more than five digits.
+    kind = {"dataset_name": "codes", "split": "train", "filetype_suffix": "tfrecord"}
+    theirs = tfds.core.ShardedFileTemplate(folder, **kind)
+    for count in (99_999, 100_000, 1_234_567):
+        name = theirs.sharded_filepath(shard_index=7, num_shards=count).name
+        assert Shard("codes", "train", 7, count).filename == name
     assert open_dataset(folder).info.splits["train"].filenames == [
         Shard("codes", "train", i, 3).filename for i in range(3)
     ]

@@ -51,6 +51,7 @@ def test_gradients_of_nothing():
     with pytest.raises(configs.VqbeamError) as caught:
         parse(["gradients", "runs/gone"])
     assert str(caught.value).startswith("there is no folder 'runs/gone', and no preset is named ")
+    assert "'s3://bucket/run' cannot be used; paths are" in refusal("gradients", "s3://bucket/run")
     with pytest.raises(configs.VqbeamError, match="^there is no preset file 'gone.py'"):
         parse(["gradients", "gone.py"])
     with pytest.raises(configs.VqbeamError, match="^--vqvae.num-codes is 1; it must be at least 2"):

@@ -1,8 +1,8 @@
 import pytest
 
 from configs import VqbeamError
-from vqvae import run_folder
-from vqvae.run_folder import MANIFEST, STAGES, RunFolder
+from vqvae import files
+from vqvae.run_folder import MANIFEST, STAGES, RunFolder, epoch_files
 
 
 @pytest.fixture
@@ -209,8 +209,8 @@ def test_a_stage_reads_only_what_runs_before_it():
 def test_every_file_is_looked_at_once(run, monkeypatch):
     finish_all(run)
     looked = []
-    size = run_folder.size
-    monkeypatch.setattr(run_folder, "size", lambda path: looked.append(path) or size(path))
+    size = files.size
+    monkeypatch.setattr(files, "size", lambda path: looked.append(path) or size(path))
     assert run.done(STAGES) == set(STAGES)
     assert len(looked) == len(set(looked)) == len(STAGES)
     looked.clear()
@@ -233,13 +233,21 @@ def test_the_limit_of_failed_images_is_no_part_of_what_is_made(tmp_path, tiny_co
 def test_checkpoints_are_found_whatever_the_folder_is_called(tmp_path, tiny_config):
     run = RunFolder(tmp_path / "runs[1]" / "*a?")
     run.start(tiny_config())
-    assert run.checkpoints("train-prior") == []
+    assert run.epochs("train-prior") == 0
     folder = run.folder("train-prior") / "checkpoints" / "f"
     folder.mkdir(parents=True)
-    for name in ("epoch-00010.weights.h5", "epoch-00009.weights.h5", "epoch-00010.json"):
+    for name in ("epoch-00010.weights.h5", "epoch-00009.weights.h5", "epoch-00011.json"):
         (folder / name).write_text("")
-    names = [path.name for path in run.checkpoints("train-prior")]
-    assert names == ["epoch-00009.weights.h5", "epoch-00010.weights.h5"]
+    assert run.epochs("train-prior") == 10
+    assert [path.name for path in epoch_files(folder).values()] == [
+        "epoch-00009.weights.h5",
+        "epoch-00010.weights.h5",
+    ]
+    # By number, and not by name.
+    for epoch in (99_999, 100_000):
+        (folder / f"epoch-{epoch}.weights.h5").write_text("")
+    assert run.epochs("train-prior") == 100_000
+    assert list(epoch_files(folder)) == [9, 10, 99_999, 100_000]
     with pytest.raises(VqbeamError, match="another config .prior.layers: "):
         run.start(tiny_config(prior__layers=2))
 

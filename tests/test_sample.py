@@ -9,7 +9,7 @@ from etils import epath
 from PIL import Image
 from pipeline_fixtures import CLASSES, SIDE
 
-from configs import SampleConfig, VqbeamError
+from configs import SampleConfig, VqbeamError, override
 from pipelines import sample as sample_module
 from pipelines import samples as samples_module
 from pipelines.cli import main
@@ -130,6 +130,14 @@ def test_only_the_batch_of_a_picture_is_drawn(finished_run, written, tmp_path, m
     sample(str(finished_run.root), like=like, output=str(tmp_path / "one.png"))
     # At its place in a batch of the same size, as rounding may depend on both.
     assert asked == [(3, [3, 4])]
+
+
+def test_a_picture_again_by_a_run_that_cannot_be_guided(finished_run, written, monkeypatch):
+    settings = {"prior.label_dropout": 0.0, "sample.guidance": 1.0}
+    config = override(finished_run.load_config(), settings)
+    monkeypatch.setattr(RunFolder, "load_config", lambda run: config)
+    with pytest.raises(VqbeamError, match="guidance is 3.0, .* prior.label_dropout 0 .*; use 1"):
+        sample(str(finished_run.root), like=str(written[0] / "00004.png"), guidance=3.0)
 
 
 def test_but_for_what_is_given(finished_run, written, draw, tmp_path):

@@ -66,8 +66,40 @@ def test_without_classes_there_are_no_labels(samples, tmp_path):
 def test_no_picture_of_before_is_left(samples, tmp_path):
     folder = epath.Path(tmp_path / "out")
     write_samples(samples, folder)
-    (folder / "mine.png").write_text("another's")
+    others = {"mine.png", "2026-trip.png", "00001-larger.png"}
+    for name in others:
+        (folder / name).write_text("another's")
     one = Samples(samples.images[:1], samples.codes[:1], samples.labels[:1], ["é"], SETTINGS, 9)
     write_samples(one, folder)
-    found = sorted(path.name for path in folder.iterdir())
-    assert found == ["00009.png", "mine.png", "samples.jsonl"]
+    assert {path.name for path in folder.iterdir()} == others | {"00009.png", "samples.jsonl"}
+    assert all((folder / name).read_text() == "another's" for name in others)
+
+
+def test_what_is_killed_while_it_removes_those_of_before(samples, tmp_path, monkeypatch):
+    folder = epath.Path(tmp_path / "out")
+    write_samples(samples, folder)
+    one = Samples(samples.images[:1], samples.codes[:1], samples.labels[:1], ["é"], SETTINGS, 9)
+    with monkeypatch.context() as patch:
+        unlink = type(folder).unlink
+
+        def killed(path, missing_ok=False):
+            if path.name == "00006.png":
+                raise KeyboardInterrupt
+            unlink(path, missing_ok)
+
+        patch.setattr(type(folder), "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_samples(one, folder)
+    # It is not taken for whole.
+    assert not (folder / "samples.jsonl").exists() and (folder / "00006.png").exists()
+    write_samples(one, folder)
+    assert {path.name for path in folder.iterdir()} == {"00009.png", "samples.jsonl"}
+
+
+def test_a_list_that_names_files_elsewhere_removes_none(samples, tmp_path):
+    (tmp_path / "mine.png").write_text("another's")
+    (tmp_path / "out").mkdir()
+    lines = [json.dumps({"file": name}) for name in ("../mine.png", str(tmp_path / "mine.png"))]
+    (tmp_path / "out" / "samples.jsonl").write_text("\n".join(lines))
+    write_samples(samples, epath.Path(tmp_path / "out"))
+    assert (tmp_path / "mine.png").read_text() == "another's"

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import numpy as np
@@ -180,7 +181,7 @@ def test_other_splits_and_no_label(prepared, tmp_path):
         "tfds:own_set",
         data_dir=str(tmp_path),
         validation_split="extra",
-        label_key="class",
+        label_key="none",
         max_images=4,
     )
     assert [split for split, *_ in read_all(settings)] == ["train"] * 4 + ["validation"] * 2
@@ -193,6 +194,9 @@ def test_other_splits_and_no_label(prepared, tmp_path):
         ({"train_split": "trian"}, "own_set/1.2.3 has no split 'trian'; set data.train_split to"),
         ({"validation_split": "val"}, "set data.validation_split to one of .*test"),
         ({"image_key": "picture"}, "no feature 'picture'; set data.image_key to one of .*image"),
+        ({"label_key": "lable"}, "no feature 'lable'; set data.label_key to .*label, or to none"),
+        ({"validation_split": "train+test"}, "no split 'train.test'; set data.validation_split"),
+        ({"validation_split": "train[x"}, "has no split 'train\\[x'; set data.validation_split to"),
         ({"image_key": "label"}, "feature 'label' of own_set/1.2.3 holds no image"),
     ],
 )
@@ -235,3 +239,22 @@ def test_lists_of_classes_of_one_length():
     lists = tf.ragged.constant([[0, 2], [1]]), tf.constant([[0, 2], [1, 1]])
     for values in lists:
         assert _labels_of(values, labels) == [(1, 0, 1), (0, 1, 0)]
+
+
+@pytest.mark.parametrize("unit", ["", "%"])
+def test_parts_of_one_split(prepared, tmp_path, unit):
+    # Of a dataset that has no other.
+    border = {"": "9", "%": "70%"}[unit]
+    splits = {"train_split": f"train[:{border}]", "validation_split": f"train[{border}:]"}
+    settings = data("tfds:own_set", data_dir=str(tmp_path), images_per_shard=4, **splits)
+    keys = [(split, int(key.rpartition("_")[2])) for split, key, *_ in read_all(settings)]
+    assert keys == [("train", i) for i in range(9)] + [("validation", i) for i in range(9, 13)]
+    fewer = dataclasses.replace(settings, max_images=2)
+    assert [key.rpartition("_")[2] for _, key, *_ in read_all(fewer)] == ["0", "1", "9", "10"]
+
+
+@pytest.mark.parametrize("part", ["train", "train[12:]", "train[:1]"])
+def test_an_image_is_not_held_out_and_trained_on(prepared, tmp_path, part):
+    settings = data("tfds:own_set", data_dir=str(tmp_path), validation_split=part)
+    with pytest.raises(VqbeamError, match="data.train_split train and .* share images; take parts"):
+        plan(settings)

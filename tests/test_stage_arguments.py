@@ -269,5 +269,7 @@ def test_the_levels_of_fsq_say_how_many_codes_there_are(parse_run):
     wrong = ["--vqvae.quantizer=fsq", "--vqvae.fsq-levels=8,5,5", "--vqvae.num-codes=100"]
     with pytest.raises(configs.VqbeamError, match="--vqvae.fsq-levels 8,5,5 make 200 codes, --vqv"):
         parse_run(*wrong)
+    with pytest.raises(configs.VqbeamError, match="-levels is for fsq; add --vqvae.quantizer fsq"):
+        parse_run("--vqvae.fsq-levels=8,5,5")
     with pytest.raises(configs.VqbeamError, match="--vqvae.fsq-levels is '8;5'; give numbers from"):
         parse_run("--vqvae.quantizer=fsq", "--vqvae.fsq-levels=8;5")

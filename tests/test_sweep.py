@@ -99,3 +99,17 @@ def test_without_a_distance_there_is_no_best(prepared_run, tiny_config):
     add_models(run, pixels, labels=())
     with pytest.raises(VqbeamError, match="no Fréchet distance tells .*: no classes"):
         evaluate(str(run.root), sweep={"temperature": [1.0]})
+
+
+def test_a_run_that_cannot_be_guided(prepared_run, tiny_config, capsys):
+    from pipelines.evaluate import evaluate
+
+    run, pixels = prepared_run(tiny_config(prior__label_dropout=0.0))
+    add_models(run, pixels)
+    with pytest.raises(VqbeamError, match="guidance is 2.0, .* prior.label_dropout 0 .*; use 1"):
+        evaluate(str(run.root), sweep={"guidance": [1.0, 2.0]}, store=True)
+    assert sampling_defaults(run).guidance == 1
+    evaluate(str(run.root), sweep={"temperature": [0.5]}, store=True)
+    said = capsys.readouterr().out
+    # It has no more to hold out.
+    assert said.startswith("10 images at each setting") and "of 10 images chance decides" in said

@@ -9,6 +9,7 @@ from etils import epath
 
 from configs import VqbeamError
 from vqvae.files import matching, read_json, write_bytes, write_json
+from vqvae.run_folder import epoch_files
 
 
 class Checkpoints(keras.callbacks.Callback):
@@ -44,12 +45,12 @@ class Checkpoints(keras.callbacks.Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in self.folder.parent.iterdir():
             if stale != self.folder:
+                print(f"{stale} is of other settings or inputs: removed", file=sys.stderr)
                 stale.rmtree()
         for unfinished in matching(self.folder, ".*"):  # of an attempt that was killed
             unfinished.unlink(missing_ok=True)
         damaged = None
-        for file in reversed(matching(self.folder, "epoch-*.weights.h5")):
-            epoch = int(file.name.split(".")[0].removeprefix("epoch-"))
+        for epoch, file in reversed(epoch_files(self.folder).items()):
             try:
                 self._load(model, file)
                 self.history = read_json(self._measures(epoch))
@@ -112,7 +113,7 @@ class Checkpoints(keras.callbacks.Callback):
             self.model.stop_training = True
 
     def _remove_old(self) -> None:
-        kept = matching(self.folder, "epoch-*.weights.h5")[-self.kept :]
+        kept = list(epoch_files(self.folder).values())[-self.kept :]
         if self.patience:
             kept.append(self._weights(self.best_epoch))
         names = {path.name.split(".")[0] for path in kept}

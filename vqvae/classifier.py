@@ -1,6 +1,5 @@
 """A small classifier of a run's images: its features are what the Fréchet distance compares."""
 
-import json
 import math
 
 import keras
@@ -8,9 +7,9 @@ import tensorflow as tf
 from etils import epath
 
 from configs import VqbeamError
-from vqvae.files import write_json
+from vqvae.files import read_json, write_json
 from vqvae.fitting import load_model, save_model
-from vqvae.labels import Labels
+from vqvae.labels import NO_CLASS, Labels
 from vqvae.progress import FitProgress
 from vqvae.records import damaged_records, open_dataset, read_split, training_batches
 from vqvae.run_folder import RunFolder
@@ -96,7 +95,8 @@ def build_classifier(image_shape: tuple[int, int, int], classes: int) -> keras.M
 
 
 def _train(run: RunFolder, prepared: dict, seed: int) -> keras.Model:
-    size = prepared["counts"]["train"]
+    unlabelled = prepared["statistics"]["images_per_label"].get(str(NO_CLASS), 0)
+    size = prepared["counts"]["train"] - unlabelled
     batch_size = min(_BATCH_SIZE, size)
     steps = min(_MOST_STEPS, _MOST_PASSES * math.ceil(size / batch_size))
     # One up, since Dataset.shuffle takes no tensor as its seed where the global seed is zero.
@@ -129,10 +129,12 @@ def _accuracy(run: RunFolder, model: keras.Model) -> float:
 
 
 def _examples(run: RunFolder, split: str):
-    return read_split(open_dataset(run.folder("prepare")), split).map(
+    """Returns the images of a split that have a class, and it."""
+    examples = read_split(open_dataset(run.folder("prepare")), split).map(
         lambda example: (example["image"], example["label"]), num_parallel_calls=tf.data.AUTOTUNE
     )
+    return examples.filter(lambda _, label: label != NO_CLASS)
 
 
 def _read(facts: epath.Path) -> dict:
-    return json.loads(facts.read_text()) if facts.exists() else {}
+    return read_json(facts) if facts.exists() else {}

@@ -9,6 +9,7 @@ import tensorflow as tf
 from vqvae.classifier import label_obstacle, load_classifier
 from vqvae.features import compiled, feature_extractor
 from vqvae.frechet import Gaussian, Moments, frechet_distance
+from vqvae.labels import NO_CLASS
 from vqvae.manifolds import NEIGHBOURS, Manifold, precision_recall
 from vqvae.records import damaged_records, label_of, open_dataset, read_split
 from vqvae.run_folder import RunFolder
@@ -24,9 +25,9 @@ class Observed:
     """What is kept of a set of images.
 
     Attributes:
-        gaussian: Of the features, and likewise
-        manifold: theirs; both are None where there are no features.
-        agreement: Share of the images that the classifier gives their label; None without it.
+        gaussian: Of the features; None where there are none.
+        manifold: Of the features; None where there are none.
+        agreement: Share of the images with a class that the classifier gives it; None without it.
     """
 
     gaussian: Gaussian | None
@@ -83,18 +84,18 @@ class Yardstick:
 
     def observe(self, batches: Batches) -> Observed:
         """Returns what is to be kept of a set of images."""
-        features, moments, agreed, count = [], Moments(), 0, 0
+        features, moments, agreed, labelled = [], Moments(), 0, 0
         for images, labels in batches:
-            count += len(images)
             if self._extract:
                 features.append(self._extract(images))
                 moments.add(features[-1])
             if self._classify:
                 agreed += int((self._classify(images).argmax(axis=1) == labels).sum())
+                labelled += int((labels != NO_CLASS).sum())
         return Observed(
             gaussian=moments.gaussian() if features else None,
             manifold=Manifold(np.concatenate(features)) if features else None,
-            agreement=agreed / count if self._classify else None,
+            agreement=agreed / max(labelled, 1) if self._classify else None,
         )
 
     def measure(self, batches: Batches) -> dict[str, float | None]:

@@ -48,7 +48,9 @@ def full_precision():
     """Returns a context in which GPUs multiply float32 without dropping digits (TF32).
 
     With fewer digits the nearest code is another one for some vectors, and the images of a seed
-    depend on the batch.
+    depend on the batch. TensorFlow has one switch for the whole process, and none for a single
+    product: there the context sets it for good, and what else the process computes in float32,
+    training included, keeps its digits too.
     """
     if keras.backend.backend() == "jax":
         import jax
@@ -56,7 +58,6 @@ def full_precision():
         return jax.default_matmul_precision("highest")
     import tensorflow as tf
 
-    # TensorFlow has one switch for the whole process, and none for a single product.
     tf.config.experimental.enable_tensor_float_32_execution(False)
     return contextlib.nullcontext()
 

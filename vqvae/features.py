@@ -7,7 +7,7 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
-from configs import VqbeamError
+from configs import VqbeamError, first_line
 from vqvae.classifier import feature_model, load_classifier
 from vqvae.compilation import compile_function
 from vqvae.run_folder import RunFolder
@@ -74,7 +74,7 @@ def _imagenet_weights() -> keras.Model:
             )
     except Exception as error:  # Keras raises nothing narrower where a download fails
         raise VqbeamError(
-            f"Inception's weights do not load ({str(error).splitlines()[0]}); use --features "
+            f"Inception's weights do not load ({first_line(error)}); use --features "
             "classifier, or put that file into ~/.keras/models"
         ) from error
 

@@ -2,6 +2,9 @@
 
 from typing import Any, NamedTuple
 
+# The label of an image that has no class.
+NO_CLASS = -1
+
 
 class Labels(NamedTuple):
     """What the images of a dataset are labelled with.

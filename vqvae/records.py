@@ -25,7 +25,7 @@ from etils import epath
 
 from configs import VqbeamError
 from vqvae.files import size
-from vqvae.labels import Labels
+from vqvae.labels import NO_CLASS, Labels
 from vqvae.layout import CodeLayout
 from vqvae.run_folder import MANIFEST
 
@@ -44,7 +44,9 @@ class Shard(NamedTuple):
     @property
     def filename(self) -> str:
         """The name by which TFDS finds it."""
-        return f"{self.dataset}-{self.split}.tfrecord-{self.index:05d}-of-{self.count:05d}"
+        width = max(5, len(str(self.count)))
+        place = f"{self.index:0{width}d}-of-{self.count:0{width}d}"
+        return f"{self.dataset}-{self.split}.tfrecord-{place}"
 
 
 def image_features(image_shape: Sequence[int], labels: Labels) -> Any:
@@ -188,7 +190,7 @@ def label_of(example: dict[str, Any]):
     """
     if "attributes" in example:
         return tf.cast(example["attributes"], tf.int32)
-    return tf.cast(example["label"], tf.int32) if "label" in example else tf.constant(-1)
+    return tf.cast(example["label"], tf.int32) if "label" in example else tf.constant(NO_CLASS)
 
 
 def read_split(builder: Any, split: str, *, first: int = 0, last: int | None = None):

@@ -19,13 +19,12 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
 
 from configs import Config, VqbeamError, differences, from_dict, to_dict
-from vqvae.files import matching, read_json, size, write_json
+from vqvae.files import matching, read_json, sizes, write_json
 
 # Each stage's folder and the stages that it reads, in the order in which they run.
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -61,10 +60,10 @@ class RunFolder:
         """Returns the folder that a stage writes."""
         return self.root / STAGES[stage][0]
 
-    def checkpoints(self, stage: str) -> list[epath.Path]:
-        """Returns the checkpoints of a training, the last one last."""
+    def epochs(self, stage: str) -> int:
+        """Returns how many epochs of a training its last checkpoint has behind it, 0 of none."""
         kept = matching(self.folder(stage) / "checkpoints", "*")
-        return [path for folder in kept for path in matching(folder, "epoch-*.weights.h5")]
+        return max((epoch for folder in kept for epoch in epoch_files(folder)), default=0)
 
     @property
     def evaluation(self) -> epath.Path:
@@ -100,7 +99,7 @@ class RunFolder:
         """Tells whether a changed setting, such as `vqvae.num_codes: 256 → 512`, comes too late."""
         section, dot, _ = change.partition(":")[0].partition(".")
         return any(
-            (self.folder(stage) / MANIFEST).exists() or self.checkpoints(stage)
+            (self.folder(stage) / MANIFEST).exists() or self.epochs(stage)
             for stage in STAGES
             if not dot or _SECTIONS[stage] == section
         )
@@ -211,7 +210,10 @@ class RunFolder:
         manifest = {
             "stage": stage,
             "inputs": self._input_hashes(stage),
-            "outputs": {str(path.relative_to(folder)): size(path) for path in outputs},
+            "outputs": {
+                str(path.relative_to(folder)): found
+                for path, found in zip(outputs, sizes(outputs), strict=True)
+            },
             # A clock may have been set back meanwhile.
             "seconds": max(0.0, round(time.time() - start, 1)),
             **facts,
@@ -244,10 +246,9 @@ class RunFolder:
 
     def _check_outputs(self, stage: str, manifest: dict[str, Any]) -> None:
         paths = [self.folder(stage) / name for name in manifest["outputs"]]
-        # Of thousands of files in a bucket, each takes a while to answer.
-        with ThreadPoolExecutor(32) as pool:
-            sizes = list(pool.map(size, paths))
-        for path, whole, found in zip(paths, manifest["outputs"].values(), sizes, strict=True):
+        for path, whole, found in zip(
+            paths, manifest["outputs"].values(), sizes(paths), strict=True
+        ):
             if found != whole:
                 state = "is missing" if found is None else f"has {found} bytes instead of {whole}"
                 raise VqbeamError(
@@ -257,6 +258,15 @@ class RunFolder:
     def _again(self, stage: str) -> str:
         verb = "run" if stage == "sample" else stage  # `vqbeam sample` writes elsewhere
         return f"run vqbeam {verb} PRESET --run-dir {self.root} again"
+
+
+def epoch_files(folder: epath.Path) -> dict[int, epath.Path]:
+    """Returns the checkpoints in a folder by the epochs behind each, the last one last."""
+    found = {
+        int(path.name.removeprefix("epoch-").split(".")[0]): path
+        for path in matching(folder, "epoch-*.weights.h5")
+    }
+    return dict(sorted(found.items()))
 
 
 def _hash_of(manifest: dict[str, Any]) -> str:

@@ -60,7 +60,7 @@ class Quantizer(keras.layers.Layer):
 
     def encode(self, z):
         """Returns the codes [...] (with `levels`, [..., levels]) of z [..., D]; no gradient."""
-        raise NotImplementedError
+        return self(z).codes
 
     def decode_codes(self, codes):
         """Returns the vectors [..., D] float32 that the codes stand for."""

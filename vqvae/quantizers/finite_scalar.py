@@ -54,10 +54,6 @@ class FiniteScalarQuantizer(Quantizer):
             {"quantization_error": ops.stop_gradient(ops.mean(ops.square(error)))},
         )
 
-    def encode(self, z):
-        """Returns the codes [...] int32 of z [..., D]; no gradient."""
-        return self._codes(ops.round(self._bounded(ops.stop_gradient(ops.cast(z, "float32")))))
-
     def decode_codes(self, codes):
         """Returns the grid points [..., D] float32 on [−1, 1] of codes [...] in [0, num_codes)."""
         digits = codes[..., None] // self._basis % np.asarray(self.levels_per_channel, "int32")

@@ -91,18 +91,6 @@ class PredictiveQuantizer(Quantizer):
             _weighted(shares, [result.statistics for result in results]),
         )
 
-    def encode(self, z):
-        """Returns the codes [B, h, w] int32 of z [B, h, w, D]; no gradient."""
-        z = ops.stop_gradient(ops.cast(z, "float32"))
-        cells, codes = _cells(z), []
-
-        def quantize(turn, guess):
-            codes.append(self.vector.encode(ops.take(cells, turn.places, axis=1) - guess))
-            return self.vector.decode_codes(codes[-1])
-
-        self._in_turns(quantize, z)
-        return _on_grid(ops.concatenate(codes, axis=1), z)
-
     def decode_codes(self, codes):
         """Returns the vectors [B, h, w, D] float32 of codes [B, h, w] in [0, num_codes)."""
         cells = _cells(codes)

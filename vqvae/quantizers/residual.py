@@ -64,14 +64,6 @@ class ResidualQuantizer(Quantizer):
             results[-1].statistics,
         )
 
-    def encode(self, z):
-        """Returns the codes [..., levels] int32 of z [..., D]; no gradient."""
-        residual, codes = ops.stop_gradient(ops.cast(z, "float32")), []
-        for quantizer in self.quantizers:
-            codes.append(quantizer.encode(residual))
-            residual = residual - quantizer.decode_codes(codes[-1])
-        return ops.stack(codes, axis=-1)
-
     def decode_codes(self, codes):
         """Returns the sums [..., D] float32 of the vectors of codes [..., levels]."""
         levels = ops.unstack(codes, self.levels, axis=-1)

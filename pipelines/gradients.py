@@ -5,7 +5,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import keras
 import numpy as np
 from etils import epath
 
@@ -19,6 +18,7 @@ from pipelines.verbs import VERBS
 from vqvae.building import build_model
 from vqvae.codebook_step import CodebookStep
 from vqvae.figures import save_png
+from vqvae.fitting import set_seed
 from vqvae.gradient_figure import gradient_figure
 from vqvae.gradients import Audit, audit, estimator_of, set_estimator, training_errors
 from vqvae.model import VQVAE
@@ -161,7 +161,7 @@ def _of_run(run: RunFolder) -> _Subject:
 
     def batches():
         # As in training: the order of the images depends on TensorFlow's own seed as well.
-        keras.utils.set_random_seed(config.seed + 1)
+        set_seed(config.seed)
         return training_images(run).map(scale_batch).as_numpy_iterator()
 
     return _Subject(f"run {run.root}", config, model, batches)

@@ -60,7 +60,7 @@ def _state(run: RunFolder, stage: str) -> str:
     if not run.is_done(stage):
         return "stale: made from inputs that have changed since"
     ended = datetime.datetime.fromtimestamp(modified(run.folder(stage) / MANIFEST))
-    return f"done in {_duration(manifest['seconds'])}, {ended:%Y-%m-%d %H:%M}"
+    return f"done in {duration(manifest['seconds'])}, {ended:%Y-%m-%d %H:%M}"
 
 
 def _facts(run: RunFolder, stage: str) -> list[str]:
@@ -138,6 +138,7 @@ def _bytes(size: float) -> str:
     return f"{size:.1f} GB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Returns a time in words, such as "3 min 20 s" or "1.5 s"."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from configs import Config
 from pipelines.beam_flags import is_dataflow
+from pipelines.inspect import duration
 from pipelines.places import absolute, check_shared, located, places_of
 from pipelines.run_lock import locked
 from vqvae.run_folder import STAGES, RunFolder
@@ -55,7 +56,7 @@ def _do(run: RunFolder, config: Config, stages: Sequence[str], beam_args: Sequen
     _tell_what_is_done(run, [stage for stage in stages if stage not in pending])
     if pending:
         _run_pipeline(run, config, pending, beam_args)
-        print(f"{' → '.join(pending)}: done in {_duration(time.monotonic() - start)}")
+        print(f"{' → '.join(pending)}: done in {duration(time.monotonic() - start)}")
 
 
 def _tell_what_is_done(run: RunFolder, stages: Sequence[str]) -> None:
@@ -123,8 +124,3 @@ def _next_command(run: RunFolder, stage: str) -> str:
     if following == "sample":
         return f"vqbeam sample {run.root} --output samples.png"
     return f"vqbeam {following} with the same preset and settings"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -11,7 +11,7 @@ from configs import Config, PriorConfig
 from prior.pictures import Pictures
 from prior.transformer import CodePrior
 from vqvae.devices import data_parallel, evenly_shared
-from vqvae.fitting import fit, load_model, save_model
+from vqvae.fitting import fit, load_model, save_model, set_seed
 from vqvae.labels import Labels
 from vqvae.layout import CodeLayout, code_layout
 from vqvae.optimizers import AdamW, optimizer_options
@@ -65,8 +65,7 @@ def train_prior(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = (
 
 def build_prior(config: Config, labels: Labels) -> CodePrior:
     """Returns an untrained prior for a run whose data are labelled so."""
-    # One up, since Dataset.shuffle takes no tensor as its seed where the global seed is zero.
-    keras.utils.set_random_seed(config.seed + 1)
+    set_seed(config.seed)
     return CodePrior(
         code_layout(config),
         num_labels=len(labels.names),

@@ -1,5 +1,9 @@
 import dataclasses
 import json
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import tensorflow as tf
@@ -160,3 +164,45 @@ def test_reports_are_json(run):
     report, _ = write(run, b"one", content="a")
     path = next(run.folder(STAGE).glob(".reports-*/*.json"))
     assert json.loads(path.read_text()) == json.loads(json.dumps(dataclasses.asdict(report)))
+
+
+ARENAS = """
+import ctypes, re, sys, tempfile, threading
+from etils import epath
+from pipelines.shards import write_shard_once
+from vqvae.records import Shard
+
+if sys.argv[2] == "write":
+    folder = epath.Path(sys.argv[1])
+    write_shard_once(folder, "f", Shard("images", "train", 0, 1), lambda facts: iter([b"one"]))
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.fdopen.restype = ctypes.c_void_p
+count = 8 * int(sys.argv[3])
+together = threading.Barrier(count)
+
+def work():
+    libc.malloc(1000)
+    together.wait()
+
+threads = [threading.Thread(target=work) for _ in range(count)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+with tempfile.TemporaryFile() as file:
+    stream = ctypes.c_void_p(libc.fdopen(file.fileno(), b"w"))
+    libc.malloc_info(0, stream)
+    libc.fflush(stream)
+    file.seek(0)
+    print(len(re.findall(b"<heap nr", file.read())))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+@pytest.mark.slow
+def test_threads_do_not_each_keep_memory_of_their_own(tmp_path):
+    cores, counts = max(2, os.cpu_count()), {}
+    for what in ("write", "nothing"):
+        words = [sys.executable, "-c", ARENAS, str(tmp_path / what), what, str(cores)]
+        counts[what] = int(subprocess.run(words, capture_output=True, check=True).stdout)
+    # Those that were there before the first shard stay.
+    assert counts["write"] <= cores + 2 < counts["nothing"]

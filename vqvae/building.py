@@ -1,8 +1,7 @@
 """From a run's config to an untrained model."""
 
-import keras
-
 from configs import Config, VQVAEConfig
+from vqvae.fitting import set_seed
 from vqvae.hierarchy import HierarchicalVQVAE
 from vqvae.model import VQVAE
 from vqvae.quantizers.base import Quantizer
@@ -21,8 +20,7 @@ def build_model(config: Config, *, data_variance: float) -> VQVAE:
         config: The run.
         data_variance: Variance of the training pixels on [−1, 1].
     """
-    # One up, since Dataset.shuffle takes no tensor as its seed where the global seed is zero.
-    keras.utils.set_random_seed(config.seed + 1)
+    set_seed(config.seed)
     settings = config.vqvae
     kind = VQVAE if settings.grids == 1 else HierarchicalVQVAE
     return kind(

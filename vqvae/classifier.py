@@ -8,7 +8,7 @@ from etils import epath
 
 from configs import VqbeamError
 from vqvae.files import read_json, write_json
-from vqvae.fitting import load_model, save_model
+from vqvae.fitting import load_model, save_model, set_seed
 from vqvae.labels import NO_CLASS, Labels
 from vqvae.progress import FitProgress
 from vqvae.records import damaged_records, open_dataset, read_split, training_batches
@@ -99,8 +99,7 @@ def _train(run: RunFolder, prepared: dict, seed: int) -> keras.Model:
     size = prepared["counts"]["train"] - unlabelled
     batch_size = min(_BATCH_SIZE, size)
     steps = min(_MOST_STEPS, _MOST_PASSES * math.ceil(size / batch_size))
-    # One up, since Dataset.shuffle takes no tensor as its seed where the global seed is zero.
-    keras.utils.set_random_seed(seed + 1)
+    set_seed(seed)
     model = build_classifier(run.load_config().image_shape, len(prepared["label_names"]))
     schedule = learning_rate(3e-3, steps=steps, warmup_steps=steps // 10)
     model.compile(

@@ -18,6 +18,12 @@ from vqvae.files import write_bytes
 from vqvae.progress import FitProgress
 
 
+def set_seed(seed: int) -> None:
+    """Sets the seeds of Python, NumPy and the backend to one that follows from a run's."""
+    # One up, since Dataset.shuffle takes no tensor as its seed where the global seed is zero.
+    keras.utils.set_random_seed(seed + 1)
+
+
 def fit(
     model: keras.Model,
     *,

@@ -26,11 +26,12 @@ def add_config(parser: Parser, sections: Iterable[str]) -> dict[str, str]:
 def overridden(config: Config, given: Mapping[str, Any], flags: Mapping[str, str]) -> Config:
     """Returns the config with what the given flags set."""
     values = {name: given[flag] for name, flag in flags.items() if flag in given}
-    if "vqvae.fsq_levels" in values:
-        if values.get("vqvae.quantizer", config.vqvae.quantizer) != "fsq":
-            raise VqbeamError("--vqvae.fsq-levels is for fsq; add --vqvae.quantizer fsq")
-        codes = fsq_codes(values["vqvae.fsq_levels"]) or config.vqvae.num_codes
-        values.setdefault("vqvae.num_codes", codes)
+    levels = values.get("vqvae.fsq_levels", config.vqvae.fsq_levels)
+    if values.get("vqvae.quantizer", config.vqvae.quantizer) == "fsq":
+        if "vqvae.fsq_levels" in values:
+            values.setdefault("vqvae.num_codes", fsq_codes(levels) or config.vqvae.num_codes)
+    elif levels != config.vqvae.fsq_levels:
+        raise VqbeamError("--vqvae.fsq-levels is for fsq; add --vqvae.quantizer fsq")
     config = in_range(lambda: configs.override(config, values), flags)
     # A run may be gone on with from another working directory.
     return dataclasses.replace(config, data=located(config.data))

@@ -113,6 +113,8 @@ def test_a_table_of_what_is_left():
 
 def test_a_prior_that_is_not_trained(prepared_run, tiny_config, capsys):
     run, _ = prepared_run(tiny_config())
+    run.begin("train-vqvae")
+    run.finish("train-vqvae", [])
     assert main(["evaluate", str(run.root), "--stage", "prior"]) == 1
     assert "has no finished train-prior stage; run vqbeam train-prior" in capsys.readouterr().err
 

@@ -194,7 +194,7 @@ def test_other_splits_and_no_label(prepared, tmp_path):
         ({"train_split": "trian"}, "own_set/1.2.3 has no split 'trian'; set data.train_split to"),
         ({"validation_split": "val"}, "set data.validation_split to one of .*test"),
         ({"image_key": "picture"}, "no feature 'picture'; set data.image_key to one of .*image"),
-        ({"label_key": "lable"}, "no feature 'lable'; set data.label_key to .*label, or to none"),
+        ({"label_key": "lable"}, "no feature 'lable'; set data.label_key to one of .*, or to none"),
         ({"validation_split": "train+test"}, "no split 'train.test'; set data.validation_split"),
         ({"validation_split": "train[x"}, "has no split 'train\\[x'; set data.validation_split to"),
         ({"image_key": "label"}, "feature 'label' of own_set/1.2.3 holds no image"),

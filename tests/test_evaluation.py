@@ -126,6 +126,7 @@ def test_inception_needs_no_classes(run_with_model):
     assert found["frechet"] > 0 and found["frechet_left_out"] is None
 
 
+@pytest.mark.slow
 def test_one_pass_whatever_the_batches(run_with_model):
     # In another batch a pixel may round in another way.
     runs = (run_with_model(encode__batch_size=size)[0] for size in (3, 100))

@@ -122,6 +122,7 @@ def test_a_storage_that_fails_ends_neither_signs_nor_work(run, monkeypatch):
             time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_two_threads_find_no_lock_at_the_same_time(tmp_path, monkeypatch):
     # Longer than a busy machine may keep one of them waiting.
     monkeypatch.setitem(run_lock._SECONDS_TO_SETTLE, "local", 2)

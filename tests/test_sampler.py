@@ -165,6 +165,7 @@ def test_codes_follow_their_uniform_numbers(any_sampler, schedule):
     np.testing.assert_array_equal(codes.reshape(8, -1), drawn_from(logits / 0.7))
 
 
+@pytest.mark.slow
 def test_attributes_are_guided_towards():
     sampler = Sampler(build(num_labels=3, conditioning="attributes"), batch_size=8)
     attributes = np.arange(8)[:, None] >> np.arange(3) & 1
@@ -200,6 +201,7 @@ def test_kept_codes_stay_and_the_others_follow_those_before_them(any_sampler):
     assert np.any(codes != any_sampler(LABEL_ROWS, seed=1))
 
 
+@pytest.mark.slow
 def test_a_mask_may_be_of_one_image_or_of_each(sampler):
     known = np.random.default_rng(0).integers(K, size=(8, *GRID))
     keep = np.random.default_rng(1).random((8, *GRID)) < 0.5
@@ -219,6 +221,7 @@ def test_nothing_and_everything_kept(sampler):
     np.testing.assert_array_equal(kept, known)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
 def test_between_two_classes(any_sampler, guidance):
     others, blend = (LABEL_ROWS + 2) % LABELS, np.linspace(0, 1, 8)

@@ -248,6 +248,7 @@ def test_initialize_codebook_takes_latents(make):
         np.testing.assert_array_equal(old, array(new))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_save_and_load(make, tmp_path, update, dtype):

@@ -165,15 +165,17 @@ def _whole(text: str) -> int:
 
 def count(text: str) -> int:
     """Returns the whole number, at least 1, that a word stands for."""
-    if _whole(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
+    return _at_least(1, text)
 
 
 def natural(text: str) -> int:
     """Returns the whole number, at least 0, that a word stands for."""
-    if _whole(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
+    return _at_least(0, text)
+
+
+def _at_least(minimum: int, text: str) -> int:
+    if _whole(text) < minimum:
+        raise argparse.ArgumentTypeError(f"{text} is not at least {minimum}")
     return int(text)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from etils import epath
 
+from configs import VqbeamError
 from pipelines.provenance import KEY
 from pipelines.samples import Samples
 from vqvae.figures import label_figure, picture, save_png
@@ -62,11 +63,20 @@ def remove_listed(folder: epath.Path, name: str) -> None:
     if listing.exists():
         listing.replace(old)
     if old.exists():
-        for line in old.read_text().splitlines():
-            picture_of_before = json.loads(line)["file"]
+        for picture_of_before in _listed(old):
             if epath.Path(picture_of_before).name == picture_of_before:  # and no way out of it
                 (folder / picture_of_before).unlink(missing_ok=True)
         old.unlink()
+
+
+def _listed(path: epath.Path) -> list[str]:
+    try:
+        return [json.loads(line)["file"] for line in path.read_text().splitlines()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise VqbeamError(
+            f"{path} does not list pictures, one a line, as vqbeam does; delete it, or give "
+            "another --output"
+        ) from error
 
 
 def _write_picture(samples: Samples, row: int, own: dict, path: epath.Path) -> None:

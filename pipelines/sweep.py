@@ -14,7 +14,7 @@ from pipelines.sampling_defaults import (
 from pipelines.sweep_figure import sweep_figure
 from prior.evaluation import FIGURES, PriorMeter, sampler_settings
 from prior.training import STAGE as TRAIN_PRIOR
-from vqvae.comparison import Yardstick
+from vqvae.comparison import Yardstick, set_size
 from vqvae.figures import save_png
 from vqvae.files import read_json, write_json
 from vqvae.manifolds import NEIGHBOURS
@@ -52,7 +52,7 @@ def sweep(
             distance to go by.
     """
     run.require(TRAIN_PRIOR)
-    num = min(num, *run.require("prepare")["counts"].values())  # more would be measured by fewer
+    num = set_size(run.require("prepare"), num)
     defaults = sampling_defaults(run)
     grid = [
         dataclasses.replace(defaults, **dict(zip(values, combination, strict=True)))

@@ -5,6 +5,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from configs import VqbeamError
 from pipelines.sample_files import write_samples
 from pipelines.samples import Samples
 
@@ -103,3 +104,11 @@ def test_a_list_that_names_files_elsewhere_removes_none(samples, tmp_path):
     (tmp_path / "out" / "samples.jsonl").write_text("\n".join(lines))
     write_samples(samples, epath.Path(tmp_path / "out"))
     assert (tmp_path / "mine.png").read_text() == "another's"
+
+
+@pytest.mark.parametrize("line", ["no JSON", "{}", "[]"])
+def test_a_list_that_is_none(samples, tmp_path, line):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "samples.jsonl").write_text(f"{line}\n")
+    with pytest.raises(VqbeamError, match="out/.samples.jsonl.old does not list .*; delete it, or"):
+        write_samples(samples, epath.Path(tmp_path / "out"))

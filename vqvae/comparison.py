@@ -58,7 +58,7 @@ class Yardstick:
     def __init__(self, run: RunFolder, num: int, features: str, seed: int):
         self.run, self.features, self.seed = run, features, seed
         prepared = run.require("prepare")
-        self.num = min(num, *prepared["counts"].values())
+        self.num = set_size(prepared, num)
         self.left_out = _left_out(prepared, features, self.num)
         self._extract = self._classify = None
         if "frechet" not in self.left_out:
@@ -116,6 +116,11 @@ class Yardstick:
             "recall": recall,
             "agreement": other.agreement,
         }
+
+
+def set_size(prepared: dict, num: int) -> int:
+    """Returns how many images a set has of which `num` are asked for, by the prepare manifest."""
+    return min(num, *prepared["counts"].values())
 
 
 def _left_out(prepared: dict, features: str, num: int) -> dict[str, str]:

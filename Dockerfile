@@ -13,6 +13,7 @@ COPY constraints.txt ./
 RUN pip install -c constraints.txt "apache-beam[gcp]" tensorflow-datasets keras-nlp matplotlib \
  && pip install -c constraints.txt "tensorflow[and-cuda]"
 COPY setup.py pyproject.toml README.md LICENSE ./
+COPY vqbeam vqbeam
 COPY configs configs
 COPY vqvae vqvae
 COPY prior prior

@@ -4,6 +4,9 @@ import pathlib
 
 import setuptools
 
+# Installed below `vqbeam`, since other projects have packages of these names too.
+PACKAGES = setuptools.find_packages(include=["configs*", "vqvae*", "prior*", "pipelines*"])
+
 setuptools.setup(
     name="vqbeam",
     version="0.1.0",
@@ -12,7 +15,8 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=setuptools.find_packages(include=["configs*", "vqvae*", "prior*", "pipelines*"]),
+    packages=["vqbeam", *(f"vqbeam.{package}" for package in PACKAGES)],
+    package_dir={f"vqbeam.{package}": package.replace(".", "/") for package in PACKAGES},
     install_requires=[
         "apache-beam>=2.77",
         "etils[epath]",
@@ -32,5 +36,5 @@ setuptools.setup(
         "test-cloud": ["apache-beam[gcp]>=2.77", "gcp-storage-emulator", "trustme"],
         "test": ["jax", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
     },
-    entry_points={"console_scripts": ["vqbeam = pipelines.cli:main"]},
+    entry_points={"console_scripts": ["vqbeam = vqbeam.pipelines.cli.main:main"]},
 )

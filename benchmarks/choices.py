@@ -17,11 +17,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops
-
-from pipelines.images import encode_png
-from prior.drawing import draw_codes
-from prior.transformer import CodePrior
-from vqvae.layout import CodeLayout
+from vqbeam.pipelines.sources.images import encode_png
+from vqbeam.prior.filters import draw_codes
+from vqbeam.prior.transformer import CodePrior
+from vqbeam.vqvae.layout import CodeLayout
 
 ROUNDS = 15
 

@@ -4,8 +4,7 @@ import statistics
 import time
 
 import keras
-
-from vqvae.fitting import StopOnNaN
+from vqbeam.vqvae.fitting.fit import StopOnNaN
 
 
 def fit_seconds(model: keras.Model, batches, warm_up: int, steps: int, blocks: int) -> float:

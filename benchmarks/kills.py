@@ -25,10 +25,9 @@ import numpy as np
 from commands import start
 from pipeline_fixtures import shard_contents, small_config, write_images, write_preset
 from side_by_side import table
-
-from prior.training import load_prior
-from vqvae.run_folder import STAGES, RunFolder
-from vqvae.training import load_vqvae
+from vqbeam.prior.training import load_prior
+from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
+from vqbeam.vqvae.training import load_vqvae
 
 HEADER = ["killed in", "attempts", "another result", "seconds to the end", "of an unbroken run"]
 

@@ -23,16 +23,15 @@ import numpy as np
 import tensorflow as tf
 from keras import layers, ops
 from side_by_side import table
-
-from configs import SampleConfig
-from pipelines.sampling_defaults import sampling_defaults
-from prior.sampler import Sampler, sampler_arguments
-from prior.training import load_prior
-from vqvae.comparison import Yardstick
-from vqvae.compilation import compiled_decoder
-from vqvae.records import open_dataset, read_split, training_batches
-from vqvae.run_folder import RunFolder
-from vqvae.training import load_vqvae
+from vqbeam.configs import SampleConfig
+from vqbeam.pipelines.evaluation.reference import Yardstick
+from vqbeam.pipelines.sampling.sampling_defaults import sampling_defaults
+from vqbeam.prior.sampler import Sampler, sampler_arguments
+from vqbeam.prior.training import load_prior
+from vqbeam.vqvae.fitting.compilation import compiled_decoder
+from vqbeam.vqvae.storage.records import open_dataset, read_split, training_batches
+from vqbeam.vqvae.storage.run_folder import RunFolder
+from vqbeam.vqvae.training import load_vqvae
 
 FILTERS, RESIDUAL_BLOCKS, LAST_LAYERS = 128, 2, 2  # the example's
 BATCH_SIZE, LEARNING_RATE = 128, 3e-4  # the example's

@@ -91,7 +91,7 @@ def run(verb: str, preset: str, folder: pathlib.Path, flags: list[str]) -> None:
     """Runs one stage by the command; a stage that is done says so at once."""
     if (folder / {"prepare": "images", "train-vqvae": "vqvae"}[verb] / "manifest.json").exists():
         return
-    command = [sys.executable, "-m", "pipelines", verb, preset, "--run-dir", str(folder.resolve())]
+    command = [sys.executable, "-m", "vqbeam", verb, preset, "--run-dir", str(folder.resolve())]
     subprocess.run(command + flags, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -116,9 +116,9 @@ def row(name: str, folder: pathlib.Path) -> str:
 
 def size_of_codes(folder: pathlib.Path) -> float:
     """Returns the bits that an image's codes take."""
-    from configs import from_dict
-    from vqvae.layout import code_layout
-    from vqvae.metrics import bits_per_image
+    from vqbeam.configs import from_dict
+    from vqbeam.vqvae.layout import code_layout
+    from vqbeam.vqvae.metrics import bits_per_image
 
     layout = code_layout(from_dict(json.loads((folder / "config.json").read_text())))
     return bits_per_image(layout.length, layout.num_codes)

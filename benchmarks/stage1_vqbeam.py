@@ -19,11 +19,10 @@ import measuring
 import stage1_work as work
 import tensorflow as tf
 from fit_times import fit_seconds
-
-from configs import load_preset, override
-from vqvae.building import build_model
-from vqvae.quantizers.vector import VectorQuantizer
-from vqvae.training import scale_batch
+from vqbeam.configs import load_preset, override
+from vqbeam.vqvae.building import build_model
+from vqbeam.vqvae.quantizers.vector import VectorQuantizer
+from vqbeam.vqvae.training import scale_batch
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
 

@@ -21,10 +21,9 @@ import numpy as np
 import stage2_work as work
 import tensorflow as tf
 from fit_times import fit_seconds
-
-from prior.sampler import Sampler
-from prior.transformer import CodePrior
-from vqvae.layout import CodeLayout
+from vqbeam.prior.sampler import Sampler
+from vqbeam.prior.transformer import CodePrior
+from vqbeam.vqvae.layout import CodeLayout
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
 

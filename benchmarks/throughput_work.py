@@ -14,15 +14,14 @@ import dataclasses
 import keras
 import tensorflow as tf
 import tensorflow_datasets as tfds
+import vqbeam.pipelines.stages  # noqa: F401  `run_stages` imports it late, with all of Beam
 from etils import epath
 from measuring import report
-
-import pipelines.stages  # noqa: F401  `run_stages` imports it late, with all of Beam
-from pipelines.run import run_stages
-from vqvae.compilation import compiled_encoder
-from vqvae.records import Shard, open_dataset, write_metadata
-from vqvae.run_folder import RunFolder
-from vqvae.training import MODEL_FILE, load_vqvae
+from vqbeam.pipelines.run import run_stages
+from vqbeam.vqvae.fitting.compilation import compiled_encoder
+from vqbeam.vqvae.storage.records import Shard, open_dataset, write_metadata
+from vqbeam.vqvae.storage.run_folder import RunFolder
+from vqbeam.vqvae.training import MODEL_FILE, load_vqvae
 
 LOCAL = ["--runner=FnApiRunner"]
 

@@ -1,7 +1,7 @@
 """What a run is: dataclasses with checks, presets, and their JSON form. Standard library only."""
 
-from configs.errors import VqbeamError, first_line
-from configs.loading import (
+from vqbeam.configs.errors import VqbeamError, first_line
+from vqbeam.configs.loading import (
     differences,
     field_types,
     from_dict,
@@ -12,8 +12,8 @@ from configs.loading import (
     smoke,
     to_dict,
 )
-from configs.sample_config import HOW_MANY
-from configs.schema import (
+from vqbeam.configs.sample_config import HOW_MANY
+from vqbeam.configs.schema import (
     SECTIONS,
     Config,
     DataConfig,

@@ -5,7 +5,7 @@ import math
 import typing
 from typing import Any
 
-from configs.errors import VqbeamError
+from vqbeam.configs.errors import VqbeamError
 
 
 def field(

@@ -11,14 +11,14 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import configs.presets
-from configs.errors import VqbeamError
-from configs.schema import SECTIONS, Config
+import vqbeam.configs.presets
+from vqbeam.configs.errors import VqbeamError
+from vqbeam.configs.schema import SECTIONS, Config
 
 
 def preset_names() -> list[str]:
     """Returns the names of the built-in presets, sorted."""
-    return sorted(module.name for module in pkgutil.iter_modules(configs.presets.__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(vqbeam.configs.presets.__path__))
 
 
 def load_preset(name: str) -> Config:
@@ -44,7 +44,7 @@ def preset_summary(name: str) -> str:
 
 def _preset_module(name: str) -> types.ModuleType:
     if name in preset_names():
-        return importlib.import_module(f"configs.presets.{name}")
+        return importlib.import_module(f"vqbeam.configs.presets.{name}")
     path = pathlib.Path(name)
     if path.suffix != ".py":
         close = difflib.get_close_matches(name, preset_names(), n=1)

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from configs.errors import VqbeamError
-from configs.fields import (
+from vqbeam.configs.errors import VqbeamError
+from vqbeam.configs.fields import (
     Section,
     check_epochs,
     dtype_field,

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from configs.errors import VqbeamError
-from configs.fields import Section, field
+from vqbeam.configs.errors import VqbeamError
+from vqbeam.configs.fields import Section, field
 
 # Fields that decide how many images are drawn, and not what they look like.
 HOW_MANY = ("num", "batch_size")

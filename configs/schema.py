@@ -6,11 +6,11 @@ documentation have one source.
 
 import dataclasses
 
-from configs.errors import VqbeamError
-from configs.fields import Section, check, check_type, field
-from configs.prior_config import PriorConfig
-from configs.sample_config import SampleConfig
-from configs.vqvae_config import VQVAEConfig
+from vqbeam.configs.errors import VqbeamError
+from vqbeam.configs.fields import Section, check, check_type, field
+from vqbeam.configs.prior_config import PriorConfig
+from vqbeam.configs.sample_config import SampleConfig
+from vqbeam.configs.vqvae_config import VQVAEConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

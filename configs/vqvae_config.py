@@ -4,8 +4,8 @@ import dataclasses
 import math
 import re
 
-from configs.errors import VqbeamError
-from configs.fields import (
+from vqbeam.configs.errors import VqbeamError
+from vqbeam.configs.fields import (
     Section,
     check_epochs,
     dtype_field,

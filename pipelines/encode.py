@@ -7,19 +7,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
-
-from pipelines.progress import advance
-from pipelines.sharded_stage import Gathered, ShardedStage
-from pipelines.shards import (
+from vqbeam.pipelines.progress import advance
+from vqbeam.pipelines.sharded_stage import Gathered, ShardedStage
+from vqbeam.pipelines.shards import (
     ShardReport,
     remove_leftovers,
     write_dataset_metadata,
     write_shard_once,
 )
-from vqvae.compilation import compiled_encoder, in_batches
-from vqvae.layout import code_layout
-from vqvae.metrics import by_level, count_codes, perplexity
-from vqvae.records import (
+from vqbeam.vqvae.fitting.compilation import compiled_encoder, in_batches
+from vqbeam.vqvae.layout import code_layout
+from vqbeam.vqvae.metrics import by_level, count_codes, perplexity
+from vqbeam.vqvae.storage.records import (
     CODES_VERSION,
     Shard,
     code_features,
@@ -29,9 +28,9 @@ from vqvae.records import (
     open_dataset,
     serialize,
 )
-from vqvae.run_folder import RunFolder
-from vqvae.training import load_vqvae
-from vqvae.variants import variant_count, variants
+from vqbeam.vqvae.storage.run_folder import RunFolder
+from vqbeam.vqvae.training import load_vqvae
+from vqbeam.vqvae.variants import variant_count, variants
 
 STAGE = "encode"
 DATASET = "codes"

@@ -8,29 +8,28 @@ import apache_beam as beam
 import numpy as np
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
-
-from configs import VqbeamError
-from pipelines.beam_flags import is_dataflow
-from pipelines.beam_run import run_pipeline
-from pipelines.generation_order import Order
-from pipelines.images import encode_png
-from pipelines.labels import label_rows
-from pipelines.places import absolute, check_shared
-from pipelines.progress import advance
-from pipelines.provenance import checkpoint
-from pipelines.run_lock import LOCK_FILE, locked
-from pipelines.sample_files import SAMPLES_LIST, write_samples
-from pipelines.samples import Drawer, Samples, fitted, learned_labels
-from pipelines.sampling_defaults import changed_defaults
-from pipelines.shards import (
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.beam import run_pipeline
+from vqbeam.pipelines.cli.beam_flags import is_dataflow
+from vqbeam.pipelines.generation_order import Order
+from vqbeam.pipelines.lock import LOCK_FILE, locked
+from vqbeam.pipelines.places import absolute, check_shared
+from vqbeam.pipelines.progress import advance
+from vqbeam.pipelines.sampling.decoder import Drawer, Samples, fitted, learned_labels
+from vqbeam.pipelines.sampling.files import SAMPLES_LIST, write_samples
+from vqbeam.pipelines.sampling.labels import label_rows
+from vqbeam.pipelines.sampling.provenance import checkpoint
+from vqbeam.pipelines.sampling.sampling_defaults import changed_defaults
+from vqbeam.pipelines.shards import (
     ShardReport,
     remove_leftovers,
     write_dataset_metadata,
     write_shard_once,
 )
-from vqvae.files import matching
-from vqvae.records import IMAGES_VERSION, Shard, image_features, serialize
-from vqvae.run_folder import RunFolder
+from vqbeam.pipelines.sources.images import encode_png
+from vqbeam.vqvae.storage.files import matching
+from vqbeam.vqvae.storage.records import IMAGES_VERSION, Shard, image_features, serialize
+from vqbeam.vqvae.storage.run_folder import RunFolder
 
 DATASET = "samples"
 SPLIT = "train"

@@ -6,9 +6,8 @@ import json
 from typing import Any
 
 from etils import epath
-
-from configs import SampleConfig, VqbeamError
-from vqvae.files import matching, read_json, write_json
+from vqbeam.configs import SampleConfig, VqbeamError
+from vqbeam.vqvae.storage.files import matching, read_json, write_json
 
 _FILE = "generate.json"
 

@@ -7,25 +7,24 @@ from typing import NamedTuple
 
 import numpy as np
 from etils import epath
-
-from configs import Config, VqbeamError
-from pipelines.beam_flags import with_runner
-from pipelines.downloads import prepare_source
-from pipelines.images import ImageError
-from pipelines.places import check_output
-from pipelines.sources import Unit, decode, plan, read_unit
-from pipelines.verbs import VERBS
-from vqvae.building import build_model
-from vqvae.codebook_step import CodebookStep
-from vqvae.figures import save_png
-from vqvae.fitting import set_seed
-from vqvae.gradient_figure import gradient_figure
-from vqvae.gradients import Audit, audit, estimator_of, set_estimator, training_errors
-from vqvae.model import VQVAE
-from vqvae.progress import progress_bar
-from vqvae.records import damaged_records
-from vqvae.run_folder import RunFolder
-from vqvae.training import load_vqvae, scale_batch, training_images
+from vqbeam.configs import Config, VqbeamError
+from vqbeam.pipelines.cli.beam_flags import with_runner
+from vqbeam.pipelines.cli.verbs import VERBS
+from vqbeam.pipelines.gradient_figure import gradient_figure
+from vqbeam.pipelines.places import check_output
+from vqbeam.pipelines.sources import Unit, decode, plan, read_unit
+from vqbeam.pipelines.sources.images import ImageError
+from vqbeam.pipelines.sources.tfds import prepare_source
+from vqbeam.vqvae.building import build_model
+from vqbeam.vqvae.codebook_step import CodebookStep
+from vqbeam.vqvae.figures import save_png
+from vqbeam.vqvae.fitting.fit import set_seed
+from vqbeam.vqvae.fitting.progress import progress_bar
+from vqbeam.vqvae.gradients import Audit, audit, estimator_of, set_estimator, training_errors
+from vqbeam.vqvae.model import VQVAE
+from vqbeam.vqvae.storage.records import damaged_records
+from vqbeam.vqvae.storage.run_folder import RunFolder
+from vqbeam.vqvae.training import load_vqvae, scale_batch, training_images
 
 _PARTS = ("encoder", "predictions", "codebook", "decoder", "discriminator")
 

@@ -3,12 +3,11 @@
 import datetime
 
 from etils import epath
-
-from configs import VqbeamError, VQVAEConfig
-from vqvae.files import matching, modified, size
-from vqvae.labels import Labels
-from vqvae.layout import CodeLayout, code_layout
-from vqvae.run_folder import MANIFEST, STAGES, RunFolder
+from vqbeam.configs import VqbeamError, VQVAEConfig
+from vqbeam.vqvae.layout import CodeLayout, code_layout
+from vqbeam.vqvae.storage.files import matching, modified, size
+from vqbeam.vqvae.storage.labels import Labels
+from vqbeam.vqvae.storage.run_folder import MANIFEST, STAGES, RunFolder
 
 
 def describe(run_dir: str) -> str:

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
-from configs import DataConfig, VqbeamError
+from vqbeam.configs import DataConfig, VqbeamError
 
 KINDS_OF_PLACES = "paths are those of this machine, or begin with gs://"
 _BUCKET = "gs://"

@@ -9,22 +9,21 @@ from typing import Any
 
 import numpy as np
 from apache_beam.metrics import Metrics
-
-from configs import Config, VqbeamError
-from pipelines.images import ImageError, encode_png
-from pipelines.progress import advance
-from pipelines.sharded_stage import Gathered, ShardedStage
-from pipelines.shards import (
+from vqbeam.configs import Config, VqbeamError
+from vqbeam.pipelines.progress import advance
+from vqbeam.pipelines.sharded_stage import Gathered, ShardedStage
+from vqbeam.pipelines.shards import (
     ShardReport,
     remove_leftovers,
     write_dataset_metadata,
     write_shard_once,
 )
-from pipelines.sources import RawImage, Unit, decode, plan, read_unit
-from vqvae.files import write_bytes
-from vqvae.labels import NO_CLASS, Labels
-from vqvae.records import IMAGES_VERSION, image_features, serialize
-from vqvae.run_folder import RunFolder
+from vqbeam.pipelines.sources import RawImage, Unit, decode, plan, read_unit
+from vqbeam.pipelines.sources.images import ImageError, encode_png
+from vqbeam.vqvae.storage.files import write_bytes
+from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
+from vqbeam.vqvae.storage.records import IMAGES_VERSION, image_features, serialize
+from vqbeam.vqvae.storage.run_folder import RunFolder
 
 STAGE = "prepare"
 DEAD_LETTERS = "dead_letters.jsonl"

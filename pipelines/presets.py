@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import configs
+from vqbeam import configs
 
 
 def describe(preset: str | None = None) -> str:

@@ -2,7 +2,7 @@
 
 import threading
 
-from vqvae.progress import progress_bar
+from vqbeam.vqvae.fitting.progress import progress_bar
 
 _bars = {}
 _lock = threading.Lock()

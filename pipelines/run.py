@@ -4,12 +4,12 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
-from configs import Config
-from pipelines.beam_flags import is_dataflow
-from pipelines.inspect import duration
-from pipelines.places import absolute, check_shared, located, places_of
-from pipelines.run_lock import locked
-from vqvae.run_folder import STAGES, RunFolder
+from vqbeam.configs import Config
+from vqbeam.pipelines.cli.beam_flags import is_dataflow
+from vqbeam.pipelines.inspect import duration
+from vqbeam.pipelines.lock import locked
+from vqbeam.pipelines.places import absolute, check_shared, located, places_of
+from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
 
 
 def run_stages(
@@ -36,7 +36,7 @@ def run_stages(
             check_shared(places_of(config.data))
     if "prepare" in stages and not run.exists():
         # First, so that no folder is bound to a dataset whose name was mistyped.
-        from pipelines.sources import check_source
+        from vqbeam.pipelines.sources import check_source
 
         check_source(config.data)
     if run.exists() and run.load_config() == config and run.done(stages) == set(stages):
@@ -82,12 +82,11 @@ def _run_pipeline(
     run: RunFolder, config: Config, stages: Sequence[str], beam_args: Sequence[str]
 ) -> None:
     import apache_beam as beam
-
-    from pipelines.beam_run import run_pipeline
-    from pipelines.stages import transform
+    from vqbeam.pipelines.beam import run_pipeline
+    from vqbeam.pipelines.stages import transform
 
     if "prepare" in stages:
-        from pipelines.downloads import prepare_source
+        from vqbeam.pipelines.sources.tfds import prepare_source
 
         prepare_source(config.data, beam_args)
 

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import apache_beam as beam
-
-from pipelines.shards import ShardReport
-from vqvae.run_folder import RunFolder
+from vqbeam.pipelines.shards import ShardReport
+from vqbeam.vqvae.storage.run_folder import RunFolder
 
 
 class Gathered(NamedTuple):

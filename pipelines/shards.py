@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from etils import epath
-
-from configs import VqbeamError
-from vqvae.files import size, write_json
-from vqvae.records import Shard, write_metadata, write_shard
-from vqvae.run_folder import MANIFEST
+from vqbeam.configs import VqbeamError
+from vqbeam.vqvae.storage.files import size, write_json
+from vqbeam.vqvae.storage.records import Shard, write_metadata, write_shard
+from vqbeam.vqvae.storage.run_folder import MANIFEST
 
 _M_ARENA_MAX = -8  # of malloc.h
 

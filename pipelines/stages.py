@@ -1,9 +1,8 @@
 """The Beam transform of each stage: from the path of a run to the same path, the stage done."""
 
 import apache_beam as beam
-
-from pipelines.encode import EncodeImages
-from pipelines.prepare import PrepareImages
+from vqbeam.pipelines.encode import EncodeImages
+from vqbeam.pipelines.prepare import PrepareImages
 
 # What a Dataflow worker that trains is given. Other runners, the local ones above all, start a
 # set of processes for each distinct hint and cannot honour it: only Dataflow gets it.
@@ -33,23 +32,23 @@ def transform(stage: str, gpu_hint: bool) -> beam.PTransform:
 
 
 def _train_vqvae(run_path: str) -> str:
-    from pipelines.training_metrics import TrainingMetrics
-    from vqvae.training import train_vqvae
+    from vqbeam.pipelines.training_metrics import TrainingMetrics
+    from vqbeam.vqvae.training import train_vqvae
 
     train_vqvae(run_path, [TrainingMetrics("train_vqvae")])
     return run_path
 
 
 def _train_prior(run_path: str) -> str:
-    from pipelines.training_metrics import TrainingMetrics
-    from prior.training import train_prior
+    from vqbeam.pipelines.training_metrics import TrainingMetrics
+    from vqbeam.prior.training import train_prior
 
     train_prior(run_path, [TrainingMetrics("train_prior")])
     return run_path
 
 
 def _sample(run_path: str) -> str:
-    from pipelines.sample import sample_stage
+    from vqbeam.pipelines.sampling.sample import sample_stage
 
     sample_stage(run_path)
     return run_path

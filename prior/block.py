@@ -7,9 +7,8 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
-
-from prior.rotary import rotary_tables, rotate
-from vqvae.layout import CodeLayout
+from vqbeam.prior.rotary import rotary_tables, rotate
+from vqbeam.vqvae.layout import CodeLayout
 
 
 @keras.saving.register_keras_serializable("vqbeam")

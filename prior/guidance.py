@@ -1,8 +1,7 @@
 """How strongly each code of an image is guided towards its class."""
 
 import numpy as np
-
-from configs import SampleConfig
+from vqbeam.configs import SampleConfig
 
 
 def guidance_scales(settings: SampleConfig, length: int) -> np.ndarray:

@@ -6,8 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
-
-from vqvae.layout import CodeLayout
+from vqbeam.vqvae.layout import CodeLayout
 
 
 @keras.saving.register_keras_serializable("vqbeam")

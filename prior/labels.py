@@ -1,9 +1,8 @@
 """Which labels a prior knows."""
 
 import numpy as np
-
-from configs import VqbeamError
-from prior.transformer import CodePrior
+from vqbeam.configs import VqbeamError
+from vqbeam.prior.transformer import CodePrior
 
 
 def check_labels(model: CodePrior, labels: np.ndarray) -> None:

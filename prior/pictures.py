@@ -4,11 +4,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 from etils import epath
-
-from prior.sampler import Sampler
-from vqvae.compilation import compiled_decoder
-from vqvae.figures import label_figure
-from vqvae.model import VQVAE
+from vqbeam.prior.sampler import Sampler
+from vqbeam.vqvae.figures import label_figure
+from vqbeam.vqvae.fitting.compilation import compiled_decoder
+from vqbeam.vqvae.model import VQVAE
 
 
 class Pictures(keras.callbacks.Callback):

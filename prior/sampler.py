@@ -10,15 +10,14 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
-
-from configs import SampleConfig, VqbeamError
-from prior.drawing import draw_codes
-from prior.guidance import guidance_scales
-from prior.labels import check_labels
-from prior.transformer import CodePrior
-from prior.uniforms import uniforms
-from vqvae.compilation import compile_function
-from vqvae.layout import CodeLayout
+from vqbeam.configs import SampleConfig, VqbeamError
+from vqbeam.prior.filters import draw_codes
+from vqbeam.prior.guidance import guidance_scales
+from vqbeam.prior.labels import check_labels
+from vqbeam.prior.transformer import CodePrior
+from vqbeam.prior.uniforms import uniforms
+from vqbeam.vqvae.fitting.compilation import compile_function
+from vqbeam.vqvae.layout import CodeLayout
 
 # Attention reads its cache in full, so the cache starts short and grows.
 SEGMENTS = 4
@@ -78,7 +77,7 @@ class Sampler:
             seed: Any integer.
             indices: Integers [N], which image of the seed each is; 0, 1, ... by default.
             temperature: Divides the logits; 0 takes the likeliest code.
-            top_k: Draw from the k likeliest codes only; 0 for all. `prior.drawing` says how this
+            top_k: Draw from the k likeliest codes only; 0 for all. `prior.filters` says how this
                 and the next two work together.
             top_p: Draw from the fewest of the likeliest codes with this probability; in (0, 1].
             min_p: Draw from codes at least this share as probable as the likeliest; in [0, 1).

@@ -6,13 +6,12 @@ from typing import Any
 
 import tensorflow as tf
 from keras.src.backend.tensorflow import core as keras_core
-
-from configs import SampleConfig
-from prior.graph_uniforms import graph_uniforms
-from prior.guidance import guidance_scales
-from prior.sampler import program_settings, sample_codes, sampler_arguments
-from prior.transformer import CodePrior
-from vqvae.model import VQVAE
+from vqbeam.configs import SampleConfig
+from vqbeam.prior.graph_uniforms import graph_uniforms
+from vqbeam.prior.guidance import guidance_scales
+from vqbeam.prior.sampler import program_settings, sample_codes, sampler_arguments
+from vqbeam.prior.transformer import CodePrior
+from vqbeam.vqvae.model import VQVAE
 
 
 def serving_signatures(vqvae: VQVAE, prior: CodePrior, settings: SampleConfig) -> dict[str, Any]:

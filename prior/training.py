@@ -6,18 +6,23 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 import tensorflow as tf
-
-from configs import Config, PriorConfig
-from prior.pictures import Pictures
-from prior.transformer import CodePrior
-from vqvae.devices import data_parallel, evenly_shared
-from vqvae.fitting import fit, load_model, save_model, set_seed
-from vqvae.labels import Labels
-from vqvae.layout import CodeLayout, code_layout
-from vqvae.optimizers import AdamW, optimizer_options
-from vqvae.records import damaged_records, label_of, open_dataset, read_split, training_batches
-from vqvae.run_folder import RunFolder
-from vqvae.training import MODEL_FILE, check_fits, load_vqvae
+from vqbeam.configs import Config, PriorConfig
+from vqbeam.prior.pictures import Pictures
+from vqbeam.prior.transformer import CodePrior
+from vqbeam.vqvae.fitting.devices import data_parallel, evenly_shared
+from vqbeam.vqvae.fitting.fit import fit, load_model, save_model, set_seed
+from vqbeam.vqvae.fitting.optimizers import AdamW, optimizer_options
+from vqbeam.vqvae.layout import CodeLayout, code_layout
+from vqbeam.vqvae.storage.labels import Labels
+from vqbeam.vqvae.storage.records import (
+    damaged_records,
+    label_of,
+    open_dataset,
+    read_split,
+    training_batches,
+)
+from vqbeam.vqvae.storage.run_folder import RunFolder
+from vqbeam.vqvae.training import MODEL_FILE, check_fits, load_vqvae
 
 STAGE = "train-prior"
 # Enough to see where training goes; the whole split is measured once, at the end.

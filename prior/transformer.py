@@ -11,11 +11,10 @@ from typing import Any
 import keras
 import keras_nlp
 from keras import ops
-
-from prior.accumulation import AccumulatingModel
-from prior.block import Block
-from prior.head import LevelHead
-from vqvae.layout import CodeLayout
+from vqbeam.prior.accumulation import AccumulatingModel
+from vqbeam.prior.block import Block
+from vqbeam.prior.head import LevelHead
+from vqbeam.vqvae.layout import CodeLayout
 
 
 @keras.saving.register_keras_serializable("vqbeam")

@@ -1,12 +1,11 @@
 """What the tests of the command line share."""
 
 import pytest
-
-from pipelines.arguments import parse
-from pipelines.parser import UsageError
+from vqbeam.pipelines.cli.arguments import parse
+from vqbeam.pipelines.cli.parser import UsageError
 
 PRESET = """
-from configs import Config, DataConfig, VQVAEConfig
+from vqbeam.configs import Config, DataConfig, VQVAEConfig
 
 CONFIG = Config(name="own", data=DataConfig(source="glyphs"), vqvae=VQVAEConfig(num_codes=100))
 """

@@ -32,7 +32,7 @@ def started(
     """
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines", *map(str, words)],
+            [sys.executable, "-m", "vqbeam", *map(str, words)],
             cwd=cwd,
             env=os.environ | {"PYTHONPATH": str(ROOT)} | dict(environment or {}),
             stdout=out,

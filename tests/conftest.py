@@ -5,8 +5,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import pytest
-
-from configs import Config, DataConfig, override
+from vqbeam.configs import Config, DataConfig, override
 
 
 def _config(**changes):
@@ -36,10 +35,9 @@ def _prepared_run(path, config, *, train=20, validation=10, labels=("a", "b"), k
     """
     # Here, so that tests of the command line alone import no TensorFlow.
     import tensorflow as tf
-
-    from vqvae import records
-    from vqvae.labels import Labels
-    from vqvae.run_folder import RunFolder
+    from vqbeam.vqvae.storage import records
+    from vqbeam.vqvae.storage.labels import Labels
+    from vqbeam.vqvae.storage.run_folder import RunFolder
 
     run = RunFolder(path)
     run.start(config)
@@ -110,10 +108,9 @@ def prepared_run(tmp_path_factory):
 def finished_run(tmp_path_factory):
     """A run with all its stages done, from a small folder of images in three classes."""
     from pipeline_fixtures import small_config, write_images
-
-    from pipelines.run import run_stages
-    from pipelines.stage_arguments import STAGES
-    from vqvae.run_folder import RunFolder
+    from vqbeam.pipelines.cli.stage_commands import STAGES
+    from vqbeam.pipelines.run import run_stages
+    from vqbeam.vqvae.storage.run_folder import RunFolder
 
     folder = tmp_path_factory.mktemp("finished")
     write_images(folder / "source", 24)
@@ -136,7 +133,7 @@ def preset(tmp_path):
 @pytest.fixture
 def failure(capfd, monkeypatch):
     """Runs a command line that must fail; returns what it says and checks how."""
-    from pipelines import cli
+    from vqbeam.pipelines.cli import main as cli
 
     monkeypatch.setattr(cli, "_be_quiet", lambda: None)
 
@@ -161,8 +158,7 @@ def own_run(finished_run, tmp_path):
     import shutil
 
     from pipeline_fixtures import write_preset
-
-    from vqvae.run_folder import RunFolder
+    from vqbeam.vqvae.storage.run_folder import RunFolder
 
     run = RunFolder(shutil.copytree(finished_run.root, tmp_path / "run"))
     return run, write_preset(tmp_path / "preset.py", run.load_config())

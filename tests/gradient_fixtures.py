@@ -3,9 +3,8 @@
 import keras
 import numpy as np
 import tensorflow as tf
-
-from vqvae.model import VQVAE
-from vqvae.quantizers.vector import VectorQuantizer
+from vqbeam.vqvae.model import VQVAE
+from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 K, D, BETA, VARIANCE = 7, 3, 0.4, 0.3
 SHAPE = (8, 8, 1)

@@ -2,16 +2,15 @@
 
 import keras
 import numpy as np
-
-from prior.training import STAGE as TRAIN_PRIOR
-from prior.transformer import CodePrior
-from vqvae.building import build_model
-from vqvae.classifier import build_classifier
-from vqvae.fitting import save_model
-from vqvae.layout import code_layout
-from vqvae.model import scale_images
-from vqvae.training import MODEL_FILE
-from vqvae.training import STAGE as TRAIN_VQVAE
+from vqbeam.pipelines.evaluation.classifier import build_classifier
+from vqbeam.prior.training import STAGE as TRAIN_PRIOR
+from vqbeam.prior.transformer import CodePrior
+from vqbeam.vqvae.building import build_model
+from vqbeam.vqvae.fitting.fit import save_model
+from vqbeam.vqvae.layout import code_layout
+from vqbeam.vqvae.model import scale_images
+from vqbeam.vqvae.training import MODEL_FILE
+from vqbeam.vqvae.training import STAGE as TRAIN_VQVAE
 
 
 def add_models(run, pixels, labels=("a", "b"), dtype="float32"):

@@ -6,8 +6,7 @@ import zlib
 
 import numpy as np
 from PIL import Image
-
-from configs import Config, DataConfig, override
+from vqbeam.configs import Config, DataConfig, override
 
 # As a folder lists them; their order is not that of their lower case.
 CLASSES = ("Banana", "apple", "cherry")
@@ -91,8 +90,7 @@ def write_tfds(data_dir, name, version, image_shape, splits, label_names, texts=
     """
     import tensorflow_datasets as tfds
     from etils import epath
-
-    from vqvae.records import Shard, write_shard
+    from vqbeam.vqvae.storage.records import Shard, write_shard
 
     folder = epath.Path(data_dir) / name / version
     folder.mkdir(parents=True)
@@ -156,7 +154,7 @@ def write_tfds(data_dir, name, version, image_shape, splits, label_names, texts=
 
 def read_records(folder):
     """Returns the decoded examples of a folder of shards, by split, in order."""
-    from vqvae.records import open_dataset, read_split
+    from vqbeam.vqvae.storage.records import open_dataset, read_split
 
     builder = open_dataset(folder)
     return {
@@ -166,7 +164,7 @@ def read_records(folder):
 
 def gathered(add_facts, shards):
     """Returns what a stage of Beam would make of `(run path, report)` before its last step."""
-    from pipelines.sharded_stage import GatherReports
+    from vqbeam.pipelines.sharded_stage import GatherReports
 
     combine = GatherReports(add_facts)
     found = combine.create_accumulator()

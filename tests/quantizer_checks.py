@@ -4,8 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-
-from vqvae.model import VQVAE
+from vqbeam.vqvae.model import VQVAE
 
 SHAPE = (2, 3, 5)
 

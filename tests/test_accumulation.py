@@ -2,12 +2,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-
-from configs import PriorConfig
-from prior.training import build_optimizer
-from prior.transformer import CodePrior
-from vqvae.fitting import AveragedWeights
-from vqvae.layout import CodeLayout
+from vqbeam.configs import PriorConfig
+from vqbeam.prior.training import build_optimizer
+from vqbeam.prior.transformer import CodePrior
+from vqbeam.vqvae.fitting.fit import AveragedWeights
+from vqbeam.vqvae.layout import CodeLayout
 
 pytestmark = pytest.mark.slow
 

@@ -8,11 +8,10 @@ import tensorflow_datasets as tfds
 from event_files import events
 from PIL import Image
 from pipeline_fixtures import small_config, write_images
-
-from pipelines import cli
-from pipelines.run import run_stages
-from pipelines.stage_arguments import STAGES
-from vqvae.run_folder import RunFolder
+from vqbeam.pipelines.cli import main as cli
+from vqbeam.pipelines.cli.stage_commands import STAGES
+from vqbeam.pipelines.run import run_stages
+from vqbeam.vqvae.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 

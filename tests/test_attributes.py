@@ -1,8 +1,7 @@
 import pytest
 from etils import epath
-
-from configs import VqbeamError
-from pipelines.attributes import read_attributes
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.sources.attributes import read_attributes
 
 
 @pytest.fixture

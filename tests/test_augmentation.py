@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
-
-from vqvae.augmentation import augment
+from vqbeam.vqvae.augmentation import augment
 
 SHAPE = (16, 24, 3)
 

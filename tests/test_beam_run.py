@@ -4,10 +4,9 @@ import socket
 import apache_beam as beam
 import pytest
 from apache_beam.runners.runner import PipelineResult, PipelineRunner
-
-from configs import VqbeamError
-from pipelines import beam_run
-from pipelines.beam_run import run_pipeline
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines import beam as beam_run
+from vqbeam.pipelines.beam import run_pipeline
 
 
 def test_runs_to_the_end_and_closes_the_bars(tmp_path, monkeypatch):

@@ -2,16 +2,15 @@ import keras
 import numpy as np
 import pytest
 from quantizer_checks import array
-
-from vqvae.building import build_model, build_quantizer
-from vqvae.hierarchy import HierarchicalVQVAE
-from vqvae.layout import code_layout
-from vqvae.model import VQVAE
-from vqvae.quantizers.finite_scalar import FiniteScalarQuantizer
-from vqvae.quantizers.linear import LinearVectorQuantizer
-from vqvae.quantizers.lookup_free import LookupFreeQuantizer
-from vqvae.quantizers.residual import ResidualQuantizer
-from vqvae.quantizers.vector import VectorQuantizer
+from vqbeam.vqvae.building import build_model, build_quantizer
+from vqbeam.vqvae.hierarchy import HierarchicalVQVAE
+from vqbeam.vqvae.layout import code_layout
+from vqbeam.vqvae.model import VQVAE
+from vqbeam.vqvae.quantizers.fsq import FiniteScalarQuantizer
+from vqbeam.vqvae.quantizers.lfq import LookupFreeQuantizer
+from vqbeam.vqvae.quantizers.residual import ResidualQuantizer
+from vqbeam.vqvae.quantizers.simvq import LinearVectorQuantizer
+from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 COMMON = {"commitment": 0.7, "entropy": 0.1}
 LOOKUP = {"estimator": "rotation"}

@@ -4,17 +4,16 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import vqbeam.pipelines.evaluation.classifier as classifier
 from pipeline_fixtures import finish_again
-
-import vqvae.classifier as classifier
-from configs import VqbeamError
-from vqvae.classifier import (
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.evaluation.classifier import (
     build_classifier,
     classifier_accuracy,
     feature_model,
     load_classifier,
 )
-from vqvae.records import read_split
+from vqbeam.vqvae.storage.records import read_split
 
 pytestmark = pytest.mark.slow
 

@@ -5,14 +5,14 @@ import sys
 import types
 
 import pytest
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.cli import main as cli
+from vqbeam.pipelines.cli.main import main
 
-import configs
-from configs import VqbeamError
-from pipelines import cli
-from pipelines.cli import main
+from vqbeam import configs
 
 PRESET = """
-from configs import Config, DataConfig
+from vqbeam.configs import Config, DataConfig
 
 CONFIG = Config(name="own", data=DataConfig(source="glyphs"))
 """
@@ -40,7 +40,7 @@ def target(monkeypatch):
             return outcome
 
         fake = types.SimpleNamespace(**{function: called})
-        monkeypatch.setitem(sys.modules, f"pipelines.{module}", fake)
+        monkeypatch.setitem(sys.modules, f"vqbeam.pipelines.{module}", fake)
         return calls
 
     return replace
@@ -48,7 +48,7 @@ def target(monkeypatch):
 
 def vqbeam(*words):
     return subprocess.run(
-        [sys.executable, "-m", "pipelines", *words], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "vqbeam", *words], capture_output=True, text=True, timeout=120
     )
 
 
@@ -68,7 +68,7 @@ def test_run_dispatch(target, tmp_path):
 
 
 def test_sample_dispatch(target):
-    calls = target("sample", "sample")
+    calls = target("sampling.sample", "sample")
     assert main(["sample", "d", "--num", "2", "--label", "A"]) == 0
     assert calls[0]["run_dir"] == "d"
     assert calls[0]["num"] == 2
@@ -76,13 +76,13 @@ def test_sample_dispatch(target):
 
 
 def test_reconstruct_dispatch(target):
-    calls = target("reconstruct", "reconstruct")
+    calls = target("evaluation.reconstruct", "reconstruct")
     assert main(["reconstruct", "d", "--output", "a.png", "--num", "3"]) == 0
     assert calls == [{"run_dir": "d", "output": "a.png", "num": 3}]
 
 
 def test_evaluate_dispatch(target):
-    calls = target("evaluate", "evaluate")
+    calls = target("evaluation.evaluate", "evaluate")
     assert main(["evaluate", "d", "--features", "inception"]) == 0
     assert [(call["run_dir"], call["features"]) for call in calls] == [("d", "inception")]
 
@@ -129,7 +129,7 @@ def test_errors_are_one_line_and_a_status(target, capsys, error, status, line):
 def test_who_reads_may_stop_reading():
     reads, writes = os.pipe()
     os.close(reads)
-    words = [sys.executable, "-m", "pipelines", "presets"]
+    words = [sys.executable, "-m", "vqbeam", "presets"]
     done = subprocess.run(words, stdout=writes, stderr=subprocess.PIPE)
     os.close(writes)
     assert (done.returncode, done.stderr) == (1, b"")
@@ -153,7 +153,7 @@ def test_usage_errors(capsys):
 def test_help_answers_without_the_heavy_libraries():
     code = """
 import sys
-from pipelines.cli import main
+from vqbeam.pipelines.cli.main import main
 words = (["--help"], ["run", "--help"], ["presets"], ["smaple"], ["sample", "d", "--topk", "1"])
 print([main(line) for line in words], file=sys.stderr)
 heavy = {"tensorflow", "keras", "apache_beam", "tensorflow_datasets", "numpy"} & set(sys.modules)
@@ -165,7 +165,7 @@ sys.exit(", ".join(heavy) or 0)
 
 
 @pytest.mark.slow
-def test_python_m_pipelines():
+def test_python_m_vqbeam():
     done = vqbeam("run", "glyphs", "--run-dir", "d", "--runer=DataflowRunner")
     assert done.returncode == 2
     assert done.stdout == ""
@@ -175,7 +175,7 @@ def test_python_m_pipelines():
 @pytest.mark.slow
 def test_the_libraries_start_quietly():
     code = """
-from pipelines import cli
+from vqbeam.pipelines.cli import main as cli
 cli._be_quiet()
 import tensorflow as tf, tensorflow_datasets, keras_nlp, apache_beam
 import sys

@@ -11,9 +11,8 @@ from pipeline_fixtures import (
     write_images,
     write_preset,
 )
-
-from pipelines.run import run_stages
-from vqvae.run_folder import STAGES, RunFolder
+from vqbeam.pipelines.run import run_stages
+from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
 
 pytestmark = pytest.mark.cloud
 

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from keras import ops
 from quantizer_checks import array, latents, nearest_codes
-
-from vqvae.quantizers.clusters import initial_codebook
+from vqbeam.vqvae.quantizers.clusters import initial_codebook
 
 
 def initial(vectors, num_codes, method, seed=0):

@@ -2,9 +2,8 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-
-from configs import VqbeamError
-from vqvae.compilation import compile_function, in_batches
+from vqbeam.configs import VqbeamError
+from vqbeam.vqvae.fitting.compilation import compile_function, in_batches
 
 
 @pytest.fixture

@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from pipeline_fixtures import CLASSES, SIDE, small_config, write_images
-
-from pipelines.cli import main
-from pipelines.complete import _completed, _kept_part, _label, _likeliest
-from pipelines.regions import region_mask
-from prior.transformer import CodePrior
-from vqvae.building import build_model
-from vqvae.labels import Labels
-from vqvae.layout import CodeLayout
+from vqbeam.pipelines.cli.main import main
+from vqbeam.pipelines.sampling.complete import _completed, _kept_part, _label, _likeliest
+from vqbeam.pipelines.sampling.regions import region_mask
+from vqbeam.prior.transformer import CodePrior
+from vqbeam.vqvae.building import build_model
+from vqbeam.vqvae.layout import CodeLayout
+from vqbeam.vqvae.storage.labels import Labels
 
 
 @pytest.fixture

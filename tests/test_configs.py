@@ -5,8 +5,7 @@ import types
 import typing
 
 import pytest
-
-from configs import (
+from vqbeam.configs import (
     SECTIONS,
     Config,
     DataConfig,
@@ -118,7 +117,7 @@ PRESET = """\
 More of it.
 \"\"\"
 
-from configs import Config, DataConfig
+from vqbeam.configs import Config, DataConfig
 
 CONFIG = Config(name="own", data=DataConfig(source="folder:/pictures"))
 """

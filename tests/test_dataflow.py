@@ -37,7 +37,7 @@ def submitted(tmp_path_factory):
         words += ["--temp_location=gs://bucket/tmp", f"--sdk_container_image={IMAGE}"]
         words += [f"--setup_file={ROOT / 'setup.py'}"]
         done = subprocess.run(
-            [sys.executable, "-m", "pipelines", *words],
+            [sys.executable, "-m", "vqbeam", *words],
             cwd=folder,
             env=os.environ | bucket.environment | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
@@ -111,7 +111,7 @@ def test_the_source_is_packaged(submitted, tmp_path):
         names = {name.partition("/")[2] for name in archive.getnames()}
     ours = {
         str(path.relative_to(ROOT))
-        for package in ("configs", "vqvae", "prior", "pipelines")
+        for package in ("vqbeam", "configs", "vqvae", "prior", "pipelines")
         for path in (ROOT / package).rglob("*.py")
     }
     assert len(ours) > 90 and ours <= names and "README.md" in names

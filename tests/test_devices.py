@@ -1,8 +1,7 @@
 import keras
 import pytest
-
-from configs import VqbeamError
-from vqvae.devices import data_parallel, device_count
+from vqbeam.configs import VqbeamError
+from vqbeam.vqvae.fitting.devices import data_parallel, device_count
 
 
 def test_one_device_needs_nothing():

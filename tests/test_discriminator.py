@@ -3,8 +3,7 @@ import numpy as np
 import pytest
 from keras import ops
 from quantizer_checks import array, gradient
-
-from vqvae.discriminator import PatchDiscriminator
+from vqbeam.vqvae.discriminator import PatchDiscriminator
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,9 @@ import pytest
 import tensorflow_datasets as tfds
 from commands import ROOT
 from pipeline_fixtures import small_config
-
-from configs import VqbeamError
-from pipelines.downloads import prepare_source
-from pipelines.sources import check_source
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.sources import check_source
+from vqbeam.pipelines.sources.tfds import prepare_source
 
 BEAM = ["--runner=FnApiRunner"]
 
@@ -57,8 +56,8 @@ def test_what_is_not_the_hosts_fault(tmp_path, monkeypatch, error):
 INTERRUPTED = """
 import os, signal, sys, threading, time
 import tensorflow_datasets as tfds
-from pipelines.downloads import prepare_source
-from configs import DataConfig
+from vqbeam.pipelines.sources.tfds import prepare_source
+from vqbeam.configs import DataConfig
 
 def download(self, **_):
     # A thread that Python would wait for, as it waits for a host.

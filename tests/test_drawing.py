@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 from keras import ops
-
-from prior.drawing import draw_codes
-from vqvae.compilation import compile_function
+from vqbeam.prior.filters import draw_codes
+from vqbeam.vqvae.fitting.compilation import compile_function
 
 
 def numpy_draw(logits, uniform, temperature, top_k, top_p, min_p):

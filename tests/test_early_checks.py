@@ -3,11 +3,10 @@ import sys
 
 import pytest
 from pipeline_fixtures import small_config, write_preset
-
-from configs import VqbeamError
-from pipelines.arguments import parse
-from pipelines.early_checks import check
-from vqvae.run_folder import RunFolder
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.cli.arguments import parse
+from vqbeam.pipelines.cli.early_checks import check
+from vqbeam.vqvae.storage.run_folder import RunFolder
 
 NAMES = ["Banana", "apple"]
 
@@ -88,7 +87,7 @@ def test_stages(tmp_path):
 def test_nothing_heavy_is_loaded_for_it(run):
     code = """
 import sys
-from pipelines.cli import main
+from vqbeam.pipelines.cli.main import main
 run, lines = sys.argv[1], []
 lines.append(["sample", run, "--label", "plum"])
 lines.append(["sample", run, "--output", "a.jpg"])

@@ -10,10 +10,10 @@ from pipeline_fixtures import (
     shard_contents,
     small_config,
 )
-
-from configs import VqbeamError
-from pipelines import encode
-from pipelines.encode import (
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines import encode
+from vqbeam.pipelines.cli.errors import user_message
+from vqbeam.pipelines.encode import (
     STAGE,
     EncodeImages,
     ImageShard,
@@ -21,13 +21,12 @@ from pipelines.encode import (
     encode_shard,
     finish_codes,
 )
-from pipelines.messages import user_message
-from vqvae.building import build_model
-from vqvae.fitting import save_model
-from vqvae.records import Shard
-from vqvae.run_folder import RunFolder
-from vqvae.training import MODEL_FILE, load_vqvae
-from vqvae.variants import variants
+from vqbeam.vqvae.building import build_model
+from vqbeam.vqvae.fitting.fit import save_model
+from vqbeam.vqvae.storage.records import Shard
+from vqbeam.vqvae.storage.run_folder import RunFolder
+from vqbeam.vqvae.training import MODEL_FILE, load_vqvae
+from vqbeam.vqvae.variants import variants
 
 pytestmark = pytest.mark.slow
 

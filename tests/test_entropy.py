@@ -2,8 +2,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-
-from vqvae.quantizers.entropy import entropy_loss
+from vqbeam.vqvae.quantizers.entropy import entropy_loss
 
 NUMBERS = np.random.default_rng(0)
 CODEBOOK = NUMBERS.normal(size=(5, 3)).astype("float32")

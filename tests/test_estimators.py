@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from keras import ops
 from quantizer_checks import array, gradient, latents
-
-from vqvae.quantizers.estimators import ESTIMATORS, diveq, rotation_trick, straight_through
+from vqbeam.vqvae.quantizers.estimators import ESTIMATORS, diveq, rotation_trick, straight_through
 
 D = 5
 Z, E, G = (latents(7, D, seed=seed) for seed in range(3))

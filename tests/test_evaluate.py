@@ -1,12 +1,11 @@
 import json
 
 import pytest
-
-import vqvae.evaluation as evaluation
-from pipelines import cli
-from pipelines.cli import main
-from pipelines.evaluate import prior_lines, vqvae_rows
-from vqvae.run_folder import RunFolder
+import vqbeam.pipelines.evaluation.reconstructions as evaluation
+from vqbeam.pipelines.cli import main as cli
+from vqbeam.pipelines.cli.main import main
+from vqbeam.pipelines.evaluation.evaluate import prior_lines, vqvae_rows
+from vqbeam.vqvae.storage.run_folder import RunFolder
 
 MEASURES = {
     "images": 12345,

@@ -4,15 +4,14 @@ import math
 import keras
 import numpy as np
 import pytest
-
-import vqvae.evaluation as evaluation
-from configs import VqbeamError
-from vqvae.building import build_model
-from vqvae.evaluation import evaluate_vqvae
-from vqvae.fitting import save_model
-from vqvae.metrics import perplexity, ssim
-from vqvae.model import scale_images
-from vqvae.training import MODEL_FILE, STAGE
+import vqbeam.pipelines.evaluation.reconstructions as evaluation
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.evaluation.reconstructions import evaluate_vqvae
+from vqbeam.vqvae.building import build_model
+from vqbeam.vqvae.fitting.fit import save_model
+from vqbeam.vqvae.metrics import perplexity, ssim
+from vqbeam.vqvae.model import scale_images
+from vqbeam.vqvae.training import MODEL_FILE, STAGE
 
 
 def stub_features(images):

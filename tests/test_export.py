@@ -4,12 +4,11 @@ import sys
 import numpy as np
 import pytest
 from measured_run import add_models
-
-from configs import VqbeamError
-from pipelines import cli
-from pipelines.cli import main
-from pipelines.export import export
-from pipelines.sample import sample
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.cli import main as cli
+from vqbeam.pipelines.cli.main import main
+from vqbeam.pipelines.sampling.export import export
+from vqbeam.pipelines.sampling.sample import sample
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +18,7 @@ import sys
 import tensorflow as tf
 import numpy as np
 
-FORBIDDEN = {"configs", "vqvae", "prior", "pipelines", "keras", "keras_nlp", "keras_hub"}
+FORBIDDEN = {"vqbeam", "keras", "keras_nlp", "keras_hub"}
 for name in [name for name in sys.modules if name.partition(".")[0] in FORBIDDEN]:
     del sys.modules[name]
 

@@ -13,12 +13,11 @@ from pipeline_fixtures import (
     write_images,
     write_preset,
 )
-
-from pipelines import cli
-from pipelines.run import run_stages
-from vqvae.fitting import load_model
-from vqvae.run_folder import STAGES, RunFolder
-from vqvae.training import MODEL_FILE
+from vqbeam.pipelines.cli import main as cli
+from vqbeam.pipelines.run import run_stages
+from vqbeam.vqvae.fitting.fit import load_model
+from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
+from vqbeam.vqvae.training import MODEL_FILE
 
 pytestmark = pytest.mark.slow
 

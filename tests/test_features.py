@@ -3,11 +3,10 @@ import socket
 import keras
 import numpy as np
 import pytest
-
-import vqvae.features as features
-from configs import VqbeamError
-from vqvae.classifier import build_classifier, feature_model
-from vqvae.features import feature_extractor
+import vqbeam.pipelines.evaluation.features as features
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.evaluation.classifier import build_classifier, feature_model
+from vqbeam.pipelines.evaluation.features import feature_extractor
 
 
 @pytest.fixture

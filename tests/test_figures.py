@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
-
-from vqvae import figures
-from vqvae.figures import label_figure, reconstruction_figure, save_png
+from vqbeam.vqvae import figures
+from vqbeam.vqvae.figures import label_figure, reconstruction_figure, save_png
 
 # What a person counts in the picture: tiles of 64 pixels with 4 of white between them, and 16 more
 # above for a heading.

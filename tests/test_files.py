@@ -3,9 +3,16 @@ import os
 
 import pytest
 from etils import epath
-
-from configs import VqbeamError
-from vqvae.files import matching, modified, read_json, size, sizes, write_bytes, write_json
+from vqbeam.configs import VqbeamError
+from vqbeam.vqvae.storage.files import (
+    matching,
+    modified,
+    read_json,
+    size,
+    sizes,
+    write_bytes,
+    write_json,
+)
 
 
 @pytest.fixture

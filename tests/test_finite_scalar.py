@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from keras import ops
 from quantizer_checks import array, check_quantizer, gradient, latents
-
-from vqvae.quantizers.finite_scalar import FiniteScalarQuantizer
+from vqbeam.vqvae.quantizers.fsq import FiniteScalarQuantizer
 
 
 def constants(sizes):

@@ -11,11 +11,10 @@ import pytest
 import tensorflow as tf
 from etils import epath
 from keras import layers
-
-from configs import VqbeamError
-from vqvae.checkpoints import Checkpoints
-from vqvae.fitting import fit, load_model, save_model
-from vqvae.records import training_batches
+from vqbeam.configs import VqbeamError
+from vqbeam.vqvae.fitting.checkpoints import Checkpoints
+from vqbeam.vqvae.fitting.fit import fit, load_model, save_model
+from vqbeam.vqvae.storage.records import training_batches
 
 pytestmark = pytest.mark.slow
 

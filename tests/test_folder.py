@@ -1,10 +1,9 @@
 import os
 
 import pytest
-
-from configs import VqbeamError
-from pipelines import folder
-from vqvae.labels import NO_CLASS
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.sources import folder
+from vqbeam.vqvae.storage.labels import NO_CLASS
 
 
 def _fill(root, keys):

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
-
-from vqvae.frechet import Gaussian, Moments, frechet_distance
+from vqbeam.pipelines.evaluation.distances import Gaussian, Moments, frechet_distance
 
 
 def moments(features, *cuts):

@@ -5,14 +5,13 @@ import pytest
 import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
-
-from configs import VqbeamError
-from pipelines import generate as generate_module
-from pipelines.cli import main
-from pipelines.generate import generate
-from pipelines.run_lock import LOCK_FILE, locked
-from pipelines.sample import sample
-from vqvae.run_folder import RunFolder
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines import generate as generate_module
+from vqbeam.pipelines.cli.main import main
+from vqbeam.pipelines.generate import generate
+from vqbeam.pipelines.lock import LOCK_FILE, locked
+from vqbeam.pipelines.sampling.sample import sample
+from vqbeam.vqvae.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -178,9 +177,8 @@ def test_a_run_that_was_trained_anew_meanwhile(finished_run, tmp_path, monkeypat
 
 def test_a_run_without_classes(tmp_path):
     from pipeline_fixtures import small_config, write_images
-
-    from pipelines.run import run_stages
-    from pipelines.stage_arguments import STAGES
+    from vqbeam.pipelines.cli.stage_commands import STAGES
+    from vqbeam.pipelines.run import run_stages
 
     write_images(tmp_path / "source", 12, classes=())
     config = small_config(f"folder:{tmp_path / 'source'}")

@@ -2,9 +2,8 @@ import dataclasses
 
 import pytest
 from etils import epath
-
-from configs import SampleConfig, VqbeamError
-from pipelines.generation_order import Order
+from vqbeam.configs import SampleConfig, VqbeamError
+from vqbeam.pipelines.generation_order import Order
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 from apache_beam.options.pipeline_options import PipelineOptions
 from PIL import Image
-
-from pipelines import glyphs
+from vqbeam.pipelines.sources import glyphs
 
 
 class FewGlyphs(glyphs.Glyphs):
@@ -52,10 +51,10 @@ def test_glyph_depends_on_seed_and_index_alone():
 @pytest.mark.slow
 def test_glyph_is_the_same_in_another_process():
     script = (
-        "import hashlib\nfrom pipelines import glyphs\n"
+        "import hashlib\nfrom vqbeam.pipelines.sources import glyphs\n"
         "print(hashlib.sha256(glyphs.draw_glyph(5, 7)[0].tobytes()).hexdigest())"
     )
-    root = pathlib.Path(glyphs.__file__).parents[1]
+    root = pathlib.Path(glyphs.__file__).parents[2]
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True
     )

@@ -2,15 +2,14 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-
-from configs import VqbeamError
-from vqvae.building import build_model
-from vqvae.codebook_step import codebook_step
-from vqvae.gradient_flow import loss_gradients, losses_of
-from vqvae.gradients import audit, estimator_of, set_estimator, training_errors
-from vqvae.model import VQVAE
-from vqvae.optimizers import build_optimizer
-from vqvae.quantizers.vector import VectorQuantizer
+from vqbeam.configs import VqbeamError
+from vqbeam.vqvae.building import build_model
+from vqbeam.vqvae.codebook_step import codebook_step
+from vqbeam.vqvae.fitting.optimizers import build_optimizer
+from vqbeam.vqvae.gradient_flow import loss_gradients, losses_of
+from vqbeam.vqvae.gradients import audit, estimator_of, set_estimator, training_errors
+from vqbeam.vqvae.model import VQVAE
+from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 pytestmark = pytest.mark.slow
 

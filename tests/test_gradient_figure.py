@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-
-from vqvae.gradient_figure import draw_curves, draw_paths, gradient_figure
-from vqvae.gradients import Audit
+from vqbeam.pipelines.gradient_figure import draw_curves, draw_paths, gradient_figure
+from vqbeam.vqvae.gradients import Audit
 
 NORMS = {
     "reconstruction": {"encoder": 0.25, "codebook": 0.0, "decoder": 1.5},

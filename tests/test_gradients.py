@@ -17,9 +17,8 @@ from gradient_fixtures import (
     some_reach,
     whole_loss,
 )
-
-import vqvae.quantizers.nearest
-from vqvae.quantizers.vector import VectorQuantizer
+from vqbeam.vqvae.quantizers import nearest
+from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="GradientTape is TensorFlow's"
@@ -123,14 +122,14 @@ def test_codebook_loss_reaches_only_the_codebook(model):
 
 def test_distances_contribute_no_gradient(model, monkeypatch):
     seen = []
-    plain = vqvae.quantizers.nearest._best_of_block
+    plain = nearest._best_of_block
 
     def remembered(rows, codes):
         assert rows.shape[0] == 5 * 2 * 2 and codes.shape[-1] >= K
         seen.append(plain(rows, codes))
         return seen[-1]
 
-    monkeypatch.setattr(vqvae.quantizers.nearest, "_best_of_block", remembered)
+    monkeypatch.setattr(nearest, "_best_of_block", remembered)
     with tf.GradientTape(persistent=True) as tape:
         z = model.encoder(IMAGES)
         tape.watch(z)

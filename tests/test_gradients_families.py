@@ -16,13 +16,12 @@ from gradient_fixtures import (
     some_reach,
     values,
 )
-
-from vqvae.quantizers.finite_scalar import FiniteScalarQuantizer
-from vqvae.quantizers.linear import LinearVectorQuantizer
-from vqvae.quantizers.lookup_free import LookupFreeQuantizer
-from vqvae.quantizers.predictive import PredictiveQuantizer
-from vqvae.quantizers.residual import ResidualQuantizer
-from vqvae.quantizers.vector import VectorQuantizer
+from vqbeam.vqvae.quantizers.fsq import FiniteScalarQuantizer
+from vqbeam.vqvae.quantizers.lfq import LookupFreeQuantizer
+from vqbeam.vqvae.quantizers.predictive import PredictiveQuantizer
+from vqbeam.vqvae.quantizers.residual import ResidualQuantizer
+from vqbeam.vqvae.quantizers.simvq import LinearVectorQuantizer
+from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="GradientTape is TensorFlow's"

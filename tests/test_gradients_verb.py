@@ -4,11 +4,10 @@ import keras
 import pytest
 from PIL import Image
 from pipeline_fixtures import small_config, write_images, write_preset
-
-from pipelines.cli import main
-from pipelines.gradients import audit_lines, step_lines
-from vqvae.codebook_step import CodebookStep
-from vqvae.gradients import Audit
+from vqbeam.pipelines.cli.main import main
+from vqbeam.pipelines.gradients import audit_lines, step_lines
+from vqbeam.vqvae.codebook_step import CodebookStep
+from vqbeam.vqvae.gradients import Audit
 
 pytestmark = pytest.mark.slow
 

@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-
-from prior.graph_uniforms import graph_uniforms
-from prior.uniforms import uniforms
+from vqbeam.prior.graph_uniforms import graph_uniforms
+from vqbeam.prior.uniforms import uniforms
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
-
-from configs import SampleConfig
-from prior.guidance import guidance_scales
+from vqbeam.configs import SampleConfig
+from vqbeam.prior.guidance import guidance_scales
 
 
 @pytest.mark.parametrize(

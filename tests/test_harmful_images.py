@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from pipeline_fixtures import png, png_chunk, read_keys, run_transform, small_config
-
-from pipelines.prepare import DEAD_LETTERS, STAGE, PrepareImages
-from vqvae.run_folder import RunFolder
+from vqbeam.pipelines.prepare import DEAD_LETTERS, STAGE, PrepareImages
+from vqbeam.vqvae.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +77,7 @@ def folder(tmp_path_factory):
 
 MEASURE = """
 import pathlib, sys, time
-from pipelines.images import ImageError, decode_image
+from vqbeam.pipelines.sources.images import ImageError, decode_image
 
 def peak():
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()

@@ -5,14 +5,13 @@ import numpy as np
 import pytest
 from etils import epath
 from quantizer_checks import array, assert_same_state, nearest_codes, state
-
-from vqvae.building import build_model
-from vqvae.fitting import load_model, save_model
-from vqvae.hierarchy import HierarchicalVQVAE
-from vqvae.layout import CodeLayout
-from vqvae.model import scale_images
-from vqvae.quantizers.residual import ResidualQuantizer
-from vqvae.quantizers.vector import VectorQuantizer
+from vqbeam.vqvae.building import build_model
+from vqbeam.vqvae.fitting.fit import load_model, save_model
+from vqbeam.vqvae.hierarchy import HierarchicalVQVAE
+from vqbeam.vqvae.layout import CodeLayout
+from vqbeam.vqvae.model import scale_images
+from vqbeam.vqvae.quantizers.residual import ResidualQuantizer
+from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 pytestmark = pytest.mark.slow
 

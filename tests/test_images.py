@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pipeline_fixtures import png_chunk
-
-from pipelines import images
+from vqbeam.pipelines.sources import images
 
 
 def _file(image, format, **options):

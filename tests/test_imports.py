@@ -1,60 +1,79 @@
 """Holds the import rule: configs ← vqvae ← prior ← pipelines, and Beam in pipelines alone."""
 
 import ast
+import os
 import pathlib
+import subprocess
 import sys
-
-import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 ORDER = ["configs", "vqvae", "prior", "pipelines"]
 FILES = sorted(path for package in ORDER for path in (ROOT / package).rglob("*.py"))
 
 
-def imported_packages(source, package):
-    """The top-level packages that a module imports, at its top or inside any function."""
+def imported_packages(source):
+    """The packages that a module imports, at its top or in a function; ours without vqbeam."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            found |= {_package(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "vqbeam":
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(package if node.level else node.module.partition(".")[0])
+            found.add("relative" if node.level else _package(node.module))
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
             "importlib.import_module",
             "__import__",
         ):
-            name = ast.unparse(node.args[0]).strip("f'\"")
-            found.add(name.partition(".")[0])
+            found.add(_package(ast.unparse(node.args[0]).strip("f'\"")))
     return found
+
+
+def _package(name):
+    return name.removeprefix("vqbeam.").partition(".")[0]
 
 
 def test_sees_every_kind_of_import():
     source = """
 import a.b, c as d
-from e.f import g
-from . import h
+from vqbeam.e.f import g
+from vqbeam import h
+from . import o
 def lazy():
     from i import j
     if True:
         import k
-    importlib.import_module("l.m")
+    importlib.import_module("vqbeam.l.m")
     importlib.import_module(f"n.{o}")
 """
-    assert imported_packages(source, "own") == {"a", "c", "e", "own", "i", "k", "l", "n"}
+    found = {"a", "c", "e", "h", "relative", "i", "k", "l", "n"}
+    assert imported_packages(source) == found
 
 
-def test_there_are_files_in_each_package():
+def test_imports_only_from_the_left():
     assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(ORDER)
+    for path in FILES:
+        package = path.relative_to(ROOT).parts[0]
+        found = imported_packages(path.read_text())
+        allowed_below = set(ORDER[: ORDER.index(package) + 1])
+        wrong = found & (set(ORDER) - allowed_below | {"tests", "benchmarks", "relative"})
+        if package != "pipelines":
+            wrong |= found & {"apache_beam"}
+        if package == "configs":
+            wrong |= found - set(sys.stdlib_module_names) - {"configs"}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_only_from_the_left(path):
-    package = path.relative_to(ROOT).parts[0]
-    found = imported_packages(path.read_text(), package)
-    right = set(ORDER[ORDER.index(package) + 1 :])
-    assert not found & right
-    assert not found & {"tests", "benchmarks"}
-    if package != "pipelines":
-        assert "apache_beam" not in found
-    if package == "configs":
-        assert found <= set(sys.stdlib_module_names) | {"configs"}
+def test_a_folder_called_configs_in_the_working_directory_does_no_harm(tmp_path):
+    for name in ORDER:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('the wrong package')")
+    code = "from vqbeam.configs import load_preset; print(load_preset('glyphs').name)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("glyphs\n", "")

@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 from etils import epath
 from pipeline_fixtures import png
-
-from configs import VqbeamError
-from pipelines.input_images import image_files, read_image
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.sampling.input_images import image_files, read_image
 
 
 @pytest.fixture

@@ -5,10 +5,9 @@ import sys
 
 import pytest
 from pipeline_fixtures import finish_again, small_config
-
-from configs import VqbeamError
-from pipelines.inspect import describe
-from vqvae.run_folder import MANIFEST, STAGES, RunFolder
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.inspect import describe
+from vqbeam.vqvae.storage.run_folder import MANIFEST, STAGES, RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -149,7 +148,7 @@ def test_no_run(tmp_path):
 def test_starts_without_the_heavy_libraries(finished_run):
     code = """
 import sys
-from pipelines.cli import main
+from vqbeam.pipelines.cli.main import main
 main(["inspect", sys.argv[1]])
 sys.exit(", ".join({"tensorflow", "keras", "apache_beam"} & set(sys.modules)) or 0)
 """

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from pipeline_fixtures import SIDE
-
-from pipelines.cli import main
-from pipelines.sample import sample
-from vqvae.run_folder import RunFolder
+from vqbeam.pipelines.cli.main import main
+from vqbeam.pipelines.sampling.sample import sample
+from vqbeam.vqvae.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 

@@ -1,8 +1,7 @@
 import pytest
-
-from configs import VqbeamError
-from pipelines.labels import label_name, label_number, label_rows, parse_label
-from vqvae.labels import Labels
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.sampling.labels import label_name, label_number, label_rows, parse_label
+from vqbeam.vqvae.storage.labels import Labels
 
 NAMES = ("Banana", "apple", "cherry")
 

@@ -4,8 +4,7 @@ import json
 import numpy as np
 import pytest
 from keras import ops
-
-from vqvae.layout import CodeLayout, code_layout
+from vqbeam.vqvae.layout import CodeLayout, code_layout
 
 FLAT = CodeLayout(11, ((3, 4),))
 DEEP = CodeLayout(11, ((2, 3),), depth=4)

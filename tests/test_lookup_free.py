@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from keras import ops
 from quantizer_checks import array, check_quantizer, gradient, latents
-
-from vqvae.quantizers.lookup_free import LookupFreeQuantizer
+from vqbeam.vqvae.quantizers.lfq import LookupFreeQuantizer
 
 
 def corners(bits):

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
-
-import vqvae.manifolds as manifolds
-from vqvae.manifolds import Manifold, precision_recall
+import vqbeam.pipelines.evaluation.manifolds as manifolds
+from vqbeam.pipelines.evaluation.manifolds import Manifold, precision_recall
 
 
 def line(*places):

@@ -1,8 +1,7 @@
 import pytest
-
-from configs import VqbeamError
-from pipelines.arguments import parse
-from pipelines.parser import UsageError
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.cli.arguments import parse
+from vqbeam.pipelines.cli.parser import UsageError
 
 
 def test_evaluate():

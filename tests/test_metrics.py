@@ -4,9 +4,8 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-
-from vqvae.layout import CodeLayout
-from vqvae.metrics import (
+from vqbeam.vqvae.layout import CodeLayout
+from vqbeam.vqvae.metrics import (
     CodebookUse,
     bits_per_image,
     compression_ratio,

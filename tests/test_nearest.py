@@ -6,10 +6,9 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-
-from vqvae.compilation import compile_function
-from vqvae.quantizers import nearest
-from vqvae.quantizers.nearest import nearest_codes
+from vqbeam.vqvae.fitting.compilation import compile_function
+from vqbeam.vqvae.quantizers import nearest
+from vqbeam.vqvae.quantizers.nearest import nearest_codes
 
 BACKEND = keras.backend.backend()
 only_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow alone")
@@ -180,8 +179,8 @@ def test_memory_is_bounded():
     import numpy as np
     from keras import ops
 
-    from vqvae.compilation import compile_function
-    from vqvae.quantizers.nearest import nearest_codes
+    from vqbeam.vqvae.fitting.compilation import compile_function
+    from vqbeam.vqvae.quantizers.nearest import nearest_codes
 
     def peak():
         # What getrusage tells may be of the process that has started this one.

@@ -2,8 +2,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-
-from vqvae.networks import (
+from vqbeam.vqvae.networks import (
     ResidualBlock,
     build_coarser,
     build_decoder,

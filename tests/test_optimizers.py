@@ -2,11 +2,10 @@ import keras
 import numpy as np
 import pytest
 from quantizer_checks import array
-
-from configs import PriorConfig, VQVAEConfig, load_preset, override
-from prior.training import build_optimizer as build_prior_optimizer
-from vqvae.building import build_model
-from vqvae.optimizers import ConvolutionMuon, build_optimizer
+from vqbeam.configs import PriorConfig, VQVAEConfig, load_preset, override
+from vqbeam.prior.training import build_optimizer as build_prior_optimizer
+from vqbeam.vqvae.building import build_model
+from vqbeam.vqvae.fitting.optimizers import ConvolutionMuon, build_optimizer
 
 
 def path_of_weights(optimizer, steps):

@@ -8,11 +8,11 @@ import time
 import numpy as np
 import pytest
 from pipeline_fixtures import CLASSES, SIDE, small_config, write_images, write_preset, write_tfds
+from vqbeam.pipelines.cli import main as cli
+from vqbeam.pipelines.sources.glyphs import LETTERS, Glyphs
+from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
 
-import configs
-from pipelines import cli
-from pipelines.glyphs import LETTERS, Glyphs
-from vqvae.run_folder import STAGES, RunFolder
+from vqbeam import configs
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,7 @@ def vqbeam(folder, *words):
     """Runs the command line in another process and folder, as a user would."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-m", "pipelines", *map(str, words)],
+        [sys.executable, "-m", "vqbeam", *map(str, words)],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -96,7 +96,7 @@ def test_another_config_is_refused(place):
 READER = """
 import importlib.machinery, json, sys
 
-OURS = {"configs", "vqvae", "prior", "pipelines", "keras", "keras_hub", "keras_nlp", "apache_beam"}
+OURS = {"vqbeam", "keras", "keras_hub", "keras_nlp", "apache_beam"}
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):

@@ -1,9 +1,15 @@
 import os
 
 import pytest
-
-from configs import DataConfig, VqbeamError
-from pipelines.places import absolute, check_output, check_shared, is_known, located, places_of
+from vqbeam.configs import DataConfig, VqbeamError
+from vqbeam.pipelines.places import (
+    absolute,
+    check_output,
+    check_shared,
+    is_known,
+    located,
+    places_of,
+)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from quantizer_checks import (
     latents,
     nearest_codes,
 )
-
-from vqvae.quantizers.predictive import PredictiveQuantizer
+from vqbeam.vqvae.quantizers.predictive import PredictiveQuantizer
 
 K, D = 9, 3
 

@@ -16,11 +16,9 @@ from pipeline_fixtures import (
     small_config,
     write_images,
 )
-
-from configs import VqbeamError
-from pipelines import prepare
-from pipelines.images import decode_image
-from pipelines.prepare import (
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines import prepare
+from vqbeam.pipelines.prepare import (
     DEAD_LETTERS,
     STAGE,
     PrepareImages,
@@ -28,8 +26,9 @@ from pipelines.prepare import (
     finish_images,
     prepare_shard,
 )
-from pipelines.sources import plan
-from vqvae.run_folder import RunFolder
+from vqbeam.pipelines.sources import plan
+from vqbeam.pipelines.sources.images import decode_image
+from vqbeam.vqvae.storage.run_folder import RunFolder
 
 
 def save(folder, key, image, format, **options):

@@ -1,9 +1,9 @@
 import pytest
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.cli.arguments import parse
+from vqbeam.pipelines.presets import describe
 
-import configs
-from configs import VqbeamError
-from pipelines.arguments import parse
-from pipelines.presets import describe
+from vqbeam import configs
 
 
 def test_a_line_for_each():

@@ -7,19 +7,25 @@ import pytest
 from event_files import events
 from measured_run import add_models
 from PIL import Image
-
-from configs import PriorConfig, VqbeamError, override
-from prior import training
-from prior.sampler import Sampler
-from prior.training import STAGE, build_optimizer, build_prior, evaluate, load_prior, train_prior
-from vqvae import records
-from vqvae.building import build_model
-from vqvae.figures import label_figure
-from vqvae.fitting import save_model
-from vqvae.labels import Labels
-from vqvae.layout import code_layout
-from vqvae.run_folder import RunFolder
-from vqvae.training import MODEL_FILE, load_vqvae
+from vqbeam.configs import PriorConfig, VqbeamError, override
+from vqbeam.prior import training
+from vqbeam.prior.sampler import Sampler
+from vqbeam.prior.training import (
+    STAGE,
+    build_optimizer,
+    build_prior,
+    evaluate,
+    load_prior,
+    train_prior,
+)
+from vqbeam.vqvae.building import build_model
+from vqbeam.vqvae.figures import label_figure
+from vqbeam.vqvae.fitting.fit import save_model
+from vqbeam.vqvae.layout import code_layout
+from vqbeam.vqvae.storage import records
+from vqbeam.vqvae.storage.labels import Labels
+from vqbeam.vqvae.storage.run_folder import RunFolder
+from vqbeam.vqvae.training import MODEL_FILE, load_vqvae
 
 pytestmark = pytest.mark.slow
 
@@ -224,14 +230,14 @@ def test_all_state_goes_on_where_training_was_broken_off(tmp_path, config, monke
     with monkeypatch.context() as patch:
         plain = training.Pictures.on_test_begin
         patch.setattr(
-            "prior.training.Pictures.on_test_begin",
+            "vqbeam.prior.training.Pictures.on_test_begin",
             lambda self, logs=None: (kill if self.epoch == best + 1 else plain)(self),
         )
         with pytest.raises(Killed):
             train_prior(str(other.root))
     with monkeypatch.context() as patch:
         # And once more after the last epoch, before the model is written.
-        patch.setattr("prior.training.save_model", kill)
+        patch.setattr("vqbeam.prior.training.save_model", kill)
         with pytest.raises(Killed):
             train_prior(str(other.root))
     assert other.manifest(STAGE) is None

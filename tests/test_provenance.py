@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
-
-from configs import VqbeamError
-from pipelines.provenance import check_checkpoint, checkpoint, read_provenance
-from vqvae.figures import save_png
-from vqvae.run_folder import RunFolder
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.sampling.provenance import check_checkpoint, checkpoint, read_provenance
+from vqbeam.vqvae.figures import save_png
+from vqbeam.vqvae.storage.run_folder import RunFolder
 
 
 @pytest.fixture

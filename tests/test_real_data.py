@@ -2,10 +2,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from pipeline_fixtures import read_records, run_transform
-
-from configs import load_preset, override
-from pipelines.prepare import PrepareImages
-from vqvae.run_folder import RunFolder
+from vqbeam.configs import load_preset, override
+from vqbeam.pipelines.prepare import PrepareImages
+from vqbeam.vqvae.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 

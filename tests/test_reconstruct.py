@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from pipeline_fixtures import read_records
-
-from configs import VqbeamError
-from pipelines.reconstruct import reconstruct
-from vqvae.run_folder import RunFolder
-from vqvae.training import load_vqvae
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.evaluation.reconstruct import reconstruct
+from vqbeam.vqvae.storage.run_folder import RunFolder
+from vqbeam.vqvae.training import load_vqvae
 
 pytestmark = pytest.mark.slow
 

@@ -7,11 +7,10 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
-
-from configs import VqbeamError
-from vqvae.labels import Labels
-from vqvae.layout import CodeLayout
-from vqvae.records import (
+from vqbeam.configs import VqbeamError
+from vqbeam.vqvae.layout import CodeLayout
+from vqbeam.vqvae.storage.labels import Labels
+from vqbeam.vqvae.storage.records import (
     CODES_VERSION,
     Shard,
     code_dtype,
@@ -219,7 +218,7 @@ def test_image_batches_are_what_tfds_reads(tmp_path, labels, channels):
 
 SERIALIZE = """
 import numpy as np
-from vqvae.records import serialize
+from vqbeam.vqvae.storage.records import serialize
 codes = np.arange(4, dtype="uint16").reshape(2, 2)
 for order in [("codes", "key", "label"), ("label", "key", "codes")]:
     values = {"codes": codes, "key": "k", "label": 1}

@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 from PIL import Image
-
-from configs import VqbeamError
-from pipelines.regions import HALVES, kept_cells, kept_codes, region_mask
-from vqvae.layout import CodeLayout
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.sampling.regions import HALVES, kept_cells, kept_codes, region_mask
+from vqbeam.vqvae.layout import CodeLayout
 
 
 @pytest.fixture

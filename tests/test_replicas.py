@@ -6,8 +6,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-
-from vqvae.quantizers.replicas import (
+from vqbeam.vqvae.fitting.replicas import (
     from_first_replica,
     mean_over_replicas,
     share_of_replica,

@@ -10,9 +10,8 @@ from quantizer_checks import (
     nearest_codes,
     state,
 )
-
-from vqvae.quantizers.residual import ResidualQuantizer
-from vqvae.quantizers.vector import VectorQuantizer
+from vqbeam.vqvae.quantizers.residual import ResidualQuantizer
+from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 LEVELS, K, D = 3, 7, 4
 

@@ -7,13 +7,12 @@ import apache_beam as beam
 import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from pipeline_fixtures import small_config, write_images, write_preset
-
-from configs import VqbeamError
-from pipelines import run as run_module
-from pipelines import stages as stages_module
-from pipelines.run import run_stages
-from pipelines.run_lock import LOCK_FILE, locked
-from vqvae.run_folder import MANIFEST, STAGES, RunFolder
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines import run as run_module
+from vqbeam.pipelines import stages as stages_module
+from vqbeam.pipelines.lock import LOCK_FILE, locked
+from vqbeam.pipelines.run import run_stages
+from vqbeam.vqvae.storage.run_folder import MANIFEST, STAGES, RunFolder
 
 ALL = tuple(STAGES)
 BEAM = ["--runner=FnApiRunner"]
@@ -259,7 +258,7 @@ def test_dataflow_cannot_reach_this_machine(tmp_path, source, monkeypatch):
 
 DONE_AGAIN = """
 import sys
-from pipelines.cli import main
+from vqbeam.pipelines.cli.main import main
 status = main(["run", sys.argv[1], "--run-dir", sys.argv[2]])
 heavy = {"tensorflow", "keras", "apache_beam", "tensorflow_datasets"} & set(sys.modules)
 print(", ".join(heavy) or "nothing heavy", file=sys.stderr)

@@ -1,8 +1,7 @@
 import pytest
-
-from configs import VqbeamError
-from vqvae import files
-from vqvae.run_folder import MANIFEST, STAGES, RunFolder, epoch_files
+from vqbeam.configs import VqbeamError
+from vqbeam.vqvae.storage import files
+from vqbeam.vqvae.storage.run_folder import MANIFEST, STAGES, RunFolder, epoch_files
 
 
 @pytest.fixture

@@ -11,10 +11,9 @@ import pytest
 import tensorflow as tf
 from etils import epath
 from pipeline_fixtures import small_config
-
-from configs import VqbeamError
-from pipelines import run_lock
-from vqvae.run_folder import RunFolder
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines import lock as run_lock
+from vqbeam.vqvae.storage.run_folder import RunFolder
 
 
 def locked(folder, flag="--run-dir"):

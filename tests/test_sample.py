@@ -8,17 +8,16 @@ import pytest
 from etils import epath
 from PIL import Image
 from pipeline_fixtures import CLASSES, SIDE
-
-from configs import SampleConfig, VqbeamError, override
-from pipelines import sample as sample_module
-from pipelines import samples as samples_module
-from pipelines.cli import main
-from pipelines.provenance import checkpoint
-from pipelines.sample import Samples, sample, sample_stage
-from pipelines.sampling_defaults import store_sampling_defaults
-from vqvae.figures import save_png
-from vqvae.run_folder import RunFolder
-from vqvae.training import load_vqvae
+from vqbeam.configs import SampleConfig, VqbeamError, override
+from vqbeam.pipelines.cli.main import main
+from vqbeam.pipelines.sampling import decoder as samples_module
+from vqbeam.pipelines.sampling import sample as sample_module
+from vqbeam.pipelines.sampling.provenance import checkpoint
+from vqbeam.pipelines.sampling.sample import Samples, sample, sample_stage
+from vqbeam.pipelines.sampling.sampling_defaults import store_sampling_defaults
+from vqbeam.vqvae.figures import save_png
+from vqbeam.vqvae.storage.run_folder import RunFolder
+from vqbeam.vqvae.training import load_vqvae
 
 pytestmark = pytest.mark.slow
 

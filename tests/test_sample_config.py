@@ -1,6 +1,5 @@
 import pytest
-
-from configs import SampleConfig, VqbeamError
+from vqbeam.configs import SampleConfig, VqbeamError
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
-
-from configs import VqbeamError
-from pipelines.sample_files import write_samples
-from pipelines.samples import Samples
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.sampling.decoder import Samples
+from vqbeam.pipelines.sampling.files import write_samples
 
 SETTINGS = {"preset": "tiny", "checkpoint": "0123", "seed": 4}
 

@@ -7,14 +7,13 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-
-from configs import SampleConfig, VqbeamError
-from prior.guidance import guidance_scales
-from prior.sampler import Sampler, sample_codes, sampler_arguments
-from prior.transformer import CodePrior
-from prior.uniforms import uniforms
-from vqvae.compilation import compile_function
-from vqvae.layout import CodeLayout
+from vqbeam.configs import SampleConfig, VqbeamError
+from vqbeam.prior.guidance import guidance_scales
+from vqbeam.prior.sampler import Sampler, sample_codes, sampler_arguments
+from vqbeam.prior.transformer import CodePrior
+from vqbeam.prior.uniforms import uniforms
+from vqbeam.vqvae.fitting.compilation import compile_function
+from vqbeam.vqvae.layout import CodeLayout
 
 # A grid of one code has nothing to attend to but itself.
 pytestmark = pytest.mark.filterwarnings("ignore:You are using a softmax over axis")
@@ -363,7 +362,7 @@ def test_an_unconditional_model_takes_neither_label_nor_guidance():
 OTHER_BACKEND = """
 import sys
 import keras, numpy as np
-from prior.sampler import Sampler
+from vqbeam.prior.sampler import Sampler
 model = keras.saving.load_model(sys.argv[1])
 sampler = Sampler(model, 4)
 known, keep, guidance = (np.load(sys.argv[2])[name] for name in ("known", "keep", "guidance"))

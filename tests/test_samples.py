@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 from pipeline_fixtures import SIDE, small_config
-
-from configs import SampleConfig
-from pipelines.samples import decode, fitted
-from vqvae.building import build_model
+from vqbeam.configs import SampleConfig
+from vqbeam.pipelines.sampling.decoder import decode, fitted
+from vqbeam.vqvae.building import build_model
 
 
 @pytest.mark.slow

@@ -1,14 +1,13 @@
 import dataclasses
 
 import pytest
-
-from configs import SampleConfig, VqbeamError
-from pipelines.sampling_defaults import (
+from vqbeam.configs import SampleConfig, VqbeamError
+from vqbeam.pipelines.sampling.sampling_defaults import (
     changed_defaults,
     sampling_defaults,
     store_sampling_defaults,
 )
-from vqvae.run_folder import RunFolder
+from vqbeam.vqvae.storage.run_folder import RunFolder
 
 
 @pytest.fixture

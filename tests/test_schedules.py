@@ -2,8 +2,7 @@ import math
 
 import numpy as np
 import pytest
-
-from vqvae.schedules import learning_rate
+from vqbeam.vqvae.fitting.schedules import learning_rate
 
 
 def rates(steps, **arguments):

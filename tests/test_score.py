@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from measured_run import add_models
 from PIL import Image
-
-from pipelines import cli
-from pipelines.cli import main
-from pipelines.images import encode_png
+from vqbeam.pipelines.cli import main as cli
+from vqbeam.pipelines.cli.main import main
+from vqbeam.pipelines.sources.images import encode_png
 
 pytestmark = pytest.mark.slow
 

@@ -1,10 +1,9 @@
 import keras
 import numpy as np
 import pytest
-
-from prior.scoring import code_scorer
-from prior.transformer import CodePrior
-from vqvae.layout import CodeLayout
+from vqbeam.prior.likelihood import code_scorer
+from vqbeam.prior.transformer import CodePrior
+from vqbeam.vqvae.layout import CodeLayout
 
 
 def build(layout):

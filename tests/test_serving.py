@@ -1,13 +1,12 @@
 import keras
 import numpy as np
 import pytest
-
-from configs import SampleConfig
-from prior.guidance import guidance_scales
-from prior.sampler import Sampler, sampler_arguments
-from prior.transformer import CodePrior
-from vqvae.building import build_model
-from vqvae.layout import code_layout
+from vqbeam.configs import SampleConfig
+from vqbeam.prior.guidance import guidance_scales
+from vqbeam.prior.sampler import Sampler, sampler_arguments
+from vqbeam.prior.transformer import CodePrior
+from vqbeam.vqvae.building import build_model
+from vqbeam.vqvae.layout import code_layout
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,7 +21,7 @@ LABELS = np.array([0, 1, 2, -1, 1], "int32")
 @pytest.fixture(scope="module")
 def signatures_of(tiny_config):
     """Makes models, which draw more than one code, and their signatures."""
-    from prior.serving import serving_signatures
+    from vqbeam.prior.serving import serving_signatures
 
     def make(settings, num_labels=3, conditioning="classes", **changes):
         config = tiny_config(**changes)

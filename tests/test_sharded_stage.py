@@ -3,11 +3,10 @@ import numpy as np
 import pytest
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
-
-from pipelines import encode, prepare
-from pipelines.sharded_stage import Gathered, GatherReports
-from pipelines.shards import ShardReport
-from vqvae.records import Shard
+from vqbeam.pipelines import encode, prepare
+from vqbeam.pipelines.sharded_stage import Gathered, GatherReports
+from vqbeam.pipelines.shards import ShardReport
+from vqbeam.vqvae.storage.records import Shard
 
 
 def reports_of(*facts):

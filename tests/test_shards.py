@@ -9,16 +9,15 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from pipeline_fixtures import small_config
-
-from configs import VqbeamError
-from pipelines.shards import (
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.shards import (
     ShardReport,
     remove_leftovers,
     write_dataset_metadata,
     write_shard_once,
 )
-from vqvae.records import Shard, open_dataset, read_split
-from vqvae.run_folder import RunFolder
+from vqbeam.vqvae.storage.records import Shard, open_dataset, read_split
+from vqbeam.vqvae.storage.run_folder import RunFolder
 
 STAGE = "prepare"
 SHARD = Shard("images", "train", 0, 2)
@@ -94,7 +93,7 @@ def test_killed_between_shard_and_report(run, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.shards.write_json", killed)
+        patch.setattr("vqbeam.pipelines.shards.write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             write(run, b"one")
     assert write(run, b"other")[1] and read(run) == [b"other"]
@@ -169,8 +168,8 @@ def test_reports_are_json(run):
 ARENAS = """
 import ctypes, re, sys, tempfile, threading
 from etils import epath
-from pipelines.shards import write_shard_once
-from vqvae.records import Shard
+from vqbeam.pipelines.shards import write_shard_once
+from vqbeam.vqvae.storage.records import Shard
 
 if sys.argv[2] == "write":
     folder = epath.Path(sys.argv[1])

@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from pipeline_fixtures import CLASSES, SIDE, small_config, write_images, write_tfds
-
-from configs import VqbeamError
-from pipelines.downloads import prepare_source
-from pipelines.glyphs import LETTERS, Glyphs, draw_glyph
-from pipelines.images import decode_image
-from pipelines.sources import _labels_of, check_source, plan, read_unit
-from vqvae.labels import Labels
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.sources import _labels_of, check_source, plan, read_unit
+from vqbeam.pipelines.sources.glyphs import LETTERS, Glyphs, draw_glyph
+from vqbeam.pipelines.sources.images import decode_image
+from vqbeam.pipelines.sources.tfds import prepare_source
+from vqbeam.vqvae.storage.labels import Labels
 
 BEAM = ["--runner=FnApiRunner"]
 

@@ -1,11 +1,11 @@
 import pytest
 from argument_checks import PRESET, refusal
+from vqbeam.pipelines.cli.arguments import parse
+from vqbeam.pipelines.cli.beam_flags import is_dataflow
+from vqbeam.pipelines.cli.parser import Parser
+from vqbeam.pipelines.cli.stage_commands import STAGES
 
-import configs
-from pipelines.arguments import parse
-from pipelines.beam_flags import is_dataflow
-from pipelines.parser import Parser
-from pipelines.stage_arguments import STAGES
+from vqbeam import configs
 
 FIELDS = list(configs.field_types())
 PIPELINE_VERBS = ["run", *STAGES[:-1]]

@@ -2,10 +2,9 @@ import apache_beam as beam
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-
-from pipelines.stage_arguments import STAGES
-from pipelines.stages import GPU_HINTS, transform
-from vqvae import run_folder
+from vqbeam.pipelines.cli.stage_commands import STAGES
+from vqbeam.pipelines.stages import GPU_HINTS, transform
+from vqbeam.vqvae.storage import run_folder
 
 
 def hints_of_steps(gpu_hint):

@@ -1,15 +1,14 @@
 import json
 
 import pytest
+import vqbeam.pipelines.evaluation.reference as comparison
 from measured_run import add_models, stub_classifier, stub_features
-
-import vqvae.comparison as comparison
-from configs import VqbeamError
-from pipelines import cli
-from pipelines.cli import main
-from pipelines.evaluate import measure_prior, prior_lines
-from pipelines.sampling_defaults import sampling_defaults
-from prior.evaluation import PriorMeter
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.cli import main as cli
+from vqbeam.pipelines.cli.main import main
+from vqbeam.pipelines.evaluation.evaluate import measure_prior, prior_lines
+from vqbeam.pipelines.evaluation.samples import PriorMeter
+from vqbeam.pipelines.sampling.sampling_defaults import sampling_defaults
 
 pytestmark = pytest.mark.slow
 
@@ -93,7 +92,7 @@ def test_a_sweep_goes_on_where_it_was_killed(run, capsys, monkeypatch):
 
 
 def test_without_a_distance_there_is_no_best(prepared_run, tiny_config):
-    from pipelines.evaluate import evaluate
+    from vqbeam.pipelines.evaluation.evaluate import evaluate
 
     run, pixels = prepared_run(tiny_config(), labels=())
     add_models(run, pixels, labels=())
@@ -102,7 +101,7 @@ def test_without_a_distance_there_is_no_best(prepared_run, tiny_config):
 
 
 def test_a_run_that_cannot_be_guided(prepared_run, tiny_config, capsys):
-    from pipelines.evaluate import evaluate
+    from vqbeam.pipelines.evaluation.evaluate import evaluate
 
     run, pixels = prepared_run(tiny_config(prior__label_dropout=0.0))
     add_models(run, pixels)

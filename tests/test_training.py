@@ -10,18 +10,17 @@ import tensorflow as tf
 from etils import epath
 from event_files import events
 from PIL import Image
-
-from configs import VqbeamError, to_dict
-from vqvae import training
-from vqvae.augmentation import augment
-from vqvae.building import build_model
-from vqvae.fitting import load_model
-from vqvae.metrics import perplexity
-from vqvae.model import scale_images
-from vqvae.optimizers import ConvolutionMuon
-from vqvae.records import Shard
-from vqvae.run_folder import RunFolder
-from vqvae.training import (
+from vqbeam.configs import VqbeamError, to_dict
+from vqbeam.vqvae import training
+from vqbeam.vqvae.augmentation import augment
+from vqbeam.vqvae.building import build_model
+from vqbeam.vqvae.fitting.fit import load_model
+from vqbeam.vqvae.fitting.optimizers import ConvolutionMuon
+from vqbeam.vqvae.metrics import perplexity
+from vqbeam.vqvae.model import scale_images
+from vqbeam.vqvae.storage.records import Shard
+from vqbeam.vqvae.storage.run_folder import RunFolder
+from vqbeam.vqvae.training import (
     MODEL_FILE,
     STAGE,
     Pictures,
@@ -183,7 +182,7 @@ def test_same_run_same_weights_even_when_broken_off(
     with monkeypatch.context() as patch:
         plain = Pictures.on_epoch_end
         patch.setattr(
-            "vqvae.training.Pictures.on_epoch_end",
+            "vqbeam.vqvae.training.Pictures.on_epoch_end",
             lambda self, epoch, logs=None: (kill if epoch == 2 else plain)(self, epoch, logs),
         )
         with pytest.raises(Killed):
@@ -201,14 +200,14 @@ def test_all_state_goes_on_where_training_was_broken_off(
         # After the first epoch, in the middle of the warm-up and before the adversarial loss.
         plain = Pictures.on_epoch_end
         patch.setattr(
-            "vqvae.training.Pictures.on_epoch_end",
+            "vqbeam.vqvae.training.Pictures.on_epoch_end",
             lambda self, epoch, logs=None: (kill if epoch == 1 else plain)(self, epoch, logs),
         )
         with pytest.raises(Killed):
             train(other)
     with monkeypatch.context() as patch:
         # And once more after the last epoch, before the model is written.
-        patch.setattr("vqvae.training.save_model", kill)
+        patch.setattr("vqbeam.vqvae.training.save_model", kill)
         with pytest.raises(Killed):
             train(other)
     train(other)
@@ -223,7 +222,7 @@ def test_the_result_is_the_average_of_the_weights(prepared_run, tiny_config, mon
     run, _ = prepared_run(config)
     recorded = []
     monkeypatch.setattr(
-        "vqvae.training.Pictures.on_epoch_end",
+        "vqbeam.vqvae.training.Pictures.on_epoch_end",
         lambda self, epoch, logs=None: recorded.append(
             [array(weight) for weight in self.model.trainable_variables]
         ),

@@ -3,9 +3,8 @@ import pytest
 from apache_beam.metrics import MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions
 from pipeline_fixtures import small_config, write_images
-
-from pipelines.stages import transform
-from vqvae.run_folder import RunFolder
+from vqbeam.pipelines.stages import transform
+from vqbeam.vqvae.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 

@@ -5,12 +5,11 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-
-from prior.block import Block
-from prior.head import LevelHead
-from prior.rotary import BASE, rotary_tables, rotate
-from prior.transformer import CodePrior
-from vqvae.layout import CodeLayout
+from vqbeam.prior.block import Block
+from vqbeam.prior.head import LevelHead
+from vqbeam.prior.rotary import BASE, rotary_tables, rotate
+from vqbeam.prior.transformer import CodePrior
+from vqbeam.vqvae.layout import CodeLayout
 
 # A grid of one code has nothing to attend to but itself.
 pytestmark = pytest.mark.filterwarnings("ignore:You are using a softmax over axis")

@@ -11,9 +11,8 @@ from quantizer_checks import (
     numbers,
     state,
 )
-
-from vqvae.metrics import perplexity
-from vqvae.quantizers.vector import VectorQuantizer
+from vqbeam.vqvae.metrics import perplexity
+from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 K, D = 9, 4
 RESTARTS = {"restart_below": 0.2}

@@ -1,7 +1,6 @@
 import pytest
-
-from pipelines.verbs import VERBS, function, verb_parser
-from vqvae.run_folder import STAGES
+from vqbeam.pipelines.cli.verbs import VERBS, function, verb_parser
+from vqbeam.vqvae.storage.run_folder import STAGES
 
 
 @pytest.mark.slow

@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import ops
-
-from vqvae.building import build_model
-from vqvae.fitting import load_model, save_model
-from vqvae.layout import CodeLayout
-from vqvae.metrics import perplexity
-from vqvae.model import VQVAE, scale_images
-from vqvae.quantizers.vector import VectorQuantizer
+from vqbeam.vqvae.building import build_model
+from vqbeam.vqvae.fitting.fit import load_model, save_model
+from vqbeam.vqvae.layout import CodeLayout
+from vqbeam.vqvae.metrics import perplexity
+from vqbeam.vqvae.model import VQVAE, scale_images
+from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 SHAPE = (8, 8, 1)
 VARIANCE = 0.3

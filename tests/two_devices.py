@@ -25,15 +25,14 @@ import keras  # noqa: E402
 from conftest import _config, _prepared_run  # noqa: E402
 from quantizer_checks import array  # noqa: E402
 from test_prior_training import stateful_run  # noqa: E402
-
-from configs import PriorConfig, VqbeamError, override  # noqa: E402
-from prior.training import build_optimizer as build_prior_optimizer  # noqa: E402
-from prior.training import build_prior, load_prior, train_prior  # noqa: E402
-from vqvae.building import build_model  # noqa: E402
-from vqvae.devices import data_parallel, device_count  # noqa: E402
-from vqvae.labels import Labels  # noqa: E402
-from vqvae.optimizers import build_optimizer  # noqa: E402
-from vqvae.training import load_vqvae, train_vqvae  # noqa: E402
+from vqbeam.configs import PriorConfig, VqbeamError, override  # noqa: E402
+from vqbeam.prior.training import build_optimizer as build_prior_optimizer  # noqa: E402
+from vqbeam.prior.training import build_prior, load_prior, train_prior  # noqa: E402
+from vqbeam.vqvae.building import build_model  # noqa: E402
+from vqbeam.vqvae.fitting.devices import data_parallel, device_count  # noqa: E402
+from vqbeam.vqvae.fitting.optimizers import build_optimizer  # noqa: E402
+from vqbeam.vqvae.storage.labels import Labels  # noqa: E402
+from vqbeam.vqvae.training import load_vqvae, train_vqvae  # noqa: E402
 
 STEPS, BATCH = 4, 8
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (STEPS * BATCH, 8, 8, 1)).astype("float32")

@@ -1,16 +1,16 @@
 """From a run's config to an untrained model."""
 
-from configs import Config, VQVAEConfig
-from vqvae.fitting import set_seed
-from vqvae.hierarchy import HierarchicalVQVAE
-from vqvae.model import VQVAE
-from vqvae.quantizers.base import Quantizer
-from vqvae.quantizers.finite_scalar import FiniteScalarQuantizer
-from vqvae.quantizers.linear import LinearVectorQuantizer
-from vqvae.quantizers.lookup_free import LookupFreeQuantizer
-from vqvae.quantizers.predictive import PredictiveQuantizer
-from vqvae.quantizers.residual import ResidualQuantizer
-from vqvae.quantizers.vector import VectorQuantizer
+from vqbeam.configs import Config, VQVAEConfig
+from vqbeam.vqvae.fitting.fit import set_seed
+from vqbeam.vqvae.hierarchy import HierarchicalVQVAE
+from vqbeam.vqvae.model import VQVAE
+from vqbeam.vqvae.quantizers.base import Quantizer
+from vqbeam.vqvae.quantizers.fsq import FiniteScalarQuantizer
+from vqbeam.vqvae.quantizers.lfq import LookupFreeQuantizer
+from vqbeam.vqvae.quantizers.predictive import PredictiveQuantizer
+from vqbeam.vqvae.quantizers.residual import ResidualQuantizer
+from vqbeam.vqvae.quantizers.simvq import LinearVectorQuantizer
+from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 
 def build_model(config: Config, *, data_variance: float) -> VQVAE:

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator
 import keras
 import numpy as np
 from keras import ops
-
-from vqvae.gradient_flow import codebooks, loss_gradients, losses_of, part_variables
-from vqvae.model import VQVAE
-from vqvae.quantizers.linear import LinearVectorQuantizer
+from vqbeam.vqvae.gradient_flow import codebooks, loss_gradients, losses_of, part_variables
+from vqbeam.vqvae.model import VQVAE
+from vqbeam.vqvae.quantizers.simvq import LinearVectorQuantizer
 
 
 @dataclasses.dataclass(frozen=True)

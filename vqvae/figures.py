@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
-
-from vqvae.files import write_bytes
+from vqbeam.vqvae.storage.files import write_bytes
 
 _MARGIN = 4
 _SMALLEST_TILE = 64

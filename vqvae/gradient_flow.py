@@ -4,9 +4,8 @@ from collections.abc import Callable
 
 import keras
 from keras import ops
-
-from vqvae.model import VQVAE
-from vqvae.quantizers.vector import VectorQuantizer
+from vqbeam.vqvae.model import VQVAE
+from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 # The layers of a model that belong to each part; a model has those that its kind has.
 _LAYERS = {

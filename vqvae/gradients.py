@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 from keras import ops
-
-from configs import Config, VqbeamError
-from vqvae.building import build_model
-from vqvae.codebook_step import CodebookStep, codebook_step
-from vqvae.gradient_flow import codebooks, loss_gradients, part_variables
-from vqvae.model import VQVAE
-from vqvae.optimizers import build_optimizer
+from vqbeam.configs import Config, VqbeamError
+from vqbeam.vqvae.building import build_model
+from vqbeam.vqvae.codebook_step import CodebookStep, codebook_step
+from vqbeam.vqvae.fitting.optimizers import build_optimizer
+from vqbeam.vqvae.gradient_flow import codebooks, loss_gradients, part_variables
+from vqbeam.vqvae.model import VQVAE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,17 +2,16 @@
 
 import keras
 from keras import ops
-
-from vqvae.layout import CodeLayout
-from vqvae.model import VQVAE
-from vqvae.networks import (
+from vqbeam.vqvae.layout import CodeLayout
+from vqbeam.vqvae.model import VQVAE
+from vqbeam.vqvae.networks import (
     build_coarser,
     build_decoder,
     build_encoder,
     build_finer,
     build_projection,
 )
-from vqvae.quantizers.base import Quantized
+from vqbeam.vqvae.quantizers.base import Quantized
 
 
 @keras.saving.register_keras_serializable("vqbeam")

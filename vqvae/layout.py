@@ -5,8 +5,7 @@ import math
 from typing import Any
 
 import numpy as np
-
-from configs import Config
+from vqbeam.configs import Config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops
-
-from vqvae.layout import CodeLayout
+from vqbeam.vqvae.layout import CodeLayout
 
 
 @keras.saving.register_keras_serializable("vqbeam")

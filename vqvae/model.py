@@ -2,13 +2,12 @@
 
 import keras
 from keras import ops
-
-from vqvae.discriminator import PatchDiscriminator
-from vqvae.layout import CodeLayout
-from vqvae.metrics import CodebookUse
-from vqvae.networks import build_decoder, build_encoder
-from vqvae.quantizers.base import Quantized
-from vqvae.quantizers.replicas import share_of_replica
+from vqbeam.vqvae.discriminator import PatchDiscriminator
+from vqbeam.vqvae.fitting.replicas import share_of_replica
+from vqbeam.vqvae.layout import CodeLayout
+from vqbeam.vqvae.metrics import CodebookUse
+from vqbeam.vqvae.networks import build_decoder, build_encoder
+from vqbeam.vqvae.quantizers.base import Quantized
 
 
 @keras.saving.register_keras_serializable("vqbeam")

@@ -7,19 +7,18 @@ import keras
 import numpy as np
 import tensorflow as tf
 from etils import epath
-
-from configs import Config, VqbeamError
-from vqvae.augmentation import augment
-from vqvae.building import build_model
-from vqvae.devices import data_parallel, evenly_shared
-from vqvae.figures import reconstruction_figure, save_png
-from vqvae.fitting import fit, load_model, save_model
-from vqvae.layout import code_layout
-from vqvae.metrics import psnr
-from vqvae.model import VQVAE
-from vqvae.optimizers import build_optimizer
-from vqvae.records import damaged_records, open_dataset, read_split, training_batches
-from vqvae.run_folder import RunFolder
+from vqbeam.configs import Config, VqbeamError
+from vqbeam.vqvae.augmentation import augment
+from vqbeam.vqvae.building import build_model
+from vqbeam.vqvae.figures import reconstruction_figure, save_png
+from vqbeam.vqvae.fitting.devices import data_parallel, evenly_shared
+from vqbeam.vqvae.fitting.fit import fit, load_model, save_model
+from vqbeam.vqvae.fitting.optimizers import build_optimizer
+from vqbeam.vqvae.layout import code_layout
+from vqbeam.vqvae.metrics import psnr
+from vqbeam.vqvae.model import VQVAE
+from vqbeam.vqvae.storage.records import damaged_records, open_dataset, read_split, training_batches
+from vqbeam.vqvae.storage.run_folder import RunFolder
 
 STAGE = "train-vqvae"
 MODEL_FILE = "model.keras"

@@ -6,7 +6,7 @@ perplexity of 475, and a prior of 5.151 nats per code (0.1548 bits per dimension
 split.
 """
 
-from configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig
+from vqbeam.configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig
 
 CONFIG = Config(
     name="cifar10",

@@ -3,7 +3,7 @@
 TFDS downloads it (160 MB). Not yet measured.
 """
 
-from configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig
+from vqbeam.configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig
 
 CONFIG = Config(
     name="cifar10_gpu",

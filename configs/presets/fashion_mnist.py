@@ -5,7 +5,7 @@ reconstructions at a PSNR of 23.01 dB, all codes used with a perplexity of 169, 
 nats per code (0.1864 bits per dimension), all on the test split.
 """
 
-from configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig
+from vqbeam.configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig
 
 CONFIG = Config(
     name="fashion_mnist",

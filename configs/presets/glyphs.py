@@ -5,7 +5,7 @@ reconstructions at a PSNR of 22.86 dB, all codes used with a perplexity of 184, 
 nats per code (0.0508 bits per dimension), all on the test split.
 """
 
-from configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig
+from vqbeam.configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig
 
 CONFIG = Config(
     name="glyphs",

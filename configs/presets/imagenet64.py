@@ -3,7 +3,7 @@
 TFDS knows it as imagenet_resized/64x64 and downloads it (13 GB). Not yet measured.
 """
 
-from configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig
+from vqbeam.configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig
 
 CONFIG = Config(
     name="imagenet64",

@@ -2,8 +2,7 @@
 
 import numpy as np
 from keras import ops
-
-from vqvae.quantizers.nearest import nearest_codes
+from vqbeam.vqvae.quantizers.nearest import nearest_codes
 
 _ITERATIONS = 10
 

@@ -6,9 +6,8 @@ from typing import NamedTuple
 import keras
 import numpy as np
 from keras import layers, ops
-
-from vqvae.quantizers.base import Quantized, Quantizer
-from vqvae.quantizers.vector import VectorQuantizer
+from vqbeam.vqvae.quantizers.base import Quantized, Quantizer
+from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 # Where the cells lie from which one is guessed, by (rows, columns): they are quantized already.
 _CORNERS = ((-1, -1), (-1, 1), (1, -1), (1, 1))

@@ -2,10 +2,9 @@
 
 import keras
 from keras import ops
-
-from vqvae.quantizers.base import Quantized, Quantizer
-from vqvae.quantizers.estimators import ESTIMATORS
-from vqvae.quantizers.vector import VectorQuantizer
+from vqbeam.vqvae.quantizers.base import Quantized, Quantizer
+from vqbeam.vqvae.quantizers.estimators import ESTIMATORS
+from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 
 @keras.saving.register_keras_serializable("vqbeam")

@@ -2,13 +2,12 @@
 
 import keras
 from keras import ops
-
-from vqvae.quantizers.base import Quantized, Quantizer, assign_where
-from vqvae.quantizers.clusters import initial_codebook
-from vqvae.quantizers.entropy import entropy_loss
-from vqvae.quantizers.estimators import ESTIMATORS
-from vqvae.quantizers.nearest import nearest_codes
-from vqvae.quantizers.replicas import from_first_replica, sum_over_replicas
+from vqbeam.vqvae.fitting.replicas import from_first_replica, sum_over_replicas
+from vqbeam.vqvae.quantizers.base import Quantized, Quantizer, assign_where
+from vqbeam.vqvae.quantizers.clusters import initial_codebook
+from vqbeam.vqvae.quantizers.entropy import entropy_loss
+from vqbeam.vqvae.quantizers.estimators import ESTIMATORS
+from vqbeam.vqvae.quantizers.nearest import nearest_codes
 
 
 @keras.saving.register_keras_serializable("vqbeam")

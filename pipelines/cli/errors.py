@@ -1,0 +1,123 @@
+"""What a user is told of an error: one line, or none where it is a bug."""
+
+import http
+import re
+import traceback
+
+from vqbeam.configs import VqbeamError
+
+# A builtin exception or one with its module, at the start of a line.
+_EXCEPTION_LINE = re.compile(
+    r"^(?:RuntimeError: )*(\w*(?:Error|Exception)|\w+(?:\.\w+)+)(?:: (.*))?$", re.MULTILINE
+)
+
+_MENDS = {
+    "Permission denied": "choose another place, or ask for the permission",
+    "No space left on device": "free some space and run the same command to go on",
+}
+
+_PYTHON_FILE_ERROR = re.compile(
+    r"""\[Errno \d+\] (?P<reason>[^:]+)(: (?P<quote>['"])(?P<path>.*?)(?P=quote))?"""
+)
+_TENSORFLOW_FILE_ERROR = re.compile(rf"(?P<path>.*); (?P<reason>{'|'.join(_MENDS)})")
+
+# What Beam says of options that are missing or do not fit together.
+_BEAM_REFUSAL = re.compile(
+    r"Pipeline has validations errors|please install apache_beam\[|You must specify a --"
+    r"|Unable to parse jar URL"
+)
+
+# What other programs say of things that are no bug of anyone, and what a user can do then.
+_KNOWN = {
+    # Beam and Flink, where a worker was killed or had no memory left.
+    r"Channel closed prematurely|StatusRuntimeException: CANCELLED: client cancelled": (
+        "a worker of the engine has died; run the same command again to go on"
+    ),
+    r"DataflowRuntimeException: .*State: CANCELLED": (
+        "the job on Dataflow was cancelled; run the same command again to go on"
+    ),
+    r"DataflowRuntimeException: .*State: ": (
+        "the job on Dataflow has failed, and its page says why; once that is mended, the same "
+        "command goes on"
+    ),
+    r"Unable to fetch remote job server jar": (
+        "the job server of this runner cannot be downloaded; start one yourself, and use --runner "
+        "PortableRunner, as docs/engines.md says"
+    ),
+    r"No module named '(jax|torch)'": (
+        "the backend that KERAS_BACKEND names is not installed; unset it, or for jax: pip install "
+        "-c constraints.txt jax"
+    ),
+    r"OOM when allocating|RESOURCE_EXHAUSTED: Out of memory": (
+        "the device has not enough memory; take a smaller batch_size, or for the prior a larger "
+        "prior.grad_accumulation"
+    ),
+}
+
+# TensorFlow, of files in a bucket.
+_STORAGE_ERROR = re.compile(
+    r"HTTP response code (?P<code>\d{3})|libcurl code \d+ meaning '(?P<reason>.*?)', error"
+)
+_GOOGLE_ERROR = re.compile(r"\bgoogle\.(?:api_core|auth)\.exceptions\.\w+: (.*)")
+
+
+INTERRUPTED = "\nvqbeam: interrupted; run the same command to go on"
+
+
+def user_message(error: BaseException) -> str | None:
+    """Returns the one line that tells a user what to mend; None if the error is a bug.
+
+    Beam's runners raise what a worker raised as it is, as a RuntimeError with the type and
+    the message, or as one with the worker's traceback, each with the name of the step. What
+    counts is the last exception of such a traceback: a bug may have started as a VqbeamError.
+    """
+    text = "".join(traceback.format_exception_only(error))
+    name, message = _last_exception(text)
+    if isinstance(error, VqbeamError) or name.endswith("vqbeam.configs.errors.VqbeamError"):
+        return message
+    if _BEAM_REFUSAL.search(str(error)):
+        return " ".join(str(error).split())
+    for pattern, told in _KNOWN.items():
+        if re.search(pattern, text):
+            return told
+    return _of_storage(text) or _of_file(message)
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Tells whether the user pressed Ctrl-C; Beam wraps that too, where a step was at work."""
+    text = "".join(traceback.format_exception_only(error))
+    return isinstance(error, KeyboardInterrupt) or _last_exception(text)[1] == "KeyboardInterrupt"
+
+
+def _last_exception(text: str) -> tuple[str, str]:
+    """Returns type and message of the last exception in a text, without Beam's step."""
+    without_steps = re.sub(r" \[while running '.*", "", text)
+    found = _EXCEPTION_LINE.findall(without_steps)
+    return found[-1] if found else ("", "")
+
+
+def _of_storage(text: str) -> str | None:
+    """Returns what a user can do about a bucket that does not answer as it should."""
+    if found := _STORAGE_ERROR.search(text):
+        place = re.search(r"gs://[^\s']*", text)
+        said = found["reason"] or f"{found['code']} {_phrase(int(found['code']))}"
+        return (
+            f"{place[0] if place else 'the storage'}: {said}; check the path, your login and its "
+            "rights, and run the same command to go on"
+        )
+    found = _GOOGLE_ERROR.search(text)
+    return found and f"Google's storage says: {found[1]}"
+
+
+def _phrase(code: int) -> str:
+    return http.HTTPStatus(code).phrase if code in set(http.HTTPStatus) else "is its answer"
+
+
+def _of_file(message: str) -> str | None:
+    """Returns what a user can do about a failed file operation; None if it is none."""
+    found = _PYTHON_FILE_ERROR.match(message) or _TENSORFLOW_FILE_ERROR.match(message)
+    if not found or not (found["path"] or found["reason"] in _MENDS):
+        return None
+    path, reason = found["path"], found["reason"]
+    what = f"{path}: {reason}" if path else reason
+    return f"{what}; {_MENDS[reason]}" if reason in _MENDS else what

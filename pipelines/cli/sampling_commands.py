@@ -1,0 +1,164 @@
+"""The words of the verbs that draw new images from a run's folder."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vqbeam.configs import SampleConfig
+from vqbeam.pipelines.cli.beam_flags import BEAM_HELP, is_dataflow, with_runner
+from vqbeam.pipelines.cli.config_flags import in_range
+from vqbeam.pipelines.cli.parser import Parser, count, location, natural, nonempty
+from vqbeam.pipelines.cli.verbs import verb_parser
+
+_ORDER = """\
+Codes are drawn in raster order, each given those before it, kept or drawn. What is kept stays, but
+it has no influence on what is drawn before it: with --keep bottom-half the upper half is drawn
+as if nothing were kept, and may not fit. A coarse grid comes before a fine one. --candidates 16
+draws 16 for each completion, and takes the one under which what is kept is likeliest.
+
+example:
+  vqbeam complete runs/fashion --input shoe.png --keep top-half --output shoes.png"""
+
+_GENERATE_EXAMPLE = """
+
+example:
+  vqbeam generate runs/fashion --num 50000 --output samples/fashion --format tfrecord"""
+
+
+def parse_sample(verb: str, words: Sequence[str]) -> dict[str, Any]:
+    """Returns the arguments of `sample`."""
+    parser = verb_parser(verb, "DIR [options]")
+    parser.add("DIR", location, "the run's folder")
+    forms = "a .png (labelled grid), a .npz (arrays) or a folder (unset: samples.png)"
+    parser.add("--output", location, forms, metavar="PATH")
+    _add_labels(parser)
+    _add_seed(parser)
+    again = "a .png or .npz of this verb: draw it again, but for what other flags say"
+    parser.add("--like", location, again, metavar="FILE")
+    flags = _add_settings(parser)
+    given = parser.parse_words(words)
+    return _settings(given, flags) | {
+        "run_dir": given["DIR"],
+        "labels": given.get("--label"),
+        "seed": given.get("--seed"),
+        "like": given.get("--like"),
+        "output": given.get("--output"),
+    }
+
+
+def parse_generate(verb: str, words: Sequence[str]) -> dict[str, Any]:
+    """Returns the arguments of `generate`."""
+    rest = "DIR --num N --output FOLDER [options] [Beam options]"
+    parser = verb_parser(verb, rest, epilog=BEAM_HELP + _GENERATE_EXAMPLE)
+    parser.add("DIR", location, "the run's folder")
+    parser.add("--num", count, "images to draw", metavar="N", required=True)
+    folder = "a new folder, or one that the same command has begun"
+    parser.add("--output", location, folder, metavar="FOLDER", required=True)
+    forms = "folders of PNGs with samples.jsonl, or a TFDS dataset (default: png)"
+    parser.add("--format", nonempty, forms, choices=("png", "tfrecord"), default="png")
+    size = "images of a shard, rounded up to whole batches (default: 1000)"
+    parser.add("--shard-images", count, size, metavar="N", default=1000)
+    _add_labels(parser)
+    _add_seed(parser)
+    flags = _add_settings(parser, without=("num",))
+    given = parser.parse_words(words, beam=True)
+    beam_args = with_runner(given.get("beam_args", []))
+    labelled = any(word.startswith("--labels=") for word in beam_args)
+    if labelled and not is_dataflow(beam_args):
+        parser.error("--labels labels a job on Dataflow; did you mean --label?")
+    return _settings(given, flags) | {
+        "run_dir": given["DIR"],
+        "num": given["--num"],
+        "output": given["--output"],
+        "form": given["--format"],
+        "labels": given.get("--label"),
+        "seed": given.get("--seed"),
+        "shard_images": given["--shard-images"],
+        "beam_args": beam_args,
+    }
+
+
+def parse_complete(verb: str, words: Sequence[str]) -> dict[str, Any]:
+    """Returns the arguments of `complete`."""
+    rest = "DIR --input IMAGE-OR-FOLDER --keep REGION --output PATH [options]"
+    parser = verb_parser(verb, rest, epilog=_ORDER)
+    parser.add("DIR", location, "the run's folder")
+    source = "an image, or a folder of images; cropped and resized as the run's were"
+    parser.add("--input", location, source, metavar="PATH", required=True)
+    region = "top-half, bottom-half, left-half, right-half, or a mask, an image: white is kept"
+    parser.add("--keep", location, region, metavar="REGION", required=True)
+    forms = "a .png (all side by side) or a folder (a PNG for each, and completions.jsonl)"
+    parser.add("--output", location, forms, metavar="PATH", required=True)
+    parser.add("--num", count, "completions of each image (default: 4)", metavar="N", default=4)
+    parser.add("--candidates", count, "drawn for each completion (default: 1)", metavar="M")
+    parser.add("--label", nonempty, "class of the images (unset: unknown)", metavar="NAME-OR-ID")
+    _add_seed(parser)
+    flags = _add_settings(parser, without=("num",))
+    given = parser.parse_words(words)
+    return _settings(given, flags) | {
+        "run_dir": given["DIR"],
+        "source": given["--input"],
+        "keep": given["--keep"],
+        "num": given["--num"],
+        "candidates": given.get("--candidates", 1),
+        "label": given.get("--label"),
+        "seed": given.get("--seed"),
+        "output": given["--output"],
+    }
+
+
+def parse_interpolate(verb: str, words: Sequence[str]) -> dict[str, Any]:
+    """Returns the arguments of `interpolate`."""
+    rest = "DIR --from LABEL --to LABEL --output FILE.png [options]"
+    parser = verb_parser(verb, rest)
+    parser.add("DIR", location, "the run's folder")
+    for flag, place in {"--from": "leftmost", "--to": "rightmost"}.items():
+        text = f"class of the {place} column"
+        parser.add(flag, nonempty, text, metavar="NAME-OR-ID", required=True)
+    parser.add("--output", location, "the .png file to write", metavar="FILE.png", required=True)
+    parser.add("--steps", count, "columns, at least 2 (default: 8)", metavar="N", default=8)
+    rows = "rows, each of the same random numbers from left to right (default: 4)"
+    parser.add("--num", count, rows, metavar="N", default=4)
+    _add_seed(parser)
+    flags = _add_settings(parser, without=("num",))
+    given = parser.parse_words(words)
+    if given["--steps"] < 2:
+        parser.error("--steps: 1 is not at least 2")
+    return _settings(given, flags) | {
+        "run_dir": given["DIR"],
+        "start": given["--from"],
+        "end": given["--to"],
+        "steps": given["--steps"],
+        "num": given["--num"],
+        "seed": given.get("--seed"),
+        "output": given["--output"],
+    }
+
+
+def _add_labels(parser: Parser) -> None:
+    parser.add(
+        "--label",
+        nonempty,
+        "the classes to draw, in turn (unset: all of them)",
+        nargs="+",
+        action="extend",
+        metavar="NAME-OR-ID",
+    )
+
+
+def _add_seed(parser: Parser) -> None:
+    same = "image i of a seed is always the same image (unset: the run's seed)"
+    parser.add("--seed", natural, same, metavar="N")
+
+
+def _add_settings(parser: Parser, without: Sequence[str] = ()) -> dict[str, str]:
+    """Adds a flag for each of the sampler's settings; returns them by dotted name."""
+    group = parser.add_argument_group("settings", "What is unset is as the run says.")
+    return parser.add_fields("sample", "--", group, without)
+
+
+def _settings(given: Mapping[str, Any], flags: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the settings by name, None where one is unset."""
+    settings = {name.partition(".")[2]: given.get(flag) for name, flag in flags.items()}
+    changes = {name: value for name, value in settings.items() if value is not None}
+    in_range(lambda: SampleConfig(**changes), flags)
+    return settings

@@ -1,0 +1,167 @@
+"""How good a run is, in figures."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from vqbeam.pipelines.evaluation.classifier import classifier_accuracy
+from vqbeam.pipelines.evaluation.manifolds import NEIGHBOURS
+from vqbeam.pipelines.evaluation.reconstructions import evaluate_vqvae
+from vqbeam.pipelines.evaluation.reference import Yardstick
+from vqbeam.pipelines.evaluation.samples import FIGURES, PriorMeter, sampler_settings
+from vqbeam.pipelines.evaluation.sweep import sweep as sweep_settings
+from vqbeam.pipelines.sampling.sampling_defaults import sampling_defaults
+from vqbeam.prior.training import STAGE as TRAIN_PRIOR
+from vqbeam.vqvae.storage.files import write_json
+from vqbeam.vqvae.storage.run_folder import RunFolder
+
+_NUM = 10_000
+_NUM_OF_SWEEP = 2_000
+_KINDS = ("real", "reconstructions", "samples")
+
+
+def evaluate(
+    run_dir: str,
+    features: str = "classifier",
+    stage: str = "all",
+    num: int | None = None,
+    seed: int | None = None,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
+    store: bool = False,
+) -> None:
+    """Measures a run by its validation split, and prints tables of what it found.
+
+    Args:
+        run_dir: Folder of the run.
+        features: What the Fréchet distance compares: "classifier" or "inception".
+        stage: "vqvae", "prior", or "all" that are trained.
+        num: Images to draw, 10,000 by default or 2,000 in a sweep; fewer where the run has not as
+            many real images in either split.
+        seed: Of the images drawn and of the choice of real ones; the run's own by default.
+        sweep: Values by setting, to be measured in the place of all else; see
+            `vqbeam.pipelines.evaluation.sweep`.
+        store: Whether the best settings of the sweep are stored.
+
+    Raises:
+        VqbeamError: The run lacks a stage, or the features cannot be had.
+    """
+    run = RunFolder(run_dir)
+    seed = run.load_config().seed if seed is None else seed
+    if sweep:
+        num = num or _NUM_OF_SWEEP
+        sweep_settings(run, sweep, features=features, num=num, seed=seed, store=store)
+        return
+    trained = run.manifest(TRAIN_PRIOR) is not None
+    if stage != "prior":
+        _print_vqvae(run, features)
+    if stage == "prior" or (stage == "all" and trained):
+        lines = prior_lines(measure_prior(run, features, num or _NUM, seed))
+        print(f"prior of {run.root}, {lines[0]}")
+        print("\n".join(f"  {line}" for line in lines[1:]))
+        print(f"written to {run.evaluation / 'prior.json'}")
+
+
+def _print_vqvae(run: RunFolder, features: str) -> None:
+    measures = evaluate_vqvae(run, features)
+    rows = vqvae_rows(measures)
+    if features == "classifier" and measures["frechet"] is not None:
+        share = classifier_accuracy(run)
+        rows.append(("classifier", f"names the class of {share:.1%} of the originals"))
+    width = max(len(name) for name, _ in rows)
+    print(f"VQ-VAE of {run.root}, {measures['images']:,} images of the validation split")
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+    print(f"written to {run.evaluation / 'vqvae.json'}")
+
+
+def measure_prior(run: RunFolder, features: str, num: int, seed: int) -> dict:
+    """Measures what a run draws, and writes what it found to `evaluation/prior.json`.
+
+    Returns:
+        `images` of each set; for each of `real`, `reconstructions` and `samples` the figures of
+        `Yardstick.measure`, with `left_out` saying why one is None; the prior's
+        `nats_per_code` and `bits_per_dim` on the whole validation split; and what it was measured
+        with: `features`, `neighbours`, `seed` and the sampler's `settings`.
+    """
+    likelihood = run.require(TRAIN_PRIOR)["measures"]
+    settings = sampling_defaults(run)
+    yardstick = Yardstick(run, num, features, seed)
+    meter = PriorMeter(run, yardstick, settings.batch_size, seed)
+    measures = {
+        "images": yardstick.num,
+        "real": meter.real(),
+        "reconstructions": meter.reconstructions(),
+        "samples": meter.samples(settings),
+        "left_out": yardstick.left_out,
+        **{name: likelihood[name] for name in ("nats_per_code", "bits_per_dim")},
+        "features": features,
+        "neighbours": NEIGHBOURS,
+        "seed": seed,
+        "settings": sampler_settings(settings),
+    }
+    run.evaluation.mkdir(parents=True, exist_ok=True)
+    write_json(run.evaluation / "prior.json", measures)
+    return measures
+
+
+def prior_lines(measures: dict) -> list[str]:
+    """Returns what `measure_prior` found as lines, the first of which says by how many images."""
+    table = [["", *_KINDS]]
+    left_out: dict[str, list[str]] = {}
+    for name, (title, form) in FIGURES.items():
+        if name in measures["left_out"]:
+            left_out.setdefault(measures["left_out"][name], []).append(title)
+        else:
+            table.append([title, *(form.format(measures[kind][name]) for kind in _KINDS)])
+    notes = [f"left out: {', '.join(titles)} ({why})" for why, titles in left_out.items()]
+    held_out = (
+        f"held-out codes: {measures['nats_per_code']:.3f} nats per code, "
+        f"{measures['bits_per_dim']:.4f} bits per dimension"
+    )
+    if len(table) == 1:
+        return ["by the codes of its validation split", *notes, held_out]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    settings = ", ".join(f"{name} {value}" for name, value in measures["settings"].items())
+    rows = [
+        "  ".join([f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]) for row in table
+    ]
+    return [
+        f"sets of {measures['images']:,} images by as many of the validation split",
+        *rows,
+        *notes,
+        "real: training images, but for the label agreement the held-out ones",
+        f"samples: {settings}, seed {measures['seed']}; labels as in the training split",
+        f"features: {measures['features']}, {measures['neighbours']} neighbours",
+        held_out,
+    ]
+
+
+def vqvae_rows(measures: dict) -> list[tuple[str, str]]:
+    """Returns name and value, with its unit, of each figure that `evaluate_vqvae` returns."""
+    codes = f"of {measures['num_codes']:,}"
+    return [
+        ("MSE", f"{measures['mse']:.1f} of 255²"),
+        ("NMSE", f"{measures['nmse']:.4f} of the training pixels' variance"),
+        ("PSNR", f"{measures['psnr']:.2f} dB"),
+        ("SSIM", f"{measures['ssim']:.4f} of 1"),
+        _frechet_row(measures),
+        ("perplexity", f"{_listed(measures['perplexity'])} {codes}"),
+        ("codes used", f"{_listed(measures['codes_used'])} {codes}"),
+        ("size of the codes", f"{measures['bits_per_image']:,.0f} bits an image"),
+        ("compression", f"{measures['compression_ratio']:.1f} to 1, of 8 bits a number"),
+    ]
+
+
+def _frechet_row(measures: dict) -> tuple[str, str]:
+    name = f"Fréchet distance ({measures['features']} features)"
+    if measures["frechet"] is None:
+        return name, f"left out: {measures['frechet_left_out']}"
+    return name, (
+        f"{measures['frechet']:.3f}, of {measures['feature_dim']} numbers over "
+        f"{measures['images']:,} reconstructions and their originals"
+    )
+
+
+def _listed(values) -> str:
+    """Returns the figure of each level, or the only one."""
+    return ", ".join(f"{value:,.0f}" for value in np.atleast_1d(values))

@@ -1,0 +1,146 @@
+"""Measures the VQ-VAE of a run on the whole of its validation split."""
+
+from collections.abc import Iterable
+
+import keras
+import numpy as np
+from vqbeam.pipelines.evaluation.classifier import label_obstacle
+from vqbeam.pipelines.evaluation.distances import Moments, frechet_distance
+from vqbeam.pipelines.evaluation.features import Extract, feature_extractor
+from vqbeam.vqvae.fitting.compilation import compiled_decoder, compiled_encoder
+from vqbeam.vqvae.fitting.progress import progress_bar
+from vqbeam.vqvae.layout import CodeLayout
+from vqbeam.vqvae.metrics import (
+    bits_per_image,
+    by_level,
+    compression_ratio,
+    count_codes,
+    nmse,
+    perplexity,
+    psnr,
+    ssim,
+)
+from vqbeam.vqvae.model import VQVAE
+from vqbeam.vqvae.storage.files import write_json
+from vqbeam.vqvae.storage.records import damaged_records, open_dataset, read_split
+from vqbeam.vqvae.storage.run_folder import RunFolder
+from vqbeam.vqvae.training import load_vqvae
+
+
+def evaluate_vqvae(run: RunFolder, features: str = "classifier") -> dict:
+    """Measures a run's VQ-VAE, and writes what it found to `evaluation/vqvae.json`.
+
+    Reconstructions are measured as they are drawn: as uint8 images. The Fréchet distance is
+    between them and their originals.
+
+    Args:
+        run: Its images are prepared and its VQ-VAE is trained.
+        features: See `vqbeam.pipelines.evaluation.features.feature_extractor`.
+
+    Returns:
+        `images`: how many were measured. `mse` of 255², from the error over all pixels; `nmse`,
+        the same in units of the training pixels' variance; `psnr` in dB, from `mse`; `ssim`, the
+        mean over images. `frechet`, with `feature_dim`, or None where it is not defined, with
+        `frechet_left_out` saying why. `perplexity` and `codes_used` over the split, of
+        `num_codes`; lists where there are several levels. `bits_per_image` of the codes, and the
+        `compression_ratio` to 8 bits a number. `features` and `seed` as they were given.
+
+    Raises:
+        VqbeamError: The run lacks a stage, or the features cannot be had.
+    """
+    config = run.load_config()
+    model = load_vqvae(run)
+    prepared = run.require("prepare")
+    obstacle = _frechet_obstacle(prepared, features)
+    extract = None if obstacle else feature_extractor(run, features)
+    sums = _Sums(model.layout, extract)
+    with damaged_records(run.folder("prepare")):
+        split = read_split(open_dataset(run.folder("prepare")), "validation")
+        batches = split.map(lambda example: example["image"]).batch(config.encode.batch_size)
+        with progress_bar("evaluate", prepared["counts"]["validation"]) as bar:
+            for originals, codes, copies in _passed_through(model, batches.as_numpy_iterator()):
+                sums.add(originals, codes, copies)
+                bar.update(len(originals))
+    # On [−1, 1], as the prepare stage states the variance, errors are 127.5 times smaller.
+    variance = prepared["statistics"]["variance"] * 127.5**2
+    measures = {
+        **sums.measures(config.image_shape, variance),
+        "frechet_left_out": obstacle,
+        "features": features,
+        "seed": config.seed,
+    }
+    run.evaluation.mkdir(parents=True, exist_ok=True)
+    write_json(run.evaluation / "vqvae.json", measures)
+    return measures
+
+
+def _frechet_obstacle(prepared: dict, features: str) -> str | None:
+    """Returns why there is no Fréchet distance for a run, or None where there is one."""
+    if features == "classifier" and label_obstacle(prepared):
+        return f"{label_obstacle(prepared)}; --features inception needs none"
+    if prepared["counts"]["validation"] < 2:
+        return "a single image has no covariance; hold out more"
+    return None
+
+
+def _passed_through(model: VQVAE, batches: Iterable[np.ndarray]):
+    """Yields uint8 images [B, H, W, C], their codes int32 [B, *shape] and their reconstructions."""
+    encode, decode = compiled_encoder(model), compiled_decoder(model)
+    for images in batches:
+        codes = encode(images)
+        yield images, *map(keras.ops.convert_to_numpy, (codes, decode(codes)))
+
+
+class _Sums:
+    """What one pass over images and their reconstructions adds up.
+
+    Args:
+        layout: Of the codes.
+        extract: Of the features, or None to leave out the Fréchet distance.
+    """
+
+    def __init__(self, layout: CodeLayout, extract: Extract | None):
+        self.layout = layout
+        self.extract = extract
+        self.images = 0
+        self.squared_error = self.ssim = 0.0
+        self.code_counts = np.zeros((layout.levels, layout.num_codes), np.int64)
+        self.moments = (Moments(), Moments())
+
+    def add(self, originals: np.ndarray, codes: np.ndarray, copies: np.ndarray) -> None:
+        """Adds uint8 images [B, H, W, C], their codes int32 [B, *layout.shape] and their copies."""
+        self.images += len(originals)
+        errors = originals.astype(np.float64) - copies
+        self.squared_error += np.square(errors).sum()
+        self.ssim += ssim(originals, copies).sum(dtype=np.float64)
+        self.code_counts += count_codes(codes, self.layout)
+        if self.extract:
+            for moments, images in zip(self.moments, (originals, copies), strict=True):
+                moments.add(self.extract(images))
+
+    def measures(self, image_shape: tuple[int, int, int], variance: float) -> dict:
+        """Returns the measures; `variance` is that of the training pixels on [0, 255]."""
+        mse = float(self.squared_error / self.images / np.prod(image_shape))
+        bits = bits_per_image(self.layout.length, self.layout.num_codes)
+        return {
+            "images": self.images,
+            "mse": mse,
+            "nmse": nmse(mse, variance),
+            "psnr": psnr(mse),
+            "ssim": float(self.ssim / self.images),
+            **self._frechet(),
+            "perplexity": by_level([perplexity(counts) for counts in self.code_counts]),
+            "codes_used": by_level([int((counts > 0).sum()) for counts in self.code_counts]),
+            "num_codes": self.layout.num_codes,
+            "bits_per_image": bits,
+            "compression_ratio": compression_ratio(image_shape, bits),
+        }
+
+    def _frechet(self) -> dict:
+        if not self.extract:
+            return {"frechet": None, "feature_dim": None}
+        originals, copies = (moments.gaussian() for moments in self.moments)
+        return {
+            "frechet": frechet_distance(originals, copies),
+            "feature_dim": len(originals.mean),
+        }

@@ -1,0 +1,134 @@
+"""Measures a set of images by held-out ones: how far, how true, how varied, of which class."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import tensorflow as tf
+from vqbeam.pipelines.evaluation.classifier import label_obstacle, load_classifier
+from vqbeam.pipelines.evaluation.distances import Gaussian, Moments, frechet_distance
+from vqbeam.pipelines.evaluation.features import compiled, feature_extractor
+from vqbeam.pipelines.evaluation.manifolds import NEIGHBOURS, Manifold, precision_recall
+from vqbeam.vqvae.storage.labels import NO_CLASS
+from vqbeam.vqvae.storage.records import damaged_records, label_of, open_dataset, read_split
+from vqbeam.vqvae.storage.run_folder import RunFolder
+
+_BATCH_SIZE = 256
+
+# Images uint8 [B, H, W, C] and the labels int [B] that they have, or were asked for; −1 for none.
+Batches = Iterable[tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """What is kept of a set of images.
+
+    Attributes:
+        gaussian: Of the features; None where there are none.
+        manifold: Of the features; None where there are none.
+        agreement: Share of the images with a class that the classifier gives it; None without it.
+    """
+
+    gaussian: Gaussian | None
+    manifold: Manifold | None
+    agreement: float | None
+
+
+class Yardstick:
+    """Held-out images of a run, by which sets of as many images are measured.
+
+    All sets have one size, since every figure but the agreement depends on it.
+
+    Args:
+        run: Its images are prepared.
+        num: Images of a set; fewer where the run has not as many in either split.
+        features: See `vqbeam.pipelines.evaluation.features.feature_extractor`.
+        seed: Of the choice of real images.
+
+    Attributes:
+        num: Images of a set.
+        features: As given.
+        left_out: By figure why it is not measured; nothing where it is.
+
+    Raises:
+        VqbeamError: The images are not prepared or damaged, or the features cannot be had.
+    """
+
+    def __init__(self, run: RunFolder, num: int, features: str, seed: int):
+        self.run, self.features, self.seed = run, features, seed
+        prepared = run.require("prepare")
+        self.num = set_size(prepared, num)
+        self.left_out = _left_out(prepared, features, self.num)
+        self._extract = self._classify = None
+        if "frechet" not in self.left_out:
+            self._extract = feature_extractor(run, features)
+        if "agreement" not in self.left_out:
+            self._classify = compiled(load_classifier(run))
+        self.held_out = self.observe(self.real("validation"))
+
+    def real(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields `num` images of a split, drawn at random without replacement, and their labels."""
+        builder = open_dataset(self.run.folder("prepare"))
+        size = builder.info.splits[split].num_examples
+        chosen = np.zeros(size, bool)
+        chosen[np.random.default_rng(self.seed).permutation(size)[: self.num]] = True
+
+        def pair(_, example):
+            return example["image"], label_of(example)
+
+        examples = read_split(builder, split).enumerate()
+        examples = examples.filter(lambda index, _: tf.constant(chosen)[index]).map(pair)
+        with damaged_records(self.run.folder("prepare")):
+            yield from examples.batch(_BATCH_SIZE).as_numpy_iterator()
+
+    def observe(self, batches: Batches) -> Observed:
+        """Returns what is to be kept of a set of images."""
+        features, moments, agreed, labelled = [], Moments(), 0, 0
+        for images, labels in batches:
+            if self._extract:
+                features.append(self._extract(images))
+                moments.add(features[-1])
+            if self._classify:
+                agreed += int((self._classify(images).argmax(axis=1) == labels).sum())
+                labelled += int((labels != NO_CLASS).sum())
+        return Observed(
+            gaussian=moments.gaussian() if features else None,
+            manifold=Manifold(np.concatenate(features)) if features else None,
+            agreement=agreed / max(labelled, 1) if self._classify else None,
+        )
+
+    def measure(self, batches: Batches) -> dict[str, float | None]:
+        """Compares a set of `num` images with the held-out ones.
+
+        Returns:
+            `frechet`, `precision`, `recall` and `agreement`; None for those in `left_out`.
+        """
+        other = self.observe(batches)
+        if not self._extract:
+            return dict.fromkeys(("frechet", "precision", "recall")) | {
+                "agreement": other.agreement
+            }
+        precision, recall = precision_recall(self.held_out.manifold, other.manifold)
+        return {
+            "frechet": frechet_distance(self.held_out.gaussian, other.gaussian),
+            "precision": precision,
+            "recall": recall,
+            "agreement": other.agreement,
+        }
+
+
+def set_size(prepared: dict, num: int) -> int:
+    """Returns how many images a set has of which `num` are asked for, by the prepare manifest."""
+    return min(num, *prepared["counts"].values())
+
+
+def _left_out(prepared: dict, features: str, num: int) -> dict[str, str]:
+    """Returns by figure why it cannot be measured."""
+    without_labels = label_obstacle(prepared)
+    reasons = {"agreement": without_labels} if without_labels else {}
+    reason = None
+    if num <= NEIGHBOURS:
+        reason = f"{num} images have no {NEIGHBOURS} neighbours each; hold out more"
+    elif without_labels and features == "classifier":
+        reason = f"{without_labels}; --features inception needs none"
+    return reasons | (dict.fromkeys(("frechet", "precision", "recall"), reason) if reason else {})

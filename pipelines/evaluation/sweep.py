@@ -1,0 +1,124 @@
+"""The best settings for a run's sampler, found by measuring all combinations of some."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vqbeam.configs import SampleConfig, VqbeamError
+from vqbeam.pipelines.evaluation.manifolds import NEIGHBOURS
+from vqbeam.pipelines.evaluation.reference import Yardstick, set_size
+from vqbeam.pipelines.evaluation.samples import FIGURES, PriorMeter, sampler_settings
+from vqbeam.pipelines.evaluation.sweep_figure import sweep_figure
+from vqbeam.pipelines.sampling.sampling_defaults import (
+    check_guidance,
+    sampling_defaults,
+    store_sampling_defaults,
+)
+from vqbeam.prior.training import STAGE as TRAIN_PRIOR
+from vqbeam.vqvae.figures import save_png
+from vqbeam.vqvae.storage.files import read_json, write_json
+from vqbeam.vqvae.storage.run_folder import RunFolder
+from vqbeam.vqvae.training import STAGE as TRAIN_VQVAE
+
+# Fewer images than this tell settings apart by chance.
+_FEW = 500
+
+
+def sweep(
+    run: RunFolder,
+    values: Mapping[str, Sequence[Any]],
+    *,
+    features: str,
+    num: int,
+    seed: int,
+    store: bool,
+) -> None:
+    """Measures all combinations of settings, and prints, draws and writes what it found.
+
+    `evaluation/sweep.json` is written after each combination; those that it has are not measured
+    again, as long as the models and all else that they were measured with are the same.
+
+    Args:
+        run: Both of its models are trained.
+        values: By field of `SampleConfig` its values; the other fields are as in the run.
+        features: See `vqbeam.pipelines.evaluation.features.feature_extractor`.
+        num: Images drawn for each combination; fewer where the run has not as many in a split.
+        seed: Of the images drawn and of the choice of real ones.
+        store: Whether the run draws with the best settings from now on.
+
+    Raises:
+        VqbeamError: A setting is out of range, a model is missing, or there is no Fréchet
+            distance to go by.
+    """
+    run.require(TRAIN_PRIOR)
+    num = set_size(run.require("prepare"), num)
+    defaults = sampling_defaults(run)
+    grid = [
+        dataclasses.replace(defaults, **dict(zip(values, combination, strict=True)))
+        for combination in itertools.product(*values.values())
+    ]
+    for settings in grid:
+        check_guidance(run, settings)
+    results = _measured(run, grid, features, num, seed)
+    best = min(range(len(grid)), key=lambda index: results[index]["frechet"])
+    print(f"{num:,} images at each setting (--num), seed {seed}, {features} features")
+    print("\n".join(sweep_lines(list(values), results, best)))
+    picture = run.evaluation / "sweep.png"
+    save_png(sweep_figure(values, results, best), picture)
+    print(f"written to {run.evaluation / 'sweep.json'} and {picture}")
+    if store:
+        stored = store_sampling_defaults(run, grid[best])
+        print(f"{run.root} draws with the best of them from now on; to undo it, delete {stored}")
+        if num < _FEW:
+            print(f"of {num} images chance decides as much as the settings; --num 2000 tells more")
+
+
+def sweep_lines(names: Sequence[str], results: Sequence[dict], best: int) -> list[str]:
+    """Returns a table of settings and figures, in which a star marks the best row."""
+    figures = {name: form for name, form in FIGURES.items() if results[0][name] is not None}
+    rows = [[*names, *(title for title, _ in figures.values())]]
+    for result in results:
+        settings = [str(result["settings"][name]) for name in names]
+        rows.append(settings + [form.format(result[name]) for name, (_, form) in figures.items()])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        ("* " if index == best else "  ") + "  ".join(map(str.rjust, row, widths))
+        for index, row in enumerate(rows, start=-1)
+    ]
+
+
+def _measured(
+    run: RunFolder, grid: Sequence[SampleConfig], features: str, num: int, seed: int
+) -> list[dict]:
+    """Returns the figures of each of the settings, measured now or earlier."""
+    identity = {
+        "images": num,
+        "features": features,
+        "neighbours": NEIGHBOURS,
+        "seed": seed,
+        "models": [run.result_hash(TRAIN_VQVAE), run.result_hash(TRAIN_PRIOR)],
+        "data": run.result_hash("prepare"),
+    }
+    path = run.evaluation / "sweep.json"
+    results = _earlier(path, identity)
+    wanted = [sampler_settings(settings) for settings in grid]
+    known = [result["settings"] for result in results]
+    if any(settings not in known for settings in wanted):
+        yardstick = Yardstick(run, num, features, seed)
+        if "frechet" in yardstick.left_out:
+            reason = yardstick.left_out["frechet"]
+            raise VqbeamError(f"no Fréchet distance tells which settings are best: {reason}")
+        meter = PriorMeter(run, yardstick, grid[0].batch_size, seed)
+        for settings, named in zip(grid, wanted, strict=True):
+            if named not in known:
+                results.append({"settings": named, **meter.samples(settings)})
+                known.append(named)
+                run.evaluation.mkdir(parents=True, exist_ok=True)
+                write_json(path, {**identity, "results": results})
+    return [results[known.index(settings)] for settings in wanted]
+
+
+def _earlier(path, identity: dict) -> list[dict]:
+    found = read_json(path) if path.exists() else {}
+    return found["results"] if identity.items() <= found.items() else []

@@ -1,0 +1,154 @@
+"""Codes drawn from the prior of a run, decoded to images."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from vqbeam.configs import SampleConfig, VqbeamError
+from vqbeam.pipelines.sampling.labels import label_name
+from vqbeam.pipelines.sampling.provenance import checkpoint
+from vqbeam.prior.sampler import Sampler, sampler_arguments
+from vqbeam.prior.training import load_prior
+from vqbeam.prior.transformer import CodePrior
+from vqbeam.vqvae.fitting.compilation import compiled_decoder, in_batches
+from vqbeam.vqvae.fitting.progress import progress_bar
+from vqbeam.vqvae.model import VQVAE
+from vqbeam.vqvae.storage.labels import Labels
+from vqbeam.vqvae.storage.run_folder import RunFolder
+from vqbeam.vqvae.training import load_vqvae
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """New images and what they were drawn with.
+
+    Attributes:
+        images: uint8 [N, H, W, C].
+        codes: int32 [N, *layout.shape].
+        labels: int32 [N]; −1 for none; or of attributes [N, A].
+        names: The label's name of each image; None where the run has no classes.
+        settings: Preset, checkpoint, seed and sampler settings.
+        first: Index of the first image among those of the seed; the others follow.
+    """
+
+    images: np.ndarray
+    codes: np.ndarray
+    labels: np.ndarray
+    names: list[str] | None
+    settings: dict
+    first: int = 0
+
+
+class Drawer:
+    """Both models of a run, loaded once and then drawn from as often as is asked.
+
+    Args:
+        run: Both of its models are trained.
+        settings: All of it but `num` counts.
+        seed: Of the random numbers.
+
+    Raises:
+        VqbeamError: A model is missing, or there is nothing to guide towards.
+    """
+
+    def __init__(self, run: RunFolder, settings: SampleConfig, seed: int):
+        self.known = learned_labels(run)
+        if not self.known.names and settings.guidance != 1:
+            raise VqbeamError(
+                f"guidance is {settings.guidance}, but {run.root} has no classes; use 1"
+            )
+        prior = load_prior(run)
+        self.arguments = sampler_arguments(settings, prior.layout.length)
+        self.sampler = Sampler(prior, settings.batch_size)
+        self.decode = compiled_decoder(load_vqvae(run))
+        self.batch_size, self.seed = settings.batch_size, seed
+        self.provenance = provenance(run, settings, seed)
+
+    def __call__(
+        self,
+        labels: np.ndarray,
+        first: int = 0,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Samples:
+        """Draws codes and decodes them.
+
+        Args:
+            labels: int32 [N]; −1 for none; or of attributes [N, A].
+            first: Index of the first image among those of the seed.
+            on_batch: Called with the number of images drawn so far.
+
+        Raises:
+            VqbeamError: A setting or label is out of range.
+        """
+        # Rounding may depend on the place in a batch: each image has the same one always.
+        ahead = first % self.batch_size
+        padded = np.concatenate([np.repeat(labels[:1], ahead, axis=0), labels])
+        indices = first - ahead + np.arange(len(padded))
+        codes = self.sampler(
+            padded, self.seed, indices=indices, on_batch=on_batch, **self.arguments
+        )
+        images = in_batches(self.decode, codes, self.batch_size)
+        names = [label_name(label, self.known) for label in labels] if self.known.names else None
+        return Samples(images[ahead:], codes[ahead:], labels, names, self.provenance, first)
+
+
+def draw_samples(
+    run: RunFolder, settings: SampleConfig, seed: int, labels: np.ndarray, first: int = 0
+) -> Samples:
+    """Draws from the prior of a run with a progress bar, and decodes; see `Drawer`."""
+    drawer = Drawer(run, settings, seed)
+    with _bar(first % settings.batch_size + len(labels)) as move:
+        return drawer(labels, first, move)
+
+
+def draw_grids(
+    prior: CodePrior, settings: SampleConfig, seed: int, labels: np.ndarray, **given: Any
+) -> np.ndarray:
+    """Draws codes, int32 [N, *layout.shape], with a progress bar; `given` goes to `Sampler`."""
+    with _bar(len(labels)) as move:
+        return Sampler(prior, settings.batch_size)(
+            labels,
+            seed,
+            on_batch=move,
+            **sampler_arguments(settings, prior.layout.length),
+            **given,
+        )
+
+
+def fitted(settings: SampleConfig, count: int) -> SampleConfig:
+    """Returns the settings with batches no larger than the images that are drawn."""
+    return dataclasses.replace(settings, batch_size=min(settings.batch_size, count))
+
+
+def learned_labels(run: RunFolder) -> Labels:
+    """Returns the classes or attributes that the prior of a run has learned."""
+    return Labels.of(run.require("train-prior"))
+
+
+def provenance(run: RunFolder, settings: SampleConfig, seed: int) -> dict:
+    """Returns what decides how images are drawn, by name, for their files."""
+    drawn_by = {"preset": run.load_config().name, "checkpoint": checkpoint(run), "seed": seed}
+    return drawn_by | dataclasses.asdict(settings)
+
+
+def decode(model: VQVAE, codes: np.ndarray, batch_size: int) -> np.ndarray:
+    """Returns the images of codes.
+
+    Args:
+        model: The VQ-VAE.
+        codes: Integers [N, *layout.shape].
+        batch_size: Images decoded at once.
+
+    Returns:
+        uint8 [N, H, W, C].
+    """
+    return in_batches(compiled_decoder(model), codes, batch_size)
+
+
+@contextlib.contextmanager
+def _bar(total: int) -> Iterator[Callable[[int], None]]:
+    """Shows a progress bar while the block runs; gives what moves it to so many images."""
+    with progress_bar("sample", total) as bar:
+        yield lambda drawn: bar.update(drawn - bar.n)

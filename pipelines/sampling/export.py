@@ -1,0 +1,68 @@
+"""A trained run as one SavedModel, for programs that have neither vqbeam nor Keras."""
+
+import os
+import uuid
+
+import keras
+import tensorflow as tf
+from etils import epath
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.sampling.sampling_defaults import sampling_defaults
+from vqbeam.prior.serving import serving_signatures
+from vqbeam.prior.training import load_prior
+from vqbeam.vqvae.storage.run_folder import RunFolder
+from vqbeam.vqvae.training import load_vqvae
+
+
+def export(run_dir: str, output: str) -> None:
+    """Writes the models of a run as a SavedModel, whole or not at all, and lists its signatures.
+
+    Args:
+        run_dir: Folder of a run with both models.
+        output: A folder that is not there yet, or empty. TensorFlow Serving wants its name to be a
+            number, the version.
+
+    Raises:
+        VqbeamError: The run lacks a model, the folder is not empty, or Keras is not on TensorFlow.
+    """
+    if keras.backend.backend() != "tensorflow":
+        raise VqbeamError(
+            f"export writes a TensorFlow SavedModel, and KERAS_BACKEND is "
+            f"{keras.backend.backend()!r}; unset it"
+        )
+    folder = epath.Path(output).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise VqbeamError(f"{folder} is there already; choose another --output, or delete it")
+    run = RunFolder(run_dir)
+    run.load_config()
+    vqvae, prior = load_vqvae(run), load_prior(run)
+    signatures = serving_signatures(vqvae, prior, sampling_defaults(run))
+    module = tf.Module()
+    module.weights = [variable.value for variable in (*vqvae.variables, *prior.variables)]
+    _save(module, signatures, folder)
+    for name, function in signatures.items():
+        inputs = {spec.name: spec for spec in tf.nest.flatten(function.structured_input_signature)}
+        print(f"{name:<20}  {_listed(inputs)}")
+        print(f"{'':<20}  → {_listed(function.structured_outputs)}")
+    print(f"SavedModel: {folder}")
+
+
+def _save(module: tf.Module, signatures: dict, folder: epath.Path) -> None:
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        tf.saved_model.save(module, os.fspath(temporary), signatures=signatures)
+        if folder.exists():
+            folder.rmdir()  # it is empty
+        temporary.rename(folder)
+    except BaseException:
+        temporary.rmtree(missing_ok=True)
+        raise
+
+
+def _listed(specs: dict) -> str:
+    """Returns names, dtypes and shapes; a question mark stands for any number."""
+    return ", ".join(
+        f"{name} {spec.dtype.name} [{', '.join('?' if n is None else str(n) for n in spec.shape)}]"
+        for name, spec in sorted(specs.items())
+    )

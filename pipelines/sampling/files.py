@@ -1,0 +1,89 @@
+"""New images as files, each of which says what its images were drawn with."""
+
+import io
+import json
+from collections.abc import Iterator
+
+import numpy as np
+from etils import epath
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.sampling.decoder import Samples
+from vqbeam.pipelines.sampling.provenance import KEY
+from vqbeam.vqvae.figures import label_figure, picture, save_png
+from vqbeam.vqvae.storage.files import write_bytes
+
+SAMPLES_LIST = "samples.jsonl"
+
+
+def write_samples(samples: Samples, path: epath.Path, *, bare: bool = False) -> None:
+    """Writes samples as a PNG grid, an .npz of arrays, or a folder, by the ending of `path`.
+
+    Args:
+        samples: The images.
+        path: Ends in .png or .npz, or is that of a folder.
+        bare: Whether a .png is the first image alone, pixel for pixel, as in a folder.
+    """
+    facts = samples.settings | {"images": list(_each(samples))}
+    if path.suffix == ".npz":
+        arrays = io.BytesIO()
+        own = {KEY: np.array(json.dumps(facts))}
+        np.savez(arrays, images=samples.images, codes=samples.codes, labels=samples.labels, **own)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, arrays.getvalue())
+    elif path.suffix != ".png":
+        _write_folder(samples, path)
+    elif bare:
+        _write_picture(samples, 0, next(_each(samples)), path)
+    else:
+        figure = label_figure(samples.images, samples.names, fill=True)
+        save_png(figure, path, {KEY: json.dumps(facts)})
+
+
+def _write_folder(samples: Samples, folder: epath.Path) -> None:
+    """Writes a PNG for each image and then their list: with it the folder is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_listed(folder, SAMPLES_LIST)
+    lines = []
+    for row, own in enumerate(_each(samples)):
+        name = f"{own['index']:05d}.png"
+        _write_picture(samples, row, own, folder / name)
+        line = {"file": name, **own, **samples.settings}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_bytes(folder / SAMPLES_LIST, "".join(lines).encode())
+
+
+def remove_listed(folder: epath.Path, name: str) -> None:
+    """Removes the pictures that a list in a folder names: those of before would be taken for new.
+
+    The list is renamed first and removed last, so that a folder with a list is whole, and what is
+    killed in between is done by the next call.
+    """
+    listing, old = folder / name, folder / f".{name}.old"
+    if listing.exists():
+        listing.replace(old)
+    if old.exists():
+        for picture_of_before in _listed(old):
+            if epath.Path(picture_of_before).name == picture_of_before:  # and no way out of it
+                (folder / picture_of_before).unlink(missing_ok=True)
+        old.unlink()
+
+
+def _listed(path: epath.Path) -> list[str]:
+    try:
+        return [json.loads(line)["file"] for line in path.read_text().splitlines()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise VqbeamError(
+            f"{path} does not list pictures, one a line, as vqbeam does; delete it, or give "
+            "another --output"
+        ) from error
+
+
+def _write_picture(samples: Samples, row: int, own: dict, path: epath.Path) -> None:
+    save_png(picture(samples.images[row]), path, {KEY: json.dumps(samples.settings | own)})
+
+
+def _each(samples: Samples) -> Iterator[dict]:
+    """Yields what each image has of its own: its index and, where there are classes, its label."""
+    for row, label in enumerate(samples.labels.tolist()):
+        own = {"index": samples.first + row}
+        yield own | ({"label": label, "name": samples.names[row]} if samples.names else {})

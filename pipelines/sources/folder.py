@@ -1,0 +1,167 @@
+"""A folder of image files as a dataset: which files it holds, their classes and splits."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.sources.attributes import FILE, read_attributes
+from vqbeam.vqvae.storage.files import is_local
+from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderListing:
+    """The images of a folder, by split.
+
+    Attributes:
+        splits: For "train" and "validation" the images as `(key, label)`. A key is a path
+            relative to the folder, with "/" between its parts. A label is an index into
+            `labels.names`, `NO_CLASS` where there are none, or a 0 or 1 for each attribute.
+        labels: The attributes of the folder's table, where it has one. Otherwise the subfolders,
+            sorted, are classes; none if the images lie in the folder itself.
+    """
+
+    splits: dict[str, list[tuple[str, int | tuple[int, ...]]]]
+    labels: Labels
+
+
+def list_folder(path: str, *, validation_share: float, max_images: int | None) -> FolderListing:
+    """Lists the images of a folder, in which each subfolder is a class, if it has any.
+
+    A folder with a table `attributes.csv` has attributes (see `sources.attributes`), and its
+    subfolders are no classes.
+
+    An image is a file with one of `SUFFIXES`, in upper or lower case. Files and folders whose
+    name starts with "." do not count, and links to folders are not followed. A class may have
+    subfolders of its own.
+
+    The split of an image follows from its key alone, so that it stays when others are added,
+    with one exception: a split that would get no image, though there are two or more and
+    `validation_share` is above 0, gets the one whose hash is nearest to it.
+
+    Args:
+        path: The folder; local, or any that `etils.epath` can read, such as gs://.
+        validation_share: Share of the images to hold out, from 0 to below 1.
+        max_images: Limit on the images of each split; None for no limit.
+
+    Raises:
+        VqbeamError: There is no such folder, it cannot be read, it holds no image, it has
+            images both at the top and in subfolders, a file name is not UTF-8, or the table of
+            attributes is damaged or lacks an image.
+    """
+    folder = check_folder(path)
+    keys = image_keys(folder)
+    if not keys:
+        raise VqbeamError(
+            f"the folder {path!r} holds no image; a file counts whose name ends in one of "
+            f"{' '.join(SUFFIXES)}"
+        )
+    labels, of_keys = _labels(path, folder / FILE, keys)
+    splits = {
+        name: [(key, of_keys[key]) for key in members[:max_images]]
+        for name, members in _split(keys, validation_share).items()
+    }
+    return FolderListing(splits=splits, labels=labels)
+
+
+def check_folder(path: str) -> epath.Path:
+    """Returns the folder at a path; raises a VqbeamError where there is none."""
+    folder = epath.Path(path).expanduser()
+    if not folder.is_dir():
+        raise VqbeamError(f"there is no folder {path!r}; check the path in data.source")
+    return folder
+
+
+def _labels(path: str, table: epath.Path, keys: list[str]) -> tuple[Labels, dict[str, Any]]:
+    """Returns what the images are labelled with, and the label of each key."""
+    if table.exists():
+        names, values = read_attributes(table)
+        missing = next((key for key in keys if key not in values), None)
+        if missing:
+            raise VqbeamError(f"{table} has no row for {missing!r}; add one")
+        return Labels(names, "attributes"), values
+    names = _label_names(path, keys)
+    numbers = {name: label for label, name in enumerate(names)}
+    return Labels(names), {key: numbers.get(key.partition("/")[0], NO_CLASS) for key in keys}
+
+
+def image_keys(folder: epath.Path) -> list[str]:
+    """Returns the images of a folder, at any depth, as paths relative to it.
+
+    Raises:
+        VqbeamError: A folder cannot be read, or a file name is not UTF-8.
+    """
+    keys = []
+    for place, names in _in_folder(folder) if is_local(folder) else _in_bucket(folder):
+        for name in names:
+            key = f"{place}{name}"
+            hidden = any(part.startswith(".") for part in key.split("/"))
+            if key.lower().endswith(SUFFIXES) and not hidden:
+                keys.append(_check_text(key))
+    return keys
+
+
+def _in_folder(folder: epath.Path) -> Iterator[tuple[str, list[str]]]:
+    """Yields the path below the folder, with a slash at its end, and the files of each folder."""
+    for directory, _, names in folder.walk(on_error=_refuse):
+        place = directory.relative_to(folder).as_posix()
+        yield "" if place == "." else f"{place}/", names
+
+
+def _in_bucket(folder: epath.Path, place: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Yields the same of a bucket, where epath would ask of every file whether it is a folder."""
+    import tensorflow as tf
+
+    names = tf.io.gfile.listdir(f"{folder}/{place}")
+    yield place, [name for name in names if not name.endswith("/")]
+    for name in names:
+        if name.endswith("/"):
+            yield from _in_bucket(folder, f"{place}{name}")
+
+
+def _check_text(key: str) -> str:
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise VqbeamError(f"the file name {key!r} is not valid UTF-8; rename it") from None
+    return key
+
+
+def _refuse(error: OSError) -> None:
+    # A folder left out in silence would change the dataset.
+    raise VqbeamError(f"a folder of images cannot be read ({error}); mend its permissions")
+
+
+def _label_names(path: str, keys: list[str]) -> tuple[str, ...]:
+    """Returns the sorted first parts of the keys, or nothing if all images lie at the top."""
+    top = [key for key in keys if "/" not in key]
+    if not top:
+        return tuple(sorted({key.partition("/")[0] for key in keys}))
+    if len(top) < len(keys):
+        raise VqbeamError(
+            f"the folder {path!r} has {len(top)} images at the top (such as {min(top)!r}) and "
+            f"{len(keys) - len(top)} in subfolders; put all in subfolders, one for each class, "
+            "or all at the top"
+        )
+    return ()
+
+
+def _split(keys: list[str], validation_share: float) -> dict[str, list[str]]:
+    # Ordered by hash, any prefix of a split is a fair draw from all classes, whereas sorted
+    # paths would let max_images, or the first shards, see only the first classes.
+    ordered = sorted(keys, key=lambda key: (_hash(key), key))
+    count = sum(_hash(key) < validation_share for key in keys)
+    if validation_share > 0:
+        count = min(max(count, 1), len(keys) - 1)
+    return {"train": ordered[count:], "validation": ordered[:count]}
+
+
+def _hash(key: str) -> float:
+    """Returns a number in [0, 1) that depends on the key alone, on every machine."""
+    digest = hashlib.blake2b(key.encode(), digest_size=6).digest()
+    return int.from_bytes(digest) / 2**48

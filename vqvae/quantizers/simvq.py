@@ -1,0 +1,75 @@
+"""SimVQ: a codebook that is a learned linear map of fixed random vectors."""
+
+import keras
+from keras import ops
+from vqbeam.vqvae.quantizers.vector import VectorQuantizer
+
+
+@keras.saving.register_keras_serializable("vqbeam")
+class LinearVectorQuantizer(VectorQuantizer):
+    """A vector quantizer whose codes all move together.
+
+    From "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer", Zhu
+    et al. 2024 (https://arxiv.org/abs/2411.02038), section 4: the code vectors are C·W with C
+    [K, D] random and never changed, and W [D, D] learned by the codebook loss. A gradient at one
+    code moves them all, so none is left behind.
+
+    Args:
+        num_codes: Codebook size K.
+        code_dim: Length D of a vector; the last axis of the input.
+        lookup: See `VectorQuantizer`, as for the rest.
+        estimator: "straight_through", "rotation" or "diveq".
+        commitment: The weight β.
+        entropy: Weight of the entropy loss.
+    """
+
+    def __init__(
+        self,
+        num_codes,
+        code_dim,
+        *,
+        lookup="l2",
+        estimator="straight_through",
+        commitment=0.25,
+        entropy=0.0,
+        **kwargs,
+    ):
+        super().__init__(
+            num_codes,
+            code_dim,
+            lookup=lookup,
+            update="gradient",
+            estimator=estimator,
+            commitment=commitment,
+            entropy=entropy,
+            **kwargs,
+        )
+
+    def _build_codebook(self, shape):
+        self.codebook = self.add_weight(
+            name="codebook", shape=shape, initializer="random_normal", trainable=False
+        )
+        self.projection = self.add_weight(
+            name="projection", shape=(self.dim, self.dim), initializer="identity"
+        )
+
+    def decode_codes(self, codes):
+        """Returns the vectors [..., D] float32 of codes [...] in [0, num_codes)."""
+        fixed = ops.take(self.codebook, codes, axis=0)
+        return self._on_sphere(ops.matmul(fixed, self.projection))
+
+    def vectors(self):
+        """Returns what the codes stand for, [K, D]."""
+        return self._on_sphere(ops.matmul(self.codebook, self.projection))
+
+    def initialize(self, vectors, method, seed):
+        """Scales the codes to the size of encoder outputs; "data" and "kmeans" alike."""
+        del seed
+        if method != "random":
+            sizes = [ops.sqrt(ops.mean(ops.square(x))) for x in (vectors, self.codebook)]
+            self.projection.assign(ops.eye(self.dim) * (sizes[0] / sizes[1]))
+
+    def get_config(self):
+        """Returns the constructor's arguments."""
+        fixed = ("update", "decay", "restart_below", "balance")
+        return {k: v for k, v in super().get_config().items() if k not in fixed}

@@ -1,0 +1,277 @@
+"""One run, one folder: where each stage writes, and how it is known to be done.
+
+    DIR/config.json   the run's config
+    DIR/sample.json   how images are drawn, where that was chosen after training
+    DIR/.lock.json    (no stage)    the command that is at work
+    DIR/images/       prepare       TFDS dataset of uint8 images
+    DIR/vqvae/        train-vqvae   model, checkpoints, logs
+    DIR/codes/        encode        TFDS dataset of code grids
+    DIR/prior/        train-prior   model, checkpoints, logs
+    DIR/samples/      sample        new images
+    DIR/evaluation/   (no stage)    what vqbeam evaluate measured, and its classifier
+
+A stage writes its manifest last: what it read (by hash), what it wrote (by size), and what it
+measured. A stage whose manifest fits its inputs is done; anything else is not, whatever files lie
+in its folder.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from etils import epath
+from vqbeam.configs import Config, VqbeamError, differences, from_dict, to_dict
+from vqbeam.vqvae.storage.files import matching, read_json, sizes, write_json
+
+# Each stage's folder and the stages that it reads, in the order in which they run.
+STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "prepare": ("images", ()),
+    "train-vqvae": ("vqvae", ("prepare",)),
+    "encode": ("codes", ("prepare", "train-vqvae")),
+    "train-prior": ("prior", ("encode",)),
+    "sample": ("samples", ("train-vqvae", "train-prior")),
+}
+# The section of the config that each stage goes by.
+_SECTIONS = {
+    "prepare": "data",
+    "train-vqvae": "vqvae",
+    "encode": "encode",
+    "train-prior": "prior",
+    "sample": "sample",
+}
+MANIFEST = "manifest.json"
+_CONFIG = "config.json"
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: A local path or any that etils.epath knows, such as gs://BUCKET/NAME.
+    """
+
+    def __init__(self, path: epath.PathLike):
+        self.root = epath.Path(path).expanduser()
+
+    def folder(self, stage: str) -> epath.Path:
+        """Returns the folder that a stage writes."""
+        return self.root / STAGES[stage][0]
+
+    def epochs(self, stage: str) -> int:
+        """Returns how many epochs of a training its last checkpoint has behind it, 0 of none."""
+        kept = matching(self.folder(stage) / "checkpoints", "*")
+        return max((epoch for folder in kept for epoch in epoch_files(folder)), default=0)
+
+    @property
+    def evaluation(self) -> epath.Path:
+        """The folder of what was measured of the run, apart from its stages."""
+        return self.root / "evaluation"
+
+    def exists(self) -> bool:
+        """Tells whether a run was ever started in the folder."""
+        return (self.root / _CONFIG).exists()
+
+    def start(self, config: Config) -> None:
+        """Makes the folder and stores the config.
+
+        A setting may change until the stage that it belongs to has something to lose: a result, or
+        a checkpoint. After that, a folder of another config is refused.
+
+        Raises:
+            VqbeamError: The folder holds a run with another config.
+        """
+        if self.exists():
+            changed = differences(self.load_config(), config)
+            if any(self._is_bound(change) for change in changed):
+                raise VqbeamError(
+                    f"{self.root} holds a run with another config ({'; '.join(changed)}); choose "
+                    "another --run-dir, or repeat the settings of that run"
+                )
+            if not changed:
+                return
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_json(self.root / _CONFIG, to_dict(config))
+
+    def _is_bound(self, change: str) -> bool:
+        """Tells whether a changed setting, such as `vqvae.num_codes: 256 → 512`, comes too late."""
+        section, dot, _ = change.partition(":")[0].partition(".")
+        return any(
+            (self.folder(stage) / MANIFEST).exists() or self.epochs(stage)
+            for stage in STAGES
+            if not dot or _SECTIONS[stage] == section
+        )
+
+    def load_config(self) -> Config:
+        """Returns the run's config.
+
+        Raises:
+            VqbeamError: There is no run in the folder.
+        """
+        path = self.root / _CONFIG
+        if not path.exists():
+            raise VqbeamError(
+                f"{self.root} is not a run folder: it has no {_CONFIG}; check the path"
+            )
+        return from_dict(read_json(path))
+
+    def manifest(self, stage: str) -> dict[str, Any] | None:
+        """Returns what a stage has written of itself, or None where it has not ended.
+
+        Raises:
+            VqbeamError: It is not as the stage has written it.
+        """
+        path = self.folder(stage) / MANIFEST
+        if not path.exists():
+            return None
+        manifest = read_json(path)
+        if not isinstance(manifest, dict) or manifest.get("sha256") != _hash_of(manifest):
+            raise VqbeamError(
+                f"{path} is not as vqbeam writes it: it was changed by hand, is damaged, or is of "
+                f"an earlier version; put it back, or delete it and {self._again(stage)}"
+            )
+        return manifest
+
+    def is_done(self, stage: str) -> bool:
+        """Tells whether a stage has ended, on the inputs that are there now.
+
+        Raises:
+            VqbeamError: It has ended, but one of its files is missing or has another size.
+        """
+        return stage in self.done([stage])
+
+    def done(self, stages: Iterable[str]) -> set[str]:
+        """Returns those stages for which `is_done` holds; every file is looked at but once."""
+        found: dict[str, bool] = {}
+
+        def look(stage):
+            if stage not in found:
+                manifest = self.manifest(stage)
+                fits = manifest is not None and manifest["inputs"] == self._input_hashes(stage)
+                if fits:
+                    self._check_outputs(stage, manifest)
+                found[stage] = fits and all(map(look, STAGES[stage][1]))
+            return found[stage]
+
+        return {stage for stage in stages if look(stage)}
+
+    def require(self, stage: str) -> dict[str, Any]:
+        """Returns the manifest of a stage that must be done.
+
+        Raises:
+            VqbeamError: It is not done, its files are damaged, or what it was made from has
+                changed since. What it was made from may be missing: who has a model needs no data.
+        """
+        manifest = self.manifest(stage)
+        if manifest is None:
+            raise VqbeamError(
+                f"{self.root} has no finished {stage} stage; run vqbeam {stage} PRESET "
+                f"--run-dir {self.root} first"
+            )
+        self._check_outputs(stage, manifest)
+        if self._is_stale(stage):
+            raise VqbeamError(
+                f"the {stage} stage of {self.root} was made from inputs that have changed since; "
+                f"run vqbeam run PRESET --run-dir {self.root} first"
+            )
+        return manifest
+
+    def fingerprint(self, stage: str) -> str:
+        """Returns a hash of all that a stage reads, to tell stale partial work from good."""
+        config = to_dict(self.load_config())
+        settings = config[_SECTIONS[stage]]
+        # It decides whether the result is taken, and not what it is.
+        settings.pop("max_failed", None)
+        own = [config["seed"], settings]
+        inputs = json.dumps([stage, own, self._input_hashes(stage)])
+        return hashlib.sha256(inputs.encode()).hexdigest()[:16]
+
+    def begin(self, stage: str) -> None:
+        """Makes a stage's folder, declares the stage not done, and notes the time."""
+        self.folder(stage).mkdir(parents=True, exist_ok=True)
+        (self.folder(stage) / MANIFEST).unlink(missing_ok=True)
+        write_json(self._begun_file(stage), time.time())
+
+    def finish(self, stage: str, outputs: list[epath.Path], **facts: Any) -> dict[str, Any]:
+        """Writes a stage's manifest, which declares it done.
+
+        Args:
+            stage: The stage.
+            outputs: The files that belong to the result; each must lie in the stage's folder.
+            **facts: What else is worth keeping, such as counts and measures. `seconds` is added:
+                the time since `begin`, which is the last start of a stage that was interrupted.
+        """
+        folder = self.folder(stage)
+        begun = self._begun_file(stage)
+        # Of two attempts at the same time, the other one may have ended the stage already.
+        start = read_json(begun) if begun.exists() else time.time()
+        manifest = {
+            "stage": stage,
+            "inputs": self._input_hashes(stage),
+            "outputs": {
+                str(path.relative_to(folder)): found
+                for path, found in zip(outputs, sizes(outputs), strict=True)
+            },
+            # A clock may have been set back meanwhile.
+            "seconds": max(0.0, round(time.time() - start, 1)),
+            **facts,
+        }
+        manifest["sha256"] = _hash_of(manifest)
+        write_json(folder / MANIFEST, manifest)
+        begun.unlink(missing_ok=True)
+        return manifest
+
+    def _begun_file(self, stage: str) -> epath.Path:
+        return self.root / f".begun-{stage}.json"
+
+    def _input_hashes(self, stage: str) -> dict[str, str | None]:
+        return {source: self.result_hash(source) for source in STAGES[stage][1]}
+
+    def result_hash(self, stage: str) -> str | None:
+        """Returns a hash of what a stage has made, or None where it has not ended."""
+        manifest = self.manifest(stage)
+        return manifest and manifest["sha256"]
+
+    def _is_stale(self, stage: str) -> bool:
+        """Tells whether a stage, or one that it was made from, was made from other inputs."""
+        manifest = self.manifest(stage)
+        if manifest is None:
+            return False
+        return any(
+            found is not None and (found != manifest["inputs"][source] or self._is_stale(source))
+            for source, found in self._input_hashes(stage).items()
+        )
+
+    def _check_outputs(self, stage: str, manifest: dict[str, Any]) -> None:
+        paths = [self.folder(stage) / name for name in manifest["outputs"]]
+        for path, whole, found in zip(
+            paths, manifest["outputs"].values(), sizes(paths), strict=True
+        ):
+            if found != whole:
+                state = "is missing" if found is None else f"has {found} bytes instead of {whole}"
+                raise VqbeamError(
+                    f"{path} {state}; delete {self.folder(stage)} and {self._again(stage)}"
+                )
+
+    def _again(self, stage: str) -> str:
+        verb = "run" if stage == "sample" else stage  # `vqbeam sample` writes elsewhere
+        return f"run vqbeam {verb} PRESET --run-dir {self.root} again"
+
+
+def epoch_files(folder: epath.Path) -> dict[int, epath.Path]:
+    """Returns the checkpoints in a folder by the epochs behind each, the last one last."""
+    found = {
+        int(path.name.removeprefix("epoch-").split(".")[0]): path
+        for path in matching(folder, "epoch-*.weights.h5")
+    }
+    return dict(sorted(found.items()))
+
+
+def _hash_of(manifest: dict[str, Any]) -> str:
+    """Returns a hash of what a manifest says.
+
+    The same result made a second time has the same, however long it took.
+    """
+    said = {name: value for name, value in manifest.items() if name not in ("sha256", "seconds")}
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()

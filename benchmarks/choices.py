@@ -17,6 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops
+
 from vqbeam.pipelines.sources.images import encode_png
 from vqbeam.prior.filters import draw_codes
 from vqbeam.prior.transformer import CodePrior

@@ -4,6 +4,7 @@ import statistics
 import time
 
 import keras
+
 from vqbeam.vqvae.fitting.fit import StopOnNaN
 
 

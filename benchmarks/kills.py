@@ -25,6 +25,7 @@ import numpy as np
 from commands import start
 from pipeline_fixtures import shard_contents, small_config, write_images, write_preset
 from side_by_side import table
+
 from vqbeam.prior.training import load_prior
 from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
 from vqbeam.vqvae.training import load_vqvae

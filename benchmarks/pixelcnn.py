@@ -23,6 +23,7 @@ import numpy as np
 import tensorflow as tf
 from keras import layers, ops
 from side_by_side import table
+
 from vqbeam.configs import SampleConfig
 from vqbeam.pipelines.evaluation.reference import Yardstick
 from vqbeam.pipelines.sampling.sampling_defaults import sampling_defaults

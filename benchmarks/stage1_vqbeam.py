@@ -19,6 +19,7 @@ import measuring
 import stage1_work as work
 import tensorflow as tf
 from fit_times import fit_seconds
+
 from vqbeam.configs import load_preset, override
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer

@@ -21,6 +21,7 @@ import numpy as np
 import stage2_work as work
 import tensorflow as tf
 from fit_times import fit_seconds
+
 from vqbeam.prior.sampler import Sampler
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.layout import CodeLayout

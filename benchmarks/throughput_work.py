@@ -14,9 +14,10 @@ import dataclasses
 import keras
 import tensorflow as tf
 import tensorflow_datasets as tfds
-import vqbeam.pipelines.stages  # noqa: F401  `run_stages` imports it late, with all of Beam
 from etils import epath
 from measuring import report
+
+import vqbeam.pipelines.stages  # noqa: F401  `run_stages` imports it late, with all of Beam
 from vqbeam.pipelines.run import run_stages
 from vqbeam.vqvae.fitting.compilation import compiled_encoder
 from vqbeam.vqvae.storage.records import Shard, open_dataset, write_metadata

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.cli.beam_flags import is_dataflow
 from vqbeam.pipelines.progress import close_all

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
+
 from vqbeam.pipelines.progress import advance
 from vqbeam.pipelines.sharded_stage import Gathered, ShardedStage
 from vqbeam.pipelines.shards import (

@@ -8,6 +8,7 @@ import apache_beam as beam
 import numpy as np
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.beam import run_pipeline
 from vqbeam.pipelines.cli.beam_flags import is_dataflow

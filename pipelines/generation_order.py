@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from etils import epath
+
 from vqbeam.configs import SampleConfig, VqbeamError
 from vqbeam.vqvae.storage.files import matching, read_json, write_json
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
+
 from vqbeam.vqvae.gradients import Audit
 
 _COLOURS = {

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from etils import epath
+
 from vqbeam.configs import Config, VqbeamError
 from vqbeam.pipelines.cli.beam_flags import with_runner
 from vqbeam.pipelines.cli.verbs import VERBS

@@ -3,6 +3,7 @@
 import datetime
 
 from etils import epath
+
 from vqbeam.configs import VqbeamError, VQVAEConfig
 from vqbeam.vqvae.layout import CodeLayout, code_layout
 from vqbeam.vqvae.storage.files import matching, modified, size

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
+
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.storage.files import is_local, modified, write_json
 

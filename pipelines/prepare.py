@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from apache_beam.metrics import Metrics
+
 from vqbeam.configs import Config, VqbeamError
 from vqbeam.pipelines.progress import advance
 from vqbeam.pipelines.sharded_stage import Gathered, ShardedStage

@@ -82,6 +82,7 @@ def _run_pipeline(
     run: RunFolder, config: Config, stages: Sequence[str], beam_args: Sequence[str]
 ) -> None:
     import apache_beam as beam
+
     from vqbeam.pipelines.beam import run_pipeline
     from vqbeam.pipelines.stages import transform
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import apache_beam as beam
+
 from vqbeam.pipelines.shards import ShardReport
 from vqbeam.vqvae.storage.run_folder import RunFolder
 

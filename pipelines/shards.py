@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from etils import epath
+
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.storage.files import size, write_json
 from vqbeam.vqvae.storage.records import Shard, write_metadata, write_shard

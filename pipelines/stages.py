@@ -1,6 +1,7 @@
 """The Beam transform of each stage: from the path of a run to the same path, the stage done."""
 
 import apache_beam as beam
+
 from vqbeam.pipelines.encode import EncodeImages
 from vqbeam.pipelines.prepare import PrepareImages
 

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+
 from vqbeam.prior.rotary import rotary_tables, rotate
 from vqbeam.vqvae.layout import CodeLayout
 

@@ -1,6 +1,7 @@
 """How strongly each code of an image is guided towards its class."""
 
 import numpy as np
+
 from vqbeam.configs import SampleConfig
 
 

@@ -1,6 +1,7 @@
 """Which labels a prior knows."""
 
 import numpy as np
+
 from vqbeam.configs import VqbeamError
 from vqbeam.prior.transformer import CodePrior
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import keras
 import numpy as np
 from keras import ops
+
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.fitting.compilation import compile_function
 

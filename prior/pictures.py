@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from etils import epath
+
 from vqbeam.prior.sampler import Sampler
 from vqbeam.vqvae.figures import label_figure
 from vqbeam.vqvae.fitting.compilation import compiled_decoder

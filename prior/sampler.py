@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+
 from vqbeam.configs import SampleConfig, VqbeamError
 from vqbeam.prior.filters import draw_codes
 from vqbeam.prior.guidance import guidance_scales

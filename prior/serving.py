@@ -6,6 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 from keras.src.backend.tensorflow import core as keras_core
+
 from vqbeam.configs import SampleConfig
 from vqbeam.prior.graph_uniforms import graph_uniforms
 from vqbeam.prior.guidance import guidance_scales

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 import tensorflow as tf
+
 from vqbeam.configs import Config, PriorConfig
 from vqbeam.prior.pictures import Pictures
 from vqbeam.prior.transformer import CodePrior

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import keras_nlp
 from keras import ops
+
 from vqbeam.prior.accumulation import AccumulatingModel
 from vqbeam.prior.block import Block
 from vqbeam.prior.head import LevelHead

@@ -1,6 +1,7 @@
 """What the tests of the command line share."""
 
 import pytest
+
 from vqbeam.pipelines.cli.arguments import parse
 from vqbeam.pipelines.cli.parser import UsageError
 

@@ -5,6 +5,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import pytest
+
 from vqbeam.configs import Config, DataConfig, override
 
 
@@ -35,6 +36,7 @@ def _prepared_run(path, config, *, train=20, validation=10, labels=("a", "b"), k
     """
     # Here, so that tests of the command line alone import no TensorFlow.
     import tensorflow as tf
+
     from vqbeam.vqvae.storage import records
     from vqbeam.vqvae.storage.labels import Labels
     from vqbeam.vqvae.storage.run_folder import RunFolder
@@ -108,6 +110,7 @@ def prepared_run(tmp_path_factory):
 def finished_run(tmp_path_factory):
     """A run with all its stages done, from a small folder of images in three classes."""
     from pipeline_fixtures import small_config, write_images
+
     from vqbeam.pipelines.cli.stage_commands import STAGES
     from vqbeam.pipelines.run import run_stages
     from vqbeam.vqvae.storage.run_folder import RunFolder
@@ -158,6 +161,7 @@ def own_run(finished_run, tmp_path):
     import shutil
 
     from pipeline_fixtures import write_preset
+
     from vqbeam.vqvae.storage.run_folder import RunFolder
 
     run = RunFolder(shutil.copytree(finished_run.root, tmp_path / "run"))

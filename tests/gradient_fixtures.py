@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import tensorflow as tf
+
 from vqbeam.vqvae.model import VQVAE
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 

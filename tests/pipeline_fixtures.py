@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 from PIL import Image
+
 from vqbeam.configs import Config, DataConfig, override
 
 # As a folder lists them; their order is not that of their lower case.
@@ -90,6 +91,7 @@ def write_tfds(data_dir, name, version, image_shape, splits, label_names, texts=
     """
     import tensorflow_datasets as tfds
     from etils import epath
+
     from vqbeam.vqvae.storage.records import Shard, write_shard
 
     folder = epath.Path(data_dir) / name / version

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+
 from vqbeam.vqvae.model import VQVAE
 
 SHAPE = (2, 3, 5)

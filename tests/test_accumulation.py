@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+
 from vqbeam.configs import PriorConfig
 from vqbeam.prior.training import build_optimizer
 from vqbeam.prior.transformer import CodePrior

@@ -1,5 +1,6 @@
 import pytest
 from argument_checks import refusal
+
 from vqbeam.pipelines.cli.arguments import parse
 from vqbeam.pipelines.cli.parser import UsageError
 from vqbeam.pipelines.cli.verbs import VERBS

@@ -8,6 +8,7 @@ import tensorflow_datasets as tfds
 from event_files import events
 from PIL import Image
 from pipeline_fixtures import small_config, write_images
+
 from vqbeam.pipelines.cli import main as cli
 from vqbeam.pipelines.cli.stage_commands import STAGES
 from vqbeam.pipelines.run import run_stages

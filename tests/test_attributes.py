@@ -1,5 +1,6 @@
 import pytest
 from etils import epath
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sources.attributes import read_attributes
 

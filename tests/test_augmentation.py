@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from vqbeam.vqvae.augmentation import augment
 
 SHAPE = (16, 24, 3)

@@ -4,6 +4,7 @@ import socket
 import apache_beam as beam
 import pytest
 from apache_beam.runners.runner import PipelineResult, PipelineRunner
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines import beam as beam_run
 from vqbeam.pipelines.beam import run_pipeline

@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 from quantizer_checks import array
+
 from vqbeam.vqvae.building import build_model, build_quantizer
 from vqbeam.vqvae.hierarchy import HierarchicalVQVAE
 from vqbeam.vqvae.layout import code_layout

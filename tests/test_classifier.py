@@ -4,8 +4,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import vqbeam.pipelines.evaluation.classifier as classifier
 from pipeline_fixtures import finish_again
+
+import vqbeam.pipelines.evaluation.classifier as classifier
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.evaluation.classifier import (
     build_classifier,

@@ -5,11 +5,11 @@ import sys
 import types
 
 import pytest
+
+from vqbeam import configs
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.cli import main as cli
 from vqbeam.pipelines.cli.main import main
-
-from vqbeam import configs
 
 PRESET = """
 from vqbeam.configs import Config, DataConfig

@@ -11,6 +11,7 @@ from pipeline_fixtures import (
     write_images,
     write_preset,
 )
+
 from vqbeam.pipelines.run import run_stages
 from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from keras import ops
 from quantizer_checks import array, latents, nearest_codes
+
 from vqbeam.vqvae.quantizers.clusters import initial_codebook
 
 

@@ -1,8 +1,9 @@
 import keras
 import numpy as np
 import pytest
-import vqbeam.pipelines.evaluation.reference as comparison
 from measured_run import stub_classifier, stub_features
+
+import vqbeam.pipelines.evaluation.reference as comparison
 from vqbeam.pipelines.evaluation.distances import Moments, frechet_distance
 from vqbeam.pipelines.evaluation.manifolds import Manifold, precision_recall
 from vqbeam.pipelines.evaluation.reference import Yardstick

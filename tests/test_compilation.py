@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.fitting.compilation import compile_function, in_batches
 

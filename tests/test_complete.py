@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pipeline_fixtures import CLASSES, SIDE, small_config, write_images
+
 from vqbeam.pipelines.cli.main import main
 from vqbeam.pipelines.sampling.complete import _completed, _kept_part, _label, _likeliest
 from vqbeam.pipelines.sampling.regions import region_mask

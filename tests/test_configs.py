@@ -5,6 +5,7 @@ import types
 import typing
 
 import pytest
+
 from vqbeam.configs import (
     SECTIONS,
     Config,

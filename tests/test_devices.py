@@ -1,5 +1,6 @@
 import keras
 import pytest
+
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.fitting.devices import data_parallel, device_count
 

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from keras import ops
 from quantizer_checks import array, gradient
+
 from vqbeam.vqvae.discriminator import PatchDiscriminator
 
 

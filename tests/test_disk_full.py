@@ -5,6 +5,7 @@ import subprocess
 import numpy as np
 import pytest
 from pipeline_fixtures import drawn_pixels, read_records, small_config, write_images, write_preset
+
 from vqbeam.pipelines.cli import main as cli
 from vqbeam.pipelines.run import run_stages
 from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder

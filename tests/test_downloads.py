@@ -5,6 +5,7 @@ import pytest
 import tensorflow_datasets as tfds
 from commands import ROOT
 from pipeline_fixtures import small_config
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sources import check_source
 from vqbeam.pipelines.sources.tfds import prepare_source

@@ -2,9 +2,9 @@ import dataclasses
 
 import pytest
 from argument_checks import refusal
-from vqbeam.pipelines.cli.arguments import parse
 
 from vqbeam import configs
+from vqbeam.pipelines.cli.arguments import parse
 
 
 def test_sample_unset_is_none():

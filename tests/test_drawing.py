@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from keras import ops
+
 from vqbeam.prior.filters import draw_codes
 from vqbeam.vqvae.fitting.compilation import compile_function
 

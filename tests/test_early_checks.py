@@ -3,6 +3,7 @@ import sys
 
 import pytest
 from pipeline_fixtures import small_config, write_preset
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.cli.arguments import parse
 from vqbeam.pipelines.cli.early_checks import check

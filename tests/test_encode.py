@@ -10,6 +10,7 @@ from pipeline_fixtures import (
     shard_contents,
     small_config,
 )
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines import encode
 from vqbeam.pipelines.cli.errors import user_message

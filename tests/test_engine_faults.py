@@ -7,6 +7,7 @@ import pytest
 from commands import SIGNS, started, wait_for
 from engine_servers import ENGINES
 from pipeline_fixtures import png, read_keys, small_config, write_preset
+
 from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
 
 pytestmark = pytest.mark.engines

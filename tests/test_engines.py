@@ -4,6 +4,7 @@ import pytest
 from commands import status_of
 from engine_servers import ENGINES
 from pipeline_fixtures import assert_same_run, small_config, write_images, write_preset
+
 from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
 
 pytestmark = pytest.mark.engines

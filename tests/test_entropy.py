@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+
 from vqbeam.vqvae.quantizers.entropy import entropy_loss
 
 NUMBERS = np.random.default_rng(0)

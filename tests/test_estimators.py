@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from keras import ops
 from quantizer_checks import array, gradient, latents
+
 from vqbeam.vqvae.quantizers.estimators import ESTIMATORS, diveq, rotation_trick, straight_through
 
 D = 5

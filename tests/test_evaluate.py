@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 import vqbeam.pipelines.evaluation.reconstructions as evaluation
 from vqbeam.pipelines.cli import main as cli
 from vqbeam.pipelines.cli.main import main

@@ -4,6 +4,7 @@ import math
 import keras
 import numpy as np
 import pytest
+
 import vqbeam.pipelines.evaluation.reconstructions as evaluation
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.evaluation.reconstructions import evaluate_vqvae

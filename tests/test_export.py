@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 from measured_run import add_models
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.cli import main as cli
 from vqbeam.pipelines.cli.main import main

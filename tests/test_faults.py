@@ -13,6 +13,7 @@ from pipeline_fixtures import (
     write_images,
     write_preset,
 )
+
 from vqbeam.pipelines.cli import main as cli
 from vqbeam.pipelines.run import run_stages
 from vqbeam.vqvae.fitting.fit import load_model

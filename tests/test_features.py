@@ -3,6 +3,7 @@ import socket
 import keras
 import numpy as np
 import pytest
+
 import vqbeam.pipelines.evaluation.features as features
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.evaluation.classifier import build_classifier, feature_model

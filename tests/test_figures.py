@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
+
 from vqbeam.vqvae import figures
 from vqbeam.vqvae.figures import label_figure, reconstruction_figure, save_png
 

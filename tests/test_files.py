@@ -3,6 +3,7 @@ import os
 
 import pytest
 from etils import epath
+
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.storage.files import (
     matching,

@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 from etils import epath
 from keras import layers
+
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.fitting.checkpoints import Checkpoints
 from vqbeam.vqvae.fitting.fit import fit, load_model, save_model

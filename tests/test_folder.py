@@ -1,6 +1,7 @@
 import os
 
 import pytest
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sources import folder
 from vqbeam.vqvae.storage.labels import NO_CLASS

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from vqbeam.pipelines.evaluation.distances import Gaussian, Moments, frechet_distance
 
 

@@ -5,6 +5,7 @@ import pytest
 import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines import generate as generate_module
 from vqbeam.pipelines.cli.main import main
@@ -177,6 +178,7 @@ def test_a_run_that_was_trained_anew_meanwhile(finished_run, tmp_path, monkeypat
 
 def test_a_run_without_classes(tmp_path):
     from pipeline_fixtures import small_config, write_images
+
     from vqbeam.pipelines.cli.stage_commands import STAGES
     from vqbeam.pipelines.run import run_stages
 

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 from etils import epath
+
 from vqbeam.configs import SampleConfig, VqbeamError
 from vqbeam.pipelines.generation_order import Order
 

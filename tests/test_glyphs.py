@@ -9,6 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 from apache_beam.options.pipeline_options import PipelineOptions
 from PIL import Image
+
 from vqbeam.pipelines.sources import glyphs
 
 

@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.codebook_step import codebook_step

@@ -17,6 +17,7 @@ from gradient_fixtures import (
     some_reach,
     whole_loss,
 )
+
 from vqbeam.vqvae.quantizers import nearest
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 

@@ -16,6 +16,7 @@ from gradient_fixtures import (
     some_reach,
     values,
 )
+
 from vqbeam.vqvae.quantizers.fsq import FiniteScalarQuantizer
 from vqbeam.vqvae.quantizers.lfq import LookupFreeQuantizer
 from vqbeam.vqvae.quantizers.predictive import PredictiveQuantizer

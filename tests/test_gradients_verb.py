@@ -4,6 +4,7 @@ import keras
 import pytest
 from PIL import Image
 from pipeline_fixtures import small_config, write_images, write_preset
+
 from vqbeam.pipelines.cli.main import main
 from vqbeam.pipelines.gradients import audit_lines, step_lines
 from vqbeam.vqvae.codebook_step import CodebookStep

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+
 from vqbeam.prior.graph_uniforms import graph_uniforms
 from vqbeam.prior.uniforms import uniforms
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from vqbeam.configs import SampleConfig
 from vqbeam.prior.guidance import guidance_scales
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from etils import epath
 from quantizer_checks import array, assert_same_state, nearest_codes, state
+
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.fitting.fit import load_model, save_model
 from vqbeam.vqvae.hierarchy import HierarchicalVQVAE

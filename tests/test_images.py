@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pipeline_fixtures import png_chunk
+
 from vqbeam.pipelines.sources import images
 
 

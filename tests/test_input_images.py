@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from etils import epath
 from pipeline_fixtures import png
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.input_images import image_files, read_image
 

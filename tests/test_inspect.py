@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from pipeline_fixtures import finish_again, small_config
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.inspect import describe
 from vqbeam.vqvae.storage.run_folder import MANIFEST, STAGES, RunFolder

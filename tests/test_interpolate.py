@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pipeline_fixtures import SIDE
+
 from vqbeam.pipelines.cli.main import main
 from vqbeam.pipelines.sampling.sample import sample
 from vqbeam.vqvae.storage.run_folder import RunFolder

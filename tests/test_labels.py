@@ -1,4 +1,5 @@
 import pytest
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.labels import label_name, label_number, label_rows, parse_label
 from vqbeam.vqvae.storage.labels import Labels

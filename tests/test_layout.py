@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 from keras import ops
+
 from vqbeam.vqvae.layout import CodeLayout, code_layout
 
 FLAT = CodeLayout(11, ((3, 4),))

@@ -4,6 +4,7 @@ import pytest
 from keras import ops
 from quantizer_checks import array, built, check_quantizer, latents, nearest_codes
 from test_vector_quantizer import entropy_loss, unit
+
 from vqbeam.vqvae.quantizers.simvq import LinearVectorQuantizer
 
 K, D = 9, 4

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 import vqbeam.pipelines.evaluation.manifolds as manifolds
 from vqbeam.pipelines.evaluation.manifolds import Manifold, precision_recall
 

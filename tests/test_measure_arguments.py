@@ -1,4 +1,5 @@
 import pytest
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.cli.arguments import parse
 from vqbeam.pipelines.cli.parser import UsageError

@@ -3,6 +3,7 @@ import errno
 import apache_beam as beam
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.cli.errors import is_interrupt, user_message
 

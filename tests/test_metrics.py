@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+
 from vqbeam.vqvae.layout import CodeLayout
 from vqbeam.vqvae.metrics import (
     CodebookUse,

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+
 from vqbeam.vqvae.fitting.compilation import compile_function
 from vqbeam.vqvae.quantizers import nearest
 from vqbeam.vqvae.quantizers.nearest import nearest_codes

@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+
 from vqbeam.vqvae.networks import (
     ResidualBlock,
     build_coarser,

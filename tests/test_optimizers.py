@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 from quantizer_checks import array
+
 from vqbeam.configs import PriorConfig, VQVAEConfig, load_preset, override
 from vqbeam.prior.training import build_optimizer as build_prior_optimizer
 from vqbeam.vqvae.building import build_model

@@ -8,11 +8,11 @@ import time
 import numpy as np
 import pytest
 from pipeline_fixtures import CLASSES, SIDE, small_config, write_images, write_preset, write_tfds
+
+from vqbeam import configs
 from vqbeam.pipelines.cli import main as cli
 from vqbeam.pipelines.sources.glyphs import LETTERS, Glyphs
 from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
-
-from vqbeam import configs
 
 pytestmark = pytest.mark.slow
 

@@ -1,6 +1,7 @@
 import os
 
 import pytest
+
 from vqbeam.configs import DataConfig, VqbeamError
 from vqbeam.pipelines.places import (
     absolute,

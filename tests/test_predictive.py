@@ -9,6 +9,7 @@ from quantizer_checks import (
     latents,
     nearest_codes,
 )
+
 from vqbeam.vqvae.quantizers.predictive import PredictiveQuantizer
 
 K, D = 9, 3

@@ -16,6 +16,7 @@ from pipeline_fixtures import (
     small_config,
     write_images,
 )
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines import prepare
 from vqbeam.pipelines.prepare import (

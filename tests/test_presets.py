@@ -1,9 +1,9 @@
 import pytest
+
+from vqbeam import configs
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.cli.arguments import parse
 from vqbeam.pipelines.presets import describe
-
-from vqbeam import configs
 
 
 def test_a_line_for_each():

@@ -7,6 +7,7 @@ import pytest
 from event_files import events
 from measured_run import add_models
 from PIL import Image
+
 from vqbeam.configs import PriorConfig, VqbeamError, override
 from vqbeam.prior import training
 from vqbeam.prior.sampler import Sampler

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.provenance import check_checkpoint, checkpoint, read_provenance
 from vqbeam.vqvae.figures import save_png

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from pipeline_fixtures import read_records, run_transform
+
 from vqbeam.configs import load_preset, override
 from vqbeam.pipelines.prepare import PrepareImages
 from vqbeam.vqvae.storage.run_folder import RunFolder

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pipeline_fixtures import read_records
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.evaluation.reconstruct import reconstruct
 from vqbeam.vqvae.storage.run_folder import RunFolder

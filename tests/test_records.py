@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
+
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.layout import CodeLayout
 from vqbeam.vqvae.storage.labels import Labels

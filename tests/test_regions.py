@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from PIL import Image
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.regions import HALVES, kept_cells, kept_codes, region_mask
 from vqbeam.vqvae.layout import CodeLayout

@@ -6,6 +6,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+
 from vqbeam.vqvae.fitting.replicas import (
     from_first_replica,
     mean_over_replicas,

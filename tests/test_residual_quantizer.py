@@ -10,6 +10,7 @@ from quantizer_checks import (
     nearest_codes,
     state,
 )
+
 from vqbeam.vqvae.quantizers.residual import ResidualQuantizer
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 

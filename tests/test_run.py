@@ -7,6 +7,7 @@ import apache_beam as beam
 import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from pipeline_fixtures import small_config, write_images, write_preset
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines import run as run_module
 from vqbeam.pipelines import stages as stages_module

@@ -1,8 +1,8 @@
 import pytest
 from argument_checks import refusal
-from vqbeam.pipelines.cli.arguments import parse
 
 from vqbeam import configs
+from vqbeam.pipelines.cli.arguments import parse
 
 
 def test_reconstruct_inspect_and_presets():

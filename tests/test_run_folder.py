@@ -1,4 +1,5 @@
 import pytest
+
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.storage import files
 from vqbeam.vqvae.storage.run_folder import MANIFEST, STAGES, RunFolder, epoch_files

@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 from etils import epath
 from pipeline_fixtures import small_config
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines import lock as run_lock
 from vqbeam.vqvae.storage.run_folder import RunFolder

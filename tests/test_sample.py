@@ -8,6 +8,7 @@ import pytest
 from etils import epath
 from PIL import Image
 from pipeline_fixtures import CLASSES, SIDE
+
 from vqbeam.configs import SampleConfig, VqbeamError, override
 from vqbeam.pipelines.cli.main import main
 from vqbeam.pipelines.sampling import decoder as samples_module

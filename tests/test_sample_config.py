@@ -1,4 +1,5 @@
 import pytest
+
 from vqbeam.configs import SampleConfig, VqbeamError
 
 

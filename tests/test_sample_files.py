@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.decoder import Samples
 from vqbeam.pipelines.sampling.files import write_samples

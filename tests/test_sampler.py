@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+
 from vqbeam.configs import SampleConfig, VqbeamError
 from vqbeam.prior.guidance import guidance_scales
 from vqbeam.prior.sampler import Sampler, sample_codes, sampler_arguments

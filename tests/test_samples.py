@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from pipeline_fixtures import SIDE, small_config
+
 from vqbeam.configs import SampleConfig
 from vqbeam.pipelines.sampling.decoder import decode, fitted
 from vqbeam.vqvae.building import build_model

@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+
 from vqbeam.configs import SampleConfig, VqbeamError
 from vqbeam.pipelines.sampling.sampling_defaults import (
     changed_defaults,

@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+
 from vqbeam.vqvae.fitting.schedules import learning_rate
 
 

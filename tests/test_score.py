@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from measured_run import add_models
 from PIL import Image
+
 from vqbeam.pipelines.cli import main as cli
 from vqbeam.pipelines.cli.main import main
 from vqbeam.pipelines.sources.images import encode_png

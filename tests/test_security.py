@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 from pipeline_fixtures import SIDE, finish_again, small_config, write_images, write_tfds
+
 from vqbeam.pipelines.cli.stage_commands import STAGES
 from vqbeam.pipelines.run import run_stages
 from vqbeam.vqvae.storage.run_folder import RunFolder

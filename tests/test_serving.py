@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 import pytest
+
 from vqbeam.configs import SampleConfig
 from vqbeam.prior.guidance import guidance_scales
 from vqbeam.prior.sampler import Sampler, sampler_arguments

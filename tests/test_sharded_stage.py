@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
+
 from vqbeam.pipelines import encode, prepare
 from vqbeam.pipelines.sharded_stage import Gathered, GatherReports
 from vqbeam.pipelines.shards import ShardReport

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from pipeline_fixtures import small_config
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.shards import (
     ShardReport,

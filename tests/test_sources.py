@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from pipeline_fixtures import CLASSES, SIDE, small_config, write_images, write_tfds
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sources import _labels_of, check_source, plan, read_unit
 from vqbeam.pipelines.sources.glyphs import LETTERS, Glyphs, draw_glyph

@@ -1,11 +1,11 @@
 import pytest
 from argument_checks import PRESET, refusal
+
+from vqbeam import configs
 from vqbeam.pipelines.cli.arguments import parse
 from vqbeam.pipelines.cli.beam_flags import is_dataflow
 from vqbeam.pipelines.cli.parser import Parser
 from vqbeam.pipelines.cli.stage_commands import STAGES
-
-from vqbeam import configs
 
 FIELDS = list(configs.field_types())
 PIPELINE_VERBS = ["run", *STAGES[:-1]]

@@ -1,8 +1,9 @@
 import json
 
 import pytest
-import vqbeam.pipelines.evaluation.reference as comparison
 from measured_run import add_models, stub_classifier, stub_features
+
+import vqbeam.pipelines.evaluation.reference as comparison
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.cli import main as cli
 from vqbeam.pipelines.cli.main import main

@@ -10,6 +10,7 @@ import tensorflow as tf
 from etils import epath
 from event_files import events
 from PIL import Image
+
 from vqbeam.configs import VqbeamError, to_dict
 from vqbeam.vqvae import training
 from vqbeam.vqvae.augmentation import augment

@@ -3,6 +3,7 @@ import pytest
 from apache_beam.metrics import MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions
 from pipeline_fixtures import small_config, write_images
+
 from vqbeam.pipelines.stages import transform
 from vqbeam.vqvae.storage.run_folder import RunFolder
 

@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+
 from vqbeam.prior.block import Block
 from vqbeam.prior.head import LevelHead
 from vqbeam.prior.rotary import BASE, rotary_tables, rotate

@@ -1,4 +1,5 @@
 import numpy as np
+
 from vqbeam.prior.uniforms import uniforms
 
 

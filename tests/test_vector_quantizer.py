@@ -11,6 +11,7 @@ from quantizer_checks import (
     numbers,
     state,
 )
+
 from vqbeam.vqvae.metrics import perplexity
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 

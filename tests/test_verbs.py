@@ -1,4 +1,5 @@
 import pytest
+
 from vqbeam.pipelines.cli.verbs import VERBS, function, verb_parser
 from vqbeam.vqvae.storage.run_folder import STAGES
 

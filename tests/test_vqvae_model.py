@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import ops
+
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.fitting.fit import load_model, save_model
 from vqbeam.vqvae.layout import CodeLayout

@@ -25,6 +25,7 @@ import keras  # noqa: E402
 from conftest import _config, _prepared_run  # noqa: E402
 from quantizer_checks import array  # noqa: E402
 from test_prior_training import stateful_run  # noqa: E402
+
 from vqbeam.configs import PriorConfig, VqbeamError, override  # noqa: E402
 from vqbeam.prior.training import build_optimizer as build_prior_optimizer  # noqa: E402
 from vqbeam.prior.training import build_prior, load_prior, train_prior  # noqa: E402

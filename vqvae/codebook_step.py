@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import keras
 import numpy as np
 from keras import ops
+
 from vqbeam.vqvae.gradient_flow import codebooks, loss_gradients, losses_of, part_variables
 from vqbeam.vqvae.model import VQVAE
 from vqbeam.vqvae.quantizers.simvq import LinearVectorQuantizer

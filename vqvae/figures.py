@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
 from vqbeam.vqvae.storage.files import write_bytes
 
 _MARGIN = 4

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import keras
 from keras import ops
+
 from vqbeam.vqvae.model import VQVAE
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 from keras import ops
+
 from vqbeam.configs import Config, VqbeamError
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.codebook_step import CodebookStep, codebook_step

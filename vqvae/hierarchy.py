@@ -2,6 +2,7 @@
 
 import keras
 from keras import ops
+
 from vqbeam.vqvae.layout import CodeLayout
 from vqbeam.vqvae.model import VQVAE
 from vqbeam.vqvae.networks import (

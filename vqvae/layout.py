@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import numpy as np
+
 from vqbeam.configs import Config
 
 

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops
+
 from vqbeam.vqvae.layout import CodeLayout
 
 

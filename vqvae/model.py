@@ -2,6 +2,7 @@
 
 import keras
 from keras import ops
+
 from vqbeam.vqvae.discriminator import PatchDiscriminator
 from vqbeam.vqvae.fitting.replicas import share_of_replica
 from vqbeam.vqvae.layout import CodeLayout

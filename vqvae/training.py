@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from etils import epath
+
 from vqbeam.configs import Config, VqbeamError
 from vqbeam.vqvae.augmentation import augment
 from vqbeam.vqvae.building import build_model

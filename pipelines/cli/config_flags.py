@@ -5,12 +5,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from vqbeam import configs
 from vqbeam.configs import SECTIONS, Config, VqbeamError
 from vqbeam.configs.vqvae_config import fsq_codes
 from vqbeam.pipelines.cli.parser import Parser
 from vqbeam.pipelines.places import located
-
-from vqbeam import configs
 
 
 def add_config(parser: Parser, sections: Iterable[str]) -> dict[str, str]:

@@ -4,11 +4,10 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from vqbeam import configs
 from vqbeam.configs import HOW_MANY, SampleConfig
 from vqbeam.pipelines.cli.parser import KINDS, Parser, count, location, natural, nonempty
 from vqbeam.pipelines.cli.verbs import verb_parser
-
-from vqbeam import configs
 
 
 def parse_evaluate(verb: str, words: Sequence[str]) -> dict[str, Any]:

@@ -10,10 +10,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, get_args
 
+from vqbeam import configs
 from vqbeam.pipelines.cli.beam_flags import add_beam_flags
 from vqbeam.pipelines.places import KINDS_OF_PLACES, is_known
-
-from vqbeam import configs
 
 
 class UsageError(Exception):

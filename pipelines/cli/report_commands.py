@@ -4,12 +4,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from vqbeam import configs
 from vqbeam.configs import Config, VqbeamError
 from vqbeam.pipelines.cli.config_flags import add_config, overridden
 from vqbeam.pipelines.cli.parser import Parser, count, location, nonempty
 from vqbeam.pipelines.cli.verbs import verb_parser
-
-from vqbeam import configs
 
 
 def parse_reconstruct(verb: str, words: Sequence[str]) -> dict[str, Any]:

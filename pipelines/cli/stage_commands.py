@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from vqbeam import configs
 from vqbeam.configs import SECTIONS
 from vqbeam.pipelines.cli.beam_flags import BEAM_HELP, with_runner
 from vqbeam.pipelines.cli.config_flags import add_config, overridden
 from vqbeam.pipelines.cli.parser import location, nonempty
 from vqbeam.pipelines.cli.verbs import verb_parser
-
-from vqbeam import configs
 
 STAGES = ("prepare", "train-vqvae", "encode", "train-prior", "sample")
 

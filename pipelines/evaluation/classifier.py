@@ -5,6 +5,7 @@ import math
 import keras
 import tensorflow as tf
 from etils import epath
+
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.fitting.fit import load_model, save_model, set_seed
 from vqbeam.vqvae.fitting.progress import FitProgress

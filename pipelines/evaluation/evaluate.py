@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from vqbeam.pipelines.evaluation.classifier import classifier_accuracy
 from vqbeam.pipelines.evaluation.manifolds import NEIGHBOURS
 from vqbeam.pipelines.evaluation.reconstructions import evaluate_vqvae

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import keras
 import numpy as np
+
 from vqbeam.configs import VqbeamError, first_line
 from vqbeam.pipelines.evaluation.classifier import feature_model, load_classifier
 from vqbeam.vqvae.fitting.compilation import compile_function

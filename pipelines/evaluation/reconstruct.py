@@ -2,6 +2,7 @@
 
 import numpy as np
 from etils import epath
+
 from vqbeam.pipelines.cli.verbs import VERBS
 from vqbeam.pipelines.places import check_output
 from vqbeam.vqvae.figures import reconstruction_figure, save_png

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import keras
 import numpy as np
+
 from vqbeam.pipelines.evaluation.classifier import label_obstacle
 from vqbeam.pipelines.evaluation.distances import Moments, frechet_distance
 from vqbeam.pipelines.evaluation.features import Extract, feature_extractor

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tensorflow as tf
+
 from vqbeam.pipelines.evaluation.classifier import label_obstacle, load_classifier
 from vqbeam.pipelines.evaluation.distances import Gaussian, Moments, frechet_distance
 from vqbeam.pipelines.evaluation.features import compiled, feature_extractor

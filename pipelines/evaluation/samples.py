@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import keras
 import numpy as np
+
 from vqbeam.configs import HOW_MANY, SampleConfig
 from vqbeam.pipelines.evaluation.reference import Yardstick
 from vqbeam.prior.sampler import Sampler, sampler_arguments

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+
 from vqbeam.configs import SampleConfig, VqbeamError
 from vqbeam.pipelines.sampling.labels import label_name
 from vqbeam.pipelines.sampling.provenance import checkpoint

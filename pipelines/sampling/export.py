@@ -6,6 +6,7 @@ import uuid
 import keras
 import tensorflow as tf
 from etils import epath
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.sampling_defaults import sampling_defaults
 from vqbeam.prior.serving import serving_signatures

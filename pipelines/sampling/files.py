@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.decoder import Samples
 from vqbeam.pipelines.sampling.provenance import KEY

@@ -2,6 +2,7 @@
 
 import numpy as np
 from etils import epath
+
 from vqbeam.configs import Config, VqbeamError
 from vqbeam.pipelines.sources.folder import image_keys
 from vqbeam.pipelines.sources.images import ImageError, decode_image

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.cli.verbs import VERBS
 from vqbeam.pipelines.places import check_output

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.storage.labels import Labels
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 from PIL import Image
+
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.storage.run_folder import RunFolder
 from vqbeam.vqvae.training import MODEL_FILE

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
+
 from vqbeam.configs import SampleConfig, VqbeamError
 from vqbeam.vqvae.storage.files import read_json, write_json
 from vqbeam.vqvae.storage.run_folder import RunFolder

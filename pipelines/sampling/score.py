@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 from etils import epath
+
 from vqbeam.configs import Config, VqbeamError
 from vqbeam.pipelines.sampling.input_images import image_files, read_image
 from vqbeam.pipelines.sampling.labels import Label, label_name, parse_label

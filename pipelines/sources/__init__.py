@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
+
 from vqbeam.configs import DataConfig, VqbeamError, first_line
 from vqbeam.pipelines.sources.folder import list_folder
 from vqbeam.pipelines.sources.images import ImageError, decode_image

@@ -4,6 +4,7 @@ import csv
 import io
 
 from etils import epath
+
 from vqbeam.configs import VqbeamError
 
 FILE = "attributes.csv"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
+
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sources.attributes import FILE, read_attributes
 from vqbeam.vqvae.storage.files import is_local

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import tensorflow_datasets as tfds
 from apache_beam.options.pipeline_options import PipelineOptions
+
 from vqbeam.configs import DataConfig, VqbeamError, first_line
 from vqbeam.pipelines.cli.errors import INTERRUPTED, is_interrupt, user_message
 from vqbeam.pipelines.sources import builder_of

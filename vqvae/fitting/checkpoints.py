@@ -6,6 +6,7 @@ import tempfile
 
 import keras
 from etils import epath
+
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.storage.files import matching, read_json, write_bytes, write_json
 from vqbeam.vqvae.storage.run_folder import epoch_files

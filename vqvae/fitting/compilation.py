@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 import numpy as np
+
 from vqbeam.configs import VqbeamError
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 
 import keras
+
 from vqbeam.configs import VqbeamError
 
 

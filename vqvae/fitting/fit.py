@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import keras
 import numpy as np
 from etils import epath
+
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.fitting.checkpoints import Checkpoints
 from vqbeam.vqvae.fitting.progress import FitProgress

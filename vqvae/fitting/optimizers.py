@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 from keras import ops
+
 from vqbeam.configs import PriorConfig, VQVAEConfig
 from vqbeam.vqvae.fitting.replicas import share_of_replica, sum_over_replicas
 from vqbeam.vqvae.fitting.schedules import learning_rate

@@ -2,6 +2,7 @@
 
 import numpy as np
 from keras import ops
+
 from vqbeam.vqvae.quantizers.nearest import nearest_codes
 
 _ITERATIONS = 10

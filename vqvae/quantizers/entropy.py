@@ -1,6 +1,7 @@
 """The entropy loss: each vector sure of its code, all codes used alike."""
 
 from keras import ops
+
 from vqbeam.vqvae.fitting.replicas import mean_over_replicas
 
 _SMALL = 1e-5

@@ -5,6 +5,7 @@ import math
 import keras
 import numpy as np
 from keras import ops
+
 from vqbeam.vqvae.quantizers.base import Quantized, Quantizer
 from vqbeam.vqvae.quantizers.estimators import straight_through
 

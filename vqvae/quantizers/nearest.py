@@ -1,6 +1,7 @@
 """The nearest code of every vector, without ever holding all their distances."""
 
 from keras import ops
+
 from vqbeam.vqvae.fitting.compilation import full_precision
 
 # Numbers of a block of scores: 4 MB, which a processor core's cache holds.

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 from keras import layers, ops
+
 from vqbeam.vqvae.quantizers.base import Quantized, Quantizer
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 

@@ -2,6 +2,7 @@
 
 import keras
 from keras import ops
+
 from vqbeam.vqvae.fitting.replicas import from_first_replica, sum_over_replicas
 from vqbeam.vqvae.quantizers.base import Quantized, Quantizer, assign_where
 from vqbeam.vqvae.quantizers.clusters import initial_codebook

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
+
 from vqbeam.configs import VqbeamError
 
 

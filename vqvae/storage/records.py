@@ -22,6 +22,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
+
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.layout import CodeLayout
 from vqbeam.vqvae.storage.files import size

@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
+
 from vqbeam.configs import Config, VqbeamError, differences, from_dict, to_dict
 from vqbeam.vqvae.storage.files import matching, read_json, sizes, write_json
 

@@ -26,7 +26,7 @@ from side_by_side import table
 
 from vqbeam.configs import SampleConfig
 from vqbeam.pipelines.evaluation.reference import Yardstick
-from vqbeam.pipelines.sampling.sampling_defaults import sampling_defaults
+from vqbeam.pipelines.sampling.decoder import sampling_defaults
 from vqbeam.prior.sampler import Sampler, sampler_arguments
 from vqbeam.prior.training import load_prior
 from vqbeam.vqvae.fitting.compilation import compiled_decoder

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from measuring import report
 
-import vqbeam.pipelines.stages  # noqa: F401  `run_stages` imports it late, with all of Beam
+import vqbeam.pipelines.stages.transforms  # noqa: F401  `run_stages` imports it late, with all of Beam
 from vqbeam.pipelines.run import run_stages
 from vqbeam.vqvae.fitting.compilation import compiled_encoder
 from vqbeam.vqvae.storage.records import Shard, open_dataset, write_metadata

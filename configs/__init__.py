@@ -12,8 +12,8 @@ from vqbeam.configs.loading import (
     smoke,
     to_dict,
 )
-from vqbeam.configs.sample_config import HOW_MANY
 from vqbeam.configs.schema import (
+    HOW_MANY,
     SECTIONS,
     Config,
     DataConfig,

@@ -5,12 +5,267 @@ documentation have one source.
 """
 
 import dataclasses
+import math
+import re
 
 from vqbeam.configs.errors import VqbeamError
-from vqbeam.configs.fields import Section, check, check_type, field
-from vqbeam.configs.prior_config import PriorConfig
-from vqbeam.configs.sample_config import SampleConfig
-from vqbeam.configs.vqvae_config import VQVAEConfig
+from vqbeam.configs.fields import (
+    Section,
+    check,
+    check_epochs,
+    check_type,
+    dtype_field,
+    field,
+    schedule_field,
+    weight_ema_field,
+)
+
+# Fields that decide how many images are drawn, and not what they look like.
+HOW_MANY = ("num", "batch_size")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig(Section):
+    """How new images are drawn, unless the command line says otherwise."""
+
+    prefix = "sample"
+
+    num: int = field("images to draw", 64, minimum=1)
+    temperature: float = field("divides the logits; 0 takes the likeliest code", 1.0, minimum=0)
+    top_k: int = field("draw from the K likeliest codes only; 0 for all", 0, minimum=0)
+    top_p: float = field(
+        "draw from the smallest set of codes with this probability", 1.0, minimum=0, maximum=1
+    )
+    min_p: float = field(
+        "draw from codes at least this share as probable as the likeliest; below 1, 0 for all",
+        0.0,
+        minimum=0,
+        maximum=1,
+    )
+    guidance: float = field("classifier-free guidance scale; 1 for none", 1.0, minimum=0)
+    guidance_schedule: str = field(
+        "guide all codes alike, ever more from the first to the last, or some of them",
+        "constant",
+        choices=("constant", "linear", "interval"),
+    )
+    guidance_start: float = field(
+        "interval: share of the codes that are drawn before guidance", 0.0, minimum=0, maximum=1
+    )
+    guidance_end: float = field(
+        "interval: share of the codes that are drawn when guidance ends", 1.0, minimum=0, maximum=1
+    )
+    batch_size: int = field("images drawn at once", 64, minimum=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.top_p == 0:
+            raise VqbeamError("sample.top_p is 0.0; it must be above 0; sample.top_k 1 is greedy")
+        if self.min_p == 1:
+            raise VqbeamError("sample.min_p is 1.0; it must be below 1; sample.top_k 1 is greedy")
+        if self.guidance_start >= self.guidance_end:
+            raise VqbeamError(
+                f"sample.guidance_start is {self.guidance_start}; it must be below "
+                f"sample.guidance_end ({self.guidance_end})"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PriorConfig(Section):
+    """Transformer and training of stage 2."""
+
+    prefix = "prior"
+
+    layers: int = field("transformer blocks", 6, minimum=1)
+    width: int = field("width of the residual stream", 256, minimum=4)
+    heads: int = field("attention heads", 8, minimum=1)
+    kv_heads: int = field(
+        "heads of keys and values, which heads share: fewer make sampling lighter; "
+        "0 for as many as heads",
+        0,
+        minimum=0,
+    )
+    dropout: float = field("dropout rate in the blocks", 0.1, minimum=0, maximum=0.9)
+    label_dropout: float = field(
+        "share of examples trained without their label, for guidance", 0.1, minimum=0, maximum=0.9
+    )
+    batch_size: int = field("code grids in a training batch, over all devices", 64, minimum=1)
+    grad_accumulation: int = field(
+        "parts in which a batch is computed, one after the other, to save memory; "
+        "a step is a whole batch",
+        1,
+        minimum=1,
+    )
+    steps: int = field("training steps in all", 10_000, minimum=1)
+    steps_per_epoch: int = field("steps between checkpoints", 500, minimum=1)
+    early_stopping: int = field(
+        "end after this many epochs without a better validation loss, and keep the best weights; "
+        "0 for neither",
+        0,
+        minimum=0,
+    )
+    learning_rate: float = field("peak learning rate of AdamW", 1e-3, minimum=0)
+    schedule: str = schedule_field()
+    warmup_steps: int = field("steps of linear warm-up", 200, minimum=0)
+    weight_decay: float = field("decoupled weight decay", 0.05, minimum=0)
+    clip_norm: float = field("clip the gradient to this norm; 0 for never", 1.0, minimum=0)
+    weight_ema: float = weight_ema_field()
+    pictures: int = field(
+        "images drawn for TensorBoard after each epoch; 0 for none", 16, minimum=0, maximum=16
+    )
+    dtype: str = dtype_field("transformer")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_epochs(self.prefix, self.steps, self.steps_per_epoch)
+        if self.width % self.heads or (self.width // self.heads) % 4:
+            raise VqbeamError(
+                f"prior.width is {self.width} and prior.heads is {self.heads}; the width of a "
+                "head must be a whole multiple of 4, for 2-D rotary positions"
+            )
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise VqbeamError(
+                f"prior.heads is {self.heads}, which prior.kv_heads ({self.kv_heads}) does not "
+                "divide; 0 takes as many"
+            )
+        if self.batch_size % self.grad_accumulation:
+            raise VqbeamError(
+                f"prior.batch_size is {self.batch_size}, which prior.grad_accumulation "
+                f"({self.grad_accumulation}) does not divide"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VQVAEConfig(Section):
+    """Network, quantizer and training of stage 1."""
+
+    prefix = "vqvae"
+
+    quantizer: str = field(
+        "vector: nearest of a codebook; predictive: of what its neighbours cannot predict; "
+        "residual: several codes in turn; fsq: rounded numbers; lfq: signs; simvq: a learned map "
+        "of a fixed codebook",
+        "vector",
+        choices=("vector", "predictive", "residual", "fsq", "lfq", "simvq"),
+    )
+    num_codes: int = field("codebook size K, of each level", 512, minimum=2, maximum=2**20)
+    code_dim: int = field("length D of a codebook vector (not fsq, lfq)", 64, minimum=1)
+    depth: int = field("codes at each position (residual)", 1, minimum=1, maximum=64)
+    grids: int = field(
+        "1, or 2 for VQ-VAE-2: a top grid of half the sides as well", 1, minimum=1, maximum=2
+    )
+    fsq_levels: str = field("values of each channel, such as 8,8,8 for K = 512 (fsq)", "8,8,8")
+    downsampling: int = field("image side over grid side, a power of two", 4, minimum=2)
+    width: int = field("channels of the encoder and decoder", 128, minimum=4)
+    residual_layers: int = field("residual blocks in each of encoder and decoder", 2, minimum=0)
+    residual_width: int = field("channels inside a residual block", 32, minimum=1)
+    commitment: float = field("weight β of the commitment loss (all but fsq)", 0.25, minimum=0)
+    entropy: float = field(
+        "weight of the entropy loss, for sure and diverse codes (all but fsq)", 0.0, minimum=0
+    )
+    lookup: str = field(
+        "nearest by distance or by angle (vector, simvq)", "l2", choices=("l2", "cosine")
+    )
+    estimator: str = field(
+        "how the gradient passes the quantizer (not fsq, lfq)",
+        "straight_through",
+        choices=("straight_through", "rotation", "diveq"),
+    )
+    codebook_update: str = field(
+        "what moves the codebook: moving averages or the codebook loss "
+        "(vector, predictive, residual)",
+        "ema",
+        choices=("ema", "gradient"),
+    )
+    codebook_init: str = field(
+        "where the codebook begins: anywhere, at encoder outputs, or at their cluster centres",
+        "random",
+        choices=("random", "data", "kmeans"),
+    )
+    ema_decay: float = field("decay of the moving averages", 0.99, minimum=0, maximum=0.99999)
+    restart_below: float = field(
+        "move codes used less than this share of the mean onto data; 0 for never "
+        "(vector, predictive, residual)",
+        0.03,
+        minimum=0,
+        maximum=0.9,
+    )
+    balance: float = field(
+        "how strongly codes in much use are avoided; 0 takes the nearest "
+        "(vector, predictive, residual)",
+        0.0,
+        minimum=0,
+        maximum=10,
+    )
+    batch_size: int = field("images in a training batch, over all devices", 64, minimum=1)
+    steps: int = field("training steps in all", 10_000, minimum=1)
+    steps_per_epoch: int = field("steps between checkpoints", 500, minimum=1)
+    optimizer: str = field(
+        "muon makes the steps of convolutions orthogonal: fewer of them, each a little slower",
+        "adam",
+        choices=("adam", "muon"),
+    )
+    learning_rate: float = field("peak learning rate", 3e-4, minimum=0)
+    schedule: str = schedule_field()
+    warmup_steps: int = field("steps of linear warm-up", 0, minimum=0)
+    clip_norm: float = field("clip the gradient to this norm; 0 for never", 0.0, minimum=0)
+    weight_ema: float = weight_ema_field()
+    augment: str = field(
+        "vary the training images: mirrored, shifted, or both",
+        "none",
+        choices=("none", "flip", "crop", "flip_crop"),
+    )
+    adversarial: float = field(
+        "weight of a patch discriminator's loss, for sharper pictures", 0.0, minimum=0
+    )
+    adversarial_start: int = field("step at which that loss sets in", 0, minimum=0)
+    dtype: str = dtype_field("networks")
+
+    @property
+    def fsq_sizes(self) -> tuple[int, ...]:
+        """`fsq_levels` as numbers."""
+        return tuple(int(size) for size in self.fsq_levels.split(","))
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_epochs(self.prefix, self.steps, self.steps_per_epoch)
+        if self.downsampling & (self.downsampling - 1):
+            raise VqbeamError(
+                f"vqvae.downsampling is {self.downsampling}; it must be a power of two"
+            )
+        self._check_quantizer()
+
+    def _check_quantizer(self):
+        if self.quantizer == "residual" and (self.grids > 1 or self.lookup == "cosine"):
+            raise VqbeamError("vqvae.quantizer is residual; use vqvae.grids 1, vqvae.lookup l2")
+        if self.quantizer == "predictive" and self.lookup == "cosine":
+            raise VqbeamError("vqvae.quantizer is predictive; use vqvae.lookup l2")
+        if self.quantizer == "residual" and self.depth < 2:
+            raise VqbeamError("vqvae.quantizer is residual; set vqvae.depth to 2 or more")
+        if self.quantizer != "residual" and self.depth > 1:
+            raise VqbeamError(f"vqvae.depth is {self.depth}; set vqvae.quantizer to residual")
+        if self.quantizer == "lfq" and self.num_codes & (self.num_codes - 1):
+            raise VqbeamError(f"vqvae.num_codes is {self.num_codes}; lfq takes a power of two")
+        if self.quantizer == "fsq":
+            self._check_fsq()
+
+    def _check_fsq(self):
+        codes = fsq_codes(self.fsq_levels)
+        if codes is None or min(self.fsq_sizes) < 2:
+            raise VqbeamError(
+                f"vqvae.fsq_levels is {self.fsq_levels!r}; give numbers from 2 up, such as 8,8,8"
+            )
+        if codes != self.num_codes:
+            raise VqbeamError(
+                f"vqvae.fsq_levels {self.fsq_levels} make {codes} codes, vqvae.num_codes is "
+                f"{self.num_codes}; set it to {codes}"
+            )
+
+
+def fsq_codes(levels: str) -> int | None:
+    """Returns how many codes levels such as "8,8,8" make, or None where they are none."""
+    if not re.fullmatch(r"\d+(,\d+)*", levels):
+        return None
+    return math.prod(map(int, levels.split(",")))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

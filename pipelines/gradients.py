@@ -2,26 +2,36 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from etils import epath
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import LogLocator, NullFormatter
+from PIL import Image
 
 from vqbeam.configs import Config, VqbeamError
 from vqbeam.pipelines.cli.beam_flags import with_runner
 from vqbeam.pipelines.cli.verbs import VERBS
-from vqbeam.pipelines.gradient_figure import gradient_figure
 from vqbeam.pipelines.places import check_output
-from vqbeam.pipelines.sources import Unit, decode, plan, read_unit
+from vqbeam.pipelines.sources import Source, Unit, open_source
 from vqbeam.pipelines.sources.images import ImageError
-from vqbeam.pipelines.sources.tfds import prepare_source
 from vqbeam.vqvae.building import build_model
-from vqbeam.vqvae.codebook_step import CodebookStep
 from vqbeam.vqvae.figures import save_png
 from vqbeam.vqvae.fitting.fit import set_seed
 from vqbeam.vqvae.fitting.progress import progress_bar
-from vqbeam.vqvae.gradients import Audit, audit, estimator_of, set_estimator, training_errors
+from vqbeam.vqvae.gradients import (
+    Audit,
+    CodebookStep,
+    audit,
+    estimator_of,
+    set_estimator,
+    training_errors,
+)
 from vqbeam.vqvae.model import VQVAE
 from vqbeam.vqvae.storage.records import damaged_records
 from vqbeam.vqvae.storage.run_folder import RunFolder
@@ -168,11 +178,12 @@ def _of_run(run: RunFolder) -> _Subject:
 
 
 def _of_preset(config: Config) -> _Subject:
-    prepare_source(config.data, with_runner([]))
-    units = [unit for unit in plan(config.data) if unit.shard.split == "train"]
+    source = open_source(config.data)
+    source.download(with_runner([]))
+    units = [unit for unit in source.plan() if unit.shard.split == "train"]
 
     def batches():
-        images = _endless_images(config, units)
+        images = _endless_images(source, units)
         while True:
             batch = itertools.islice(images, config.vqvae.batch_size)
             yield scale_batch(np.stack(list(batch))).numpy()
@@ -184,17 +195,17 @@ def _of_preset(config: Config) -> _Subject:
     return _Subject(f"preset {config.name}, before its first step", config, model, batches)
 
 
-def _endless_images(config: Config, units: Sequence[Unit]) -> Iterator[np.ndarray]:
+def _endless_images(source: Source, units: Sequence[Unit]) -> Iterator[np.ndarray]:
     """Yields the images of units over and over, uint8 [H, W, C]; what is damaged is left out."""
     while True:
         found = False
-        for raw in itertools.chain.from_iterable(read_unit(config.data, unit) for unit in units):
+        for raw in itertools.chain.from_iterable(source.read(unit) for unit in units):
             with contextlib.suppress(ImageError):
-                yield decode(raw, config.data)
+                yield source.decode(raw)
                 found = True
         if not found:
             raise VqbeamError(
-                f"{config.data.source} has no training image that can be decoded; check it"
+                f"{source.data.source} has no training image that can be decoded; check it"
             )
 
 
@@ -203,3 +214,120 @@ def _readable(run_dir: str | None):
     if run_dir is None:
         return contextlib.nullcontext()
     return damaged_records(RunFolder(run_dir).folder("prepare"))
+
+
+_COLOURS = {
+    "reconstruction": "#1f5fbf",
+    "codebook": "#2a8a3e",
+    "commitment": "#d1495b",
+    "entropy": "#8a5fb0",
+    "discriminator": "#8c6d1f",
+    "adversarial": "#d97706",
+}
+_CLOSED = "#b5b5b5"
+_BOX_WIDTH, _BOX_GAP = 2.3, 0.9
+_LANE = 0.85
+
+
+def gradient_figure(
+    audits: Sequence[Audit], curves: Mapping[str, Sequence[float]] | None = None
+) -> Image.Image:
+    """Draws a diagram of each audit, one below the other, and curves of training below them.
+
+    The boxes stand in the order in which an image passes them. Each loss has a line of its own
+    under them, with an arrow up to each part that its gradient reaches, and the gradient's norm
+    beside it; where no path is open, a cross.
+
+    Args:
+        audits: At least one.
+        curves: By name the reconstruction errors after 0, 1, 2, ... training steps.
+    """
+    heights = [2.2 + _LANE * len(found.norms) for found in audits] + ([3.2] if curves else [])
+    figure = Figure(figsize=(9.5, sum(heights)), layout="constrained", facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for place, found in zip(axes, audits, strict=False):
+        draw_paths(place, found)
+    if curves:
+        draw_curves(axes[-1], curves)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def draw_paths(axes: Axes, audit: Audit) -> None:
+    """Draws the boxes of an audit and the path of each loss to each of them."""
+    parts = _parts(audit)
+    lefts = {part: i * (_BOX_WIDTH + _BOX_GAP) for i, part in enumerate(parts)}
+    for part, left in lefts.items():
+        _draw_box(axes, left, parts[part], closed=part not in _reachable(audit))
+        if left:
+            arrow = {"arrowstyle": "-|>", "color": "black"}
+            axes.annotate("", (left, 0.5), (left - _BOX_GAP, 0.5), arrowprops=arrow)
+    slots = len(audit.norms) + 1
+    for lane, (loss, norms) in enumerate(audit.norms.items()):
+        height = -_LANE * (lane + 0.7)
+        colour = _COLOURS.get(loss, "black")
+        axes.text(-0.35, height, loss, color=colour, ha="right", va="center", weight="bold")
+        axes.plot([-0.25, max(lefts.values()) + _BOX_WIDTH], [height] * 2, color=colour, lw=0.7)
+        for part, norm in norms.items():
+            across = lefts[part] + _BOX_WIDTH * (lane + 1) / slots - 0.15
+            _draw_path(axes, across, height, norm, colour)
+    axes.set_title(f"estimator: {audit.estimator or 'that of rounding'}", loc="left")
+    axes.set_xlim(-2.3, max(lefts.values()) + _BOX_WIDTH + 0.6)
+    axes.set_ylim(-_LANE * (len(audit.norms) + 0.2), 1.2)
+    axes.set_axis_off()
+
+
+def draw_curves(axes: Axes, curves: Mapping[str, Sequence[float]]) -> None:
+    """Draws reconstruction errors over training steps, the last one written at its end."""
+    for name, errors in curves.items():
+        (line,) = axes.plot(range(len(errors)), errors, label=name, lw=1.2)
+        end = (len(errors) - 1, errors[-1])
+        style = {"textcoords": "offset points", "va": "center", "color": line.get_color()}
+        axes.annotate(f"{errors[-1]:.3f}", end, (4, 0), **style)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("reconstruction error\n(share of the variance)")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.08)
+    axes.legend(frameon=False)
+
+
+def _parts(audit: Audit) -> dict[str, str]:
+    """Returns what is written in each box, by part, in the order of the boxes."""
+    codebook = {
+        "gradient": "quantizer\nand codebook",
+        "moving average": "quantizer\n(codebook by\nmoving average)",
+        "nothing": "quantizer\n(no codebook)",
+    }[audit.moved_by]
+    texts = {"encoder": "encoder", "predictions": "predictions", "codebook": codebook}
+    texts |= {"decoder": "decoder", "discriminator": "discriminator"}
+    return {part: text for part, text in texts.items() if part in {*_reachable(audit), "codebook"}}
+
+
+def _reachable(audit: Audit) -> set[str]:
+    return {part for norms in audit.norms.values() for part in norms}
+
+
+def _draw_box(axes, left, text, *, closed):
+    face = "#eeeeee" if closed else "#fff7e0"
+    box = FancyBboxPatch((left, 0), _BOX_WIDTH, 1, boxstyle="round,pad=0.02", fc=face, ec="black")
+    axes.add_patch(box)
+    axes.text(left + _BOX_WIDTH / 2, 0.5, text, ha="center", va="center", fontsize=9)
+
+
+def _draw_path(axes, across, height, norm, colour):
+    """Draws an arrow up to a box, with the norm beside it, or a crossed stub where it is 0."""
+    if norm:
+        arrow = {"arrowstyle": "-|>", "color": colour, "lw": 1.6, "shrinkA": 0, "shrinkB": 0}
+        axes.annotate("", (across, -0.05), (across, height), arrowprops=arrow)
+        # Arrows of the losses below may pass here: the number stands before them.
+        style = {"fontsize": 8, "zorder": 5, "bbox": {"fc": "white", "ec": "none", "pad": 0.5}}
+        axes.text(across + 0.08, height + 0.2, f"{norm:.2g}", color=colour, **style)
+        return
+    top = height + 0.3
+    axes.plot([across] * 2, [height, top], color=_CLOSED, lw=1.6)
+    axes.plot([across], [top], marker="x", color=_CLOSED, ms=8, mew=2)
+    axes.text(across + 0.12, height + 0.2, "0", color="#808080", fontsize=8)

@@ -36,9 +36,9 @@ def run_stages(
             check_shared(places_of(config.data))
     if "prepare" in stages and not run.exists():
         # First, so that no folder is bound to a dataset whose name was mistyped.
-        from vqbeam.pipelines.sources import check_source
+        from vqbeam.pipelines.sources import open_source
 
-        check_source(config.data)
+        open_source(config.data).check()
     if run.exists() and run.load_config() == config and run.done(stages) == set(stages):
         _tell_what_is_done(run, stages)
     else:
@@ -84,12 +84,12 @@ def _run_pipeline(
     import apache_beam as beam
 
     from vqbeam.pipelines.beam import run_pipeline
-    from vqbeam.pipelines.stages import transform
+    from vqbeam.pipelines.stages.transforms import transform
 
     if "prepare" in stages:
-        from vqbeam.pipelines.sources.tfds import prepare_source
+        from vqbeam.pipelines.sources import open_source
 
-        prepare_source(config.data, beam_args)
+        open_source(config.data).download(beam_args)
 
     def build(pipeline):
         runs = pipeline | beam.Create([absolute(str(run.root))])

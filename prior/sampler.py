@@ -12,10 +12,8 @@ import numpy as np
 from keras import ops
 
 from vqbeam.configs import SampleConfig, VqbeamError
-from vqbeam.prior.filters import draw_codes
-from vqbeam.prior.guidance import guidance_scales
-from vqbeam.prior.labels import check_labels
-from vqbeam.prior.transformer import CodePrior
+from vqbeam.prior.filters import draw_codes, guidance_scales
+from vqbeam.prior.transformer import CodePrior, check_labels
 from vqbeam.prior.uniforms import uniforms
 from vqbeam.vqvae.fitting.compilation import compile_function
 from vqbeam.vqvae.layout import CodeLayout

@@ -10,11 +10,12 @@ from typing import Any
 
 import keras
 import keras_nlp
+import numpy as np
 from keras import ops
 
+from vqbeam.configs import VqbeamError
 from vqbeam.prior.accumulation import AccumulatingModel
 from vqbeam.prior.block import Block
-from vqbeam.prior.head import LevelHead
 from vqbeam.vqvae.layout import CodeLayout
 
 
@@ -191,3 +192,81 @@ class CodePrior(AccumulatingModel):
             "conditioning": self.conditioning,
         }
         return super().get_config() | own
+
+
+@keras.saving.register_keras_serializable("vqbeam")
+class LevelHead(keras.layers.Layer):
+    """Maps each position by the matrix of the level of its code, one of [width, K] for each level.
+
+    The matrices start at zero, so that an untrained model has a loss of exactly log K.
+
+    Args:
+        layout: How the codes of an image lie in one sequence.
+    """
+
+    def __init__(self, layout: CodeLayout, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.layout = CodeLayout.of(layout)
+
+    def build(self, input_shape: tuple[int | None, ...]):
+        """Creates the weights, for inputs [B, N, width]."""
+        shape = (self.layout.levels, input_shape[-1], self.layout.num_codes)
+        self.kernel = self.add_weight(shape=shape, initializer="zeros", name="kernel")
+
+    def call(self, x, position=None):
+        """Returns the logits of a whole sequence, or of one position.
+
+        Args:
+            x: Tensor [B, T, width], or [B, 1, width] of one position.
+            position: int32 scalar in [0, T), which position that is; None for all.
+
+        Returns:
+            A tensor [B, T, K], or [B, 1, K] of one position.
+        """
+        if self.layout.levels == 1:
+            return ops.matmul(x, ops.unstack(self.kernel.value)[0])
+        if position is not None:
+            return self._at(x, position)
+        return self._by_depth(x) if self.layout.depth > 1 else self._by_grid(x)
+
+    def _at(self, x, position):
+        level = ops.take(self.layout.level, position)
+        return ops.matmul(x, ops.take(self.kernel, level, axis=0))
+
+    def _by_depth(self, x):
+        layout, (_, width, num_codes) = self.layout, self.kernel.shape
+        x = ops.reshape(x, (-1, layout.length // layout.depth, layout.depth, width))
+        logits = ops.einsum("bpdw,dwk->bpdk", x, self.kernel)
+        return ops.reshape(logits, (-1, layout.length, num_codes))
+
+    def _by_grid(self, x):
+        bounds = np.flatnonzero(np.diff(self.layout.level)) + 1
+        parts = ops.split(x, bounds.tolist(), axis=1)
+        matrices = ops.unstack(self.kernel.value)
+        return ops.concatenate(
+            [ops.matmul(part, matrix) for part, matrix in zip(parts, matrices, strict=True)],
+            axis=1,
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
+        return super().get_config() | {"layout": dataclasses.asdict(self.layout)}
+
+
+def check_labels(model: CodePrior, labels: np.ndarray) -> None:
+    """Raises a VqbeamError where labels [N], or attributes [N, A], are none of the prior's."""
+    count = model.num_labels
+    if model.conditioning == "attributes":
+        if labels.shape[1:] != (count,) or not np.isin(labels, (-1, 0, 1)).all():
+            raise VqbeamError(
+                f"labels of shape {labels.shape} are given, but the prior knows {count} "
+                "attributes; give each image a 0 or 1 for each of them, or −1 for none"
+            )
+        return
+    wrong = labels[(labels < -1) | (labels > model.null_label)]
+    if wrong.size:
+        raise VqbeamError(
+            f"label {wrong[0]} is out of range; the prior knows labels 0 to {count - 1}"
+            if count
+            else f"label {wrong[0]} is given, but the prior was trained without classes; use -1"
+        )

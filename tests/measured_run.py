@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from vqbeam.pipelines.evaluation.classifier import build_classifier
+from vqbeam.pipelines.evaluation.features import build_classifier
 from vqbeam.prior.training import STAGE as TRAIN_PRIOR
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.building import build_model

@@ -166,7 +166,7 @@ def read_records(folder):
 
 def gathered(add_facts, shards):
     """Returns what a stage of Beam would make of `(run path, report)` before its last step."""
-    from vqbeam.pipelines.sharded_stage import GatherReports
+    from vqbeam.pipelines.beam import GatherReports
 
     combine = GatherReports(add_facts)
     found = combine.create_accumulator()

@@ -2,7 +2,7 @@ import pytest
 from etils import epath
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.sources.attributes import read_attributes
+from vqbeam.pipelines.sources.folder import read_attributes
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 import tensorflow as tf
 from pipeline_fixtures import finish_again
 
-import vqbeam.pipelines.evaluation.classifier as classifier
+import vqbeam.pipelines.evaluation.features as classifier
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.evaluation.classifier import (
+from vqbeam.pipelines.evaluation.features import (
     build_classifier,
     classifier_accuracy,
     feature_model,

@@ -76,7 +76,7 @@ def test_sample_dispatch(target):
 
 
 def test_reconstruct_dispatch(target):
-    calls = target("evaluation.reconstruct", "reconstruct")
+    calls = target("evaluation.reconstructions", "reconstruct")
     assert main(["reconstruct", "d", "--output", "a.png", "--num", "3"]) == 0
     assert calls == [{"run_dir": "d", "output": "a.png", "num": 3}]
 

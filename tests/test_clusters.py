@@ -3,7 +3,7 @@ import pytest
 from keras import ops
 from quantizer_checks import array, latents, nearest_codes
 
-from vqbeam.vqvae.quantizers.clusters import initial_codebook
+from vqbeam.vqvae.quantizers.nearest import initial_codebook
 
 
 def initial(vectors, num_codes, method, seed=0):

@@ -4,8 +4,12 @@ import pytest
 from measured_run import stub_classifier, stub_features
 
 import vqbeam.pipelines.evaluation.reference as comparison
-from vqbeam.pipelines.evaluation.distances import Moments, frechet_distance
-from vqbeam.pipelines.evaluation.manifolds import Manifold, precision_recall
+from vqbeam.pipelines.evaluation.distances import (
+    Manifold,
+    Moments,
+    frechet_distance,
+    precision_recall,
+)
 from vqbeam.pipelines.evaluation.reference import Yardstick
 
 pytestmark = pytest.mark.slow

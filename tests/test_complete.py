@@ -7,7 +7,7 @@ from pipeline_fixtures import CLASSES, SIDE, small_config, write_images
 
 from vqbeam.pipelines.cli.main import main
 from vqbeam.pipelines.sampling.complete import _completed, _kept_part, _label, _likeliest
-from vqbeam.pipelines.sampling.regions import region_mask
+from vqbeam.pipelines.sampling.input_images import region_mask
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.layout import CodeLayout

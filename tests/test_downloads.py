@@ -7,8 +7,7 @@ from commands import ROOT
 from pipeline_fixtures import small_config
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.sources import check_source
-from vqbeam.pipelines.sources.tfds import prepare_source
+from vqbeam.pipelines.sources import open_source
 
 BEAM = ["--runner=FnApiRunner"]
 
@@ -27,9 +26,9 @@ def test_a_host_that_cannot_be_reached(tmp_path, monkeypatch, capsys):
         raise ConnectionError("Max retries exceeded\nwith url: /x")
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", unreachable)
-    check_source(settings)  # says nothing of a dataset that is only not there yet
+    open_source(settings).check()  # says nothing of a dataset that is only not there yet
     with pytest.raises(VqbeamError) as caught:
-        prepare_source(settings, BEAM)
+        open_source(settings).download(BEAM)
     assert str(caught.value) == (
         "TFDS could not prepare fashion_mnist/3.0.1 (Max retries exceeded); where its host cannot "
         "be reached, prepare it elsewhere and give its folder by --data.data-dir"
@@ -50,14 +49,14 @@ def test_what_is_not_the_hosts_fault(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
     with pytest.raises(type(error)) as caught:
-        prepare_source(data("tfds:fashion_mnist", data_dir=str(tmp_path)), BEAM)
+        open_source(data("tfds:fashion_mnist", data_dir=str(tmp_path))).download(BEAM)
     assert caught.value is error
 
 
 INTERRUPTED = """
 import os, signal, sys, threading, time
 import tensorflow_datasets as tfds
-from vqbeam.pipelines.sources.tfds import prepare_source
+from vqbeam.pipelines.sources import open_source
 from vqbeam.configs import DataConfig
 
 def download(self, **_):
@@ -67,7 +66,7 @@ def download(self, **_):
     time.sleep(300)
 
 tfds.core.DatasetBuilder.download_and_prepare = download
-prepare_source(DataConfig(source="tfds:fashion_mnist", data_dir=sys.argv[1]), [])
+open_source(DataConfig(source="tfds:fashion_mnist", data_dir=sys.argv[1])).download([])
 """
 
 

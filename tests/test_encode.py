@@ -12,9 +12,9 @@ from pipeline_fixtures import (
 )
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines import encode
-from vqbeam.pipelines.cli.errors import user_message
-from vqbeam.pipelines.encode import (
+from vqbeam.pipelines.errors import user_message
+from vqbeam.pipelines.stages import encode
+from vqbeam.pipelines.stages.encode import (
     STAGE,
     EncodeImages,
     ImageShard,
@@ -22,12 +22,12 @@ from vqbeam.pipelines.encode import (
     encode_shard,
     finish_codes,
 )
+from vqbeam.vqvae.augmentation import variants
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.fitting.fit import save_model
 from vqbeam.vqvae.storage.records import Shard
 from vqbeam.vqvae.storage.run_folder import RunFolder
 from vqbeam.vqvae.training import MODEL_FILE, load_vqvae
-from vqbeam.vqvae.variants import variants
 
 pytestmark = pytest.mark.slow
 

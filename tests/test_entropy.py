@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from vqbeam.vqvae.quantizers.entropy import entropy_loss
+from vqbeam.vqvae.quantizers.base import entropy_loss
 
 NUMBERS = np.random.default_rng(0)
 CODEBOOK = NUMBERS.normal(size=(5, 3)).astype("float32")

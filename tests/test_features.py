@@ -6,8 +6,7 @@ import pytest
 
 import vqbeam.pipelines.evaluation.features as features
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.evaluation.classifier import build_classifier, feature_model
-from vqbeam.pipelines.evaluation.features import feature_extractor
+from vqbeam.pipelines.evaluation.features import build_classifier, feature_extractor, feature_model
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from etils import epath
 from PIL import Image
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines import generate as generate_module
 from vqbeam.pipelines.cli.main import main
-from vqbeam.pipelines.generate import generate
 from vqbeam.pipelines.lock import LOCK_FILE, locked
 from vqbeam.pipelines.sampling.sample import sample
+from vqbeam.pipelines.stages import generate as generate_module
+from vqbeam.pipelines.stages.generate import generate
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow

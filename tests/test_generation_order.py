@@ -4,7 +4,7 @@ import pytest
 from etils import epath
 
 from vqbeam.configs import SampleConfig, VqbeamError
-from vqbeam.pipelines.generation_order import Order
+from vqbeam.pipelines.stages.generate import Order
 
 
 @pytest.fixture

@@ -5,10 +5,16 @@ from keras import layers
 
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.building import build_model
-from vqbeam.vqvae.codebook_step import codebook_step
 from vqbeam.vqvae.fitting.optimizers import build_optimizer
-from vqbeam.vqvae.gradient_flow import loss_gradients, losses_of
-from vqbeam.vqvae.gradients import audit, estimator_of, set_estimator, training_errors
+from vqbeam.vqvae.gradients import (
+    audit,
+    codebook_step,
+    estimator_of,
+    loss_gradients,
+    losses_of,
+    set_estimator,
+    training_errors,
+)
 from vqbeam.vqvae.model import VQVAE
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 

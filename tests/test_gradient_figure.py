@@ -3,7 +3,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from vqbeam.pipelines.gradient_figure import draw_curves, draw_paths, gradient_figure
+from vqbeam.pipelines.gradients import draw_curves, draw_paths, gradient_figure
 from vqbeam.vqvae.gradients import Audit
 
 NORMS = {

@@ -7,8 +7,7 @@ from pipeline_fixtures import small_config, write_images, write_preset
 
 from vqbeam.pipelines.cli.main import main
 from vqbeam.pipelines.gradients import audit_lines, step_lines
-from vqbeam.vqvae.codebook_step import CodebookStep
-from vqbeam.vqvae.gradients import Audit
+from vqbeam.vqvae.gradients import Audit, CodebookStep
 
 pytestmark = pytest.mark.slow
 

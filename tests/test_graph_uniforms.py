@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from vqbeam.prior.graph_uniforms import graph_uniforms
+from vqbeam.prior.serving import graph_uniforms
 from vqbeam.prior.uniforms import uniforms
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from vqbeam.configs import SampleConfig
-from vqbeam.prior.guidance import guidance_scales
+from vqbeam.prior.filters import guidance_scales
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from pipeline_fixtures import png, png_chunk, read_keys, run_transform, small_config
 
-from vqbeam.pipelines.prepare import DEAD_LETTERS, STAGE, PrepareImages
+from vqbeam.pipelines.stages.prepare import DEAD_LETTERS, STAGE, PrepareImages
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow

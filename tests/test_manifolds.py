@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-import vqbeam.pipelines.evaluation.manifolds as manifolds
-from vqbeam.pipelines.evaluation.manifolds import Manifold, precision_recall
+import vqbeam.pipelines.evaluation.distances as manifolds
+from vqbeam.pipelines.evaluation.distances import Manifold, precision_recall
 
 
 def line(*places):

@@ -5,7 +5,7 @@ import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.cli.errors import is_interrupt, user_message
+from vqbeam.pipelines.errors import is_interrupt, user_message
 
 MESSAGE = "folder 'x' holds no image; give another"
 
@@ -103,7 +103,7 @@ def test_the_worker_of_a_remote_runner():
     error = RuntimeError(
         "Pipeline job-1 failed in state FAILED: java.lang.RuntimeException: Error received from "
         "SDK harness for instruction 2: Traceback (most recent call last):\n"
-        '  File "pipelines/prepare.py", line 9, in process\n'
+        '  File "pipelines/stages/prepare.py", line 9, in process\n'
         f"vqbeam.configs.errors.VqbeamError: {MESSAGE} [while running 'prepare/Read']\n\n"
         "\tat org.apache.beam.runners.fnexecution.control.FnApiControlClient\n"
         "Caused by: java.lang.RuntimeException: Error received from SDK harness\n"

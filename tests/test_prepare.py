@@ -18,8 +18,10 @@ from pipeline_fixtures import (
 )
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines import prepare
-from vqbeam.pipelines.prepare import (
+from vqbeam.pipelines.sources import open_source
+from vqbeam.pipelines.sources.images import decode_image
+from vqbeam.pipelines.stages import prepare
+from vqbeam.pipelines.stages.prepare import (
     DEAD_LETTERS,
     STAGE,
     PrepareImages,
@@ -27,8 +29,6 @@ from vqbeam.pipelines.prepare import (
     finish_images,
     prepare_shard,
 )
-from vqbeam.pipelines.sources import plan
-from vqbeam.pipelines.sources.images import decode_image
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
 
@@ -106,7 +106,7 @@ def test_every_image_is_there_once_as_decoded(prepared, folder):
         assert CLASSES[example["label"]] == key.partition("/")[0]
     # In the order of the source, split by split.
     planned = {"train": [], "validation": []}
-    for unit in plan(config.data):
+    for unit in open_source(config.data).plan():
         planned[unit.shard.split] += [key for key, _ in unit.images]
     for split, some in records.items():
         in_order = [key for key in planned[split] if key in keys]
@@ -174,7 +174,7 @@ def test_two_workers_write_the_same(prepared, tmp_path):
 def do_stage(run):
     """The steps of the transform without Beam, for what they raise."""
     run.begin(STAGE)
-    units = plan(run.load_config().data)
+    units = open_source(run.load_config().data).plan()
     shards = [prepare_shard(str(run.root), unit) for unit in units]
     finish_images(str(run.root), gathered(add_facts, shards))
 
@@ -248,13 +248,13 @@ def test_classes_that_came_meanwhile(tmp_path):
     pixels = write_images(tmp_path / "source", 23)
     run = start(tmp_path / "run", f"folder:{tmp_path / 'source'}")
     run.begin(STAGE)
-    units = plan(run.load_config().data)
+    units = open_source(run.load_config().data).plan()
     first = prepare_shard(str(run.root), units[0])[1]
     # The last by name: the numbers of the others stay, and so may the images of a shard.
     (tmp_path / "source" / "zebra").mkdir()
     whole = (tmp_path / "source" / "Banana" / "000.png").read_bytes()
     (tmp_path / "source" / "zebra" / "new.png").write_bytes(whole)
-    same = units[0]._replace(labels=plan(run.load_config().data)[0].labels)
+    same = units[0]._replace(labels=open_source(run.load_config().data).plan()[0].labels)
     again = prepare_shard(str(run.root), same)[1]
     assert first.facts["labels"][0] == CLASSES
     assert again.facts["labels"][0] == (*CLASSES, "zebra")
@@ -310,7 +310,7 @@ def test_a_split_of_which_nothing_is_left(tmp_path, split, purpose):
         data__max_failed=1.0,
         data__validation_share=0.5,
     )
-    for unit in plan(run.load_config().data):
+    for unit in open_source(run.load_config().data).plan():
         if unit.shard.split == split:
             for key, _ in unit.images:
                 (folder / key).write_bytes(b"nothing")
@@ -324,13 +324,13 @@ def test_goes_on_after_a_kill_though_files_were_added(tmp_path):
     pixels = write_images(folder, 23)
     run = start(tmp_path / "run", f"folder:{folder}")
     run.begin(STAGE)
-    units = plan(run.load_config().data)
+    units = open_source(run.load_config().data).plan()
     for unit in units[:3]:
         prepare_shard(str(run.root), unit)
     # As many shards as before, of which some hold other images now.
     extra = folder / "apple" / "new.png"
     extra.write_bytes((folder / "Banana" / "000.png").read_bytes())
-    assert len(plan(run.load_config().data)) == len(units)
+    assert len(open_source(run.load_config().data).plan()) == len(units)
     do_stage(run)
     records = read_records(run.folder(STAGE))
     keys = [example["key"].decode() for some in records.values() for example in some]
@@ -341,7 +341,7 @@ def test_the_last_step_may_be_done_twice(tmp_path):
     write_images(tmp_path / "source", 8)
     run = start(tmp_path / "run", f"folder:{tmp_path / 'source'}")
     run.begin(STAGE)
-    units = plan(run.load_config().data)
+    units = open_source(run.load_config().data).plan()
     reports = gathered(add_facts, [prepare_shard(str(run.root), unit) for unit in units])
     finish_images(str(run.root), reports)
     manifest = run.manifest(STAGE)

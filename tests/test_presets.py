@@ -3,7 +3,7 @@ import pytest
 from vqbeam import configs
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.cli.arguments import parse
-from vqbeam.pipelines.presets import describe
+from vqbeam.pipelines.inspect import describe_presets as describe
 
 
 def test_a_line_for_each():

@@ -4,7 +4,7 @@ import tensorflow_datasets as tfds
 from pipeline_fixtures import read_records, run_transform
 
 from vqbeam.configs import load_preset, override
-from vqbeam.pipelines.prepare import PrepareImages
+from vqbeam.pipelines.stages.prepare import PrepareImages
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow

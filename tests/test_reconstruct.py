@@ -6,7 +6,7 @@ from PIL import Image
 from pipeline_fixtures import read_records
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.evaluation.reconstruct import reconstruct
+from vqbeam.pipelines.evaluation.reconstructions import reconstruct
 from vqbeam.vqvae.storage.run_folder import RunFolder
 from vqbeam.vqvae.training import load_vqvae
 

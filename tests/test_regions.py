@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.sampling.regions import HALVES, kept_cells, kept_codes, region_mask
+from vqbeam.pipelines.sampling.input_images import HALVES, kept_cells, kept_codes, region_mask
 from vqbeam.vqvae.layout import CodeLayout
 
 

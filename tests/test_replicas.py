@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from vqbeam.vqvae.fitting.replicas import (
+from vqbeam.vqvae.fitting.devices import (
     from_first_replica,
     mean_over_replicas,
     share_of_replica,

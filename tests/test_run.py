@@ -10,9 +10,9 @@ from pipeline_fixtures import small_config, write_images, write_preset
 
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines import run as run_module
-from vqbeam.pipelines import stages as stages_module
 from vqbeam.pipelines.lock import LOCK_FILE, locked
 from vqbeam.pipelines.run import run_stages
+from vqbeam.pipelines.stages.transforms import transforms as stages_module
 from vqbeam.vqvae.storage.run_folder import MANIFEST, STAGES, RunFolder
 
 ALL = tuple(STAGES)

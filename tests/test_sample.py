@@ -13,9 +13,9 @@ from vqbeam.configs import SampleConfig, VqbeamError, override
 from vqbeam.pipelines.cli.main import main
 from vqbeam.pipelines.sampling import decoder as samples_module
 from vqbeam.pipelines.sampling import sample as sample_module
+from vqbeam.pipelines.sampling.decoder import store_sampling_defaults
 from vqbeam.pipelines.sampling.provenance import checkpoint
 from vqbeam.pipelines.sampling.sample import Samples, sample, sample_stage
-from vqbeam.pipelines.sampling.sampling_defaults import store_sampling_defaults
 from vqbeam.vqvae.figures import save_png
 from vqbeam.vqvae.storage.run_folder import RunFolder
 from vqbeam.vqvae.training import load_vqvae

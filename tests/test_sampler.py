@@ -9,7 +9,7 @@ import pytest
 from keras import ops
 
 from vqbeam.configs import SampleConfig, VqbeamError
-from vqbeam.prior.guidance import guidance_scales
+from vqbeam.prior.filters import guidance_scales
 from vqbeam.prior.sampler import Sampler, sample_codes, sampler_arguments
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.prior.uniforms import uniforms

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from vqbeam.configs import SampleConfig, VqbeamError
-from vqbeam.pipelines.sampling.sampling_defaults import (
+from vqbeam.pipelines.sampling.decoder import (
     changed_defaults,
     sampling_defaults,
     store_sampling_defaults,

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from vqbeam.vqvae.fitting.schedules import learning_rate
+from vqbeam.vqvae.fitting.optimizers import learning_rate
 
 
 def rates(steps, **arguments):

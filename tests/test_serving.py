@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from vqbeam.configs import SampleConfig
-from vqbeam.prior.guidance import guidance_scales
+from vqbeam.prior.filters import guidance_scales
 from vqbeam.prior.sampler import Sampler, sampler_arguments
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.building import build_model

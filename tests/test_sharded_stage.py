@@ -4,9 +4,9 @@ import pytest
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
 
-from vqbeam.pipelines import encode, prepare
-from vqbeam.pipelines.sharded_stage import Gathered, GatherReports
-from vqbeam.pipelines.shards import ShardReport
+from vqbeam.pipelines.beam import Gathered, GatherReports
+from vqbeam.pipelines.stages import encode, prepare
+from vqbeam.pipelines.stages.shards import ShardReport
 from vqbeam.vqvae.storage.records import Shard
 
 

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from pipeline_fixtures import small_config
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.shards import (
+from vqbeam.pipelines.stages.shards import (
     ShardReport,
     remove_leftovers,
     write_dataset_metadata,
@@ -94,7 +94,7 @@ def test_killed_between_shard_and_report(run, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("vqbeam.pipelines.shards.write_json", killed)
+        patch.setattr("vqbeam.pipelines.stages.shards.write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             write(run, b"one")
     assert write(run, b"other")[1] and read(run) == [b"other"]
@@ -169,7 +169,7 @@ def test_reports_are_json(run):
 ARENAS = """
 import ctypes, re, sys, tempfile, threading
 from etils import epath
-from vqbeam.pipelines.shards import write_shard_once
+from vqbeam.pipelines.stages.shards import write_shard_once
 from vqbeam.vqvae.storage.records import Shard
 
 if sys.argv[2] == "write":

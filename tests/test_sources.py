@@ -7,13 +7,25 @@ import tensorflow as tf
 from pipeline_fixtures import CLASSES, SIDE, small_config, write_images, write_tfds
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.sources import _labels_of, check_source, plan, read_unit
+from vqbeam.pipelines.sources import open_source
 from vqbeam.pipelines.sources.glyphs import LETTERS, Glyphs, draw_glyph
 from vqbeam.pipelines.sources.images import decode_image
-from vqbeam.pipelines.sources.tfds import prepare_source
+from vqbeam.pipelines.sources.tfds import _labels_of
 from vqbeam.vqvae.storage.labels import Labels
 
 BEAM = ["--runner=FnApiRunner"]
+
+
+def plan(data):
+    return open_source(data).plan()
+
+
+def check_source(data):
+    open_source(data).check()
+
+
+def prepare_source(data, beam_args):
+    open_source(data).download(beam_args)
 
 
 def data(source, **changes):
@@ -25,7 +37,7 @@ def read_all(data):
     return [
         (unit.shard.split, *raw[:1], raw.label, raw.data)
         for unit in plan(data)
-        for raw in read_unit(data, unit)
+        for raw in open_source(data).read(unit)
     ]
 
 

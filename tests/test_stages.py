@@ -4,7 +4,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from vqbeam.pipelines.cli.stage_commands import STAGES
-from vqbeam.pipelines.stages import GPU_HINTS, transform
+from vqbeam.pipelines.stages.transforms import GPU_HINTS, transform
 from vqbeam.vqvae.storage import run_folder
 
 

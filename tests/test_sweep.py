@@ -8,8 +8,8 @@ from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.cli import main as cli
 from vqbeam.pipelines.cli.main import main
 from vqbeam.pipelines.evaluation.evaluate import measure_prior, prior_lines
-from vqbeam.pipelines.evaluation.samples import PriorMeter
-from vqbeam.pipelines.sampling.sampling_defaults import sampling_defaults
+from vqbeam.pipelines.evaluation.reference import PriorMeter
+from vqbeam.pipelines.sampling.decoder import sampling_defaults
 
 pytestmark = pytest.mark.slow
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vqbeam.pipelines.evaluation.sweep_figure import sweep_figure
+from vqbeam.pipelines.evaluation.sweep import sweep_figure
 
 VALUES = {"guidance": [1.0, 2.0], "temperature": [0.7, 0.8, 0.9]}
 RESULTS = [

@@ -4,7 +4,7 @@ from apache_beam.metrics import MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions
 from pipeline_fixtures import small_config, write_images
 
-from vqbeam.pipelines.stages import transform
+from vqbeam.pipelines.stages.transforms import transform
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow

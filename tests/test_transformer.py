@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from vqbeam.prior.block import Block
-from vqbeam.prior.head import LevelHead
-from vqbeam.prior.rotary import BASE, rotary_tables, rotate
-from vqbeam.prior.transformer import CodePrior
+from vqbeam.prior.block import BASE, Block, rotary_tables, rotate
+from vqbeam.prior.transformer import CodePrior, LevelHead
 from vqbeam.vqvae.layout import CodeLayout
 
 # A grid of one code has nothing to attend to but itself.

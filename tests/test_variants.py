@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vqbeam.vqvae.variants import variant_count, variants
+from vqbeam.vqvae.augmentation import variant_count, variants
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 40, 24, 2), np.uint8)
 FLIP = IMAGES[:, :, ::-1]

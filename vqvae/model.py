@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from vqbeam.vqvae.discriminator import PatchDiscriminator
-from vqbeam.vqvae.fitting.replicas import share_of_replica
+from vqbeam.vqvae.fitting.devices import share_of_replica
 from vqbeam.vqvae.layout import CodeLayout
 from vqbeam.vqvae.metrics import CodebookUse
 from vqbeam.vqvae.networks import build_decoder, build_encoder

@@ -7,7 +7,7 @@ from typing import Any
 
 from vqbeam import configs
 from vqbeam.configs import SECTIONS, Config, VqbeamError
-from vqbeam.configs.vqvae_config import fsq_codes
+from vqbeam.configs.schema import fsq_codes
 from vqbeam.pipelines.cli.parser import Parser
 from vqbeam.pipelines.places import located
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 
 from vqbeam.pipelines.cli.arguments import Command, parse
 from vqbeam.pipelines.cli.early_checks import check
-from vqbeam.pipelines.cli.errors import INTERRUPTED, is_interrupt, user_message
 from vqbeam.pipelines.cli.parser import UsageError
 from vqbeam.pipelines.cli.verbs import VERBS, function
+from vqbeam.pipelines.errors import INTERRUPTED, is_interrupt, user_message
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -47,7 +47,7 @@ VERBS = {
     "generate": Verb(
         "draw very many images, as a Beam pipeline",
         "cli.sampling_commands:parse_generate",
-        "generate:generate",
+        "stages.generate:generate",
         needs=_MODELS,
     ),
     "complete": Verb(
@@ -67,7 +67,7 @@ VERBS = {
     "reconstruct": Verb(
         "draw held-out images above their reconstructions",
         "cli.report_commands:parse_reconstruct",
-        "evaluation.reconstruct:reconstruct",
+        "evaluation.reconstructions:reconstruct",
         needs=("prepare", "train-vqvae"),
         outputs=(".png",),
     ),
@@ -103,7 +103,7 @@ VERBS = {
     "presets": Verb(
         "list the presets, or the settings of one",
         "cli.report_commands:parse_presets",
-        "presets:describe",
+        "inspect:describe_presets",
     ),
 }
 

@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from vqbeam.pipelines.evaluation.classifier import classifier_accuracy
-from vqbeam.pipelines.evaluation.manifolds import NEIGHBOURS
+from vqbeam.pipelines.evaluation.distances import NEIGHBOURS
+from vqbeam.pipelines.evaluation.features import classifier_accuracy
 from vqbeam.pipelines.evaluation.reconstructions import evaluate_vqvae
-from vqbeam.pipelines.evaluation.reference import Yardstick
-from vqbeam.pipelines.evaluation.samples import FIGURES, PriorMeter, sampler_settings
+from vqbeam.pipelines.evaluation.reference import FIGURES, PriorMeter, Yardstick, sampler_settings
 from vqbeam.pipelines.evaluation.sweep import sweep as sweep_settings
-from vqbeam.pipelines.sampling.sampling_defaults import sampling_defaults
+from vqbeam.pipelines.sampling.decoder import sampling_defaults
 from vqbeam.prior.training import STAGE as TRAIN_PRIOR
 from vqbeam.vqvae.storage.files import write_json
 from vqbeam.vqvae.storage.run_folder import RunFolder

@@ -1,15 +1,23 @@
 """What the Fréchet distance sees of images: features of the run's classifier, or of Inception."""
 
 import contextlib
+import math
 import socket
 from collections.abc import Callable
 
 import keras
 import numpy as np
+import tensorflow as tf
+from etils import epath
 
 from vqbeam.configs import VqbeamError, first_line
-from vqbeam.pipelines.evaluation.classifier import feature_model, load_classifier
 from vqbeam.vqvae.fitting.compilation import compile_function
+from vqbeam.vqvae.fitting.fit import load_model, save_model, set_seed
+from vqbeam.vqvae.fitting.optimizers import learning_rate
+from vqbeam.vqvae.fitting.progress import FitProgress
+from vqbeam.vqvae.storage.files import read_json, write_json
+from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
+from vqbeam.vqvae.storage.records import damaged_records, open_dataset, read_split, training_batches
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
 _INCEPTION_SIDE = 299
@@ -87,3 +95,127 @@ def _impatient():
         yield
     finally:
         socket.setdefaulttimeout(before)
+
+
+FEATURES = "features"
+_BATCH_SIZE = 128
+# Five passes over 50,000 images; small datasets are passed over more often, and overfitted.
+_MOST_STEPS = 2000
+_MOST_PASSES = 100
+
+
+def load_classifier(run: RunFolder) -> keras.Model:
+    """Returns the classifier of a run's images, and trains it where there is none of these images.
+
+    It is stored as `evaluation/classifier.keras`; `evaluation/classifier.json` is written last and
+    holds the accuracy on the validation split.
+
+    Returns:
+        A model from uint8 [B, H, W, C] to logits float32 [B, classes].
+
+    Raises:
+        VqbeamError: The images are not prepared or damaged, or the run has fewer than two classes.
+    """
+    prepared = run.require("prepare")
+    if label_obstacle(prepared):
+        raise VqbeamError(
+            f"{run.root} has no classes, and the classifier learns from them; use "
+            "--features inception"
+        )
+    path, facts = run.evaluation / "classifier.keras", run.evaluation / "classifier.json"
+    seed = run.load_config().seed
+    identity = {"images": run.result_hash("prepare"), "seed": seed}
+    if path.exists() and identity.items() <= _read(facts).items():
+        return load_model(path)
+    facts.unlink(missing_ok=True)
+    run.evaluation.mkdir(parents=True, exist_ok=True)
+    with damaged_records(run.folder("prepare")):
+        model = _train(run, prepared, seed)
+        accuracy = _accuracy(run, model)
+    save_model(model, path)
+    write_json(facts, {**identity, "accuracy": accuracy})
+    return model
+
+
+def label_obstacle(prepared: dict) -> str | None:
+    """Returns why a run's images cannot teach a classifier, or None where they can.
+
+    Args:
+        prepared: The manifest of the prepare stage.
+    """
+    labels = Labels.of(prepared)
+    if labels.kind == "attributes":
+        return "attributes are no classes for the classifier to learn"
+    return "no classes for the classifier to learn" if len(labels.names) < 2 else None
+
+
+def classifier_accuracy(run: RunFolder) -> float:
+    """Returns the share of the validation split that the stored classifier classifies rightly."""
+    return _read(run.evaluation / "classifier.json")["accuracy"]
+
+
+def feature_model(classifier: keras.Model) -> keras.Model:
+    """Returns the part of a classifier from uint8 images to pooled features, float32 [B, 256]."""
+    return keras.Model(classifier.input, classifier.get_layer(FEATURES).output)
+
+
+def build_classifier(image_shape: tuple[int, int, int], classes: int) -> keras.Model:
+    """Returns an untrained classifier from uint8 images to logits.
+
+    It computes in float32 everywhere, so that its features are the same on every machine up to
+    rounding, and strides early, so that a CPU trains it in minutes.
+    """
+    images = keras.Input(image_shape, dtype="uint8")
+    x = keras.layers.Rescaling(1 / 127.5, offset=-1.0)(images)
+    for channels, stride in ((32, 2), (64, 1), (128, 2), (256, 2)):
+        x = keras.layers.Conv2D(channels, 3, stride, padding="same", use_bias=False)(x)
+        # The default of 0.99 would take longer to settle than small datasets train.
+        x = keras.layers.BatchNormalization(momentum=0.9)(x)
+        x = keras.layers.ReLU()(x)
+    x = keras.layers.GlobalAveragePooling2D(name=FEATURES)(x)
+    return keras.Model(images, keras.layers.Dense(classes)(x))
+
+
+def _train(run: RunFolder, prepared: dict, seed: int) -> keras.Model:
+    unlabelled = prepared["statistics"]["images_per_label"].get(str(NO_CLASS), 0)
+    size = prepared["counts"]["train"] - unlabelled
+    batch_size = min(_BATCH_SIZE, size)
+    steps = min(_MOST_STEPS, _MOST_PASSES * math.ceil(size / batch_size))
+    set_seed(seed)
+    model = build_classifier(run.load_config().image_shape, len(prepared["label_names"]))
+    schedule = learning_rate(3e-3, steps=steps, warmup_steps=steps // 10)
+    model.compile(
+        keras.optimizers.AdamW(schedule, weight_decay=0.01),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    batches = training_batches(
+        _examples(run, "train"), size=size, batch_size=batch_size, first_step=0, seed=seed
+    )
+    progress = FitProgress("classifier", steps=steps, first_step=0, batch_size=batch_size)
+    model.fit(
+        batches.prefetch(4),
+        steps_per_epoch=steps,
+        shuffle=False,  # the batches come shuffled
+        verbose=0,
+        callbacks=[progress],
+    )
+    return model
+
+
+def _accuracy(run: RunFolder, model: keras.Model) -> float:
+    accuracy = keras.metrics.SparseCategoricalAccuracy()
+    for images, labels in _examples(run, "validation").batch(_BATCH_SIZE).as_numpy_iterator():
+        accuracy.update_state(labels, model.predict_on_batch(images))
+    return float(accuracy.result())
+
+
+def _examples(run: RunFolder, split: str):
+    """Returns the images of a split that have a class, and it."""
+    examples = read_split(open_dataset(run.folder("prepare")), split).map(
+        lambda example: (example["image"], example["label"]), num_parallel_calls=tf.data.AUTOTUNE
+    )
+    return examples.filter(lambda _, label: label != NO_CLASS)
+
+
+def _read(facts: epath.Path) -> dict:
+    return read_json(facts) if facts.exists() else {}

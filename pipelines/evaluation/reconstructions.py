@@ -4,10 +4,13 @@ from collections.abc import Iterable
 
 import keras
 import numpy as np
+from etils import epath
 
-from vqbeam.pipelines.evaluation.classifier import label_obstacle
+from vqbeam.pipelines.cli.verbs import VERBS
 from vqbeam.pipelines.evaluation.distances import Moments, frechet_distance
-from vqbeam.pipelines.evaluation.features import Extract, feature_extractor
+from vqbeam.pipelines.evaluation.features import Extract, feature_extractor, label_obstacle
+from vqbeam.pipelines.places import check_output
+from vqbeam.vqvae.figures import reconstruction_figure, save_png
 from vqbeam.vqvae.fitting.compilation import compiled_decoder, compiled_encoder
 from vqbeam.vqvae.fitting.progress import progress_bar
 from vqbeam.vqvae.layout import CodeLayout
@@ -26,6 +29,7 @@ from vqbeam.vqvae.storage.files import write_json
 from vqbeam.vqvae.storage.records import damaged_records, open_dataset, read_split
 from vqbeam.vqvae.storage.run_folder import RunFolder
 from vqbeam.vqvae.training import load_vqvae
+from vqbeam.vqvae.training import reconstruct as reconstruct_images
 
 
 def evaluate_vqvae(run: RunFolder, features: str = "classifier") -> dict:
@@ -145,3 +149,24 @@ class _Sums:
             "frechet": frechet_distance(originals, copies),
             "feature_dim": len(originals.mean),
         }
+
+
+def reconstruct(run_dir: str, output: str, num: int = 16) -> None:
+    """Draws the first `num` images of the validation split above their reconstructions.
+
+    Raises:
+        VqbeamError: The run has no trained VQ-VAE, or `output` does not end in .png.
+    """
+    check_output(output, VERBS["reconstruct"].outputs)
+    path = epath.Path(output).expanduser()
+    run = RunFolder(run_dir)
+    run.load_config()
+    model = load_vqvae(run)
+    run.require("prepare")
+    builder = open_dataset(run.folder("prepare"))
+    size = builder.info.splits["validation"].num_examples
+    with damaged_records(run.folder("prepare")):
+        examples = read_split(builder, "validation", last=min(num, size))
+        images = np.stack([example["image"] for example in examples.as_numpy_iterator()])
+    save_png(reconstruction_figure(images, reconstruct_images(model, images)), path)
+    print(f"originals above their reconstructions, {len(images)} of each: {path}")

@@ -10,13 +10,24 @@ from etils import epath
 from vqbeam.configs import SampleConfig
 from vqbeam.pipelines.cli.verbs import VERBS
 from vqbeam.pipelines.places import check_output
-from vqbeam.pipelines.sampling.decoder import decode, draw_grids, fitted, learned_labels, provenance
+from vqbeam.pipelines.sampling.decoder import (
+    changed_defaults,
+    decode,
+    draw_grids,
+    fitted,
+    learned_labels,
+    provenance,
+)
 from vqbeam.pipelines.sampling.files import remove_listed
-from vqbeam.pipelines.sampling.input_images import image_files, read_image
+from vqbeam.pipelines.sampling.input_images import (
+    image_files,
+    kept_cells,
+    kept_codes,
+    read_image,
+    region_mask,
+)
 from vqbeam.pipelines.sampling.labels import Label, parse_label
 from vqbeam.pipelines.sampling.provenance import KEY
-from vqbeam.pipelines.sampling.regions import kept_cells, kept_codes, region_mask
-from vqbeam.pipelines.sampling.sampling_defaults import changed_defaults
 from vqbeam.prior.likelihood import code_scorer
 from vqbeam.prior.training import load_prior
 from vqbeam.prior.transformer import CodePrior

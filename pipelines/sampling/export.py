@@ -8,7 +8,7 @@ import tensorflow as tf
 from etils import epath
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.sampling.sampling_defaults import sampling_defaults
+from vqbeam.pipelines.sampling.decoder import sampling_defaults
 from vqbeam.prior.serving import serving_signatures
 from vqbeam.prior.training import load_prior
 from vqbeam.vqvae.storage.run_folder import RunFolder

@@ -9,10 +9,16 @@ from etils import epath
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.cli.verbs import VERBS
 from vqbeam.pipelines.places import check_output
-from vqbeam.pipelines.sampling.decoder import decode, draw_grids, fitted, learned_labels, provenance
+from vqbeam.pipelines.sampling.decoder import (
+    changed_defaults,
+    decode,
+    draw_grids,
+    fitted,
+    learned_labels,
+    provenance,
+)
 from vqbeam.pipelines.sampling.labels import label_name, parse_label
 from vqbeam.pipelines.sampling.provenance import KEY
-from vqbeam.pipelines.sampling.sampling_defaults import changed_defaults
 from vqbeam.prior.training import load_prior
 from vqbeam.vqvae.figures import label_figure, save_png
 from vqbeam.vqvae.storage.run_folder import RunFolder

@@ -10,11 +10,17 @@ from etils import epath
 from vqbeam.configs import SampleConfig
 from vqbeam.pipelines.cli.verbs import VERBS
 from vqbeam.pipelines.places import check_output
-from vqbeam.pipelines.sampling.decoder import Samples, draw_samples, fitted, learned_labels
+from vqbeam.pipelines.sampling.decoder import (
+    Samples,
+    changed_defaults,
+    check_guidance,
+    draw_samples,
+    fitted,
+    learned_labels,
+)
 from vqbeam.pipelines.sampling.files import write_samples
 from vqbeam.pipelines.sampling.labels import label_rows
 from vqbeam.pipelines.sampling.provenance import check_checkpoint, read_provenance
-from vqbeam.pipelines.sampling.sampling_defaults import changed_defaults, check_guidance
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
 STAGE = "sample"

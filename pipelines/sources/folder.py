@@ -1,18 +1,59 @@
 """A folder of image files as a dataset: which files it holds, their classes and splits."""
 
+import csv
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+import io
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.sources.attributes import FILE, read_attributes
+from vqbeam.pipelines.sources.source import RawImage, Source, Unit
 from vqbeam.vqvae.storage.files import is_local
 from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+
+
+class FolderSource(Source):
+    """`folder:PATH`: image files in a folder, one subfolder a class."""
+
+    may_change = True
+
+    @property
+    def path(self) -> str:
+        """The path, as it was given."""
+        return self.data.source.removeprefix("folder:")
+
+    def listing(self) -> tuple[dict[str, Sequence[Any]], Labels]:
+        """Returns `(key, label)` of the images; see `Source.listing` and `list_folder`."""
+        found = list_folder(
+            self.path,
+            validation_share=self.data.validation_share,
+            max_images=self.data.max_images,
+        )
+        if not found.splits["validation"]:
+            raise VqbeamError(
+                f"{self.data.source} has no image to hold out; it takes two images or more, and "
+                "data.validation_share above 0"
+            )
+        return found.splits, found.labels
+
+    def read(self, unit: Unit) -> Iterator[RawImage]:
+        """Yields the bytes of the files; see `Source.read`."""
+        root = epath.Path(self.path).expanduser()
+        for key, label in unit.images:
+            yield RawImage(key, _bytes_of(root / key), label)
+
+
+def _bytes_of(file: epath.Path) -> bytes | OSError:
+    try:
+        return file.read_bytes()
+    # One of a million files that may not be read, or is gone by now, is no reason to end.
+    except (PermissionError, FileNotFoundError) as error:
+        return error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,3 +207,45 @@ def _hash(key: str) -> float:
     """Returns a number in [0, 1) that depends on the key alone, on every machine."""
     digest = hashlib.blake2b(key.encode(), digest_size=6).digest()
     return int.from_bytes(digest) / 2**48
+
+
+FILE = "attributes.csv"
+
+
+def read_attributes(file: epath.Path) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
+    """Reads a table whose first column is the path of an image below the folder of the file.
+
+    Each other column is an attribute, with 1 for the images that have it and 0 for the others. Rows
+    of images that are not in the folder do no harm.
+
+    Returns:
+        The names of the attributes, and for each path the values.
+
+    Raises:
+        VqbeamError: The table has no attribute, one without a name or twice, or another value.
+    """
+    try:
+        text = file.read_bytes().decode("utf-8-sig")  # spreadsheets write a byte-order mark
+        rows = csv.reader(io.StringIO(text, newline=""))
+        _, *names = next(rows, [""])
+        lines = {row[0]: _values(file, rows.line_num, row, names) for row in rows if row}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise VqbeamError(f"{file} is not a CSV table in UTF-8 ({error}); save it anew") from error
+    if not names:
+        raise VqbeamError(f"{file} has no attribute; give each a column, behind that of the path")
+    wrong = [name for name in names if not name or "," in name or names.count(name) > 1]
+    if wrong:
+        raise VqbeamError(
+            f"{file} has an attribute {wrong[0]!r}; give each a name of its own without a comma"
+        )
+    return tuple(names), lines
+
+
+def _values(file, line: int, row: list[str], names: list[str]) -> tuple[int, ...]:
+    values = [value.strip() for value in row[1:]]
+    if len(values) != len(names) or not set(values) <= {"0", "1"}:
+        raise VqbeamError(
+            f"{file}, line {line}: {','.join(values)!r}; give 0 or 1 for each of the "
+            f"{len(names)} attributes"
+        )
+    return tuple(map(int, values))

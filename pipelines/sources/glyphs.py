@@ -1,6 +1,8 @@
 """A made dataset of letters: real images to train on where nothing can be downloaded."""
 
+import contextlib
 import functools
+import io
 import math
 import pathlib
 
@@ -9,6 +11,8 @@ import matplotlib
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw, ImageFont
+
+from vqbeam.pipelines.sources.tfds import TfdsSource
 
 SIZE = 32
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -156,3 +160,22 @@ def _pose(mask: Image.Image, rng: np.random.Generator) -> np.ndarray:
 def _shift(extent: float, rng: np.random.Generator) -> float:
     limit = min((SIZE - extent) / 2, _MAX_SHIFT)
     return rng.uniform(-limit, limit)
+
+
+class GlyphsSource(TfdsSource):
+    """`glyphs`: the letters, which TFDS renders on this machine and keeps like a dataset."""
+
+    def builder(self) -> Glyphs:
+        """Returns the builder of the letters."""
+        return Glyphs(**self.builder_options())
+
+    def announcement(self, builder: Glyphs) -> str:
+        """Returns the line that is printed before the letters are rendered."""
+        count = sum(builder.COUNTS.values())
+        return f"drawing the {count:,} letters of {builder.info.full_name}, once, into " + str(
+            builder.data_dir
+        )
+
+    def quiet(self) -> contextlib.AbstractContextManager:
+        """Returns a context without TFDS's message on a download, since there is none."""
+        return contextlib.redirect_stdout(io.StringIO())

@@ -1,59 +1,208 @@
-"""Datasets that are not there yet: TFDS downloads and prepares them, and glyphs are drawn."""
+"""Datasets of TensorFlow Datasets, which downloads and prepares them where they are not yet."""
 
 import contextlib
-import io
+import difflib
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
+import tensorflow as tf
 import tensorflow_datasets as tfds
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from vqbeam.configs import DataConfig, VqbeamError, first_line
-from vqbeam.pipelines.cli.errors import INTERRUPTED, is_interrupt, user_message
-from vqbeam.pipelines.sources import builder_of
+from vqbeam.pipelines.errors import INTERRUPTED, is_interrupt, user_message
+from vqbeam.pipelines.sources.source import RawImage, Source, Unit
+from vqbeam.vqvae.storage.labels import Labels
+from vqbeam.vqvae.storage.records import damaged_records
+
+_SPLITS = ("train", "validation")
+_READ_AT_ONCE = 16  # more is no faster, and photographs may be large
 
 
-def prepare_source(data: DataConfig, beam_args: Sequence[str]) -> None:
-    """Has TFDS download and prepare its dataset, where that was not done yet.
+class TfdsSource(Source):
+    """`tfds:NAME[/CONFIG][:VERSION]`: two splits of a dataset, or parts of them."""
 
-    Raises:
-        VqbeamError: There is no such dataset, or it cannot be had; the message says what to do.
-    """
-    if data.source.startswith("folder:"):
-        return
-    builder = builder_of(data)
-    if builder.is_prepared():
-        return
-    print(_announcement(data, builder), flush=True)
-    config = tfds.download.DownloadConfig(
-        beam_options=PipelineOptions(list(beam_args)),
-        manual_dir=data.manual_dir,
-        try_download_gcs=False,
-    )
+    def builder(self) -> tfds.core.DatasetBuilder:
+        """Returns the builder of the dataset, prepared or not.
+
+        Raises:
+            VqbeamError: TFDS has no such dataset.
+        """
+        name = self.data.source.removeprefix("tfds:")
+        try:
+            return tfds.builder(name, **self.builder_options())
+        except tfds.core.DatasetNotFoundError as error:
+            known = tfds.list_builders(with_community_datasets=False)
+            close = difflib.get_close_matches(name.partition("/")[0].partition(":")[0], known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "see tfds.list_builders()"
+            raise VqbeamError(f"TFDS has no dataset {name!r}; {hint}") from error
+        except (ValueError, AssertionError) as error:
+            raise VqbeamError(f"TFDS refuses {name!r}: {first_line(error)}") from error
+
+    def builder_options(self) -> dict[str, str]:
+        """Returns where TFDS keeps the dataset, if the section says so."""
+        return {"data_dir": self.data.data_dir} if self.data.data_dir else {}
+
+    def check(self) -> None:
+        """Checks what is known of the dataset, prepared or not; see `Source.check`."""
+        builder = self.builder()
+        if builder.is_prepared():
+            self.plan()
+        else:
+            _labels(self.data, builder.info)
+
+    def download(self, beam_args: Sequence[str]) -> None:
+        """Has TFDS download and prepare the dataset, where that was not done yet."""
+        builder = self.builder()
+        if builder.is_prepared():
+            return
+        print(self.announcement(builder), flush=True)
+        config = tfds.download.DownloadConfig(
+            beam_options=PipelineOptions(list(beam_args)),
+            manual_dir=self.data.manual_dir,
+            try_download_gcs=False,
+        )
+        try:
+            with _ended_by_an_interrupt(), self.quiet():
+                builder.download_and_prepare(download_config=config)
+        except Exception as error:
+            if is_interrupt(error) or user_message(error):
+                raise
+            raise VqbeamError(
+                f"TFDS could not prepare {builder.info.full_name} ({first_line(error)}); where its "
+                "host cannot be reached, prepare it elsewhere and give its folder by "
+                "--data.data-dir"
+            ) from error
+
+    def announcement(self, builder) -> str:
+        """Returns the line that is printed before the dataset is prepared."""
+        return (
+            f"{builder.info.full_name} is not in {builder.data_dir} yet: TFDS prepares it there "
+            "(if its host cannot be reached, interrupt, and name a prepared copy by "
+            "--data.data-dir)"
+        )
+
+    def quiet(self) -> contextlib.AbstractContextManager:
+        """Returns a context in which TFDS prepares the dataset."""
+        return contextlib.nullcontext()
+
+    def listing(self) -> tuple[dict[str, Sequence[Any]], Labels]:
+        """Returns the numbers that the images have in their TFDS splits; see `Source.listing`."""
+        data, info = self.data, self.builder().info
+        splits = {split: _images_of(info, data, split)[: data.max_images] for split in _SPLITS}
+        if _split_of(data, "train") == _split_of(data, "validation") and _overlap(*splits.values()):
+            raise VqbeamError(
+                f"data.train_split {data.train_split} and data.validation_split "
+                f"{data.validation_split} share images; take parts that do not, such as "
+                "train[:90%] and train[90%:]"
+            )
+        return splits, _labels(data, info)
+
+    def read(self, unit: Unit) -> Iterator[RawImage]:
+        """Reads a slice of a split, images as their encoded bytes; see `Source.read`.
+
+        `tfds.beam.ReadFromTFDS` reads the same files, one worker a file, but leaves the examples
+        of a one-file dataset in no particular order: sorting them would shuffle pixels.
+        """
+        data, builder = self.data, self.builder()
+        theirs = _split_of(data, unit.shard.split)
+        bounds = unit.images[0], unit.images[-1] + 1
+        wanted = [data.image_key, *([data.label_key] if unit.labels.names else [])]
+        examples = builder.as_dataset(
+            split=tfds.core.ReadInstruction(theirs, from_=bounds[0], to=bounds[1], unit="abs"),
+            decoders=tfds.decode.PartialDecoding(
+                dict.fromkeys(wanted, True), decoders={data.image_key: tfds.decode.SkipDecoding()}
+            ),
+            read_config=tfds.ReadConfig(
+                add_tfds_id=True, interleave_cycle_length=1, try_autocache=False
+            ),
+        )
+        with damaged_records(builder.data_path):
+            # Handed over one by one, they would take as long as to decode and encode.
+            for batch in examples.ragged_batch(_READ_AT_ONCE).prefetch(2):
+                keys, images = batch["tfds_id"].numpy(), batch[data.image_key].numpy()
+                labels = (
+                    _labels_of(batch[data.label_key], unit.labels) if unit.labels.names else None
+                )
+                for row, image in enumerate(images):
+                    yield RawImage(os.fsdecode(keys[row]), image, labels[row] if labels else -1)
+
+
+def _split_of(data: DataConfig, split: str) -> str:
+    """Returns the split of a TFDS dataset that one of the two is, or is a part of."""
+    return getattr(data, f"{split}_split").partition("[")[0]
+
+
+def _images_of(info, data: DataConfig, split: str) -> range:
+    """Returns the numbers that the images of one of the two have in their split."""
+    wanted, theirs = getattr(data, f"{split}_split"), _split_of(data, split)
     try:
-        with _ended_by_an_interrupt(), _without_words_on_downloads(data):
-            builder.download_and_prepare(download_config=config)
-    except Exception as error:
-        if is_interrupt(error) or user_message(error):
-            raise
+        (part,) = tfds.core.ReadInstruction.from_spec(wanted).to_absolute(info.splits)
+    except (ValueError, AssertionError) as error:
         raise VqbeamError(
-            f"TFDS could not prepare {builder.info.full_name} ({first_line(error)}); where its "
-            "host cannot be reached, prepare it elsewhere and give its folder by --data.data-dir"
+            f"{info.full_name} has no split {wanted!r}; set data.{split}_split to one of "
+            f"{', '.join(info.splits)}, or to a part of one, such as train[:90%]"
         ) from error
+    return range(info.splits[theirs].num_examples)[part.from_ : part.to]
 
 
-def _announcement(data: DataConfig, builder) -> str:
-    name, place = builder.info.full_name, builder.data_dir
-    if data.source == "glyphs":
-        count = sum(builder.COUNTS.values())
-        return f"drawing the {count:,} letters of {name}, once, into {place}"
-    return (
-        f"{name} is not in {place} yet: TFDS prepares it there (if its host cannot be reached, "
-        "interrupt, and name a prepared copy by --data.data-dir)"
+def _overlap(one: range, other: range) -> bool:
+    return max(one.start, other.start) < min(one.stop, other.stop)
+
+
+def _labels(data: DataConfig, info) -> Labels:
+    if data.image_key not in info.features:
+        raise VqbeamError(
+            f"{info.full_name} has no feature {data.image_key!r}; set data.image_key to one of "
+            f"{', '.join(info.features)}"
+        )
+    if not isinstance(info.features[data.image_key], tfds.features.Image):
+        raise VqbeamError(
+            f"feature {data.image_key!r} of {info.full_name} holds no image; set data.image_key"
+        )
+    # Not of the usual name, which most datasets without classes do not have.
+    if data.label_key not in (*info.features, DataConfig.label_key, "none"):
+        raise VqbeamError(
+            f"{info.full_name} has no feature {data.label_key!r}; set data.label_key to one of "
+            f"{', '.join(info.features)}, or to none"
+        )
+    label = info.features[data.label_key] if data.label_key in info.features else None
+    if isinstance(label, tfds.features.ClassLabel):
+        return Labels(tuple(label.names))
+    if _is_multi_hot(label):
+        return Labels(tuple(label.feature.names), "attributes")
+    return Labels(tuple(label), "attributes") if _is_flags(label) else Labels()
+
+
+def _is_multi_hot(label) -> bool:
+    """Tells whether a feature lists the classes of an image, of which it may have several."""
+    is_list = isinstance(label, tfds.features.Sequence)
+    return is_list and isinstance(label.feature, tfds.features.ClassLabel)
+
+
+def _is_flags(label) -> bool:
+    """Tells whether a feature says of each attribute whether an image has it."""
+    is_dict = isinstance(label, tfds.features.FeaturesDict)
+    return is_dict and all(
+        feature.shape == () and feature.np_dtype == np.bool_ for feature in label.values()
     )
+
+
+def _labels_of(values, labels: Labels) -> list[int] | list[tuple[int, ...]]:
+    """Returns the labels of a batch as `RawImage` has them, of what TFDS has."""
+    if labels.kind == "classes":
+        return values.numpy().tolist()
+    if isinstance(values, dict):
+        columns = [values[name].numpy().astype(int).tolist() for name in labels.names]
+        return list(zip(*columns, strict=True))
+    numbers = range(len(labels.names))
+    lists = values.to_list() if isinstance(values, tf.RaggedTensor) else values.numpy().tolist()
+    return [tuple(int(number in of_image) for number in numbers) for of_image in lists]
 
 
 @contextlib.contextmanager
@@ -72,10 +221,3 @@ def _ended_by_an_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _without_words_on_downloads(data: DataConfig):
-    """Returns a context in which TFDS does not tell of a download that there is none of."""
-    if data.source == "glyphs":
-        return contextlib.redirect_stdout(io.StringIO())
-    return contextlib.nullcontext()

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from vqbeam.vqvae.fitting.replicas import mean_over_replicas
+from vqbeam.vqvae.fitting.devices import mean_over_replicas
 from vqbeam.vqvae.quantizers.base import Quantized, Quantizer
 from vqbeam.vqvae.quantizers.estimators import straight_through
 

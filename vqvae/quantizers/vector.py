@@ -3,12 +3,10 @@
 import keras
 from keras import ops
 
-from vqbeam.vqvae.fitting.replicas import from_first_replica, sum_over_replicas
-from vqbeam.vqvae.quantizers.base import Quantized, Quantizer, assign_where
-from vqbeam.vqvae.quantizers.clusters import initial_codebook
-from vqbeam.vqvae.quantizers.entropy import entropy_loss
+from vqbeam.vqvae.fitting.devices import from_first_replica, sum_over_replicas
+from vqbeam.vqvae.quantizers.base import Quantized, Quantizer, assign_where, entropy_loss
 from vqbeam.vqvae.quantizers.estimators import ESTIMATORS
-from vqbeam.vqvae.quantizers.nearest import nearest_codes
+from vqbeam.vqvae.quantizers.nearest import initial_codebook, nearest_codes
 
 
 @keras.saving.register_keras_serializable("vqbeam")

@@ -11,16 +11,15 @@ import numpy as np
 from apache_beam.metrics import Metrics
 
 from vqbeam.configs import Config, VqbeamError
-from vqbeam.pipelines.progress import advance
-from vqbeam.pipelines.sharded_stage import Gathered, ShardedStage
-from vqbeam.pipelines.shards import (
+from vqbeam.pipelines.beam import Gathered, ShardedStage, advance
+from vqbeam.pipelines.sources import RawImage, Source, Unit, open_source
+from vqbeam.pipelines.sources.images import ImageError, encode_png
+from vqbeam.pipelines.stages.shards import (
     ShardReport,
     remove_leftovers,
     write_dataset_metadata,
     write_shard_once,
 )
-from vqbeam.pipelines.sources import RawImage, Unit, decode, plan, read_unit
-from vqbeam.pipelines.sources.images import ImageError, encode_png
 from vqbeam.vqvae.storage.files import write_bytes
 from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
 from vqbeam.vqvae.storage.records import IMAGES_VERSION, image_features, serialize
@@ -43,25 +42,25 @@ def plan_units(run_path: str) -> Iterator[tuple[str, Unit]]:
     """Begins the stage and yields its units of work."""
     run = RunFolder(run_path)
     run.begin(STAGE)
-    for unit in plan(run.load_config().data):
+    for unit in open_source(run.load_config().data).plan():
         yield run_path, unit
 
 
 def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
     """Decodes the images of one unit and writes them as one shard of `DIR/images`."""
     run = RunFolder(run_path)
-    config = run.load_config()
+    source = open_source(run.load_config().data)
     unseen = len(unit.images)
 
     def records(facts):
         nonlocal unseen
         statistics = _Statistics()
         failures = []
-        for raw in read_unit(config.data, unit):
+        for raw in source.read(unit):
             unseen -= 1
             advance(STAGE, 1, unit.total)
             try:
-                image = decode(raw, config.data)
+                image = source.decode(raw)
             except ImageError as error:
                 failures.append({"key": raw.key, "reason": str(error)})
                 continue
@@ -84,7 +83,7 @@ def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
         unit.shard,
         records,
         content=content,
-        holds=lambda facts: not _was_mended(facts["failures"], unit, config),
+        holds=lambda facts: not _was_mended(facts["failures"], unit, source),
     )
     advance(STAGE, unseen, unit.total)  # those that an earlier attempt has prepared
     Metrics.counter("vqbeam", "images_prepared").inc(report.records)
@@ -147,15 +146,15 @@ def finish_images(run_path: str, gathered: Gathered) -> str:
     return run_path
 
 
-def _was_mended(failures: Sequence[dict], unit: Unit, config: Config) -> bool:
+def _was_mended(failures: Sequence[dict], unit: Unit, source: Source) -> bool:
     """Tells whether an image that could not be decoded by an earlier attempt can be by now."""
     failed = {failure["key"] for failure in failures}
-    if not failed or not config.data.source.startswith("folder:"):
-        return False  # a version of a dataset never changes
+    if not failed or not source.may_change:
+        return False
     images = [image for image in unit.images if image[0] in failed]
-    for raw in read_unit(config.data, unit._replace(images=images)):
+    for raw in source.read(unit._replace(images=images)):
         with contextlib.suppress(ImageError):
-            decode(raw, config.data)
+            source.decode(raw)
             return True
     return False
 

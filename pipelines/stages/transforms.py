@@ -1,9 +1,11 @@
 """The Beam transform of each stage: from the path of a run to the same path, the stage done."""
 
 import apache_beam as beam
+import keras
+from apache_beam.metrics import Metrics
 
-from vqbeam.pipelines.encode import EncodeImages
-from vqbeam.pipelines.prepare import PrepareImages
+from vqbeam.pipelines.stages.encode import EncodeImages
+from vqbeam.pipelines.stages.prepare import PrepareImages
 
 # What a Dataflow worker that trains is given. Other runners, the local ones above all, start a
 # set of processes for each distinct hint and cannot honour it: only Dataflow gets it.
@@ -33,7 +35,6 @@ def transform(stage: str, gpu_hint: bool) -> beam.PTransform:
 
 
 def _train_vqvae(run_path: str) -> str:
-    from vqbeam.pipelines.training_metrics import TrainingMetrics
     from vqbeam.vqvae.training import train_vqvae
 
     train_vqvae(run_path, [TrainingMetrics("train_vqvae")])
@@ -41,7 +42,6 @@ def _train_vqvae(run_path: str) -> str:
 
 
 def _train_prior(run_path: str) -> str:
-    from vqbeam.pipelines.training_metrics import TrainingMetrics
     from vqbeam.prior.training import train_prior
 
     train_prior(run_path, [TrainingMetrics("train_prior")])
@@ -53,3 +53,25 @@ def _sample(run_path: str) -> str:
 
     sample_stage(run_path)
     return run_path
+
+
+class TrainingMetrics(keras.callbacks.Callback):
+    """Counts the steps of a training and tells its loss, after each epoch.
+
+    Beam shows them among the job's metrics, in the namespace `vqbeam`: the counter `STAGE_steps`,
+    of what this attempt has trained, and the gauge `STAGE_loss_millionths`, as a gauge takes whole
+    numbers alone.
+
+    Args:
+        stage: What their names begin with.
+    """
+
+    def __init__(self, stage: str):
+        super().__init__()
+        self.steps = Metrics.counter("vqbeam", f"{stage}_steps")
+        self.loss = Metrics.gauge("vqbeam", f"{stage}_loss_millionths")
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Tells Beam of the epoch."""
+        self.steps.inc(self.params["steps"])
+        self.loss.set(round(1e6 * logs["loss"]))

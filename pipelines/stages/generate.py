@@ -1,5 +1,7 @@
 """Many new images from a trained run, as one Beam pipeline: any number of workers, one result."""
 
+import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -8,29 +10,120 @@ import apache_beam as beam
 import numpy as np
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
+from etils import epath
 
-from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.beam import run_pipeline
+from vqbeam.configs import SampleConfig, VqbeamError
+from vqbeam.pipelines.beam import advance, run_pipeline
 from vqbeam.pipelines.cli.beam_flags import is_dataflow
-from vqbeam.pipelines.generation_order import Order
 from vqbeam.pipelines.lock import LOCK_FILE, locked
 from vqbeam.pipelines.places import absolute, check_shared
-from vqbeam.pipelines.progress import advance
-from vqbeam.pipelines.sampling.decoder import Drawer, Samples, fitted, learned_labels
+from vqbeam.pipelines.sampling.decoder import (
+    Drawer,
+    Samples,
+    changed_defaults,
+    fitted,
+    learned_labels,
+)
 from vqbeam.pipelines.sampling.files import SAMPLES_LIST, write_samples
 from vqbeam.pipelines.sampling.labels import label_rows
 from vqbeam.pipelines.sampling.provenance import checkpoint
-from vqbeam.pipelines.sampling.sampling_defaults import changed_defaults
-from vqbeam.pipelines.shards import (
+from vqbeam.pipelines.sources.images import encode_png
+from vqbeam.pipelines.stages.shards import (
     ShardReport,
     remove_leftovers,
     write_dataset_metadata,
     write_shard_once,
 )
-from vqbeam.pipelines.sources.images import encode_png
-from vqbeam.vqvae.storage.files import matching
+from vqbeam.vqvae.storage.files import matching, read_json, write_json
 from vqbeam.vqvae.storage.records import IMAGES_VERSION, Shard, image_features, serialize
 from vqbeam.vqvae.storage.run_folder import RunFolder
+
+_FILE = "generate.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What is to be drawn, and into which folder.
+
+    Attributes:
+        run: The run's folder.
+        output: The folder of the images.
+        form: "png" or "tfrecord".
+        labels: As `label_rows` takes them.
+        seed: Of the random numbers; image i of a seed is always the same image.
+        shard_images: Images of one shard: whole batches.
+        settings: How they are drawn; its `num` is the number of all images.
+        preset: That of the run.
+        checkpoint: That of the run's models.
+    """
+
+    run: str
+    output: str
+    form: str
+    labels: tuple[str, ...] | None
+    seed: int
+    shard_images: int
+    settings: SampleConfig
+    preset: str
+    checkpoint: str
+
+    @property
+    def folder(self) -> epath.Path:
+        """The folder of the images."""
+        return epath.Path(self.output)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that decides what is drawn and how it lies on disk, as JSON has it."""
+        values = dataclasses.asdict(self)
+        facts = values.pop("settings") | values
+        del facts["run"], facts["output"]
+        return json.loads(json.dumps(facts))
+
+    @property
+    def shards(self) -> int:
+        """How many there are."""
+        return -(-self.settings.num // self.shard_images)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the facts."""
+        return hashlib.sha256(json.dumps(self.facts).encode()).hexdigest()[:16]
+
+    def claim_folder(self) -> None:
+        """Binds the folder to the order: from now on it takes no images of another.
+
+        Raises:
+            VqbeamError: It holds something else.
+        """
+        if self._file.exists():
+            found, facts = read_json(self._file)["order"], self.facts
+            changed = [
+                f"{name} {found.get(name)}" for name in facts if found.get(name) != facts[name]
+            ]
+            if changed:
+                raise VqbeamError(
+                    f"{self.folder} holds images of {', '.join(changed)}; ask for the same, or "
+                    "give another --output"
+                )
+        elif self.folder.exists() and matching(self.folder, "[!.]*"):
+            raise VqbeamError(f"{self.folder} is not empty; give another --output")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self._file, {"order": self.facts, "done": False})
+
+    def is_done(self) -> bool:
+        """Tells whether all images of the order are in its folder, which it has claimed."""
+        return read_json(self._file)["done"]
+
+    def finish(self) -> None:
+        """Declares that they are."""
+        write_json(self._file, {"order": self.facts, "done": True})
+
+    @property
+    def _file(self) -> epath.Path:
+        return self.folder / _FILE
+
 
 DATASET = "samples"
 SPLIT = "train"

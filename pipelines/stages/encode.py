@@ -8,14 +8,14 @@ import numpy as np
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
-from vqbeam.pipelines.progress import advance
-from vqbeam.pipelines.sharded_stage import Gathered, ShardedStage
-from vqbeam.pipelines.shards import (
+from vqbeam.pipelines.beam import Gathered, ShardedStage, advance
+from vqbeam.pipelines.stages.shards import (
     ShardReport,
     remove_leftovers,
     write_dataset_metadata,
     write_shard_once,
 )
+from vqbeam.vqvae.augmentation import variant_count, variants
 from vqbeam.vqvae.fitting.compilation import compiled_encoder, in_batches
 from vqbeam.vqvae.layout import code_layout
 from vqbeam.vqvae.metrics import by_level, count_codes, perplexity
@@ -31,7 +31,6 @@ from vqbeam.vqvae.storage.records import (
 )
 from vqbeam.vqvae.storage.run_folder import RunFolder
 from vqbeam.vqvae.training import load_vqvae
-from vqbeam.vqvae.variants import variant_count, variants
 
 STAGE = "encode"
 DATASET = "codes"

@@ -1,0 +1,118 @@
+"""What every source of images is asked: what it holds, how it is divided, and its images."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vqbeam.configs import DataConfig
+from vqbeam.vqvae.storage.labels import Labels
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vqbeam.vqvae.storage.records import Shard
+
+DATASET = "images"
+
+
+class RawImage(NamedTuple):
+    """An image as its source has it.
+
+    Attributes:
+        key: Its name in the source.
+        data: The encoded bytes, or the error that reading them raised.
+        label: The class, −1 for none; or for each attribute 1 where the image has it, else 0.
+    """
+
+    key: str
+    data: bytes | OSError
+    label: int | tuple[int, ...]
+
+
+class Unit(NamedTuple):
+    """The part of a source that becomes one shard.
+
+    Attributes:
+        shard: The shard to write.
+        images: What the source needs to find them, in the order in which it reads them.
+        labels: What the images of the source are labelled with.
+        total: Images in the whole source, for progress.
+    """
+
+    shard: "Shard"
+    images: Sequence[Any]
+    labels: Labels
+    total: int
+
+
+class Source:
+    """A kind of source that `data.source` can name; a new one subclasses this.
+
+    Args:
+        data: The section that names the source.
+
+    Attributes:
+        may_change: Whether an image that could not be decoded may be repaired by the next try.
+    """
+
+    may_change = False
+
+    def __init__(self, data: DataConfig):
+        self.data = data
+
+    def check(self) -> None:
+        """Finds what is wrong with the source before anything is written or downloaded.
+
+        Raises:
+            VqbeamError: As `plan`, as far as it can be known of a dataset that is not there yet.
+        """
+        self.plan()
+
+    def download(self, beam_args: Sequence[str]) -> None:
+        """Fetches what is not there yet, and says so.
+
+        Args:
+            beam_args: Beam's options, for what is prepared by a pipeline.
+
+        Raises:
+            VqbeamError: It cannot be had; the message says what to do.
+        """
+
+    def listing(self) -> tuple[dict[str, Sequence[Any]], Labels]:
+        """Returns the images of "train" and "validation", as in `Unit.images`, and their labels.
+
+        Raises:
+            VqbeamError: The source is not there, holds no image, or lacks a split or feature.
+        """
+        raise NotImplementedError
+
+    def read(self, unit: Unit) -> Iterator[RawImage]:
+        """Yields the images of a unit, always in the same order, not yet decoded."""
+        raise NotImplementedError
+
+    def plan(self) -> list[Unit]:
+        """Divides the source into units of `data.images_per_shard` images; raises as `listing`."""
+        from vqbeam.vqvae.storage.records import Shard
+
+        splits, labels = self.listing()
+        total = sum(len(images) for images in splits.values())
+        units = []
+        for split, images in splits.items():
+            firsts = range(0, len(images), self.data.images_per_shard)
+            for index, first in enumerate(firsts):
+                shard = Shard(DATASET, split, index, len(firsts))
+                images_of_shard = images[first : first + self.data.images_per_shard]
+                units.append(Unit(shard, images_of_shard, labels, total))
+        return units
+
+    def decode(self, raw: RawImage) -> "np.ndarray":
+        """Returns an image in the shape that the section asks for, uint8 [H, W, C].
+
+        Raises:
+            ImageError: It cannot be used.
+        """
+        from vqbeam.pipelines.sources.images import ImageError, decode_image
+
+        if isinstance(raw.data, OSError):
+            raise ImageError(f"the file cannot be read: {raw.data.strerror or raw.data}")
+        shape = {name: getattr(self.data, name) for name in ("height", "width", "channels", "fit")}
+        return decode_image(raw.data, **shape)

@@ -15,9 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from vqbeam.configs import Config, VqbeamError
-from vqbeam.pipelines.cli.beam_flags import with_runner
-from vqbeam.pipelines.cli.verbs import VERBS
-from vqbeam.pipelines.places import check_output
+from vqbeam.pipelines.places import with_runner
 from vqbeam.pipelines.sources import Source, Unit, open_source
 from vqbeam.pipelines.sources.images import ImageError
 from vqbeam.vqvae.building import build_model
@@ -72,7 +70,6 @@ def gradients(
         VqbeamError: `output` does not end in .png, the run lacks a stage, the source cannot be
             read, or there is no estimator to leave out.
     """
-    check_output(output, VERBS["gradients"].outputs)
     path = epath.Path(output).expanduser()
     with _readable(run_dir):
         subject = _of_preset(config) if run_dir is None else _of_run(RunFolder(run_dir))

@@ -1,4 +1,4 @@
-"""Paths as every worker understands them, in whatever folder it was started."""
+"""Where the work is done and where the files lie: the runner, and paths that every worker knows."""
 
 import dataclasses
 import os
@@ -86,3 +86,16 @@ def located(data: DataConfig) -> DataConfig:
         data_dir=data.data_dir and absolute(data.data_dir),
         manual_dir=data.manual_dir and absolute(data.manual_dir),
     )
+
+
+def is_dataflow(beam_args: Sequence[str]) -> bool:
+    """Tells whether Beam's words ask for Google's Dataflow, whose workers are other machines."""
+    runners = [word for word in beam_args if word.startswith("--runner=")]
+    return bool(runners) and "dataflow" in runners[-1].lower()
+
+
+def with_runner(beam_args: Sequence[str]) -> list[str]:
+    """Returns Beam's words with a runner; Beam's own default may download one."""
+    if any(word.startswith("--runner=") for word in beam_args):
+        return list(beam_args)
+    return ["--runner=FnApiRunner", *beam_args]

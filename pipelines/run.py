@@ -5,10 +5,9 @@ import time
 from collections.abc import Sequence
 
 from vqbeam.configs import Config
-from vqbeam.pipelines.cli.beam_flags import is_dataflow
 from vqbeam.pipelines.inspect import duration
 from vqbeam.pipelines.lock import locked
-from vqbeam.pipelines.places import absolute, check_shared, located, places_of
+from vqbeam.pipelines.places import absolute, check_shared, is_dataflow, located, places_of
 from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vqbeam.pipelines.cli.arguments import parse
+from vqbeam.pipelines.cli.main import parse
 from vqbeam.pipelines.cli.parser import UsageError
 
 PRESET = """

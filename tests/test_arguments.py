@@ -1,9 +1,8 @@
 import pytest
 from argument_checks import refusal
 
-from vqbeam.pipelines.cli.arguments import parse
+from vqbeam.pipelines.cli.main import VERBS, parse
 from vqbeam.pipelines.cli.parser import UsageError
-from vqbeam.pipelines.cli.verbs import VERBS
 
 
 @pytest.mark.parametrize(

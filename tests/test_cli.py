@@ -28,7 +28,7 @@ def loud(monkeypatch):
 @pytest.fixture
 def target(monkeypatch):
     """Replaces a function that `main` dispatches to; returns the list of its calls."""
-    monkeypatch.setattr(cli, "check", lambda command: None)
+    monkeypatch.setattr(cli, "check", lambda verb, arguments: None)
 
     def replace(module, function, outcome=None):
         calls = []

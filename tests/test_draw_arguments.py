@@ -4,11 +4,11 @@ import pytest
 from argument_checks import refusal
 
 from vqbeam import configs
-from vqbeam.pipelines.cli.arguments import parse
+from vqbeam.pipelines.cli.main import parse
 
 
 def test_sample_unset_is_none():
-    assert parse(["sample", "runs/x"]).arguments == {
+    assert parse(["sample", "runs/x"])[1] == {
         "run_dir": "runs/x",
         "num": None,
         "labels": None,
@@ -31,7 +31,7 @@ def test_sample_in_full():
     words = "sample d --num 4 --label A 3 --label=B --temperature 0.5 --top-k 9 --top_p 0.9"
     words += " --min-p 0.1 --guidance 2 --guidance-schedule interval --guidance-start 0.2"
     words += " --guidance-end 0.8 --seed 5 --batch-size 2 --like a.png --output x.png"
-    assert parse(words.split()).arguments == {
+    assert parse(words.split())[1] == {
         "run_dir": "d",
         "num": 4,
         "labels": ["A", "3", "B"],
@@ -60,9 +60,9 @@ DRAWING = pytest.mark.parametrize("words", [["sample", "d"], COMPLETE, INTERPOLA
 def test_there_is_a_flag_for_every_setting(words):
     names = [field.name for field in dataclasses.fields(configs.SampleConfig)]
     names.remove("num")
-    given = parse(words).arguments
+    given = parse(words)[1]
     assert {name: given[name] for name in names} == dict.fromkeys(names)
-    given = parse([*words, "--min-p=0.5", "--batch-size=9"]).arguments
+    given = parse([*words, "--min-p=0.5", "--batch-size=9"])[1]
     assert (given["min_p"], given["batch_size"]) == (0.5, 9)
 
 
@@ -78,13 +78,13 @@ def test_out_of_range_names_the_flag(words):
 
 
 def test_generate():
-    given = parse(GENERATE).arguments
+    given = parse(GENERATE)[1]
     assert given["run_dir"] == "d" and given["num"] == 9 and given["output"] == "new"
     assert given["form"] == "png" and given["shard_images"] == 1000
     assert given["labels"] is None and given["seed"] is None
     assert given["beam_args"] == ["--runner=FnApiRunner"]
     words = "--format tfrecord --shard-images 64 --label A 3 --seed 5 --top-k 9"
-    given = parse([*GENERATE, *words.split(), "--direct_num_workers", "2"]).arguments
+    given = parse([*GENERATE, *words.split(), "--direct_num_workers", "2"])[1]
     assert given["form"] == "tfrecord" and given["shard_images"] == 64
     assert given["labels"] == ["A", "3"] and given["seed"] == 5 and given["top_k"] == 9
     assert given["beam_args"] == ["--runner=FnApiRunner", "--direct_num_workers=2"]
@@ -109,10 +109,10 @@ def test_complete():
         "seed": None,
         "output": "c.png",
     }
-    assert expected.items() <= parse(COMPLETE).arguments.items()
+    assert expected.items() <= parse(COMPLETE)[1].items()
     words = ["--num", "2", "--candidates=9", "--label=B", "--seed=3"]
     changed = expected | {"num": 2, "candidates": 9, "label": "B", "seed": 3}
-    assert changed.items() <= parse([*COMPLETE, *words]).arguments.items()
+    assert changed.items() <= parse([*COMPLETE, *words])[1].items()
 
 
 def test_complete_says_what_has_no_influence(capsys):
@@ -131,8 +131,8 @@ def test_interpolate():
         "seed": None,
         "output": "i.png",
     }
-    assert expected.items() <= parse(INTERPOLATE).arguments.items()
-    more = parse([*INTERPOLATE, "--steps=2", "--num=1", "--seed=3"]).arguments
+    assert expected.items() <= parse(INTERPOLATE)[1].items()
+    more = parse([*INTERPOLATE, "--steps=2", "--num=1", "--seed=3"])[1]
     assert (expected | {"steps": 2, "num": 1, "seed": 3}).items() <= more.items()
 
 

@@ -5,8 +5,7 @@ import pytest
 from pipeline_fixtures import small_config, write_preset
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.cli.arguments import parse
-from vqbeam.pipelines.cli.early_checks import check
+from vqbeam.pipelines.cli.main import check, parse
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
 NAMES = ["Banana", "apple"]
@@ -38,7 +37,7 @@ GOOD = {
 
 @pytest.mark.parametrize("verb", GOOD)
 def test_what_is_right_passes(run, verb):
-    check(parse([verb, str(run.root), *GOOD[verb]]))
+    check(*parse([verb, str(run.root), *GOOD[verb]]))
 
 
 @pytest.mark.parametrize(
@@ -56,19 +55,19 @@ def test_what_is_right_passes(run, verb):
 )
 def test_what_is_wrong_is_told(run, verb, words, message):
     with pytest.raises(VqbeamError, match=message):
-        check(parse([verb, str(run.root), *GOOD[verb], *words]))
+        check(*parse([verb, str(run.root), *GOOD[verb], *words]))
 
 
 @pytest.mark.parametrize("verb", ["sample", "generate", "complete", "interpolate", "score"])
 def test_what_is_not_trained_yet(run, verb):
     (run.folder("train-prior") / "manifest.json").unlink()
     with pytest.raises(VqbeamError, match="has no finished train-prior stage; run vqbeam train-p"):
-        check(parse([verb, str(run.root), *GOOD[verb]]))
+        check(*parse([verb, str(run.root), *GOOD[verb]]))
     (run.folder("prepare") / "manifest.json").unlink()
     with pytest.raises(VqbeamError, match="has no finished prepare stage; run vqbeam prepare"):
-        check(parse(["evaluate", str(run.root)]))
+        check(*parse(["evaluate", str(run.root)]))
     with pytest.raises(VqbeamError, match="nowhere is not a run folder"):
-        check(parse([verb, f"{run.root}/nowhere", *GOOD[verb]]))
+        check(*parse([verb, f"{run.root}/nowhere", *GOOD[verb]]))
 
 
 def test_stages(tmp_path):
@@ -77,12 +76,12 @@ def test_stages(tmp_path):
         return parse([verb, str(preset), "--run-dir", str(folder)])
 
     (tmp_path / "file").write_text("")
-    check(stages("run", f"folder:{tmp_path}", tmp_path / "new"))
-    check(stages("train-prior", "folder:/nowhere", tmp_path / "new"))  # has its images already
+    check(*stages("run", f"folder:{tmp_path}", tmp_path / "new"))
+    check(*stages("train-prior", "folder:/nowhere", tmp_path / "new"))  # has its images already
     with pytest.raises(VqbeamError, match="there is no folder '/nowhere'; check the path in data"):
-        check(stages("run", "folder:/nowhere", tmp_path / "new"))
+        check(*stages("run", "folder:/nowhere", tmp_path / "new"))
     with pytest.raises(VqbeamError, match="file is a file, not a folder; choose another --run-dir"):
-        check(stages("run", "glyphs", tmp_path / "file"))
+        check(*stages("run", "glyphs", tmp_path / "file"))
 
 
 def test_nothing_heavy_is_loaded_for_it(run):

@@ -1,7 +1,7 @@
 import pytest
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.cli.arguments import parse
+from vqbeam.pipelines.cli.main import parse
 from vqbeam.pipelines.cli.parser import UsageError
 
 
@@ -15,15 +15,15 @@ def test_evaluate():
         "sweep": None,
         "store": False,
     }
-    assert parse(["evaluate", "d"]).arguments == expected
+    assert parse(["evaluate", "d"])[1] == expected
     words = ["evaluate", "d", "--features=inception", "--stage=prior", "--num=50", "--seed=3"]
     changed = {"features": "inception", "stage": "prior", "num": 50, "seed": 3}
-    assert parse(words).arguments == expected | changed
+    assert parse(words)[1] == expected | changed
 
 
 def test_a_sweep():
     words = ["temperature=0.8,0.9,0.80", "top-k=5", "guidance_schedule=linear,constant"]
-    arguments = parse(["evaluate", "d", "--sweep", *words, "--store"]).arguments
+    arguments = parse(["evaluate", "d", "--sweep", *words, "--store"])[1]
     assert arguments["store"] is True
     assert arguments["sweep"] == {
         "temperature": [0.8, 0.9],
@@ -70,11 +70,11 @@ def test_each_value_of_a_sweep_is_checked():
 
 def test_score():
     expected = {"run_dir": "d", "input": "i", "label": None, "output": None, "sort": False}
-    assert parse(["score", "d", "--input=i"]).arguments == expected
+    assert parse(["score", "d", "--input=i"])[1] == expected
     words = ["score", "d", "--input=i", "--label=3", "--output=o", "--sort"]
     changed = {"label": "3", "output": "o", "sort": True}
-    assert parse(words).arguments == expected | changed
+    assert parse(words)[1] == expected | changed
 
 
 def test_export():
-    assert parse(["export", "d", "--output=o"]).arguments == {"run_dir": "d", "output": "o"}
+    assert parse(["export", "d", "--output=o"])[1] == {"run_dir": "d", "output": "o"}

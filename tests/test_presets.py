@@ -2,8 +2,8 @@ import pytest
 
 from vqbeam import configs
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.cli.arguments import parse
-from vqbeam.pipelines.inspect import describe_presets as describe
+from vqbeam.pipelines.cli.main import parse
+from vqbeam.pipelines.cli.report_commands import run_presets as describe
 
 
 def test_a_line_for_each():
@@ -17,15 +17,15 @@ def test_the_settings_of_one_are_words_that_make_it(name):
     assert summary == configs.preset_summary(name)
     assert len(lines) == len(list(configs.field_types()))
     words = [word for line in lines for word in line.split()[:2]]
-    given = parse(["run", "glyphs", "--run-dir", "d", *words]).arguments["config"]
+    given = parse(["run", "glyphs", "--run-dir", "d", *words])[1]["config"]
     changed = configs.differences(given, configs.load_preset(name))
     assert [change for change in changed if not change.startswith("name:")] == []
 
 
 def test_a_file_of_ones_own(preset):
     assert "--vqvae.num-codes" in describe(preset)
-    assert parse(["presets", preset]).arguments == {"preset": preset}
-    assert parse(["presets"]).arguments == {"preset": None}
+    assert parse(["presets", preset])[1] == {"preset": preset}
+    assert parse(["presets"])[1] == {"preset": None}
 
 
 def test_none_of_that_name():

@@ -2,18 +2,18 @@ import pytest
 from argument_checks import refusal
 
 from vqbeam import configs
-from vqbeam.pipelines.cli.arguments import parse
+from vqbeam.pipelines.cli.main import parse
 
 
 def test_reconstruct_inspect_and_presets():
-    given = parse(["reconstruct", "d", "--output", "a.png"]).arguments
+    given = parse(["reconstruct", "d", "--output", "a.png"])[1]
     assert given == {"run_dir": "d", "output": "a.png", "num": 16}
-    assert parse(["inspect", "d"]).arguments == {"run_dir": "d"}
-    assert parse(["presets"]).arguments == {"preset": None}
+    assert parse(["inspect", "d"])[1] == {"run_dir": "d"}
+    assert parse(["presets"])[1] == {"preset": None}
 
 
 def test_gradients_of_a_preset(preset):
-    assert parse(["gradients", preset]).arguments == {
+    assert parse(["gradients", preset])[1] == {
         "config": configs.load_preset(preset),
         "run_dir": None,
         "output": "gradients.png",
@@ -22,7 +22,7 @@ def test_gradients_of_a_preset(preset):
     }
     words = ["--no-straight-through", "--steps=9", "--output", "a.png"]
     words += ["--seed", "4", "--data.data_dir", "/d", "--vqvae.num-codes", "64"]
-    given = parse(["gradients", preset, *words]).arguments
+    given = parse(["gradients", preset, *words])[1]
     changes = {"seed": 4, "data.data_dir": "/d", "vqvae.num_codes": 64}
     assert given == {
         "config": configs.override(configs.load_preset(preset), changes),
@@ -34,17 +34,17 @@ def test_gradients_of_a_preset(preset):
 
 
 def test_gradients_of_a_run(tmp_path, monkeypatch):
-    given = parse(["gradients", str(tmp_path)]).arguments
+    given = parse(["gradients", str(tmp_path)])[1]
     assert (given["config"], given["run_dir"]) == (None, str(tmp_path))
     said = refusal("gradients", str(tmp_path), "--vqvae.num-codes", "64")
     where = f"--vqvae.num-codes is for presets, and {tmp_path} is a folder"
     assert said == f"vqbeam gradients: {where} (see vqbeam gradients --help)"
-    assert parse(["gradients", "gs://bucket/run"]).arguments["run_dir"] == "gs://bucket/run"
+    assert parse(["gradients", "gs://bucket/run"])[1]["run_dir"] == "gs://bucket/run"
     # A preset's name is that of the preset, whatever lies beside it.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "glyphs").mkdir()
-    assert parse(["gradients", "glyphs"]).arguments["config"] == configs.load_preset("glyphs")
-    assert parse(["gradients", "./glyphs"]).arguments["run_dir"] == "./glyphs"
+    assert parse(["gradients", "glyphs"])[1]["config"] == configs.load_preset("glyphs")
+    assert parse(["gradients", "./glyphs"])[1]["run_dir"] == "./glyphs"
 
 
 def test_gradients_of_nothing():

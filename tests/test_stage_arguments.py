@@ -2,10 +2,10 @@ import pytest
 from argument_checks import PRESET, refusal
 
 from vqbeam import configs
-from vqbeam.pipelines.cli.arguments import parse
-from vqbeam.pipelines.cli.beam_flags import is_dataflow
+from vqbeam.pipelines.cli.main import parse
 from vqbeam.pipelines.cli.parser import Parser
 from vqbeam.pipelines.cli.stage_commands import STAGES
+from vqbeam.pipelines.places import is_dataflow
 
 FIELDS = list(configs.field_types())
 PIPELINE_VERBS = ["run", *STAGES[:-1]]
@@ -13,7 +13,7 @@ PIPELINE_VERBS = ["run", *STAGES[:-1]]
 
 @pytest.fixture
 def parse_run(preset):
-    return lambda *words: parse(["run", preset, "--run-dir", "d", *words]).arguments
+    return lambda *words: parse(["run", preset, "--run-dir", "d", *words])[1]
 
 
 def value_for(field, kind):
@@ -29,9 +29,9 @@ def value_for(field, kind):
 
 @pytest.mark.parametrize("verb", PIPELINE_VERBS)
 def test_pipeline_verbs(verb, preset):
-    command = parse([verb, preset, "--run-dir", "runs/x"])
-    assert command.verb == verb
-    assert command.arguments == {
+    name, arguments = parse([verb, preset, "--run-dir", "runs/x"])
+    assert name == verb
+    assert arguments == {
         "config": configs.load_preset(preset),
         "run_dir": "runs/x",
         "stages": STAGES if verb == "run" else (verb,),
@@ -41,7 +41,7 @@ def test_pipeline_verbs(verb, preset):
 
 def test_flags_may_stand_before_the_preset(preset):
     words = ["run", "--runner", "FnApiRunner", "--seed=3", "--run-dir=d", preset]
-    given = parse(words).arguments
+    given = parse(words)[1]
     assert given["config"].seed == 3
     assert given["beam_args"] == ["--runner=FnApiRunner"]
 
@@ -76,9 +76,9 @@ def test_none_unsets_an_optional_field(tmp_path, preset):
         PRESET.replace('source="glyphs"', 'source="glyphs", max_images=5, data_dir="x"')
     )
     words = ["run", str(path), "--run-dir", "d"]
-    assert parse(words).arguments["config"].data.max_images == 5
+    assert parse(words)[1]["config"].data.max_images == 5
     words += ["--data.max-images", "none", "--data.data-dir", "none"]
-    data = parse(words).arguments["config"].data
+    data = parse(words)[1]["config"].data
     assert data.max_images is None and data.data_dir is None
     assert "'none' is not a whole number" in refusal(*words, "--data.height", "none")
 
@@ -92,7 +92,7 @@ def test_smoke_comes_before_explicit_flags(parse_run, preset):
 
 @pytest.mark.parametrize("name", configs.preset_names())
 def test_built_in_presets(name):
-    given = parse(["run", name, "--run-dir", "d", "--smoke"]).arguments
+    given = parse(["run", name, "--run-dir", "d", "--smoke"])[1]
     assert given["config"] == configs.smoke(configs.load_preset(name))
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 BEAM_HELP = """\
@@ -96,16 +96,3 @@ def _runner(name: str) -> str:
 
 def _short(runner: str) -> str:
     return runner.lower().removesuffix("runner")
-
-
-def is_dataflow(beam_args: Sequence[str]) -> bool:
-    """Tells whether Beam's words ask for Google's Dataflow, whose workers are other machines."""
-    runners = [word for word in beam_args if word.startswith("--runner=")]
-    return bool(runners) and "dataflow" in runners[-1].lower()
-
-
-def with_runner(beam_args: Sequence[str]) -> list[str]:
-    """Returns Beam's words with a runner; Beam's own default may download one."""
-    if any(word.startswith("--runner=") for word in beam_args):
-        return list(beam_args)
-    return ["--runner=FnApiRunner", *beam_args]

@@ -1,19 +1,139 @@
-"""The command line: quiet start, one verb, and errors that a person can read."""
+"""The command line: the verbs, a quiet start, early checks, and errors of one line."""
 
 import contextlib
+import dataclasses
+import difflib
 import importlib.machinery
 import logging
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from vqbeam.pipelines.cli.arguments import Command, parse
-from vqbeam.pipelines.cli.early_checks import check
-from vqbeam.pipelines.cli.parser import UsageError
-from vqbeam.pipelines.cli.verbs import VERBS, function
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.cli import (
+    measure_commands,
+    report_commands,
+    sampling_commands,
+    stage_commands,
+)
+from vqbeam.pipelines.cli.parser import Parser, UsageError
 from vqbeam.pipelines.errors import INTERRUPTED, is_interrupt, user_message
+from vqbeam.pipelines.places import check_output
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """A verb of the command line.
+
+    Attributes:
+        summary: What it does, for the help.
+        parse: Turns the words behind it into the keyword arguments of `run`.
+        run: Does the work; a text that it returns is printed.
+        needs: The stages of a run that must be done.
+        outputs: The endings that the file to write may have; "" stands for a folder.
+    """
+
+    summary: str
+    parse: Callable[[Parser, Sequence[str]], dict[str, Any]]
+    run: Callable[..., str | None]
+    needs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+
+_MODELS = ("train-vqvae", "train-prior")
+_STAGES = (stage_commands.parse_stages, stage_commands.run_stages)
+
+VERBS = {
+    "run": Verb("take a dataset to new images: all stages as one Beam pipeline", *_STAGES),
+    "prepare": Verb("write the images of a dataset, cropped and resized, as TFRecords", *_STAGES),
+    "train-vqvae": Verb("train the VQ-VAE on the prepared images", *_STAGES),
+    "encode": Verb("turn every image into a grid of codes, as TFRecords", *_STAGES),
+    "train-prior": Verb("train the transformer prior on the codes", *_STAGES),
+    "sample": Verb(
+        "draw new images from a trained run",
+        sampling_commands.parse_sample,
+        sampling_commands.run_sample,
+        needs=_MODELS,
+        outputs=(".png", ".npz", ""),
+    ),
+    "generate": Verb(
+        "draw very many images, as a Beam pipeline",
+        sampling_commands.parse_generate,
+        sampling_commands.run_generate,
+        needs=_MODELS,
+    ),
+    "complete": Verb(
+        "draw the missing part of images, several times",
+        sampling_commands.parse_complete,
+        sampling_commands.run_complete,
+        needs=_MODELS,
+        outputs=(".png", ""),
+    ),
+    "interpolate": Verb(
+        "draw images on the way from one class to another",
+        sampling_commands.parse_interpolate,
+        sampling_commands.run_interpolate,
+        needs=_MODELS,
+        outputs=(".png",),
+    ),
+    "reconstruct": Verb(
+        "draw held-out images above their reconstructions",
+        report_commands.parse_reconstruct,
+        report_commands.run_reconstruct,
+        needs=("prepare", "train-vqvae"),
+        outputs=(".png",),
+    ),
+    "evaluate": Verb(
+        "measure a trained run on all of its held-out images",
+        measure_commands.parse_evaluate,
+        measure_commands.run_evaluate,
+        needs=("prepare", "train-vqvae"),
+    ),
+    "score": Verb(
+        "tell how likely a trained run finds images of your own",
+        measure_commands.parse_score,
+        measure_commands.run_score,
+        needs=_MODELS,
+    ),
+    "export": Verb(
+        "write a trained run as a SavedModel, which needs neither vqbeam nor Keras",
+        measure_commands.parse_export,
+        measure_commands.run_export,
+        needs=_MODELS,
+    ),
+    "inspect": Verb(
+        "show what is in a run: stages, sizes, losses, codebook use",
+        report_commands.parse_inspect,
+        report_commands.run_inspect,
+    ),
+    "gradients": Verb(
+        "show which part of a model the gradient of each loss reaches",
+        report_commands.parse_gradients,
+        report_commands.run_gradients,
+        outputs=(".png",),
+    ),
+    "presets": Verb(
+        "list the presets, or the settings of one",
+        report_commands.parse_presets,
+        report_commands.run_presets,
+    ),
+}
+
+_TOP_DESCRIPTION = """\
+Trains a two-stage generative model of images: a VQ-VAE turns images into grids of codes, and a
+transformer learns the codes. Every stage scales with Apache Beam.
+
+verbs:
+{verbs}
+
+example:
+  vqbeam run glyphs --run-dir runs/glyphs
+  vqbeam sample runs/glyphs --num 26 --output letters.png
+
+"vqbeam VERB --help" says more about a verb."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         _be_quiet()
-        _dispatch(parse(sys.argv[1:] if argv is None else argv))
+        _dispatch(*parse(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return 0
     except SystemExit as end:
@@ -47,11 +167,84 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _dispatch(command: Command) -> None:
-    check(command)
-    said = function(VERBS[command.verb].work)(**command.arguments)
-    if isinstance(said, str):
-        print(said)
+def _dispatch(verb: str, arguments: dict[str, Any]) -> None:
+    check(verb, arguments)
+    text = VERBS[verb].run(**arguments)
+    if isinstance(text, str):
+        print(text)
+
+
+def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Returns the verb of a command line and the keyword arguments of its `run`.
+
+    Args:
+        argv: The words behind `vqbeam`.
+
+    Raises:
+        UsageError: A verb or flag is unknown, or something is missing or malformed.
+        VqbeamError: The preset does not exist, or a value is out of its range.
+        SystemExit: Help or the version was asked for, and has been printed.
+    """
+    if not argv:
+        raise UsageError(_top_parser().format_help().rstrip())
+    verb, words = argv[0], argv[1:]
+    if verb == "help":
+        verb, words = [*words, "--help"][0], ["--help"]
+    if verb.startswith("-"):
+        _top_parser().parse_words([verb])
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {close[0]}?" if close else "see vqbeam --help"
+        raise UsageError(f"vqbeam: unknown verb {verb!r}; {hint}")
+    parser = Parser(verb, VERBS[verb].summary)
+    return verb, VERBS[verb].parse(parser, words)
+
+
+def _top_parser() -> Parser:
+    verbs = "\n".join(f"  {name:<13} {verb.summary}" for name, verb in VERBS.items())
+    parser = Parser("")
+    parser.describe("VERB ...", description=_TOP_DESCRIPTION.format(verbs=verbs))
+    return parser
+
+
+def check(name: str, arguments: dict[str, Any]) -> None:
+    """Checks the folders, files and labels that a command names, before TensorFlow loads.
+
+    Raises:
+        VqbeamError: One of them is not there, or not such as the verb needs.
+    """
+    verb = VERBS[name]
+    if verb.outputs and arguments["output"]:
+        check_output(arguments["output"], verb.outputs)
+    if "stages" in arguments:
+        _check_stages(arguments)
+    elif verb.needs:
+        _check_run(verb.needs, arguments)
+
+
+def _check_stages(arguments: dict[str, Any]) -> None:
+    run_dir, data = arguments["run_dir"], arguments["config"].data
+    if os.path.isfile(run_dir):
+        raise VqbeamError(f"{run_dir} is a file, not a folder; choose another --run-dir")
+    kind, _, path = data.source.partition(":")
+    if "prepare" in arguments["stages"] and kind == "folder" and "://" not in path:
+        from vqbeam.pipelines.sources.folder import check_folder
+
+        check_folder(path)
+
+
+def _check_run(needs: tuple[str, ...], arguments: dict[str, Any]) -> None:
+    from vqbeam.pipelines.sampling.labels import parse_label
+    from vqbeam.vqvae.storage.labels import Labels
+    from vqbeam.vqvae.storage.run_folder import RunFolder
+
+    run = RunFolder(arguments["run_dir"])
+    run.load_config()
+    manifests = {stage: run.require(stage) for stage in needs}
+    named = [arguments.get(name) for name in ("label", "start", "end")]
+    for label in [*named, *(arguments.get("labels") or [])]:
+        if label is not None:
+            parse_label(label, Labels.of(manifests["train-prior"]))
 
 
 def _be_quiet() -> None:

@@ -7,12 +7,11 @@ from typing import Any
 from vqbeam import configs
 from vqbeam.configs import HOW_MANY, SampleConfig
 from vqbeam.pipelines.cli.parser import KINDS, Parser, count, location, natural, nonempty
-from vqbeam.pipelines.cli.verbs import verb_parser
 
 
-def parse_evaluate(verb: str, words: Sequence[str]) -> dict[str, Any]:
+def parse_evaluate(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `evaluate`."""
-    parser = verb_parser(verb, "DIR [options]")
+    parser.describe("DIR [options]")
     parser.add("DIR", location, "the run's folder")
     parser.add(
         "--features",
@@ -63,6 +62,13 @@ def parse_evaluate(verb: str, words: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def run_evaluate(**arguments: Any) -> str | None:
+    """Does the work; its libraries load only now."""
+    from vqbeam.pipelines.evaluation.evaluate import evaluate
+
+    return evaluate(**arguments)
+
+
 def _swept(parser: Parser, words: Sequence[str]) -> dict[str, list[Any]]:
     """Returns the values of each setting, in the types of the fields of SampleConfig.
 
@@ -92,9 +98,9 @@ def _swept(parser: Parser, words: Sequence[str]) -> dict[str, list[Any]]:
     return values
 
 
-def parse_score(verb: str, words: Sequence[str]) -> dict[str, Any]:
+def parse_score(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `score`."""
-    parser = verb_parser(verb, "DIR --input IMAGE-OR-FOLDER [options]")
+    parser.describe("DIR --input IMAGE-OR-FOLDER [options]")
     parser.add("DIR", location, "the run's folder")
     place = "an image, or a folder with images at any depth"
     parser.add("--input", location, place, metavar="IMAGE-OR-FOLDER", required=True)
@@ -114,11 +120,25 @@ def parse_score(verb: str, words: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def parse_export(verb: str, words: Sequence[str]) -> dict[str, Any]:
+def run_score(**arguments: Any) -> str | None:
+    """Does the work; its libraries load only now."""
+    from vqbeam.pipelines.sampling.score import score
+
+    return score(**arguments)
+
+
+def parse_export(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `export`."""
-    parser = verb_parser(verb, "DIR --output FOLDER")
+    parser.describe("DIR --output FOLDER")
     parser.add("DIR", location, "the run's folder")
     folder = "the folder to write; for TensorFlow Serving, its name is the version: models/NAME/1"
     parser.add("--output", location, folder, metavar="FOLDER", required=True)
     given = parser.parse_words(words)
     return {"run_dir": given["DIR"], "output": given["--output"]}
+
+
+def run_export(**arguments: Any) -> str | None:
+    """Does the work; its libraries load only now."""
+    from vqbeam.pipelines.sampling.export import export
+
+    return export(**arguments)

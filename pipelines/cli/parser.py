@@ -22,11 +22,11 @@ class UsageError(Exception):
 class Parser(argparse.ArgumentParser):
     """An argument parser of one verb, whose errors are one line each."""
 
-    def __init__(self, verb: str, usage: str, **texts: str):
+    def __init__(self, verb: str, summary: str = ""):
+        self.verb = verb
         super().__init__(
             prog=f"vqbeam {verb}".strip(),
-            usage=" ".join(filter(None, ("vqbeam", verb, usage))),
-            **texts,
+            description=f"{summary[:1].upper()}{summary[1:]}." if summary else None,
             formatter_class=_formatter,
             allow_abbrev=False,
             add_help=False,
@@ -35,6 +35,12 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--version", action="version", version=_version(), help="show the version and exit"
         )
+
+    def describe(self, usage: str, **texts: str) -> None:
+        """Sets what the help shows behind the verb, and its `description` or `epilog`."""
+        self.usage = " ".join(filter(None, ("vqbeam", self.verb, usage)))
+        for name, text in texts.items():
+            setattr(self, name, text)
 
     def add(self, name: str, kind: Any, help: str, group: Any = None, **options: Any) -> None:
         """Adds a positional or a flag; `parse_words` answers with it by its name, if given."""

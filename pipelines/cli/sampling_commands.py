@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vqbeam.configs import SampleConfig
-from vqbeam.pipelines.cli.beam_flags import BEAM_HELP, is_dataflow, with_runner
+from vqbeam.pipelines.cli.beam_flags import BEAM_HELP
 from vqbeam.pipelines.cli.config_flags import in_range
 from vqbeam.pipelines.cli.parser import Parser, count, location, natural, nonempty
-from vqbeam.pipelines.cli.verbs import verb_parser
+from vqbeam.pipelines.places import is_dataflow, with_runner
 
 _ORDER = """\
 Codes are drawn in raster order, each given those before it, kept or drawn. What is kept stays, but
@@ -24,9 +24,9 @@ example:
   vqbeam generate runs/fashion --num 50000 --output samples/fashion --format tfrecord"""
 
 
-def parse_sample(verb: str, words: Sequence[str]) -> dict[str, Any]:
+def parse_sample(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `sample`."""
-    parser = verb_parser(verb, "DIR [options]")
+    parser.describe("DIR [options]")
     parser.add("DIR", location, "the run's folder")
     forms = "a .png (labelled grid), a .npz (arrays) or a folder (unset: samples.png)"
     parser.add("--output", location, forms, metavar="PATH")
@@ -45,10 +45,17 @@ def parse_sample(verb: str, words: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def parse_generate(verb: str, words: Sequence[str]) -> dict[str, Any]:
+def run_sample(**arguments: Any) -> str | None:
+    """Does the work; its libraries load only now."""
+    from vqbeam.pipelines.sampling.sample import sample
+
+    return sample(**arguments)
+
+
+def parse_generate(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `generate`."""
     rest = "DIR --num N --output FOLDER [options] [Beam options]"
-    parser = verb_parser(verb, rest, epilog=BEAM_HELP + _GENERATE_EXAMPLE)
+    parser.describe(rest, epilog=BEAM_HELP + _GENERATE_EXAMPLE)
     parser.add("DIR", location, "the run's folder")
     parser.add("--num", count, "images to draw", metavar="N", required=True)
     folder = "a new folder, or one that the same command has begun"
@@ -77,10 +84,17 @@ def parse_generate(verb: str, words: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def parse_complete(verb: str, words: Sequence[str]) -> dict[str, Any]:
+def run_generate(**arguments: Any) -> str | None:
+    """Does the work; its libraries load only now."""
+    from vqbeam.pipelines.stages.generate import generate
+
+    return generate(**arguments)
+
+
+def parse_complete(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `complete`."""
     rest = "DIR --input IMAGE-OR-FOLDER --keep REGION --output PATH [options]"
-    parser = verb_parser(verb, rest, epilog=_ORDER)
+    parser.describe(rest, epilog=_ORDER)
     parser.add("DIR", location, "the run's folder")
     source = "an image, or a folder of images; cropped and resized as the run's were"
     parser.add("--input", location, source, metavar="PATH", required=True)
@@ -106,10 +120,17 @@ def parse_complete(verb: str, words: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def parse_interpolate(verb: str, words: Sequence[str]) -> dict[str, Any]:
+def run_complete(**arguments: Any) -> str | None:
+    """Does the work; its libraries load only now."""
+    from vqbeam.pipelines.sampling.complete import complete
+
+    return complete(**arguments)
+
+
+def parse_interpolate(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `interpolate`."""
     rest = "DIR --from LABEL --to LABEL --output FILE.png [options]"
-    parser = verb_parser(verb, rest)
+    parser.describe(rest)
     parser.add("DIR", location, "the run's folder")
     for flag, place in {"--from": "leftmost", "--to": "rightmost"}.items():
         text = f"class of the {place} column"
@@ -132,6 +153,13 @@ def parse_interpolate(verb: str, words: Sequence[str]) -> dict[str, Any]:
         "seed": given.get("--seed"),
         "output": given["--output"],
     }
+
+
+def run_interpolate(**arguments: Any) -> str | None:
+    """Does the work; its libraries load only now."""
+    from vqbeam.pipelines.sampling.interpolate import interpolate
+
+    return interpolate(**arguments)
 
 
 def _add_labels(parser: Parser) -> None:

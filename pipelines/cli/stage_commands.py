@@ -5,10 +5,10 @@ from typing import Any
 
 from vqbeam import configs
 from vqbeam.configs import SECTIONS
-from vqbeam.pipelines.cli.beam_flags import BEAM_HELP, with_runner
+from vqbeam.pipelines.cli.beam_flags import BEAM_HELP
 from vqbeam.pipelines.cli.config_flags import add_config, overridden
-from vqbeam.pipelines.cli.parser import location, nonempty
-from vqbeam.pipelines.cli.verbs import verb_parser
+from vqbeam.pipelines.cli.parser import Parser, location, nonempty
+from vqbeam.pipelines.places import with_runner
 
 STAGES = ("prepare", "train-vqvae", "encode", "train-prior", "sample")
 
@@ -18,10 +18,10 @@ example:
   vqbeam {verb} glyphs --run-dir runs/glyphs --vqvae.num-codes 128 --seed 1"""
 
 
-def parse_stages(verb: str, words: Sequence[str]) -> dict[str, Any]:
+def parse_stages(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `run_stages`: one stage, or for `run` all of them."""
     rest = "PRESET --run-dir DIR [--smoke] [--SECTION.FIELD VALUE ...] [Beam options]"
-    parser = verb_parser(verb, rest, epilog=BEAM_HELP + _EXAMPLE.format(verb=verb))
+    parser.describe(rest, epilog=BEAM_HELP + _EXAMPLE.format(verb=parser.verb))
     parser.add("PRESET", nonempty, "a name from `vqbeam presets`, or a .py file that sets CONFIG")
     folder = "the run's folder; made if it is not there"
     parser.add("--run-dir", location, folder, metavar="DIR", required=True)
@@ -40,6 +40,13 @@ def parse_stages(verb: str, words: Sequence[str]) -> dict[str, Any]:
     return {
         "config": overridden(config, given, flags),
         "run_dir": given["--run-dir"],
-        "stages": STAGES if verb == "run" else (verb,),
+        "stages": STAGES if parser.verb == "run" else (parser.verb,),
         "beam_args": with_runner(given.get("beam_args", [])),
     }
+
+
+def run_stages(**arguments: Any) -> str | None:
+    """Does the work; its libraries load only now."""
+    from vqbeam.pipelines.run import run_stages
+
+    return run_stages(**arguments)

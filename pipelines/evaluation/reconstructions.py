@@ -6,10 +6,8 @@ import keras
 import numpy as np
 from etils import epath
 
-from vqbeam.pipelines.cli.verbs import VERBS
 from vqbeam.pipelines.evaluation.distances import Moments, frechet_distance
 from vqbeam.pipelines.evaluation.features import Extract, feature_extractor, label_obstacle
-from vqbeam.pipelines.places import check_output
 from vqbeam.vqvae.figures import reconstruction_figure, save_png
 from vqbeam.vqvae.fitting.compilation import compiled_decoder, compiled_encoder
 from vqbeam.vqvae.fitting.progress import progress_bar
@@ -157,7 +155,6 @@ def reconstruct(run_dir: str, output: str, num: int = 16) -> None:
     Raises:
         VqbeamError: The run has no trained VQ-VAE, or `output` does not end in .png.
     """
-    check_output(output, VERBS["reconstruct"].outputs)
     path = epath.Path(output).expanduser()
     run = RunFolder(run_dir)
     run.load_config()

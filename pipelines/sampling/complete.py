@@ -8,8 +8,6 @@ import numpy as np
 from etils import epath
 
 from vqbeam.configs import SampleConfig
-from vqbeam.pipelines.cli.verbs import VERBS
-from vqbeam.pipelines.places import check_output
 from vqbeam.pipelines.sampling.decoder import (
     changed_defaults,
     decode,
@@ -78,7 +76,6 @@ def complete(
         VqbeamError: The run lacks a model, an image or the mask cannot be read, or a setting is
             out of range.
     """
-    check_output(output, VERBS["complete"].outputs)
     path = epath.Path(output).expanduser()
     run = RunFolder(run_dir)
     config = run.load_config()

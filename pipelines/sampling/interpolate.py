@@ -7,8 +7,6 @@ import numpy as np
 from etils import epath
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.cli.verbs import VERBS
-from vqbeam.pipelines.places import check_output
 from vqbeam.pipelines.sampling.decoder import (
     changed_defaults,
     decode,
@@ -55,7 +53,6 @@ def interpolate(
         VqbeamError: The run lacks a model or has no classes, the two classes are the same or not
             known, or a setting is out of range.
     """
-    check_output(output, VERBS["interpolate"].outputs)
     path = epath.Path(output).expanduser()
     run = RunFolder(run_dir)
     config, labels = run.load_config(), learned_labels(run)

@@ -8,8 +8,6 @@ import numpy as np
 from etils import epath
 
 from vqbeam.configs import SampleConfig
-from vqbeam.pipelines.cli.verbs import VERBS
-from vqbeam.pipelines.places import check_output
 from vqbeam.pipelines.sampling.decoder import (
     Samples,
     changed_defaults,
@@ -56,7 +54,6 @@ def sample(
     run = RunFolder(run_dir)
     config = run.load_config()
     output = output or "samples.png"
-    check_output(output, VERBS["sample"].outputs)
     path = epath.Path(output).expanduser()
     changes = {name: value for name, value in settings.items() if value is not None}
     bare = False

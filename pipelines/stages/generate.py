@@ -14,9 +14,8 @@ from etils import epath
 
 from vqbeam.configs import SampleConfig, VqbeamError
 from vqbeam.pipelines.beam import advance, run_pipeline
-from vqbeam.pipelines.cli.beam_flags import is_dataflow
 from vqbeam.pipelines.lock import LOCK_FILE, locked
-from vqbeam.pipelines.places import absolute, check_shared
+from vqbeam.pipelines.places import absolute, check_shared, is_dataflow
 from vqbeam.pipelines.sampling.decoder import (
     Drawer,
     Samples,

@@ -36,6 +36,7 @@ def _prepared_run(path, config, *, train=20, validation=10, labels=("a", "b"), k
     """
     # Here, so that tests of the command line alone import no TensorFlow.
     import tensorflow as tf
+    from shard_files import write_shard
 
     from vqbeam.vqvae.storage import records
     from vqbeam.vqvae.storage.labels import Labels
@@ -66,7 +67,7 @@ def _prepared_run(path, config, *, train=20, validation=10, labels=("a", "b"), k
         for index, part in enumerate(parts):
             files.append(folder / records.Shard(folder.name, split, index, len(parts)).filename)
             written = [records.serialize(example) for example in part]
-            size_in_bytes = records.write_shard(files[-1], written)
+            size_in_bytes = write_shard(files[-1], written)
             splits.setdefault(split, []).append((len(part), size_in_bytes))
     files += records.write_metadata(
         folder,

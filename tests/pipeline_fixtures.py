@@ -91,8 +91,9 @@ def write_tfds(data_dir, name, version, image_shape, splits, label_names, texts=
     """
     import tensorflow_datasets as tfds
     from etils import epath
+    from shard_files import write_shard
 
-    from vqbeam.vqvae.storage.records import Shard, write_shard
+    from vqbeam.vqvae.storage.records import Shard
 
     folder = epath.Path(data_dir) / name / version
     folder.mkdir(parents=True)

@@ -51,7 +51,7 @@ def test_other_wrong_command_lines(words, message):
 
 
 def test_without_a_word_the_help_is_the_error():
-    with pytest.raises(UsageError, match="verbs:"):
+    with pytest.raises(UsageError, match="make images:"):
         parse([])
 
 

@@ -7,6 +7,7 @@ import pytest
 from event_files import events
 from measured_run import add_models
 from PIL import Image
+from shard_files import write_shard
 
 from vqbeam.configs import PriorConfig, VqbeamError, override
 from vqbeam.prior import training
@@ -77,7 +78,7 @@ def encoded_run(path, config, labels=("a", "b", "c"), kind="classes"):
             for i, (of_image, label) in enumerate(zip(codes, given, strict=True))
         ]
         file = run.folder("encode") / records.Shard("codes", split, 0, 1).filename
-        size = records.write_shard(file, [records.serialize(e) for e in examples])
+        size = write_shard(file, [records.serialize(e) for e in examples])
         splits[split] = [(count, size)]
         files.append(file)
     files += records.write_metadata(

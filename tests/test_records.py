@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
+from shard_files import write_shard
 
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.layout import CodeLayout
@@ -26,7 +27,6 @@ from vqbeam.vqvae.storage.records import (
     serialize,
     training_batches,
     write_metadata,
-    write_shard,
 )
 
 ABC = Labels(("a", "b", "c"))

@@ -12,7 +12,7 @@ from vqbeam.configs import VqbeamError
 from vqbeam.pipelines import run as run_module
 from vqbeam.pipelines.lock import LOCK_FILE, locked
 from vqbeam.pipelines.run import run_stages
-from vqbeam.pipelines.stages.transforms import transforms as stages_module
+from vqbeam.pipelines.stages import transforms as stages_module
 from vqbeam.vqvae.storage.run_folder import MANIFEST, STAGES, RunFolder
 
 ALL = tuple(STAGES)

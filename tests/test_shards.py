@@ -13,9 +13,9 @@ from pipeline_fixtures import small_config
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.stages.shards import (
     ShardReport,
+    ShardWriter,
     remove_leftovers,
     write_dataset_metadata,
-    write_shard_once,
 )
 from vqbeam.vqvae.storage.records import Shard, open_dataset, read_split
 from vqbeam.vqvae.storage.run_folder import RunFolder
@@ -32,19 +32,18 @@ def run(tmp_path):
     return run
 
 
-def write(run, *contents, shard=SHARD, fail=False, **options):
-    """Writes a shard of the contents; returns its report and whether they were asked for."""
-    asked = []
-
-    def records(facts):
-        asked.append(True)
-        yield from contents
+def write(run, *contents, shard=SHARD, fail=False, content=""):
+    """Writes a shard of the contents; returns its report and whether it was written now."""
+    writer = ShardWriter(run.folder(STAGE), run.fingerprint(STAGE), shard, content)
+    if writer.report:
+        return writer.report, False
+    with writer:
+        for record in contents:
+            writer.write(record)
         if fail:
             raise RuntimeError("gone")
-        facts["seen"] = len(contents)
-
-    folder, fingerprint = run.folder(STAGE), run.fingerprint(STAGE)
-    return write_shard_once(folder, fingerprint, shard, records, **options), bool(asked)
+        writer.facts["seen"] = len(contents)
+    return writer.report, True
 
 
 def read(run, shard=SHARD):
@@ -169,12 +168,13 @@ def test_reports_are_json(run):
 ARENAS = """
 import ctypes, re, sys, tempfile, threading
 from etils import epath
-from vqbeam.pipelines.stages.shards import write_shard_once
+from vqbeam.pipelines.stages.shards import ShardWriter
 from vqbeam.vqvae.storage.records import Shard
 
 if sys.argv[2] == "write":
     folder = epath.Path(sys.argv[1])
-    write_shard_once(folder, "f", Shard("images", "train", 0, 1), lambda facts: iter([b"one"]))
+    with ShardWriter(folder, "f", Shard("images", "train", 0, 1)) as writer:
+        writer.write(b"one")
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.fdopen.restype = ctypes.c_void_p

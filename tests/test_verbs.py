@@ -1,6 +1,6 @@
 import pytest
 
-from vqbeam.pipelines.cli.main import VERBS
+from vqbeam.pipelines.cli.main import _GROUPS, VERBS
 from vqbeam.pipelines.cli.parser import Parser
 from vqbeam.vqvae.storage.run_folder import STAGES
 
@@ -18,3 +18,8 @@ def test_the_parser_of_a_verb(capsys):
 def test_only_stages_are_needed():
     for verb in VERBS.values():
         assert set(verb.needs) <= set(STAGES)
+
+
+def test_the_help_shows_every_verb_once():
+    shown = [name for names in _GROUPS.values() for name in names]
+    assert sorted(shown) == sorted(VERBS)

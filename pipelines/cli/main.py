@@ -53,47 +53,47 @@ VERBS = {
     "encode": Verb("turn every image into a grid of codes, as TFRecords", *_STAGES),
     "train-prior": Verb("train the transformer prior on the codes", *_STAGES),
     "sample": Verb(
-        "draw new images from a trained run",
+        "sample new images from a trained run",
         sampling_commands.parse_sample,
         sampling_commands.run_sample,
         needs=_MODELS,
         outputs=(".png", ".npz", ""),
     ),
     "generate": Verb(
-        "draw very many images, as a Beam pipeline",
+        "sample many images in parallel, as a Beam pipeline; resumable",
         sampling_commands.parse_generate,
         sampling_commands.run_generate,
         needs=_MODELS,
     ),
     "complete": Verb(
-        "draw the missing part of images, several times",
+        "sample the missing part of images, several times",
         sampling_commands.parse_complete,
         sampling_commands.run_complete,
         needs=_MODELS,
         outputs=(".png", ""),
     ),
     "interpolate": Verb(
-        "draw images on the way from one class to another",
+        "sample images between one class and another",
         sampling_commands.parse_interpolate,
         sampling_commands.run_interpolate,
         needs=_MODELS,
         outputs=(".png",),
     ),
     "reconstruct": Verb(
-        "draw held-out images above their reconstructions",
+        "plot held-out images above their reconstructions",
         report_commands.parse_reconstruct,
         report_commands.run_reconstruct,
         needs=("prepare", "train-vqvae"),
         outputs=(".png",),
     ),
     "evaluate": Verb(
-        "measure a trained run on all of its held-out images",
+        "measure a trained run on its held-out images",
         measure_commands.parse_evaluate,
         measure_commands.run_evaluate,
         needs=("prepare", "train-vqvae"),
     ),
     "score": Verb(
-        "tell how likely a trained run finds images of your own",
+        "print the log-likelihood of images of your own",
         measure_commands.parse_score,
         measure_commands.run_score,
         needs=_MODELS,
@@ -105,12 +105,12 @@ VERBS = {
         needs=_MODELS,
     ),
     "inspect": Verb(
-        "show what is in a run: stages, sizes, losses, codebook use",
+        "show the state of a run: stages, sizes, losses, codebook usage",
         report_commands.parse_inspect,
         report_commands.run_inspect,
     ),
     "gradients": Verb(
-        "show which part of a model the gradient of each loss reaches",
+        "plot which losses reach which parts of a model",
         report_commands.parse_gradients,
         report_commands.run_gradients,
         outputs=(".png",),
@@ -122,11 +122,18 @@ VERBS = {
     ),
 }
 
+# As the help shows them.
+_GROUPS = {
+    "train a model": ("run", "prepare", "train-vqvae", "encode", "train-prior", "presets"),
+    "make images": ("sample", "generate", "complete", "interpolate"),
+    "examine a model": ("inspect", "evaluate", "reconstruct", "score", "gradients"),
+    "use it elsewhere": ("export",),
+}
+
 _TOP_DESCRIPTION = """\
 Trains a two-stage generative model of images: a VQ-VAE turns images into grids of codes, and a
 transformer learns the codes. Every stage scales with Apache Beam.
 
-verbs:
 {verbs}
 
 example:
@@ -201,7 +208,10 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _top_parser() -> Parser:
-    verbs = "\n".join(f"  {name:<13} {verb.summary}" for name, verb in VERBS.items())
+    verbs = "\n\n".join(
+        "\n".join([f"{title}:", *(f"  {name:<13} {VERBS[name].summary}" for name in names)])
+        for title, names in _GROUPS.items()
+    )
     parser = Parser("")
     parser.describe("VERB ...", description=_TOP_DESCRIPTION.format(verbs=verbs))
     return parser

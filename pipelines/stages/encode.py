@@ -11,9 +11,9 @@ from apache_beam.utils.shared import Shared
 from vqbeam.pipelines.beam import Gathered, ShardedStage, advance
 from vqbeam.pipelines.stages.shards import (
     ShardReport,
+    ShardWriter,
     remove_leftovers,
     write_dataset_metadata,
-    write_shard_once,
 )
 from vqbeam.vqvae.augmentation import variant_count, variants
 from vqbeam.vqvae.fitting.compilation import compiled_encoder, in_batches
@@ -86,36 +86,34 @@ def plan_shards(run_path: str) -> Iterator[tuple[str, ImageShard]]:
 def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
     """Encodes one shard of images and writes it as one shard of `DIR/codes`."""
     run = RunFolder(run_path)
-    config = run.load_config()
-    builder = open_dataset(run.folder("prepare"))
-    layout = code_layout(config)
-    unseen = part.images * variant_count(part.augment)
-
-    def encoded():
-        encode, split = _load_encoder(run), part.shard.split
-        images = image_batches(builder, split, part.shard.index, config.encode.batch_size)
-        for batch in images.as_numpy_iterator():
-            originals = batch.pop("image")
-            for suffix, images in variants(originals, part.augment):
-                yield suffix.encode(), in_batches(encode, images, config.encode.batch_size), batch
-
-    def records(facts):
-        nonlocal unseen
+    writer = ShardWriter(run.folder(STAGE), run.fingerprint(STAGE), part.shard)
+    if writer.report:
+        advance(STAGE, part.images * variant_count(part.augment), part.total)
+    else:
+        layout = code_layout(run.load_config())
         counts = np.zeros((layout.levels, layout.num_codes), np.int64)
-        with damaged_records(run.folder("prepare")):
-            for suffix, codes, batch in _one_ahead(encoded()):
+        with damaged_records(run.folder("prepare")), writer:
+            for suffix, codes, batch in _one_ahead(_encoded(run, part)):
                 counts += count_codes(codes, layout)
-                unseen -= len(codes)
                 advance(STAGE, len(codes), part.total)
                 for i, of_image in enumerate(codes):
                     own = {name: values[i] for name, values in batch.items()}
-                    yield serialize(own | {"codes": of_image, "key": own["key"] + suffix})
-        facts["code_counts"] = counts.tolist()
+                    example = own | {"codes": of_image, "key": own["key"] + suffix}
+                    writer.write(serialize(example))
+            writer.facts["code_counts"] = counts.tolist()
+    Metrics.counter("vqbeam", "images_encoded").inc(writer.report.records)
+    return run_path, writer.report
 
-    report = write_shard_once(run.folder(STAGE), run.fingerprint(STAGE), part.shard, records)
-    advance(STAGE, unseen, part.total)  # those that an earlier attempt has encoded
-    Metrics.counter("vqbeam", "images_encoded").inc(report.records)
-    return run_path, report
+
+def _encoded(run: RunFolder, part: ImageShard) -> Iterator[tuple[bytes, np.ndarray, dict]]:
+    """Yields for each batch and variant what is added to its keys, the codes, and the rest."""
+    encode, batch_size = _load_encoder(run), run.load_config().encode.batch_size
+    builder = open_dataset(run.folder("prepare"))
+    batches = image_batches(builder, part.shard.split, part.shard.index, batch_size)
+    for batch in batches.as_numpy_iterator():
+        originals = batch.pop("image")
+        for suffix, images in variants(originals, part.augment):
+            yield suffix.encode(), in_batches(encode, images, batch_size), batch
 
 
 def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:

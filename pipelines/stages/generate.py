@@ -29,9 +29,9 @@ from vqbeam.pipelines.sampling.provenance import checkpoint
 from vqbeam.pipelines.sources.images import encode_png
 from vqbeam.pipelines.stages.shards import (
     ShardReport,
+    ShardWriter,
     remove_leftovers,
     write_dataset_metadata,
-    write_shard_once,
 )
 from vqbeam.vqvae.storage.files import matching, read_json, write_json
 from vqbeam.vqvae.storage.records import IMAGES_VERSION, Shard, image_features, serialize
@@ -242,9 +242,12 @@ def draw_shard(order: Order, index: int) -> DrawnShard:
 
     if order.form == "tfrecord":
         shard = Shard(DATASET, SPLIT, index, order.shards)
-        report = write_shard_once(
-            order.folder, order.fingerprint, shard, lambda facts: _records(draw())
-        )
+        writer = ShardWriter(order.folder, order.fingerprint, shard)
+        if writer.report is None:
+            with writer:
+                for record in _records(draw()):
+                    writer.write(record)
+        report = writer.report
     elif not (folder / SAMPLES_LIST).exists():
         folder.rmtree(missing_ok=True)  # what was killed may have left half a picture
         write_samples(draw(), folder)

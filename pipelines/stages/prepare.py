@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ from vqbeam.pipelines.sources import RawImage, Source, Unit, open_source
 from vqbeam.pipelines.sources.images import ImageError, encode_png
 from vqbeam.pipelines.stages.shards import (
     ShardReport,
+    ShardWriter,
     remove_leftovers,
     write_dataset_metadata,
-    write_shard_once,
 )
 from vqbeam.vqvae.storage.files import write_bytes
 from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
@@ -50,45 +50,36 @@ def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
     """Decodes the images of one unit and writes them as one shard of `DIR/images`."""
     run = RunFolder(run_path)
     source = open_source(run.load_config().data)
-    unseen = len(unit.images)
-
-    def records(facts):
-        nonlocal unseen
-        statistics = _Statistics()
-        failures = []
-        for raw in source.read(unit):
-            unseen -= 1
-            advance(STAGE, 1, unit.total)
-            try:
-                image = source.decode(raw)
-            except ImageError as error:
-                failures.append({"key": raw.key, "reason": str(error)})
-                continue
-            if unit.shard.split == "train":
-                statistics.add(image, raw.label)
-            example = {"image": encode_png(image), "key": raw.key}
-            yield serialize(example | _label(raw, unit))
-        facts |= {
-            "failures": failures,
-            "labels": unit.labels,
-            "statistics": vars(statistics),
-        }
-
     # Files and classes may come and go between two attempts, so that a shard of that name holds
     # others.
     content = hashlib.sha256(repr((unit.images, unit.labels)).encode()).hexdigest()
-    report = write_shard_once(
-        run.folder(STAGE),
-        run.fingerprint(STAGE),
-        unit.shard,
-        records,
-        content=content,
-        holds=lambda facts: not _was_mended(facts["failures"], unit, source),
-    )
-    advance(STAGE, unseen, unit.total)  # those that an earlier attempt has prepared
+    writer = ShardWriter(run.folder(STAGE), run.fingerprint(STAGE), unit.shard, content)
+    if writer.report and not _was_mended(writer.report.facts["failures"], unit, source):
+        advance(STAGE, len(unit.images), unit.total)
+    else:
+        with writer:
+            writer.facts |= _write_images(source, unit, writer.write)
+    report = writer.report
     Metrics.counter("vqbeam", "images_prepared").inc(report.records)
     Metrics.counter("vqbeam", "images_failed").inc(len(report.facts["failures"]))
     return run_path, report
+
+
+def _write_images(source: Source, unit: Unit, write: Callable[[bytes], None]) -> dict[str, Any]:
+    """Writes the images of a unit; returns what was seen: failures, labels and statistics."""
+    statistics, failures = _Statistics(), []
+    for raw in source.read(unit):
+        advance(STAGE, 1, unit.total)
+        try:
+            image = source.decode(raw)
+        except ImageError as error:
+            failures.append({"key": raw.key, "reason": str(error)})
+            continue
+        if unit.shard.split == "train":
+            statistics.add(image, raw.label)
+        example = {"image": encode_png(image), "key": raw.key}
+        write(serialize(example | _label(raw, unit)))
+    return {"failures": failures, "labels": unit.labels, "statistics": vars(statistics)}
 
 
 def add_facts(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

@@ -6,14 +6,14 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.storage.files import size, write_json
-from vqbeam.vqvae.storage.records import Shard, write_metadata, write_shard
+from vqbeam.vqvae.storage.records import Shard, open_shard, write_metadata
 from vqbeam.vqvae.storage.run_folder import MANIFEST
 
 _M_ARENA_MAX = -8  # of malloc.h
@@ -33,16 +33,15 @@ class ShardReport:
     facts: dict[str, Any]
 
 
-def write_shard_once(
-    folder: epath.Path,
-    fingerprint: str,
-    shard: Shard,
-    records: Callable[[dict], Iterator[bytes]],
-    *,
-    content: str = "",
-    holds: Callable[[dict], bool] = lambda facts: True,
-) -> ShardReport:
-    """Writes a shard, or returns the report of the one that an earlier attempt has completed.
+class ShardWriter:
+    """Writes a shard of a dataset, unless an earlier attempt has written it.
+
+        writer = ShardWriter(folder, fingerprint, shard)
+        if writer.report is None:
+            with writer:
+                writer.write(record)
+                writer.facts["seen"] = 1
+        return writer.report
 
     The report is written after the shard, and both are renamed into place: a worker killed at any
     moment leaves either a shard with its report or work to be done again.
@@ -51,30 +50,42 @@ def write_shard_once(
         folder: Gets the shard.
         fingerprint: Of all that the dataset is made from; shards of another are written anew.
         shard: Which one.
-        records: Yields the serialized records; puts what it sees into the dictionary it is given.
-        content: Names what the shard is made of, where the fingerprint does not tell.
-        holds: Tells of what an earlier attempt has seen whether it would be seen again.
+        content: Names what the shard is made of, where the fingerprint does not.
+
+    Attributes:
+        report: Of the shard, once it is written; from the start where an earlier attempt wrote it.
+        facts: What was seen while writing; they become part of the report.
     """
-    _keep_memory_flat()
-    path = folder / shard.filename
-    report_path = folder / f".reports-{fingerprint}" / f"{shard.filename}.json"
-    if report := _earlier(report_path):
-        if size(path) == report.bytes and report.content == content and holds(report.facts):
-            return report
-    report_path.parent.mkdir(parents=True, exist_ok=True)
-    facts: dict[str, Any] = {}
-    count = 0
 
-    def counted():
-        nonlocal count
-        for record in records(facts):
-            count += 1
-            yield record
+    def __init__(self, folder: epath.Path, fingerprint: str, shard: Shard, content: str = ""):
+        _keep_memory_flat()
+        self.shard, self.content = shard, content
+        self._path = folder / shard.filename
+        self._report_path = folder / f".reports-{fingerprint}" / f"{shard.filename}.json"
+        earlier = _earlier(self._report_path)
+        fits = earlier and size(self._path) == earlier.bytes and earlier.content == content
+        self.report = earlier if fits else None
 
-    written = write_shard(path, counted())
-    report = ShardReport(shard, content, count, written, facts)
-    write_json(report_path, dataclasses.asdict(report))
-    return report
+    def __enter__(self) -> "ShardWriter":
+        self.facts: dict[str, Any] = {}
+        self._records = 0
+        self._report_path.parent.mkdir(parents=True, exist_ok=True)
+        self._open = open_shard(self._path)
+        self._file = self._open.__enter__()
+        return self
+
+    def write(self, record: bytes) -> None:
+        """Adds a serialized record."""
+        self._file.write(record)
+        self._records += 1
+
+    def __exit__(self, *error) -> None:
+        self._open.__exit__(*error)
+        if error[0] is None:
+            self.report = ShardReport(
+                self.shard, self.content, self._records, size(self._path), self.facts
+            )
+            write_json(self._report_path, dataclasses.asdict(self.report))
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,6 @@ from etils import epath
 
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.layout import CodeLayout
-from vqbeam.vqvae.storage.files import size
 from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
 from vqbeam.vqvae.storage.run_folder import MANIFEST
 
@@ -99,23 +98,21 @@ def serialize(example: dict[str, Any]) -> bytes:
     return record.SerializeToString(deterministic=True)
 
 
-def write_shard(path: epath.Path, records: Iterable[bytes]) -> int:
-    """Writes a TFRecord file whole or not at all; returns its size in bytes.
+@contextlib.contextmanager
+def open_shard(path: epath.Path) -> Iterator[tf.io.TFRecordWriter]:
+    """Yields the writer of a TFRecord file, which is whole when the block ends, or not there.
 
     The temporary name begins with a dot, so that nothing takes it for a shard, and is unique, so
-    that two workers given the same shard do not meet in it.
+    that two workers given the same shard do not write to the same file.
     """
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
         with tf.io.TFRecordWriter(os.fspath(temporary)) as writer:
-            for record in records:
-                writer.write(record)
+            yield writer
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    written = size(temporary)
     temporary.replace(path)
-    return written
 
 
 def write_metadata(

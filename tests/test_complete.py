@@ -6,7 +6,8 @@ from PIL import Image
 from pipeline_fixtures import CLASSES, SIDE, small_config, write_images
 
 from vqbeam.pipelines.cli.main import main
-from vqbeam.pipelines.sampling.complete import _completed, _kept_part, _label, _likeliest
+from vqbeam.pipelines.sampling.complete import _completed, _kept_part, _likeliest, completed_label
+from vqbeam.pipelines.sampling.decoder import Models
 from vqbeam.pipelines.sampling.input_images import region_mask
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.building import build_model
@@ -83,7 +84,9 @@ def test_kept_codes_of_every_level_stay(settings):
     prior = CodePrior(model.layout, num_labels=3, layers=1, width=16, heads=2)
     images = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
     mask = region_mask("left-half", config)
-    codes = _completed(prior, model, config.sample, 0, images, 2, mask, -1)
+    models = Models(None)
+    models.vqvae, models.prior = model, prior
+    codes = _completed(models, config.sample, 0, images, 2, mask, -1)
     assert codes.shape == (4, *model.layout.shape)
     encoded = np.repeat(np.asarray(model.encode(images)), 2, axis=0)
     width = model.layout.grids[-1][1]
@@ -116,10 +119,10 @@ def test_the_kept_part_is_that_of_the_cells():
 
 def test_the_label_of_a_run_with_one_class_is_known():
     for names, label in ((), -1), (("a",), 0), (("a", "b"), -1):
-        assert _label(None, Labels(names)) == label
-    assert _label("b", Labels(("a", "b"))) == 1
+        assert completed_label(None, Labels(names)) == label
+    assert completed_label("b", Labels(("a", "b"))) == 1
     # One attribute may be there or not.
-    assert _label(None, Labels(("hat",), "attributes")) == (-1,)
+    assert completed_label(None, Labels(("hat",), "attributes")) == (-1,)
 
 
 @pytest.mark.slow

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from vqbeam.configs import VqbeamError
@@ -60,3 +61,18 @@ def test_attributes_of_an_image_are_joined_by_commas():
     assert parse_label(None, FACES) == (-1, -1, -1)
     with pytest.raises(VqbeamError, match="has no label 'old'; it has Young, Smiling, Hat, red"):
         parse_label("young,old", FACES)
+
+
+def test_labels_as_records_have_them():
+    assert label_rows(np.array([2, -1]), Labels(NAMES), 3).tolist() == [2, -1, 2]
+    assert label_rows([[1, 0, 1], "young"], FACES, 2).tolist() == [[1, 0, 1], [1, 0, 0]]
+    assert label_name(-1, Labels(NAMES)) == label_name((-1, -1, -1), FACES) == ""
+    for label, labels, message in [
+        (len(NAMES), Labels(NAMES), f"; give a name or a number from 0 to {len(NAMES) - 1}"),
+        (1.0, Labels(NAMES), "has no label 1.0"),
+        ([1, 2, 0], FACES, "; give a name or 3 numbers, 0 or 1"),
+        ([1, 0], FACES, "has no label"),
+        (0, Labels(), "the run has no label 0; it has no classes"),
+    ]:
+        with pytest.raises(VqbeamError, match=message):
+            parse_label(label, labels)

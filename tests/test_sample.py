@@ -254,7 +254,7 @@ def unlabelled(monkeypatch):
     """Has the classes taken from a run whose prior was trained with a guidance scale set."""
     samples = []
 
-    def draw_samples(run, settings, seed, labels):
+    def draw_samples(run, settings, seed, labels, models):
         samples.append(settings)
         images = np.zeros((2, SIDE, SIDE, 3), np.uint8)
         return Samples(images, np.zeros((2, 2, 2)), np.full(2, -1), None, {"seed": seed})

@@ -3,8 +3,9 @@ import pytest
 from pipeline_fixtures import SIDE, small_config
 
 from vqbeam.configs import SampleConfig
-from vqbeam.pipelines.sampling.decoder import decode, fitted
+from vqbeam.pipelines.sampling.decoder import fitted
 from vqbeam.vqvae.building import build_model
+from vqbeam.vqvae.fitting.compilation import compiled_decoder, in_batches
 
 
 @pytest.mark.slow
@@ -14,7 +15,7 @@ from vqbeam.vqvae.building import build_model
 def test_codes_of_several_levels_are_decoded(settings):
     model = build_model(small_config("glyphs", **settings), data_variance=1.0)
     codes = np.random.default_rng(0).integers(12, size=(5, *model.layout.shape), dtype="int32")
-    images = decode(model, codes, batch_size=3)
+    images = in_batches(compiled_decoder(model), codes, batch_size=3)
     assert images.shape == (5, SIDE, SIDE, 3) and images.dtype == np.uint8
     # A compiled decoder may round a pixel in another way.
     assert np.abs(np.asarray(model.decode(codes)).astype(int) - images).max() <= 1

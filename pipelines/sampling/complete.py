@@ -9,8 +9,8 @@ from etils import epath
 
 from vqbeam.configs import SampleConfig
 from vqbeam.pipelines.sampling.decoder import (
+    Models,
     changed_defaults,
-    decode,
     draw_grids,
     fitted,
     learned_labels,
@@ -27,15 +27,12 @@ from vqbeam.pipelines.sampling.input_images import (
 from vqbeam.pipelines.sampling.labels import Label, parse_label
 from vqbeam.pipelines.sampling.provenance import KEY
 from vqbeam.prior.likelihood import code_scorer
-from vqbeam.prior.training import load_prior
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.figures import label_figure, picture, save_png
-from vqbeam.vqvae.fitting.compilation import compiled_encoder, in_batches
-from vqbeam.vqvae.model import VQVAE
+from vqbeam.vqvae.fitting.compilation import in_batches
 from vqbeam.vqvae.storage.files import write_bytes
 from vqbeam.vqvae.storage.labels import Labels
 from vqbeam.vqvae.storage.run_folder import RunFolder
-from vqbeam.vqvae.training import load_vqvae
 
 _GRAY = 128
 _LIST = "completions.jsonl"
@@ -81,37 +78,51 @@ def complete(
     config = run.load_config()
     seed = config.seed if seed is None else seed
     mask, files = region_mask(keep, config), image_files(epath.Path(source).expanduser())
-    drawn = num * candidates
-    chosen = fitted(changed_defaults(run, settings), drawn * len(files))
+    chosen = fitted(changed_defaults(run, settings), num * candidates * len(files))
     originals = np.stack([read_image(file, config) for file in files.values()])
 
-    model, prior = load_vqvae(run), load_prior(run)
-    number = _label(label, learned_labels(run))
-    codes = _completed(prior, model, chosen, seed, originals, drawn, mask, number)
-    if candidates > 1:
-        counted = kept_codes(mask, model.layout)
-        codes = _likeliest(prior, codes, counted, number, drawn, num, chosen.batch_size)
-    images = decode(model, codes, chosen.batch_size).reshape(-1, num, *config.image_shape)
+    models, number = Models(run), completed_label(label, learned_labels(run))
+    images = draw_completions(models, chosen, seed, originals, mask, number, num, candidates)
 
     facts = provenance(run, chosen, seed) | {"keep": keep, "num": num, "label": number}
     facts["candidates"] = candidates
     if path.suffix == ".png":
-        kept = _kept_part(originals, kept_cells(mask, model.layout.grids[-1]))
+        kept = _kept_part(originals, kept_cells(mask, models.vqvae.layout.grids[-1]))
         _save_figure(originals, kept, images, path, facts | {"input": list(files)})
     else:
         _save_folder(images, path, [facts | {"input": name} for name in files])
-    print(f"{len(codes)} completions of {len(files)} images: {path}")
+    print(f"{num * len(files)} completions of {len(files)} images: {path}")
 
 
-def _label(label: str | None, labels: Labels) -> Label:
+def completed_label(label: Any, labels: Labels) -> Label:
+    """Returns the label that `parse_label` says; for None, the only class where there is one."""
     if label is None and labels.kind == "classes" and len(labels.names) == 1:
         return 0
     return parse_label(label, labels)
 
 
+def draw_completions(
+    models: Models,
+    settings: SampleConfig,
+    seed: int,
+    images: np.ndarray,
+    mask: np.ndarray,
+    label: Label,
+    num: int,
+    candidates: int,
+) -> np.ndarray:
+    """Returns the completions of images, uint8 [N, num, H, W, C]; see `complete`."""
+    drawn = num * candidates
+    codes = _completed(models, settings, seed, images, drawn, mask, label)
+    if candidates > 1:
+        counted = kept_codes(mask, models.vqvae.layout)
+        codes = _likeliest(models.prior, codes, counted, label, drawn, num, settings.batch_size)
+    decoded = in_batches(models.decode, codes, settings.batch_size)
+    return decoded.reshape(len(images), num, *images.shape[1:])
+
+
 def _completed(
-    prior: CodePrior,
-    model: VQVAE,
+    models: Models,
     settings: SampleConfig,
     seed: int,
     images: np.ndarray,
@@ -120,11 +131,10 @@ def _completed(
     label: Label,
 ) -> np.ndarray:
     """Returns codes, `num` times those of each image, of which those outside the mask are drawn."""
-    encode = compiled_encoder(model)
-    known = np.repeat(in_batches(encode, images, settings.batch_size), num, axis=0)
+    known = np.repeat(in_batches(models.encode, images, settings.batch_size), num, axis=0)
     labels = np.repeat([label], len(known), axis=0)
-    keep = kept_codes(mask, model.layout)
-    return draw_grids(prior, settings, seed, labels, known=known, keep=keep)
+    keep = kept_codes(mask, models.vqvae.layout)
+    return draw_grids(models, settings, seed, labels, known=known, keep=keep)
 
 
 def _likeliest(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,10 +12,11 @@ from etils import epath
 from vqbeam.configs import SampleConfig, VqbeamError
 from vqbeam.pipelines.sampling.labels import label_name
 from vqbeam.pipelines.sampling.provenance import checkpoint
+from vqbeam.prior.likelihood import Score, code_scorer
 from vqbeam.prior.sampler import Sampler, sampler_arguments
 from vqbeam.prior.training import load_prior
 from vqbeam.prior.transformer import CodePrior
-from vqbeam.vqvae.fitting.compilation import compiled_decoder, in_batches
+from vqbeam.vqvae.fitting.compilation import compiled_decoder, compiled_encoder, in_batches
 from vqbeam.vqvae.fitting.progress import progress_bar
 from vqbeam.vqvae.model import VQVAE
 from vqbeam.vqvae.storage.files import read_json, write_json
@@ -44,6 +46,43 @@ class Samples:
     first: int = 0
 
 
+class Models:
+    """The models of a run and what is compiled of them: each is made on first use, and kept.
+
+    Args:
+        run: The run. A model that it lacks is a VqbeamError on first use.
+    """
+
+    def __init__(self, run: RunFolder):
+        self.run = run
+        self.sampler = functools.cache(lambda batch_size: Sampler(self.prior, batch_size))
+
+    @functools.cached_property
+    def vqvae(self) -> VQVAE:
+        """The trained VQ-VAE."""
+        return load_vqvae(self.run)
+
+    @functools.cached_property
+    def prior(self) -> CodePrior:
+        """The trained prior."""
+        return load_prior(self.run)
+
+    @functools.cached_property
+    def encode(self) -> Callable[[Any], Any]:
+        """See `compiled_encoder`."""
+        return compiled_encoder(self.vqvae)
+
+    @functools.cached_property
+    def decode(self) -> Callable[[Any], Any]:
+        """See `compiled_decoder`."""
+        return compiled_decoder(self.vqvae)
+
+    @functools.cached_property
+    def score(self) -> Score:
+        """See `code_scorer`."""
+        return code_scorer(self.prior)
+
+
 class Drawer:
     """Both models of a run, loaded once and then drawn from as often as is asked.
 
@@ -51,21 +90,24 @@ class Drawer:
         run: Both of its models are trained.
         settings: All of it but `num` counts.
         seed: Of the random numbers.
+        models: Those of the run, where they are loaded already.
 
     Raises:
         VqbeamError: A model is missing, or there is nothing to guide towards.
     """
 
-    def __init__(self, run: RunFolder, settings: SampleConfig, seed: int):
+    def __init__(
+        self, run: RunFolder, settings: SampleConfig, seed: int, models: Models | None = None
+    ):
         self.known = learned_labels(run)
         if not self.known.names and settings.guidance != 1:
             raise VqbeamError(
                 f"guidance is {settings.guidance}, but {run.root} has no classes; use 1"
             )
-        prior = load_prior(run)
-        self.arguments = sampler_arguments(settings, prior.layout.length)
-        self.sampler = Sampler(prior, settings.batch_size)
-        self.decode = compiled_decoder(load_vqvae(run))
+        models = models or Models(run)
+        self.arguments = sampler_arguments(settings, models.prior.layout.length)
+        self.sampler = models.sampler(settings.batch_size)
+        self.decode = models.decode
         self.batch_size, self.seed = settings.batch_size, seed
         self.provenance = provenance(run, settings, seed)
 
@@ -98,24 +140,29 @@ class Drawer:
 
 
 def draw_samples(
-    run: RunFolder, settings: SampleConfig, seed: int, labels: np.ndarray, first: int = 0
+    run: RunFolder,
+    settings: SampleConfig,
+    seed: int,
+    labels: np.ndarray,
+    first: int = 0,
+    models: Models | None = None,
 ) -> Samples:
     """Draws from the prior of a run with a progress bar, and decodes; see `Drawer`."""
-    drawer = Drawer(run, settings, seed)
+    drawer = Drawer(run, settings, seed, models)
     with _bar(first % settings.batch_size + len(labels)) as move:
         return drawer(labels, first, move)
 
 
 def draw_grids(
-    prior: CodePrior, settings: SampleConfig, seed: int, labels: np.ndarray, **given: Any
+    models: Models, settings: SampleConfig, seed: int, labels: np.ndarray, **given: Any
 ) -> np.ndarray:
     """Draws codes, int32 [N, *layout.shape], with a progress bar; `given` goes to `Sampler`."""
     with _bar(len(labels)) as move:
-        return Sampler(prior, settings.batch_size)(
+        return models.sampler(settings.batch_size)(
             labels,
             seed,
             on_batch=move,
-            **sampler_arguments(settings, prior.layout.length),
+            **sampler_arguments(settings, models.prior.layout.length),
             **given,
         )
 
@@ -134,20 +181,6 @@ def provenance(run: RunFolder, settings: SampleConfig, seed: int) -> dict:
     """Returns what decides how images are drawn, by name, for their files."""
     drawn_by = {"preset": run.load_config().name, "checkpoint": checkpoint(run), "seed": seed}
     return drawn_by | dataclasses.asdict(settings)
-
-
-def decode(model: VQVAE, codes: np.ndarray, batch_size: int) -> np.ndarray:
-    """Returns the images of codes.
-
-    Args:
-        model: The VQ-VAE.
-        codes: Integers [N, *layout.shape].
-        batch_size: Images decoded at once.
-
-    Returns:
-        uint8 [N, H, W, C].
-    """
-    return in_batches(compiled_decoder(model), codes, batch_size)
 
 
 @contextlib.contextmanager

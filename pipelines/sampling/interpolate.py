@@ -8,8 +8,8 @@ from etils import epath
 
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.decoder import (
+    Models,
     changed_defaults,
-    decode,
     draw_grids,
     fitted,
     learned_labels,
@@ -17,10 +17,9 @@ from vqbeam.pipelines.sampling.decoder import (
 )
 from vqbeam.pipelines.sampling.labels import label_name, parse_label
 from vqbeam.pipelines.sampling.provenance import KEY
-from vqbeam.prior.training import load_prior
 from vqbeam.vqvae.figures import label_figure, save_png
+from vqbeam.vqvae.fitting.compilation import in_batches
 from vqbeam.vqvae.storage.run_folder import RunFolder
-from vqbeam.vqvae.training import load_vqvae
 
 
 def interpolate(
@@ -66,15 +65,16 @@ def interpolate(
     seed = config.seed if seed is None else seed
 
     shares = np.tile(np.linspace(0, 1, steps), num)
+    models = Models(run)
     codes = draw_grids(
-        load_prior(run),
+        models,
         chosen,
         seed,
         np.repeat([first], len(shares), axis=0),
         towards=(np.repeat([last], len(shares), axis=0), shares),
         indices=np.repeat(np.arange(num), steps),
     )
-    images = decode(load_vqvae(run), codes, chosen.batch_size)
+    images = in_batches(models.decode, codes, chosen.batch_size)
     headings = [names[0], *(f"{share:.1%}" for share in shares[1 : steps - 1]), names[1]]
     facts = provenance(run, chosen, seed) | {"num": num, "from": names[0], "to": names[1]}
     save_png(label_figure(images, headings * num), path, {KEY: json.dumps(facts)})

@@ -1,6 +1,7 @@
 """Classes and attributes by the names that a user types."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from vqbeam.vqvae.storage.labels import Labels
 Label = int | tuple[int, ...]
 
 
-def label_rows(texts: Sequence[str] | None, labels: Labels, num: int, first: int = 0) -> np.ndarray:
+def label_rows(texts: Sequence[Any] | None, labels: Labels, num: int, first: int = 0) -> np.ndarray:
     """Returns the label of each of `num` images: those asked for, in turn.
 
     Args:
@@ -32,16 +33,19 @@ def label_rows(texts: Sequence[str] | None, labels: Labels, num: int, first: int
     return chosen[(first + np.arange(num)) % len(chosen)]
 
 
-def parse_label(text: str | None, labels: Labels) -> Label:
+def parse_label(text: Any, labels: Labels) -> Label:
     """Returns the label that a user names; None is no label.
 
     Args:
-        text: The name or number of a class; or of attributes, joined by commas.
+        text: The name or number of a class; or of attributes, joined by commas. What is no text
+            is a label as records have it.
         labels: Those of the run.
 
     Raises:
         VqbeamError: It is not known, or there are none.
     """
+    if text is not None and not isinstance(text, str):
+        return _checked(text, labels)
     if labels.kind == "classes":
         return -1 if text is None else label_number(text, labels.names)
     if text is None:
@@ -52,10 +56,21 @@ def parse_label(text: str | None, labels: Labels) -> Label:
     return tuple(int(number in on) for number in range(len(labels.names)))
 
 
+def _checked(label: Any, labels: Labels) -> Label:
+    classes, row = labels.kind == "classes", np.asarray(label)
+    shape, largest = ((), len(labels.names) - 1) if classes else ((len(labels.names),), 1)
+    fits = row.dtype.kind in "iu" and row.shape == shape
+    if not fits or row.min() < -1 or row.max() > largest:
+        numbers = f"a number from 0 to {largest}" if classes else f"{shape[0]} numbers, 0 or 1"
+        wanted = f"give a name or {numbers}" if labels.names else "it has no classes"
+        raise VqbeamError(f"the run has no label {label!r}; {wanted}")
+    return int(row) if classes else tuple(row.tolist())
+
+
 def label_name(label: Label, labels: Labels) -> str:
-    """Returns the name of a class, or of attributes, joined by commas."""
+    """Returns the name of a class, or of attributes, joined by commas; "" for none."""
     if labels.kind == "classes":
-        return labels.names[label]
+        return labels.names[label] if label >= 0 else ""
     return ",".join(name for name, on in zip(labels.names, label, strict=True) if on > 0)
 
 

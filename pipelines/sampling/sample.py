@@ -9,6 +9,7 @@ from etils import epath
 
 from vqbeam.configs import SampleConfig
 from vqbeam.pipelines.sampling.decoder import (
+    Models,
     Samples,
     changed_defaults,
     check_guidance,
@@ -58,7 +59,7 @@ def sample(
     changes = {name: value for name, value in settings.items() if value is not None}
     bare = False
     if like is None:
-        samples = _draw(run, changes, labels, config.seed if seed is None else seed)
+        samples = draw(run, changes, labels, config.seed if seed is None else seed)
     else:
         source = epath.Path(like).expanduser()
         facts = read_provenance(source)
@@ -75,18 +76,23 @@ def sample_stage(run_path: str) -> None:
     if run.is_done(STAGE):
         return
     run.begin(STAGE)
-    samples = _draw(run, {}, None, run.load_config().seed)
+    samples = draw(run, {}, None, run.load_config().seed)
     path = run.folder(STAGE) / "samples.png"
     write_samples(samples, path)
     run.finish(STAGE, [path], settings=samples.settings)
 
 
-def _draw(
-    run: RunFolder, changes: Mapping[str, Any], labels: Sequence[str] | None, seed: int
+def draw(
+    run: RunFolder,
+    changes: Mapping[str, Any],
+    labels: Sequence[Any] | None,
+    seed: int,
+    models: Models | None = None,
 ) -> Samples:
+    """Draws new images; see `sample`, and for `models` see `Drawer`."""
     settings = changed_defaults(run, changes)
     rows = label_rows(labels, learned_labels(run), settings.num)
-    return draw_samples(run, fitted(settings, settings.num), seed, rows)
+    return draw_samples(run, fitted(settings, settings.num), seed, rows, models=models)
 
 
 def _draw_again(

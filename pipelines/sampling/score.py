@@ -8,16 +8,15 @@ import numpy as np
 from etils import epath
 
 from vqbeam.configs import Config, VqbeamError
+from vqbeam.pipelines.sampling.decoder import Models
 from vqbeam.pipelines.sampling.input_images import image_files, read_image
 from vqbeam.pipelines.sampling.labels import Label, label_name, parse_label
-from vqbeam.prior.likelihood import code_scorer
-from vqbeam.prior.training import bits_per_dim, load_prior
-from vqbeam.vqvae.fitting.compilation import compiled_decoder, compiled_encoder, in_batches
+from vqbeam.prior.training import bits_per_dim
+from vqbeam.vqvae.fitting.compilation import in_batches
 from vqbeam.vqvae.fitting.progress import progress_bar
 from vqbeam.vqvae.storage.files import write_bytes
 from vqbeam.vqvae.storage.labels import Labels
 from vqbeam.vqvae.storage.run_folder import RunFolder
-from vqbeam.vqvae.training import load_vqvae
 
 
 def score(
@@ -69,7 +68,7 @@ def _scored(
     run: RunFolder, config: Config, files: dict[str, epath.Path], label: Label
 ) -> list[dict]:
     """Returns for each file its figures, or the error that kept it from being read."""
-    measure = _measures(run, config)
+    measure = _measures(Models(run), config)
     size, lines, named = config.encode.batch_size, [], list(files.items())
     with progress_bar("score", len(files)) as bar:
         for first in range(0, len(named), size):
@@ -88,24 +87,39 @@ def _read(name: str, path: epath.Path, config: Config) -> dict:
         return {"file": name, "error": str(error)}
 
 
-def _measures(run: RunFolder, config: Config):
+def log_likelihoods(
+    models: Models, codes: np.ndarray, labels: np.ndarray, batch_size: int
+) -> np.ndarray:
+    """Returns log p(codes | label) in nats, float32 [N].
+
+    Args:
+        models: Those of the run.
+        codes: int32 [N, *layout.shape].
+        labels: int32 [N]; −1 for none; or of attributes [N, A].
+        batch_size: Images scored at once.
+    """
+
+    def nats(rows):
+        return models.score(codes[rows], labels[rows])
+
+    return in_batches(nats, np.arange(len(codes)), batch_size)
+
+
+def _measures(models: Models, config: Config):
     """Returns a function from images uint8 [B, H, W, C] and a label to the figures of each."""
-    vqvae, prior = load_vqvae(run), load_prior(run)
-    encode, decode = compiled_encoder(vqvae), compiled_decoder(vqvae)
-    size, length = config.encode.batch_size, prior.layout.length
-    log_likelihood = code_scorer(prior)
+    size, layout = config.encode.batch_size, models.prior.layout
 
     def measure(images: np.ndarray, label: Label) -> list[dict]:
-        codes = in_batches(encode, images, size)
-        copies = in_batches(decode, codes, size)
+        codes = in_batches(models.encode, images, size)
+        copies = in_batches(models.decode, codes, size)
         errors = np.square(images.astype(np.float64) - copies).mean(axis=(1, 2, 3))
-        labels = np.asarray([label] * size, np.int32)
-        scores = in_batches(lambda batch: log_likelihood(batch, labels), codes, size)
+        labels = np.asarray([label] * len(codes), np.int32)
+        scores = log_likelihoods(models, codes, labels, size)
         return [
             {
                 "log_likelihood": float(nats),
-                "nats_per_code": float(-nats / length),
-                "bits_per_dim": bits_per_dim(float(-nats / length), prior.layout, config),
+                "nats_per_code": float(-nats / layout.length),
+                "bits_per_dim": bits_per_dim(float(-nats / layout.length), layout, config),
                 "mse": float(error),
             }
             for nats, error in zip(scores, errors, strict=True)

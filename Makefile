@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 BACKEND_TESTS := $(addprefix tests/test_,$(addsuffix .py, \
 	accumulation building classifier clusters comparison compilation devices discriminator drawing entropy estimators evaluation \
 	features finite_scalar fitting gradient_audit hierarchy layout linear_quantizer \
-	lookup_free metrics nearest networks optimizers predictive prior_training residual_quantizer sampler scoring training \
+	lookup_free metrics nearest networks optimizers predictive prior_training quantizer_layer residual_quantizer sampler scoring training \
 	transformer vector_quantizer vqvae_model))
 
 .PHONY: quickstart test test-fast test-engines test-engine-faults test-cloud audit lint clean

@@ -1,12 +1,36 @@
 """vqbeam: two-stage image generation, from a laptop to a cluster.
 
+    run = vqbeam.open("runs/fashion")      a trained run: sample, encode, decode and more
+    vqbeam.VectorQuantizer(512, 64)        a layer for a Keras model of your own
+
 The folders `configs`, `vqvae`, `prior` and `pipelines` are the packages `vqbeam.configs` and so on:
 a folder of one of these names beside a notebook does no harm.
 """
 
+import importlib
 import pathlib
+from typing import Any
 
 # Installed, the four packages lie in this folder; in the repository they lie beside it.
 _HERE = pathlib.Path(__file__).parent
 if not (_HERE / "configs").is_dir():
     __path__.append(str(_HERE.parent))
+
+# Where each name comes from. TensorFlow takes seconds to load, so it waits until a name is used.
+_SOURCES = {
+    "Run": "vqbeam.pipelines.api",
+    "VectorQuantizer": "vqbeam.vqvae.quantizers.layer",
+    "VqbeamError": "vqbeam.configs",
+    "open": "vqbeam.pipelines.api",
+}
+__all__ = ["Run", "VectorQuantizer", "VqbeamError", "open"]  # noqa: F822
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _SOURCES:
+        raise AttributeError(f"module 'vqbeam' has no attribute {name!r}")
+    return getattr(importlib.import_module(_SOURCES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -22,7 +22,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[1]))
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
 
 import numpy as np
-from commands import start
+from commands import started
 from pipeline_fixtures import shard_contents, small_config, write_images, write_preset
 from side_by_side import table
 
@@ -56,31 +56,33 @@ def main() -> None:
     """Runs all attempts and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=20, help="attempts (default 20)")
-    kills = parser.parse_args().kills
+    parser.add_argument("--smoke", action="store_true", help="one kill of a run of few steps")
+    arguments = parser.parse_args()
+    kills, steps, images = (1, 4, 30) if arguments.smoke else (arguments.kills, 60, 600)
     numbers, found = np.random.default_rng(0), defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
-        write_images(folder / "source", 600)
-        steps = {"vqvae__steps": 60, "prior__steps": 60, "data__images_per_shard": 25}
+        write_images(folder / "source", images)
+        settings = {"vqvae__steps": steps, "prior__steps": steps, "data__images_per_shard": 25}
         preset = write_preset(
-            folder / "preset.py", small_config(f"folder:{folder / 'source'}", **steps)
+            folder / "preset.py", small_config(f"folder:{folder / 'source'}", **settings)
         )
 
         def run_in(name):
-            return start(folder / "log.txt", "run", preset, "--run-dir", folder / name)
+            return started(folder / "log.txt", "run", preset, "--run-dir", folder / name)
 
         begun = time.monotonic()
-        assert run_in("unbroken").wait() == 0
+        with run_in("unbroken") as process:
+            assert process.wait() == 0
         unbroken = time.monotonic() - begun
         expected = result(RunFolder(folder / "unbroken"))
         for attempt in range(kills):
             run = RunFolder(folder / f"run-{attempt}")
-            process = run_in(run.root.name)
-            time.sleep(numbers.uniform(0, unbroken))
-            process.kill()
-            process.wait()
+            with run_in(run.root.name):
+                time.sleep(numbers.uniform(0, unbroken))  # and it is killed
             stage, begun = stage_at_work(run), time.monotonic()
-            assert run_in(run.root.name).wait() == 0
+            with run_in(run.root.name) as process:
+                assert process.wait() == 0
             found[stage].append((time.monotonic() - begun, result(run) != expected))
             print(f"{attempt + 1} of {kills}: {stage}, {found[stage][-1]}", file=sys.stderr)
     rows = [

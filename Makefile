@@ -11,7 +11,7 @@ BACKEND_TESTS := $(addprefix tests/test_,$(addsuffix .py, \
 	lookup_free metrics nearest networks optimizers predictive prior_training quantizer_layer residual_quantizer sampler scoring training \
 	transformer vector_quantizer vqvae_model))
 
-.PHONY: quickstart test test-fast test-engines test-engine-faults test-cloud audit lint clean
+.PHONY: quickstart test test-fast test-engines test-engine-faults test-cloud audit lint house clean
 
 quickstart: $(BIN)/vqbeam
 	$(BIN)/vqbeam run glyphs --run-dir runs/glyphs
@@ -48,6 +48,10 @@ audit: $(VENV)/.test-installed
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# How large the product is, and where it is too large.
+house:
+	$(PYTHON) tests/house.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info samples.png

@@ -48,12 +48,6 @@ def test_no_more_than_there_are(finished_run, tmp_path):
         assert figure.size[0] == min(count, 16) * 68 + 4
 
 
-@pytest.mark.parametrize("name", ["pairs.jpg", "pairs"])
-def test_only_png(finished_run, name):
-    with pytest.raises(VqbeamError, match="--output is 'pairs.*'; give a name that ends in .png"):
-        reconstruct(str(finished_run.root), name)
-
-
 @pytest.mark.parametrize(
     ("lost", "message"),
     [

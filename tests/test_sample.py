@@ -216,12 +216,6 @@ def test_samples_png_by_default(finished_run, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "2 new images: samples.png\n"
 
 
-def test_an_ending_that_is_not_known_costs_no_drawing(finished_run, monkeypatch):
-    monkeypatch.setattr(sample_module, "draw_samples", None)
-    with pytest.raises(VqbeamError, match="give a name that ends in .png or .npz, or a folder"):
-        sample(str(finished_run.root), output="samples.jpeg")
-
-
 def test_the_stage_is_done_once(finished_run, monkeypatch):
     manifest = finished_run.manifest("sample")
     assert set(manifest["outputs"]) == {"samples.png"}

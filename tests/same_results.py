@@ -154,13 +154,16 @@ def _vqbeam(command: str, kind: str, work: pathlib.Path, output: str):
     }
     # Split first: a path with a space in it stays one word.
     words = [word.format(**values) for word in shlex.split(command)]
-    return subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", MODULE, *words],
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )
+    if process.returncode < 0:  # a signal from elsewhere, which is no answer of the product
+        sys.exit(f"signal {-process.returncode} ended {' '.join(process.args[1:])}; record anew")
+    return process
 
 
 def _record_run(kind: str, work: pathlib.Path) -> tuple[dict, dict]:

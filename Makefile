@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Without its compiled files, each start of Python would compile TensorFlow's sources again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Model code runs on two backends, and so do its tests. Most of the time on JAX would go to compiling
 # small programs well, which tests do not need.

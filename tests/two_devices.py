@@ -88,7 +88,8 @@ def check_two_devices_are_as_good_as_one(name):
     check_devices_agree(two)
     assert set(history) == set(other)
     for key in history:
-        np.testing.assert_allclose(other[key], history[key], rtol=1e-3, atol=1e-5, err_msg=key)
+        # A mean of logits, such as the adversarial loss, is a small difference of large numbers.
+        np.testing.assert_allclose(other[key], history[key], rtol=1e-3, atol=2e-4, err_msg=key)
     moved = 0
     start = build_model(config, data_variance=0.3)
     for a, b, before in zip(one.weights, two.weights, start.weights, strict=True):

@@ -19,7 +19,7 @@ import tensorflow as tf
 from keras import ops
 
 from vqbeam.pipelines.sources.images import encode_png
-from vqbeam.prior.filters import draw_codes
+from vqbeam.prior.filters import sample_code
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.layout import CodeLayout
 
@@ -75,12 +75,12 @@ def attention() -> None:
 def filters() -> None:
     """Interval halving against a sort, for top-k and top-p."""
     logits, uniform = tf.random.normal((64, 512)), tf.random.uniform((64, 1))
-    one, top_k, top_p = tf.constant(1.0), tf.constant(50.0), tf.constant(0.9)
-    min_p = tf.constant(0.0)
+    values = {"temperature": 1.0, "top_k": 50.0, "top_p": 0.9, "min_p": 0.0}
+    settings = {name: tf.constant(value) for name, value in values.items()}
 
     @tf.function(jit_compile=True)
     def halving():
-        return draw_codes(logits, uniform, one, top_k, top_p, min_p, filtered=True)
+        return sample_code(logits, uniform, settings, filtered=True)
 
     @tf.function(jit_compile=True)
     def sorting():

@@ -26,8 +26,8 @@ from side_by_side import table
 
 from vqbeam.configs import SampleConfig
 from vqbeam.pipelines.evaluation.reference import Yardstick
-from vqbeam.pipelines.sampling.decoder import sampling_defaults
-from vqbeam.prior.sampler import Sampler, sampler_arguments
+from vqbeam.pipelines.sampling.api import Run
+from vqbeam.prior.sampler import Sampler
 from vqbeam.prior.training import load_prior
 from vqbeam.vqvae.fitting.compilation import compiled_decoder
 from vqbeam.vqvae.storage.records import open_dataset, read_split, training_batches
@@ -131,12 +131,11 @@ def transformer_draws(run: RunFolder, settings: SampleConfig, labels: np.ndarray
     """Returns a function from how many to codes of the run's prior with the labels in turn."""
     prior = load_prior(run)
     sampler, drawn = Sampler(prior, DRAWN_AT_ONCE), [0]
-    arguments = sampler_arguments(settings, prior.layout.length)
 
     def draw(count):
         indices = np.arange(drawn[0], drawn[0] + count)
         drawn[0] += count
-        return sampler(labels[indices % len(labels)], 0, indices=indices, **arguments)
+        return sampler(labels[indices % len(labels)], 0, settings, indices=indices)
 
     return draw
 
@@ -179,7 +178,7 @@ def main() -> None:
     row = measure(yardstick, vqvae, pixelcnn_draws(model), labels)
     rows = [[f"PixelCNN, trained for {seconds:,.0f} s", size, nats, *row]]
     size, nats = f"{manifest['parameters']:,}", f"{manifest['measures']['nats_per_code']:.3f}"
-    settings = sampling_defaults(run)
+    settings = Run(run.root).default_settings()
     cases = (
         ("transformer, without a class", SampleConfig(), np.full_like(labels, -1), "–"),
         ("transformer, at the run's settings", settings, labels, nats),

@@ -13,24 +13,24 @@ from vqbeam.configs.loading import (
     to_dict,
 )
 from vqbeam.configs.schema import (
-    HOW_MANY,
     SECTIONS,
     Config,
     DataConfig,
     EncodeConfig,
     PriorConfig,
     SampleConfig,
+    SamplerSettings,
     VQVAEConfig,
 )
 
 __all__ = [
-    "HOW_MANY",
     "SECTIONS",
     "Config",
     "DataConfig",
     "EncodeConfig",
     "PriorConfig",
     "SampleConfig",
+    "SamplerSettings",
     "VQVAEConfig",
     "VqbeamError",
     "differences",

@@ -20,41 +20,43 @@ from vqbeam.configs.fields import (
     weight_ema_field,
 )
 
-# Fields that decide how many images are drawn, and not what they look like.
-HOW_MANY = ("num", "batch_size")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleConfig(Section):
-    """How new images are drawn, unless the command line says otherwise."""
+class SamplerSettings(Section):
+    """Settings of the sampler: temperature, filters of the codes, and guidance.
+
+    `vqbeam.prior.filters` defines what each does and the order in which they work.
+    """
 
     prefix = "sample"
 
-    num: int = field("images to draw", 64, minimum=1)
     temperature: float = field("divides the logits; 0 takes the likeliest code", 1.0, minimum=0)
-    top_k: int = field("draw from the K likeliest codes only; 0 for all", 0, minimum=0)
+    top_k: int = field("keep the K likeliest codes; 0 keeps all", 0, minimum=0)
     top_p: float = field(
-        "draw from the smallest set of codes with this probability", 1.0, minimum=0, maximum=1
+        "keep the smallest set of codes with this probability; 1 keeps all",
+        1.0,
+        minimum=0,
+        maximum=1,
     )
     min_p: float = field(
-        "draw from codes at least this share as probable as the likeliest; below 1, 0 for all",
+        "keep codes at least this fraction as probable as the likeliest; 0 keeps all",
         0.0,
         minimum=0,
         maximum=1,
     )
     guidance: float = field("classifier-free guidance scale; 1 for none", 1.0, minimum=0)
     guidance_schedule: str = field(
-        "guide all codes alike, ever more from the first to the last, or some of them",
+        "guidance over the sequence: the same for all codes, a linear ramp from 1 to the scale, "
+        "or only inside an interval",
         "constant",
         choices=("constant", "linear", "interval"),
     )
     guidance_start: float = field(
-        "interval: share of the codes that are drawn before guidance", 0.0, minimum=0, maximum=1
+        "start of the interval, as a fraction of the sequence", 0.0, minimum=0, maximum=1
     )
     guidance_end: float = field(
-        "interval: share of the codes that are drawn when guidance ends", 1.0, minimum=0, maximum=1
+        "end of the interval, as a fraction of the sequence", 1.0, minimum=0, maximum=1
     )
-    batch_size: int = field("images drawn at once", 64, minimum=1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -67,6 +69,42 @@ class SampleConfig(Section):
                 f"sample.guidance_start is {self.guidance_start}; it must be below "
                 f"sample.guidance_end ({self.guidance_end})"
             )
+
+    def check_guidance(self, has_labels: bool, label_dropout: float) -> None:
+        """Raises a VqbeamError if a prior that was trained so cannot be guided.
+
+        Guidance extrapolates from the prediction without a label to the one with it. A prior
+        learns both only if its data has labels, some of which are dropped in training.
+
+        Args:
+            has_labels: Whether the data has classes or attributes.
+            label_dropout: Fraction of the training examples without their label.
+        """
+        if self.guidance == 1 or (has_labels and label_dropout):
+            return
+        reason = "prior.label_dropout 0" if has_labels else "no labels"
+        raise VqbeamError(
+            f"sample.guidance is {self.guidance:g}, but the prior is trained with {reason}, which "
+            "leaves nothing to guide with; set guidance to 1"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig(SamplerSettings):
+    """Default settings of the commands that sample images."""
+
+    num: int = field("number of images", 64, minimum=1)
+    batch_size: int = field("images sampled at once", 64, minimum=1)
+
+    @property
+    def sampler(self) -> SamplerSettings:
+        """The settings that decide what an image looks like."""
+        names = [f.name for f in dataclasses.fields(SamplerSettings)]
+        return SamplerSettings(**{name: getattr(self, name) for name in names})
+
+    def with_at_most(self, count: int) -> "SampleConfig":
+        """Returns the settings with a batch no larger than a number of images."""
+        return dataclasses.replace(self, batch_size=min(self.batch_size, count))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -355,11 +393,8 @@ class Config:
                 f"sample.top_k is {self.sample.top_k}, more than the codes there are, "
                 f"vqvae.num_codes ({self.vqvae.num_codes}); 0 is for all"
             )
-        if self.sample.guidance != 1 and not self.prior.label_dropout:
-            raise VqbeamError(
-                f"sample.guidance is {self.sample.guidance}, away from images without a label, "
-                "but prior.label_dropout 0 learns none; make that more, or guidance 1"
-            )
+        # Whether there are labels is known only after the data is prepared.
+        self.sample.check_guidance(has_labels=True, label_dropout=self.prior.label_dropout)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -1,60 +1,87 @@
-"""Draws a code from its logits: temperature, filters, and a uniform number."""
+"""Sampling of one code from its logits, and the settings that shape its distribution."""
 
 import numpy as np
 from keras import ops
 
-from vqbeam.configs import SampleConfig
+from vqbeam.configs import SamplerSettings
 
 # Enough for an interval of 100 to shrink below the spacing of float32 logits.
 HALVINGS = 40
 
 
-def draw_codes(logits, uniform, temperature, top_k, top_p, min_p, *, filtered: bool):
-    """Turns uniform numbers into codes, by inversion of the cumulative probabilities.
+def sample_code(logits, uniform, settings, *, filtered: bool):
+    """Returns one code for each row of logits, by inversion of the cumulative probabilities.
 
-    The settings work in this order, each on what those before it leave: the temperature divides
-    the logits; `top_k` keeps the k likeliest codes; `top_p` keeps the fewest of the likeliest
-    codes whose probability is at least this (Holtzman et al., https://arxiv.org/abs/1904.09751);
-    `min_p` keeps the codes whose probability is at least this share of the likeliest one's
-    (Nguyen et al., https://arxiv.org/abs/2407.01082).
+    The temperature divides the logits; then each of `FILTERS` removes codes from those that the
+    filters before it have left.
 
     Args:
         logits: float32 tensor [B, K].
         uniform: float32 tensor [B, 1] in [0, 1).
-        temperature: float32 scalar from 0 up; 0 takes the likeliest code, whatever the filters.
-        top_k: float32 scalar from 1 to K.
-        top_p: float32 scalar in (0, 1].
-        min_p: float32 scalar in [0, 1).
-        filtered: Whether the last three are used.
+        settings: float32 scalars by name: `temperature`, from 0 up, where 0 takes the likeliest
+            code; and one for each filter.
+        filtered: Whether to apply the filters.
 
     Returns:
         An int32 tensor [B, 1]: the first code whose cumulative probability is above `uniform`.
     """
-    num_codes = logits.shape[-1]
+    num_codes, temperature = logits.shape[-1], settings["temperature"]
     likeliest = ops.cast(ops.argmax(logits, axis=-1, keepdims=True), "int32")
     logits = logits - ops.max(logits, axis=-1, keepdims=True)
     weights = ops.exp(logits / ops.where(temperature > 0, temperature, 1.0))
     if filtered:
-        weights = _keep_largest(weights, logits, ops.ones_like(logits), top_k)
-        probabilities = weights / ops.sum(weights, axis=-1, keepdims=True)
-        weights = _keep_largest(weights, logits, probabilities, top_p)
-        # The likeliest code weighs 1.
-        weights = ops.where(weights >= min_p, weights, 0.0)
+        for name, keep in FILTERS.items():
+            weights = keep(weights, logits, settings[name])
     cumulative = ops.cumsum(weights, axis=-1)
-    # XLA adds up in parallel, so that the sum may waver by a rounding where a weight is 0: such a
-    # code must be passed over by name. A total times a number below 1 is below the total, even
-    # when rounded, so there is always a code left.
+    # XLA adds in parallel, so the sum may change by a rounding error where a weight is 0; such
+    # codes are therefore excluded explicitly. A total times a number below 1 is below the total,
+    # even when rounded, so there is always a code left.
     total = ops.max(cumulative * ops.cast(weights > 0, "float32"), axis=-1, keepdims=True)
     reached = (weights > 0) & (cumulative > uniform * total)
     code = ops.min(ops.where(reached, ops.arange(num_codes), num_codes), axis=-1, keepdims=True)
     return ops.where(temperature > 0, ops.cast(code, "int32"), likeliest)
 
 
-def _keep_largest(weights, logits, shares, target):
-    """Zeroes the weights of all but the fewest largest logits whose shares reach the target.
+def top_k(weights, logits, k):
+    """Keeps the k likeliest codes, all of them if k is 0.
 
-    Of equal logits the first are kept, as `argmax` does. Sorting would do the same, but XLA sorts
-    slowly on a CPU: halving intervals takes a third of the time (benchmarks/choices.py).
+    Like the other filters it takes unnormalized probabilities [B, K], of which the largest is 1,
+    the logits [B, K], of which the largest is 0, and its setting, a float32 scalar; it returns the
+    probabilities with 0 for the codes that it removes.
+    """
+    count = ops.where(k > 0, k, float(logits.shape[-1]))
+    return _keep_largest(weights, logits, ops.ones_like(logits), count)
+
+
+def top_p(weights, logits, p):
+    """Keeps the fewest of the likeliest codes whose probability is at least p, in (0, 1].
+
+    Holtzman et al., "The Curious Case of Neural Text Degeneration",
+    https://arxiv.org/abs/1904.09751.
+    """
+    probabilities = weights / ops.sum(weights, axis=-1, keepdims=True)
+    return _keep_largest(weights, logits, probabilities, p)
+
+
+def min_p(weights, logits, p):
+    """Keeps the codes with at least p times the probability of the likeliest one, p in [0, 1).
+
+    Nguyen et al., "Min-p Sampling", https://arxiv.org/abs/2407.01082.
+    """
+    del logits
+    return ops.where(weights >= p, weights, 0.0)
+
+
+# By name of the setting, in the order in which they are applied. A new filter is a function, a
+# line here, and a field of `vqbeam.configs.SamplerSettings` whose default keeps all codes.
+FILTERS = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+
+
+def _keep_largest(weights, logits, shares, target):
+    """Keeps the weights of the fewest largest logits whose shares reach the target.
+
+    Ties go to the first code, as with `argmax`. The threshold is found by bisection, since XLA
+    sorts slowly on a CPU: three times as slow as this (benchmarks/choices.py).
     """
 
     def halve(_, interval):
@@ -74,15 +101,15 @@ def _keep_largest(weights, logits, shares, target):
     return ops.where(above | first, weights, 0.0)
 
 
-def guidance_scales(settings: SampleConfig, length: int) -> np.ndarray:
-    """Returns the scale of classifier-free guidance at each position of a sequence of codes.
+def guidance_scales(settings: SamplerSettings, length: int) -> np.ndarray:
+    """Returns the scale of classifier-free guidance at each position of the sequence.
 
-    "constant" is the scale s everywhere. "linear" goes from 1, no guidance, at the first position
-    to s at the last: 1 + (s - 1) p / (T - 1). "interval" is s at those positions p whose share
-    p / T lies in [start, end), and 1 elsewhere.
+    The schedule "constant" is the scale s everywhere; "linear" is 1 + (s - 1) p / (T - 1) at
+    position p, from no guidance at the first to s at the last; "interval" is s where p / T lies in
+    [guidance_start, guidance_end), and 1 elsewhere.
 
     Args:
-        settings: Its `guidance`, `guidance_schedule`, `guidance_start` and `guidance_end` count.
+        settings: The sampler's settings.
         length: Codes T of an image.
 
     Returns:
@@ -90,11 +117,35 @@ def guidance_scales(settings: SampleConfig, length: int) -> np.ndarray:
     """
     scale = settings.guidance
     if settings.guidance_schedule == "linear":
-        # One code alone is the last.
+        # Reversed, so that a single code counts as the last.
         return np.linspace(scale, 1, length, dtype="float32")[::-1]
     scales = np.full(length, scale, "float32")
     if settings.guidance_schedule == "interval":
-        shares = np.arange(length) / length
-        inside = (settings.guidance_start <= shares) & (shares < settings.guidance_end)
+        fraction = np.arange(length) / length
+        inside = (settings.guidance_start <= fraction) & (fraction < settings.guidance_end)
         return np.where(inside, scales, np.float32(1))
     return scales
+
+
+def sampler_tensors(
+    settings: SamplerSettings, length: int
+) -> tuple[dict[str, np.ndarray], dict[str, bool]]:
+    """Returns the settings as the sampling program takes them, and which program that is.
+
+    Args:
+        settings: The sampler's settings.
+        length: Codes T of an image.
+
+    Returns:
+        float32 arrays by name: `temperature` and each of `FILTERS`, scalars, and `guidance` [T];
+        and whether the program is `guided`, and `filtered`.
+    """
+    defaults = type(settings)()
+    scales = guidance_scales(settings, length)
+    tensors = {name: getattr(settings, name) for name in ("temperature", *FILTERS)}
+    kind = {
+        "guided": bool(np.any(scales != 1)),
+        "filtered": any(getattr(settings, name) != getattr(defaults, name) for name in FILTERS),
+    }
+    tensors = {name: np.asarray(value, "float32") for name, value in tensors.items()}
+    return tensors | {"guidance": scales}, kind

@@ -1,4 +1,4 @@
-"""Draws the codes of new images from a prior, one at a time, with cached keys and values."""
+"""Samples code grids from a prior, one code at a time, with cached keys and values."""
 
 import functools
 import math
@@ -11,35 +11,36 @@ import keras
 import numpy as np
 from keras import ops
 
-from vqbeam.configs import SampleConfig, VqbeamError
-from vqbeam.prior.filters import draw_codes, guidance_scales
+from vqbeam.configs import SamplerSettings, VqbeamError
+from vqbeam.prior.filters import sample_code, sampler_tensors
 from vqbeam.prior.transformer import CodePrior, check_labels
 from vqbeam.prior.uniforms import uniforms
 from vqbeam.vqvae.fitting.compilation import compile_function
-from vqbeam.vqvae.layout import CodeLayout
 
-# Attention reads its cache in full, so the cache starts short and grows.
+# Attention reads the whole cache, so the cache starts short and grows.
 SEGMENTS = 4
 LEAST_SHARE = 8
+_DEFAULTS = SamplerSettings()
 
 
 class Sampler:
-    """Draws the codes of images from a prior in batches of one size.
+    """Samples the code grids of images from a prior, in batches of a fixed size.
 
-    Image i of a seed is the same image at any batch size, since its random numbers are its own.
-    Only where a number falls within a rounding of the border between two codes may programs for
-    different batch sizes or backends part ways, which is rare.
+    Image i of a seed is the same image at any batch size, since each image has random numbers of
+    its own. The only exception is a number within a rounding error of the border between two
+    codes: there, programs compiled for different batch sizes or backends may differ.
 
-    All settings are inputs of the compiled program: it is compiled once with and once without
-    guidance, filters, a second class, and codes to keep, when first asked for.
+    All settings are inputs of the compiled program. It is compiled on first use, once for each
+    combination of guidance, filters, interpolation and completion.
 
     Args:
-        model: The prior. Weights assigned to it later on are seen.
-        batch_size: Images drawn at once. The last are padded to as many.
+        model: The prior. Later changes of its weights take effect.
+        batch_size: Images sampled at once. The last batch is padded.
 
     Example:
         >>> sampler = Sampler(prior, batch_size=64)
-        >>> codes = sampler(np.arange(10), seed=0, top_p=0.95, guidance=2.0)  # int32 [10, h, w]
+        >>> settings = SamplerSettings(top_p=0.95, guidance=2.0)
+        >>> codes = sampler(np.arange(10), seed=0, settings=settings)  # int32 [10, h, w]
     """
 
     def __init__(self, model: CodePrior, batch_size: int):
@@ -56,155 +57,92 @@ class Sampler:
         self,
         labels: np.ndarray,
         seed: int,
+        settings: SamplerSettings = _DEFAULTS,
         *,
         indices: np.ndarray | None = None,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        guidance: float | np.ndarray = 1.0,
         towards: tuple[np.ndarray, np.ndarray] | None = None,
-        known: np.ndarray | None = None,
-        keep: np.ndarray | None = None,
+        known: tuple[np.ndarray, np.ndarray] | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """Draws the codes of one image for each label.
+        """Returns the sampled codes of one image for each label.
+
+        With guidance of scale s, the logits are u + s·(c - u), where c and u are those with and
+        without the label (Ho and Salimans, https://arxiv.org/abs/2207.12598, eq. 6, s = 1 + w).
 
         Args:
-            labels: Integers [N] from 0 up to `model.null_label`; -1 means no class as well. Of
-                attributes [N, A], 1 for those wanted, else 0; rows of -1 for any.
+            labels: Integers [N] from 0 to `model.null_label`; -1 also means no class. Of
+                attributes [N, A], 1 for those that are present, else 0; rows of -1 for unknown.
             seed: Any integer.
-            indices: Integers [N], which image of the seed each is; 0, 1, ... by default.
-            temperature: Divides the logits; 0 takes the likeliest code.
-            top_k: Draw from the k likeliest codes only; 0 for all. `prior.filters` says how this
-                and the next two work together.
-            top_p: Draw from the fewest of the likeliest codes with this probability; in (0, 1].
-            min_p: Draw from codes at least this share as probable as the likeliest; in [0, 1).
-            guidance: Scale s of classifier-free guidance, u + s·(c - u), where c and u are the
-                logits with and without the class (Ho and Salimans,
-                https://arxiv.org/abs/2207.12598, eq. 6, with s = 1 + w); 1 for none. One for all
-                positions, or [T], one for each.
-            towards: A second label [N] and its weight w [N], in [0, 1], of each image: in place of
-                c stand (1 - w)·c + w·c', where c' are the logits with the second class.
-            known: Integers [N, *layout.shape] in [0, K), codes of images that are there in part.
-            keep: Bool, of the shape of `known` or of one image: the codes of `known` that are
-                taken over. Each of the others is drawn given those before it in the sequence,
-                kept or drawn; what is kept after it has no influence.
-            on_batch: Called after each batch with the number of images drawn so far.
+            settings: Temperature, filters and guidance.
+            indices: Integers [N], the number of each image among those of the seed; by default
+                0, 1, ...
+            towards: A second label [N] and its weight w [N] in [0, 1], of each image: c becomes
+                (1 - w)·c + w·c', where c' are the logits with the second label.
+            known: Codes [N, *layout.shape] and a bool mask of the same shape, or of one image's.
+                Codes are kept where the mask is True. The others are sampled, each conditioned on
+                all codes before it in the sequence, but not on codes kept after it.
+            on_batch: Called after each batch with the number of images sampled so far.
 
         Returns:
             An int32 array [N, *layout.shape] of codes in [0, K).
 
         Raises:
-            VqbeamError: A setting or a label is out of range, or an unconditional model is given a
-                guidance scale.
+            VqbeamError: A setting or label does not fit the model.
         """
         labels, layout = np.asarray(labels, "int32"), self.model.layout
-        settings, kind = program_settings(layout, temperature, top_k, top_p, min_p, guidance)
-        self._check(labels, temperature, top_k, top_p, min_p, settings["guidance"])
+        if settings.top_k > layout.num_codes:
+            raise VqbeamError(
+                f"sample.top_k is {settings.top_k}; the model has {layout.num_codes} codes; use "
+                "0 for all"
+            )
+        # Whether it was trained with label dropout, the model does not know.
+        settings.check_guidance(self.model.num_labels > 0, label_dropout=1)
+        check_labels(self.model, labels)
         images = {"labels": labels}
         if towards is not None:
             images["towards"] = np.asarray(towards[0], "int32")
             images["blend"] = np.asarray(towards[1], "float32")
             check_labels(self.model, images["towards"])
         if known is not None:
-            keep = np.broadcast_to(np.asarray(keep, bool), np.shape(known))
-            images["known"] = np.asarray(known, "int32").reshape(-1, layout.length)
-            images["keep"] = keep.reshape(-1, layout.length)
-        program = self._program(**kind)
+            codes, keep = np.asarray(known[0], "int32"), np.asarray(known[1], bool)
+            images["known"] = codes.reshape(-1, layout.length)
+            images["keep"] = np.broadcast_to(keep, codes.shape).reshape(-1, layout.length)
         indices = np.arange(len(labels)) if indices is None else np.asarray(indices)
+        tensors, kind = sampler_tensors(settings, layout.length)
+        program = self._program(**kind)
 
-        def draw(start):
+        def sample(start):
             rows = slice(start, start + self.share)
             numbers = uniforms(seed, indices[rows], layout.length)
             batch = {"uniforms": numbers} | {name: array[rows] for name, array in images.items()}
             padded = {name: self._padded(array) for name, array in batch.items()}
-            return ops.convert_to_numpy(program(padded, settings))[: len(numbers)]
+            return ops.convert_to_numpy(program(padded, tensors))[: len(numbers)]
 
         codes = np.zeros((len(labels), layout.length), "int32")
         starts = range(0, len(labels), self.share)
         with ThreadPoolExecutor(math.ceil(self.batch_size / self.share)) as pool:
-            for start, drawn in zip(starts, pool.map(draw, starts), strict=True):
-                codes[start : start + len(drawn)] = drawn
+            for start, sampled in zip(starts, pool.map(sample, starts), strict=True):
+                codes[start : start + len(sampled)] = sampled
                 if on_batch is not None:
-                    on_batch(start + len(drawn))
+                    on_batch(start + len(sampled))
         return codes.reshape(-1, *layout.shape)
 
     def _padded(self, rows: np.ndarray) -> np.ndarray:
         missing = self.share - len(rows)
         return np.pad(rows, ((0, missing), *[(0, 0)] * (rows.ndim - 1)), mode="edge")
 
-    def _check(self, labels, temperature, top_k, top_p, min_p, scales):
-        model, num_codes = self.model, self.model.layout.num_codes
-        if not temperature >= 0:
-            raise VqbeamError(f"temperature is {temperature}; it must be at least 0")
-        if not 0 <= top_k <= num_codes:
-            raise VqbeamError(
-                f"top_k is {top_k}; it must be from 1 to {num_codes}, the number of codes, or 0 "
-                "for all"
-            )
-        if not 0 < top_p <= 1:
-            raise VqbeamError(f"top_p is {top_p}; it must be above 0 and at most 1, which is all")
-        if not 0 <= min_p < 1:
-            raise VqbeamError(f"min_p is {min_p}; it must be at least 0, which is all, and below 1")
-        wrong, guided = scales[~((scales >= 0) & (scales < np.inf))], scales[scales != 1]
-        if wrong.size:
-            raise VqbeamError(f"guidance is {wrong[0]:g}; it must be at least 0; 1 is none")
-        if guided.size and model.num_labels == 0:
-            raise VqbeamError(
-                f"guidance is {guided[0]:g}, but the prior was trained without classes; set it to 1"
-            )
-        check_labels(self.model, labels)
-
 
 def _share(batch_size: int) -> int:
-    """Returns how many images of a batch are drawn by one program.
+    """Returns how many images of a batch one call of the program samples.
 
-    On a CPU a step is many small operations, which gain little from a second core: each core has a
-    program of its own, unless so few images are left to it that reading the weights is most of it.
+    On a CPU a step is many small operations, which gain little from a second core. So each core
+    runs a program of its own, unless its share of the images is so small that reading the weights
+    would dominate.
     """
     if not all(name.startswith("cpu") for name in keras.distribution.list_devices()):
         return batch_size
     cores = min(os.cpu_count(), max(1, batch_size // LEAST_SHARE))
     return math.ceil(batch_size / cores)
-
-
-def sampler_arguments(settings: SampleConfig, length: int) -> dict[str, Any]:
-    """Returns the arguments of a `Sampler` that a config's section stands for.
-
-    Args:
-        settings: The section.
-        length: Codes of an image.
-    """
-    names = ("temperature", "top_k", "top_p", "min_p")
-    arguments = {name: getattr(settings, name) for name in names}
-    return arguments | {"guidance": guidance_scales(settings, length)}
-
-
-def program_settings(
-    layout: CodeLayout, temperature: float, top_k: int, top_p: float, min_p: float, guidance
-) -> tuple[dict[str, np.ndarray], dict[str, bool]]:
-    """Returns the `settings` of `sample_codes`, and which of its programs they need.
-
-    Args:
-        layout: Of the codes.
-        temperature: See `Sampler` for this and the next four.
-        top_k: The number of codes, 0 for all.
-        top_p: The probability.
-        min_p: The share.
-        guidance: One scale, or [T].
-    """
-    scales = np.broadcast_to(np.asarray(guidance, "float32"), (layout.length,))
-    settings = {
-        "temperature": temperature,
-        "top_k": top_k or layout.num_codes,
-        "top_p": top_p,
-        "min_p": min_p,
-        "guidance": scales,
-    }
-    filtered = 0 < top_k < layout.num_codes or top_p < 1 or min_p > 0
-    kind = {"guided": bool(np.any(scales != 1)), "filtered": filtered}
-    return {name: np.asarray(value, "float32") for name, value in settings.items()}, kind
 
 
 def sample_codes(
@@ -216,23 +154,22 @@ def sample_codes(
     filtered: bool,
     segments: int = SEGMENTS,
 ):
-    """Draws the codes of a batch of images; the whole of it is one traceable function.
+    """Returns the sampled codes of a batch of images; one traceable function does it all.
 
     Args:
         model: The prior.
-        images: What differs from image to image; see `Sampler` for all but the second: `labels`,
-            int32 [B]; `uniforms`, float32 [B, T] in [0, 1); and, where they are wanted, `towards`,
-            int32 [B], and `blend`, float32 [B]; `known`, int32 [B, T], and `keep`, bool [B, T].
-        settings: float32 tensors, what is the same for all: `temperature`, `top_k` from 1 to K,
-            `top_p` and `min_p`, which are scalars, and `guidance` [T].
-        guided: Whether `guidance` is used, which takes twice the work.
-        filtered: Whether the filters are used.
-        segments: How often the cache grows; the codes do not depend on it.
+        images: The inputs of each image: `labels`, int32 [B]; `uniforms`, float32 [B, T] in
+            [0, 1); optionally `towards`, int32 [B], and `blend`, float32 [B], to interpolate; and
+            `known`, int32 [B, T], and `keep`, bool [B, T], to complete. See `Sampler`.
+        settings: The inputs of all images, from `sampler_tensors`.
+        guided: Whether to apply guidance, at twice the work.
+        filtered: Whether to apply the filters.
+        segments: How many times the cache grows; the codes do not depend on it.
 
     Returns:
         An int32 tensor [B, T].
     """
-    labels, filters = images["labels"], ("temperature", "top_k", "top_p", "min_p")
+    labels = images["labels"]
     batch_size, length = ops.shape(labels)[0], model.layout.length
     classes = [images[name] for name in ("labels", "towards") if name in images]
     if guided:
@@ -246,8 +183,7 @@ def sample_codes(
         logits, caches = model.step(x, caches, position)
         scale = ops.take(settings["guidance"], position) if guided else None
         logits = _combined(ops.split(logits, len(classes)), images.get("blend"), scale)
-        drawing = [settings[name] for name in filters]
-        code = draw_codes(logits, here("uniforms"), *drawing, filtered=filtered)
+        code = sample_code(logits, here("uniforms"), settings, filtered=filtered)
         if "known" in images:
             code = ops.where(here("keep"), here("known"), code)
         x = model.embed_codes(ops.concatenate([code] * len(classes)), position)
@@ -267,7 +203,7 @@ def sample_codes(
 
 
 def _combined(logits: list, blend, scale):
-    """Returns the logits to draw from, of those with a class, with another, and with none."""
+    """Returns the guided, interpolated logits of those with a label, a second one, and none."""
     with_class = logits[0]
     if blend is not None:
         with_class = (1 - blend[:, None]) * logits[0] + blend[:, None] * logits[1]

@@ -7,14 +7,14 @@ from typing import Any
 import tensorflow as tf
 from keras.src.backend.tensorflow import core as keras_core
 
-from vqbeam.configs import SampleConfig
-from vqbeam.prior.filters import guidance_scales
-from vqbeam.prior.sampler import program_settings, sample_codes, sampler_arguments
+from vqbeam.configs import SamplerSettings
+from vqbeam.prior.filters import FILTERS, guidance_scales, sampler_tensors
+from vqbeam.prior.sampler import sample_codes
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.model import VQVAE
 
 
-def serving_signatures(vqvae: VQVAE, prior: CodePrior, settings: SampleConfig) -> dict[str, Any]:
+def serving_signatures(vqvae: VQVAE, prior: CodePrior, settings: SamplerSettings) -> dict[str, Any]:
     """Returns concrete functions by name, for batches of any size.
 
     `encode` takes `images`, uint8 [B, H, W, C], and returns `codes`, int32 [B, *layout.shape];
@@ -36,7 +36,7 @@ def serving_signatures(vqvae: VQVAE, prior: CodePrior, settings: SampleConfig) -
     labels = tf.TensorSpec((None, *of_image), tf.int32)
     chosen = {"labels": labels, "seed": tf.TensorSpec([], tf.int64)}
     free = chosen | {"first_index": tf.TensorSpec([], tf.int64)}
-    free |= {name: tf.TensorSpec([], tf.float32) for name in ("temperature", "top_p", "min_p")}
+    free |= {name: tf.TensorSpec([], tf.float32) for name in ("temperature", *FILTERS)}
     free |= {"top_k": tf.TensorSpec([], tf.int32)}
     if prior.num_labels:
         free |= {"guidance": tf.TensorSpec([], tf.float32)}
@@ -58,28 +58,26 @@ def serving_signatures(vqvae: VQVAE, prior: CodePrior, settings: SampleConfig) -
 class _Drawing:
     vqvae: VQVAE
     prior: CodePrior
-    settings: SampleConfig
+    settings: SamplerSettings
 
     def sample(self, labels, seed):
         layout = self.prior.layout
-        arguments = sampler_arguments(self.settings, layout.length)
-        settings, kind = program_settings(layout, **arguments)
+        settings, kind = sampler_tensors(self.settings, layout.length)
         numbers = graph_uniforms(seed, _range(0, labels), layout.length)
         return self._drawn(labels, numbers, settings, **kind)
 
-    def sample_with_settings(self, labels, seed, first_index, top_k, guidance=None, **others):
+    def sample_with_settings(self, labels, seed, first_index, guidance=None, **settings):
         layout = self.prior.layout
         # How far each position goes from 1, which is no guidance, to the scale.
         shares = (
             guidance_scales(dataclasses.replace(self.settings, guidance=2.0), layout.length) - 1
         )
-        top_k = tf.where(top_k > 0, top_k, layout.num_codes)
-        others |= {"top_k": tf.cast(top_k, tf.float32)}
+        settings = {name: tf.cast(value, tf.float32) for name, value in settings.items()}
         if guidance is not None:
-            others |= {"guidance": 1 + (guidance - 1) * shares}
+            settings |= {"guidance": 1 + (guidance - 1) * shares}
         numbers = graph_uniforms(seed, _range(first_index, labels), layout.length)
         guided = guidance is not None
-        return self._drawn(labels, numbers, others, guided=guided, filtered=True)
+        return self._drawn(labels, numbers, settings, guided=guided, filtered=True)
 
     def _drawn(self, labels, numbers, settings, **kind):
         images = {"labels": labels, "uniforms": numbers}

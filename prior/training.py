@@ -26,7 +26,7 @@ from vqbeam.vqvae.storage.records import (
     read_split,
     training_batches,
 )
-from vqbeam.vqvae.storage.run_folder import RunFolder
+from vqbeam.vqvae.storage.run_folder import MODELS, RunFolder
 from vqbeam.vqvae.training import MODEL_FILE, check_fits, load_vqvae
 
 STAGE = "train-prior"
@@ -98,7 +98,7 @@ def load_prior(run: RunFolder) -> CodePrior:
     Raises:
         VqbeamError: It is not trained, or the model is not that of the run's config.
     """
-    run.require(STAGE)
+    run.require(STAGE, among=MODELS)
     path = run.folder(STAGE) / MODEL_FILE
     model = load_model(path)
     check_fits(model, run.load_config(), path)

@@ -3,8 +3,9 @@ import os
 # TensorFlow says much at start-up that no test reads.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Models are tiny and test workers fill the cores: more threads only get in each other's way.
-for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"):
-    os.environ.setdefault(name, "1")
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -135,7 +135,7 @@ def test_codebooks_of_every_kind(settings, shape, prepared_run, tiny_config):
 
     folder, _ = prepared_run(tiny_config(**{"vqvae__num_codes": 16} | settings))
     run = vqbeam.open(folder.root)
-    run._models.vqvae = build_model(run.config, data_variance=1.0)
+    run.vqvae = build_model(run.config, data_variance=1.0)
     assert run.codebook.shape == shape and run.labels == ("a", "b")
     with pytest.raises(VqbeamError, match="no finished train-prior stage"):
         run.sample()

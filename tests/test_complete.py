@@ -6,13 +6,14 @@ from PIL import Image
 from pipeline_fixtures import CLASSES, SIDE, small_config, write_images
 
 from vqbeam.pipelines.cli.main import main
-from vqbeam.pipelines.sampling.complete import _completed, _kept_part, _likeliest, completed_label
-from vqbeam.pipelines.sampling.decoder import Models
-from vqbeam.pipelines.sampling.input_images import region_mask
+from vqbeam.pipelines.sampling.api import Run, _likeliest
+from vqbeam.pipelines.sampling.complete import _kept_part
+from vqbeam.prior.likelihood import code_scorer
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.layout import CodeLayout
 from vqbeam.vqvae.storage.labels import Labels
+from vqbeam.vqvae.storage.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -78,15 +79,16 @@ def test_a_folder_of_completions_under_a_mask(finished_run, photos, tmp_path):
 @pytest.mark.parametrize(
     "settings", [dict(vqvae__quantizer="residual", vqvae__depth=2), dict(vqvae__grids=2)]
 )
-def test_kept_codes_of_every_level_stay(settings):
+def test_kept_codes_of_every_level_stay(settings, tmp_path):
     config = small_config("glyphs", **settings)
     model = build_model(config, data_variance=1.0)
     prior = CodePrior(model.layout, num_labels=3, layers=1, width=16, heads=2)
     images = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
-    mask = region_mask("left-half", config)
-    models = Models(None)
-    models.vqvae, models.prior = model, prior
-    codes = _completed(models, config.sample, 0, images, 2, mask, -1)
+    RunFolder(tmp_path).start(config)
+    run = Run(tmp_path)
+    run.vqvae, run.prior, run.prior_labels = model, prior, Labels(("a", "b", "c"))
+    run.decoder = lambda codes: codes
+    codes = run.complete(images, "left-half", num=2).reshape(-1, *model.layout.shape)
     assert codes.shape == (4, *model.layout.shape)
     encoded = np.repeat(np.asarray(model.encode(images)), 2, axis=0)
     width = model.layout.grids[-1][1]
@@ -102,12 +104,13 @@ def test_those_are_taken_that_fit_best_to_what_is_kept():
     prior.head.kernel.assign(numbers.normal(size=prior.head.kernel.shape))
     keep = np.array([[False, False], [False, True]])
     codes = numbers.integers(5, size=(8, 2, 2))
-    taken = _likeliest(prior, codes, keep, 1, drawn=4, num=2, batch_size=3)
+    candidates = codes.reshape(2, 4, 2, 2)
+    taken = _likeliest(code_scorer(prior, counted=keep), candidates, np.ones(3, "int32"), num=2)
     logits = np.asarray(prior({"codes": codes, "labels": np.ones(8, int)}))[:, 3].astype(float)
     chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     chances = chances[np.arange(8), codes[:, 1, 1]].reshape(2, 4)
     best = np.argsort(-chances, axis=1)[:, :2] + [[0], [4]]
-    np.testing.assert_array_equal(taken, codes[best.ravel()])
+    np.testing.assert_array_equal(taken, codes[best])
 
 
 def test_the_kept_part_is_that_of_the_cells():
@@ -117,12 +120,16 @@ def test_the_kept_part_is_that_of_the_cells():
     assert (kept[0, 2:] == 128).all() and kept.dtype == np.uint8
 
 
-def test_the_label_of_a_run_with_one_class_is_known():
+def test_the_label_of_a_run_with_one_class_is_known(tmp_path, tiny_config):
+    RunFolder(tmp_path).start(tiny_config())
+    run = Run(tmp_path)
     for names, label in ((), -1), (("a",), 0), (("a", "b"), -1):
-        assert completed_label(None, Labels(names)) == label
-    assert completed_label("b", Labels(("a", "b"))) == 1
-    # One attribute may be there or not.
-    assert completed_label(None, Labels(("hat",), "attributes")) == (-1,)
+        run.prior_labels = Labels(names)
+        assert run.completion_label(None) == label
+    assert run.completion_label("b") == 1
+    # One attribute may be present or not.
+    run.prior_labels = Labels(("hat",), "attributes")
+    assert run.completion_label(None) == (-1,)
 
 
 @pytest.mark.slow
@@ -130,10 +137,10 @@ def test_the_label_of_a_run_with_one_class_is_known():
     "words,message",
     [
         (["--input", "gone.png"], "there is no file or folder gone.png; check --input"),
-        (["--keep", "middle"], "--keep is 'middle'; give top-half"),
+        (["--keep", "middle"], "keep is 'middle'; give top-half"),
         (["--output", "c.gif"], "--output is 'c.gif'; give a name that ends in .png, or a folder"),
         (["--label", "melon"], "the run has no label 'melon'"),
-        (["--top-k", "99"], "top_k is 99; it must be from 1 to 12"),
+        (["--top-k", "99"], "sample.top_k is 99; the model has 12 codes"),
     ],
 )
 def test_what_a_user_can_mend(finished_run, photos, tmp_path, capsys, words, message):

@@ -250,7 +250,7 @@ FSQ = {"vqvae.quantizer": "fsq"}
         ),
         (
             {"sample.guidance": 2.0, "prior.label_dropout": 0.0},
-            "sample.guidance is 2.0, away from images without a label, but prior.label_dropout 0",
+            "sample.guidance is 2, but the prior is trained with prior.label_dropout 0",
         ),
         ({"prior.label_dropout": 1.0}, "prior.label_dropout is 1.0; it must be at most 0.9"),
         ({"vqvae.learning_rate": math.nan}, "vqvae.learning_rate is nan; it must be a number"),

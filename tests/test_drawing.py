@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from vqbeam.prior.filters import draw_codes
+from vqbeam.prior.filters import sample_code
 from vqbeam.vqvae.fitting.compilation import compile_function
 
 
@@ -22,8 +22,9 @@ def numpy_draw(logits, uniform, temperature, top_k, top_p, min_p):
 
 
 def compiled_draw(filtered=True):
-    def draw(*tensors):
-        return draw_codes(*tensors, filtered=filtered)
+    def draw(logits, uniform, *scalars):
+        settings = dict(zip(("temperature", "top_k", "top_p", "min_p"), scalars, strict=True))
+        return sample_code(logits, uniform, settings, filtered=filtered)
 
     return compile_function(draw, [], jit=True)
 

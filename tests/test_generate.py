@@ -9,6 +9,7 @@ from PIL import Image
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.cli.main import main
 from vqbeam.pipelines.lock import LOCK_FILE, locked
+from vqbeam.pipelines.sampling.api import Run
 from vqbeam.pipelines.sampling.sample import sample
 from vqbeam.pipelines.stages import generate as generate_module
 from vqbeam.pipelines.stages.generate import generate
@@ -95,20 +96,15 @@ def test_the_workers_do_not_matter(finished_run, pngs, tmp_path):
 def test_goes_on_with_the_shards_that_are_missing(finished_run, tmp_path, monkeypatch, form):
     order = ORDER | {"form": form, "output": str(tmp_path / "new")}
     drawn, fails = [], True
-    load = generate_module._load_drawer
+    sample_rows = Run.sample_rows
 
-    class Failing:
-        def __init__(self, order):
-            self.drawer = load(order)
-            self.known = self.drawer.known
+    def failing(run, labels, seed, settings, first, on_batch):
+        if fails and first == 3:
+            raise OSError(28, "No space left on device")
+        drawn.append(first)
+        return sample_rows(run, labels, seed, settings, first, on_batch)
 
-        def __call__(self, labels, first, on_batch):
-            if fails and first == 3:
-                raise OSError(28, "No space left on device")
-            drawn.append(first)
-            return self.drawer(labels, first, on_batch)
-
-    monkeypatch.setattr(generate_module, "_load_drawer", Failing)
+    monkeypatch.setattr(Run, "sample_rows", failing)
     with pytest.raises(Exception, match="No space left"):
         generate(str(finished_run.root), **order)
     (tmp_path / "new" / ".samples-train.tfrecord-00001-of-00003.0123").write_text("half a shard")
@@ -133,7 +129,7 @@ def test_what_is_done_is_not_done_again(finished_run, pngs, monkeypatch):
 def test_another_order_in_the_same_folder(finished_run, pngs):
     for change, told in [
         ({"seed": 4}, "images of seed 3; ask for the same"),
-        ({"num": 9, "top_k": 2}, "images of num 8, top_k 0; ask for the same"),
+        ({"num": 9, "top_k": 2}, "images of top_k 0, num 8; ask for the same"),
         ({"labels": None}, r"images of labels \['cherry', 'apple'\]; ask"),
         ({"form": "tfrecord"}, "images of form png; ask"),
     ]:
@@ -171,7 +167,9 @@ def test_refusals_leave_nothing(finished_run, tmp_path):
 
 
 def test_a_run_that_was_trained_anew_meanwhile(finished_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate_module, "checkpoint", lambda run: "of before")
+    checkpoints = ["of before"]  # and then another one
+    found = property(lambda run: checkpoints.pop() if checkpoints else "of now")
+    monkeypatch.setattr(Run, "checkpoint", found)
     with pytest.raises(Exception, match="was trained anew while images were drawn from it; delete"):
         generate(str(finished_run.root), output=str(tmp_path / "new"), **ORDER)
 

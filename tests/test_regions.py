@@ -31,7 +31,7 @@ def test_a_mask_is_brought_to_the_size_of_the_images(config, tmp_path):
 
 
 def test_what_is_no_mask(config, tmp_path):
-    with pytest.raises(VqbeamError, match="--keep is 'middle'; give top-half, .* or an image file"):
+    with pytest.raises(VqbeamError, match="keep is 'middle'; give top-half, .* or an image file"):
         region_mask("middle", config)
     (tmp_path / "mask.png").write_bytes(b"no image")
     with pytest.raises(VqbeamError, match="the mask .*mask.png cannot be read .*; give another"):

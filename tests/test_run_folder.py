@@ -1,8 +1,10 @@
+import json
+
 import pytest
 
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.storage import files
-from vqbeam.vqvae.storage.run_folder import MANIFEST, STAGES, RunFolder, epoch_files
+from vqbeam.vqvae.storage.run_folder import MANIFEST, STAGES, RunFolder, _hash_of, epoch_files
 
 
 @pytest.fixture
@@ -258,3 +260,30 @@ def test_two_attempts_may_end_at_the_same_time(run):
     first = run.finish("prepare", [], counts={"train": 5})
     second = run.finish("prepare", [], counts={"train": 5})
     assert first["sha256"] == second["sha256"] and run.is_done("prepare")
+
+
+def test_models_are_used_together_only_if_they_belong_together(run):
+    finish_all(run)
+    models = ("train-vqvae", "train-prior")
+    finish(run, "prepare", text="other images")
+    assert run.require("train-prior", among=models)
+    with pytest.raises(VqbeamError, match="made from inputs that have changed since"):
+        run.require("train-prior")
+    finish(run, "train-vqvae", text="another model")
+    with pytest.raises(VqbeamError, match="made from inputs that have changed since"):
+        run.require("train-prior", among=models)
+
+
+def test_manifests_of_earlier_versions_name_direct_inputs_alone(run):
+    finish_all(run)
+    for stage in STAGES:
+        path = run.folder(stage) / MANIFEST
+        manifest = json.loads(path.read_text())
+        del manifest["made_from"]
+        manifest["inputs"] = {name: run.result_hash(name) for name in manifest["inputs"]}
+        manifest["sha256"] = _hash_of(manifest)
+        path.write_text(json.dumps(manifest))
+    assert run.done(STAGES) == set(STAGES) and run.require("sample")
+    finish(run, "train-vqvae", text="another model")
+    with pytest.raises(VqbeamError, match="made from inputs that have changed since"):
+        run.require("train-prior", among=("train-vqvae", "train-prior"))

@@ -11,12 +11,13 @@ from pipeline_fixtures import CLASSES, SIDE
 
 from vqbeam.configs import SampleConfig, VqbeamError, override
 from vqbeam.pipelines.cli.main import main
-from vqbeam.pipelines.sampling import decoder as samples_module
-from vqbeam.pipelines.sampling import sample as sample_module
-from vqbeam.pipelines.sampling.decoder import store_sampling_defaults
+from vqbeam.pipelines.sampling import api
+from vqbeam.pipelines.sampling.api import Run
 from vqbeam.pipelines.sampling.provenance import checkpoint
 from vqbeam.pipelines.sampling.sample import Samples, sample, sample_stage
 from vqbeam.vqvae.figures import save_png
+from vqbeam.vqvae.storage import run_folder
+from vqbeam.vqvae.storage.files import read_json
 from vqbeam.vqvae.storage.run_folder import RunFolder
 from vqbeam.vqvae.training import load_vqvae
 
@@ -66,7 +67,7 @@ def test_settings_change_what_is_drawn(draw):
     greedy = draw(temperature=0.0, seed=9)
     np.testing.assert_array_equal(greedy["codes"], draw(top_k=1)["codes"])
     assert (greedy["codes"] != draw()["codes"]).any()
-    with pytest.raises(VqbeamError, match="top_k is 99; it must be from 1 to 12"):
+    with pytest.raises(VqbeamError, match="top_k is 99; the model has 12 codes"):
         draw(top_k=99)
 
 
@@ -121,11 +122,11 @@ def test_only_the_batch_of_a_picture_is_drawn(finished_run, written, tmp_path, m
         def __init__(self, prior, batch_size):
             self.batch_size = batch_size
 
-        def __call__(self, labels, seed, *, indices, **settings):
+        def __call__(self, labels, seed, settings, *, indices, on_batch):
             asked.append((self.batch_size, indices.tolist()))
             return np.zeros((len(labels), 2, 2), np.int32)
 
-    monkeypatch.setattr(samples_module, "Sampler", Recorder)
+    monkeypatch.setattr(api, "Sampler", Recorder)
     like = str(written[0] / "00004.png")
     sample(str(finished_run.root), like=like, output=str(tmp_path / "one.png"))
     # At its place in a batch of the same size, as rounding may depend on both.
@@ -136,7 +137,8 @@ def test_a_picture_again_by_a_run_that_cannot_be_guided(finished_run, written, m
     settings = {"prior.label_dropout": 0.0, "sample.guidance": 1.0}
     config = override(finished_run.load_config(), settings)
     monkeypatch.setattr(RunFolder, "load_config", lambda run: config)
-    with pytest.raises(VqbeamError, match="guidance is 3.0, .* prior.label_dropout 0 .*; use 1"):
+    message = "guidance is 3, .* prior.label_dropout 0,.* set guidance to 1"
+    with pytest.raises(VqbeamError, match=message):
         sample(str(finished_run.root), like=str(written[0] / "00004.png"), guidance=3.0)
 
 
@@ -202,7 +204,7 @@ def test_what_is_stored_for_a_run_goes_before_its_config(finished_run, tmp_path)
     for name in ("config.json", "vqvae", "prior"):
         (tmp_path / name).symlink_to(finished_run.root / name)
     run = RunFolder(tmp_path)
-    store_sampling_defaults(run, SampleConfig(num=2, top_k=1, guidance=1.5))
+    Run(run.root).store_default_settings(SampleConfig(num=2, top_k=1, guidance=1.5))
     sample(str(tmp_path), top_k=2, output=str(tmp_path / "stored.npz"))
     with np.load(tmp_path / "stored.npz") as arrays:
         facts = json.loads(str(arrays["vqbeam"]))
@@ -220,7 +222,7 @@ def test_the_stage_is_done_once(finished_run, monkeypatch):
     manifest = finished_run.manifest("sample")
     assert set(manifest["outputs"]) == {"samples.png"}
     assert manifest["settings"]["num"] == 7 and manifest["settings"]["guidance"] == 2.0
-    monkeypatch.setattr(sample_module, "draw_samples", None)
+    monkeypatch.setattr(Run, "sample_rows", None)
     sample_stage(str(finished_run.root))
     assert finished_run.manifest("sample") == manifest
 
@@ -232,6 +234,15 @@ def test_a_run_without_a_prior(finished_run, tmp_path):
         sample(str(run.root))
     with pytest.raises(VqbeamError, match="is not a run folder"):
         sample(str(tmp_path))
+
+
+def test_manifests_are_read_once_and_only_those_of_the_models(finished_run, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(run_folder, "read_json", lambda path: read.append(path) or read_json(path))
+    sample(str(finished_run.root), output=str(tmp_path / "x.npz"))
+    names = [str(path.relative_to(finished_run.root)) for path in read]
+    assert sorted(set(names)) == ["config.json", "prior/manifest.json", "vqvae/manifest.json"]
+    assert names.count("prior/manifest.json") == names.count("vqvae/manifest.json") == 1
 
 
 def test_models_alone_are_enough(finished_run, tmp_path, draw):
@@ -248,31 +259,33 @@ def unlabelled(monkeypatch):
     """Has the classes taken from a run whose prior was trained with a guidance scale set."""
     samples = []
 
-    def draw_samples(run, settings, seed, labels, models):
+    def sample_rows(run, labels, seed, settings):
         samples.append(settings)
         images = np.zeros((2, SIDE, SIDE, 3), np.uint8)
         return Samples(images, np.zeros((2, 2, 2)), np.full(2, -1), None, {"seed": seed})
 
     require = RunFolder.require
     monkeypatch.setattr(
-        RunFolder, "require", lambda self, stage: require(self, stage) | {"label_names": []}
+        RunFolder,
+        "require",
+        lambda self, stage, among: require(self, stage, among) | {"label_names": []},
     )
-    return draw_samples, samples
+    return sample_rows, samples
 
 
 def test_guidance_of_the_config_is_no_matter_without_classes(
     finished_run, unlabelled, monkeypatch, tmp_path
 ):
-    draw_samples, drawn = unlabelled
+    sample_rows, drawn = unlabelled
     with monkeypatch.context() as patch:
-        patch.setattr(sample_module, "draw_samples", draw_samples)
+        patch.setattr(Run, "sample_rows", sample_rows)
         sample(str(finished_run.root), output=str(tmp_path / "new"))
     # The config says 2, which would end a long run with an error.
     assert drawn[0].guidance == 1.0
     line = (tmp_path / "new" / "samples.jsonl").read_text().splitlines()[0]
     assert json.loads(line) == {"file": "00000.png", "index": 0, "seed": 0}
     for wrong, message in [
-        ({"guidance": 2.0}, "guidance is 2.0, but .* has no classes; use 1"),
+        ({"guidance": 2.0}, "guidance is 2, but the prior is trained with no labels"),
         ({"labels": ["apple"]}, "label 'apple' was asked for, but the run has no classes"),
     ]:
         with pytest.raises(VqbeamError, match=message):

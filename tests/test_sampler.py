@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from keras import ops
 
-from vqbeam.configs import SampleConfig, VqbeamError
-from vqbeam.prior.filters import guidance_scales
-from vqbeam.prior.sampler import Sampler, sample_codes, sampler_arguments
+from vqbeam.configs import SampleConfig, SamplerSettings, VqbeamError
+from vqbeam.prior.filters import guidance_scales, sampler_tensors
+from vqbeam.prior.sampler import Sampler, sample_codes
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.prior.uniforms import uniforms
 from vqbeam.vqvae.fitting.compilation import compile_function
@@ -50,25 +50,18 @@ def any_sampler(request):
 
 
 def settings_of(layout):
-    """What a program takes where nothing is set."""
-    scalars = {"temperature": 1, "top_k": K, "top_p": 1, "min_p": 0}
-    guidance = np.ones(layout.length, "float32")
-    return {name: np.array(x, "float32") for name, x in scalars.items()} | {"guidance": guidance}
+    """The inputs of a program for the default settings."""
+    return sampler_tensors(SamplerSettings(), layout.length)[0]
 
 
 def whole_logits(model, codes, labels):
     return ops.convert_to_numpy(model({"codes": codes, "labels": labels}))
 
 
-def scales(schedule, layout=FLAT, **changes):
-    settings = SampleConfig(guidance=1.5, guidance_schedule=schedule, **changes)
-    return guidance_scales(settings, layout.length)
-
-
 def clamps(layout):
     """Codes of which every third is kept."""
     known = np.random.default_rng(1).integers(K, size=(8, *layout.shape))
-    return {"known": known, "keep": (np.arange(layout.length) % 3 == 1).reshape(layout.shape)}
+    return known, (np.arange(layout.length) % 3 == 1).reshape(layout.shape)
 
 
 LABEL_ROWS = np.arange(8) % (LABELS + 1)
@@ -83,21 +76,20 @@ def test_shape_range_and_seed(any_sampler):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("batch_size", "settings"),
-    [(1, {}), (3, dict(temperature=0.9, top_k=9, top_p=0.95, min_p=0.02))],
-)
-def test_images_do_not_depend_on_the_batch(any_sampler, batch_size, settings):
-    if settings:
-        layout = any_sampler.model.layout
-        settings = settings | {"guidance": scales("linear", layout)} | clamps(layout)
-    expected = any_sampler(LABEL_ROWS, seed=1, **settings)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_images_do_not_depend_on_the_batch(any_sampler, batch_size):
+    inputs, later = {}, {}
+    if batch_size == 3:
+        filters = dict(temperature=0.9, top_k=9, top_p=0.95, min_p=0.02)
+        settings = SamplerSettings(guidance=1.5, guidance_schedule="linear", **filters)
+        known, keep = clamps(any_sampler.model.layout)
+        inputs = {"settings": settings, "known": (known, keep)}
+        later = {"settings": settings, "known": (known[5:], keep)}
+    expected = any_sampler(LABEL_ROWS, seed=1, **inputs)
     other = Sampler(any_sampler.model, batch_size)
-    np.testing.assert_array_equal(other(LABEL_ROWS, seed=1, **settings), expected)
-    if "known" in settings:
-        settings["known"] = settings["known"][5:]
-    later = other(LABEL_ROWS[5:], seed=1, indices=np.arange(5, 8), **settings)
-    np.testing.assert_array_equal(later, expected[5:])
+    np.testing.assert_array_equal(other(LABEL_ROWS, seed=1, **inputs), expected)
+    last = other(LABEL_ROWS[5:], seed=1, indices=np.arange(5, 8), **later)
+    np.testing.assert_array_equal(last, expected[5:])
 
 
 @pytest.mark.parametrize(
@@ -126,7 +118,7 @@ def test_on_batch_counts_images(sampler):
 
 
 def test_greedy_is_the_argmax_of_the_whole_sequence(any_sampler):
-    codes = any_sampler(LABEL_ROWS, seed=1, temperature=0)
+    codes = any_sampler(LABEL_ROWS, 1, SamplerSettings(temperature=0))
     best = whole_logits(any_sampler.model, codes, LABEL_ROWS).argmax(-1)
     np.testing.assert_array_equal(codes.reshape(8, -1), best)
 
@@ -142,21 +134,23 @@ def test_greedy_is_the_argmax_of_the_whole_sequence(any_sampler):
     ],
 )
 def test_limits_of_the_settings_are_greedy(sampler, settings):
-    greedy = sampler(LABEL_ROWS, seed=1, temperature=0)
-    np.testing.assert_array_equal(sampler(LABEL_ROWS, seed=2, **settings), greedy)
+    greedy = sampler(LABEL_ROWS, 1, SamplerSettings(temperature=0))
+    np.testing.assert_array_equal(sampler(LABEL_ROWS, 2, SamplerSettings(**settings)), greedy)
 
 
 def test_filters_that_keep_all_change_nothing(sampler):
     expected = sampler(LABEL_ROWS, seed=1)
     for settings in (dict(top_k=K), dict(top_p=1.0), dict(top_k=K, top_p=1 - 1e-7)):
-        np.testing.assert_array_equal(sampler(LABEL_ROWS, seed=1, **settings), expected)
+        np.testing.assert_array_equal(sampler(LABEL_ROWS, 1, SamplerSettings(**settings)), expected)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "interval"])
 def test_codes_follow_their_uniform_numbers(any_sampler, schedule):
     layout = any_sampler.model.layout
-    guidance = scales(schedule, layout, guidance_start=0.3, guidance_end=0.8)
-    codes = any_sampler(LABEL_ROWS, seed=1, temperature=0.7, guidance=guidance)
+    inside = dict(guidance_start=0.3, guidance_end=0.8)
+    settings = SamplerSettings(temperature=0.7, guidance=1.5, guidance_schedule=schedule, **inside)
+    guidance = guidance_scales(settings, layout.length)
+    codes = any_sampler(LABEL_ROWS, 1, settings)
     with_class, without = (
         whole_logits(any_sampler.model, codes, labels).astype("float64")
         for labels in (LABEL_ROWS, np.full(8, LABELS))
@@ -169,7 +163,8 @@ def test_codes_follow_their_uniform_numbers(any_sampler, schedule):
 def test_attributes_are_guided_towards():
     sampler = Sampler(build(num_labels=3, conditioning="attributes"), batch_size=8)
     attributes = np.arange(8)[:, None] >> np.arange(3) & 1
-    codes = sampler(attributes, seed=1, guidance=2.0)
+    guided = SamplerSettings(guidance=2.0)
+    codes = sampler(attributes, 1, guided)
     with_class, without = (
         whole_logits(sampler.model, codes, labels).astype("float64")
         for labels in (attributes, np.full((8, 3), -1))
@@ -177,7 +172,7 @@ def test_attributes_are_guided_towards():
     logits = without + 2 * (with_class - without)
     np.testing.assert_array_equal(codes.reshape(8, -1), drawn_from(logits))
     # The last batch is padded.
-    np.testing.assert_array_equal(sampler(attributes[:3], seed=1, guidance=2.0), codes[:3])
+    np.testing.assert_array_equal(sampler(attributes[:3], 1, guided), codes[:3])
     for wrong in ([0], [[0, 1]], [[0, 1, 2]]):
         with pytest.raises(VqbeamError, match="the prior knows 3 attributes; give each image a 0"):
             sampler(wrong, seed=1)
@@ -192,11 +187,10 @@ def drawn_from(logits):
 
 def test_kept_codes_stay_and_the_others_follow_those_before_them(any_sampler):
     layout = any_sampler.model.layout
-    clamped = clamps(layout)
-    known, keep = clamped["known"].reshape(8, -1), clamped["keep"].ravel()
-    codes = any_sampler(LABEL_ROWS, seed=1, **clamped)
+    known, keep = clamps(layout)
+    codes = any_sampler(LABEL_ROWS, seed=1, known=(known, keep))
     logits = whole_logits(any_sampler.model, codes, LABEL_ROWS).astype("float64")
-    expected = np.where(keep, known, drawn_from(logits))
+    expected = np.where(keep.ravel(), known.reshape(8, -1), drawn_from(logits))
     np.testing.assert_array_equal(codes.reshape(8, -1), expected)
     assert np.any(codes != any_sampler(LABEL_ROWS, seed=1))
 
@@ -205,27 +199,28 @@ def test_kept_codes_stay_and_the_others_follow_those_before_them(any_sampler):
 def test_a_mask_may_be_of_one_image_or_of_each(sampler):
     known = np.random.default_rng(0).integers(K, size=(8, *GRID))
     keep = np.random.default_rng(1).random((8, *GRID)) < 0.5
-    codes = sampler(LABEL_ROWS, seed=1, known=known, keep=keep)
+    codes = sampler(LABEL_ROWS, seed=1, known=(known, keep))
     np.testing.assert_array_equal(codes[keep], known[keep])
     for row in (0, 5):
-        alone = sampler(LABEL_ROWS, seed=1, known=known, keep=keep[row])
+        alone = sampler(LABEL_ROWS, seed=1, known=(known, keep[row]))
         np.testing.assert_array_equal(alone[row], codes[row])
 
 
 def test_nothing_and_everything_kept(sampler):
     known = np.random.default_rng(0).integers(K, size=(8, *GRID))
     nothing, everything = np.zeros(GRID, bool), np.ones(GRID, bool)
-    free = sampler(LABEL_ROWS, seed=1, known=known, keep=nothing)
+    free = sampler(LABEL_ROWS, seed=1, known=(known, nothing))
     np.testing.assert_array_equal(free, sampler(LABEL_ROWS, seed=1))
-    kept = sampler(LABEL_ROWS, seed=1, known=known, keep=everything)
+    kept = sampler(LABEL_ROWS, seed=1, known=(known, everything))
     np.testing.assert_array_equal(kept, known)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
 def test_between_two_classes(any_sampler, guidance):
+    settings = SamplerSettings(guidance=guidance)
     others, blend = (LABEL_ROWS + 2) % LABELS, np.linspace(0, 1, 8)
-    codes = any_sampler(LABEL_ROWS, seed=1, guidance=guidance, towards=(others, blend))
+    codes = any_sampler(LABEL_ROWS, 1, settings, towards=(others, blend))
     first, second, without = (
         whole_logits(any_sampler.model, codes, labels).astype("float64")
         for labels in (LABEL_ROWS, others, np.full(8, LABELS))
@@ -233,15 +228,19 @@ def test_between_two_classes(any_sampler, guidance):
     blend = blend[:, None, None]
     logits = without + guidance * ((1 - blend) * first + blend * second - without)
     np.testing.assert_array_equal(codes.reshape(8, -1), drawn_from(logits))
-    ends = any_sampler(LABEL_ROWS, seed=1, guidance=guidance)[0]
+    ends = any_sampler(LABEL_ROWS, 1, settings)[0]
     np.testing.assert_array_equal(codes[0], ends)
 
 
-def test_the_arguments_of_a_config():
+def test_settings_as_the_program_takes_them():
     settings = SampleConfig(temperature=0.7, top_k=3, top_p=0.9, min_p=0.1, guidance=2)
-    arguments = sampler_arguments(settings, 4)
-    assert arguments.pop("guidance").tolist() == [2, 2, 2, 2]
-    assert arguments == {"temperature": 0.7, "top_k": 3, "top_p": 0.9, "min_p": 0.1}
+    tensors, kind = sampler_tensors(settings, 4)
+    assert tensors.pop("guidance").tolist() == [2, 2, 2, 2]
+    expected = {"temperature": 0.7, "top_k": 3, "top_p": 0.9, "min_p": 0.1}
+    assert tensors == {name: np.float32(value) for name, value in expected.items()}
+    assert kind == {"guided": True, "filtered": True}
+    none = {"guided": False, "filtered": False}
+    assert sampler_tensors(SampleConfig(temperature=0.7), 4)[1] == none
 
 
 def test_indices_choose_the_random_numbers(sampler):
@@ -252,7 +251,7 @@ def test_indices_choose_the_random_numbers(sampler):
 
 def test_frequencies_for_one_code():
     model = build(layout=CodeLayout(K, ((1, 1),)))
-    codes = Sampler(model, 2000)(np.full(20_000, 2), seed=0, temperature=1.5).ravel()
+    codes = Sampler(model, 2000)(np.full(20_000, 2), 0, SamplerSettings(temperature=1.5)).ravel()
     scores = whole_logits(model, np.zeros((1, 1, 1), "int32"), np.array([2])).ravel() / 1.5
     expected = 20_000 * np.exp(scores) / np.exp(scores).sum()
     counts = np.bincount(codes, minlength=K)
@@ -263,7 +262,7 @@ def test_frequencies_for_one_code():
 
 def test_guidance_zero_is_the_null_class(sampler):
     null = sampler(np.full(8, LABELS), seed=1)
-    np.testing.assert_array_equal(sampler(LABEL_ROWS, seed=1, guidance=0), null)
+    np.testing.assert_array_equal(sampler(LABEL_ROWS, 1, SamplerSettings(guidance=0)), null)
     np.testing.assert_array_equal(sampler(np.full(8, -1), seed=1), null)
 
 
@@ -271,7 +270,7 @@ def test_guidance_one_is_the_class(sampler):
     program = sampler._program(True, False)
     images = {"labels": LABEL_ROWS.astype("int32"), "uniforms": uniforms(1, np.arange(8), T)}
     codes = program(images, settings_of(FLAT))
-    expected = sampler(LABEL_ROWS, seed=1, guidance=1).reshape(-1, T)
+    expected = sampler(LABEL_ROWS, seed=1).reshape(-1, T)
     np.testing.assert_array_equal(ops.convert_to_numpy(codes), expected)
 
 
@@ -299,28 +298,30 @@ def test_settings_compile_nothing_anew(monkeypatch):
     sampler, traced = Sampler(build(), batch_size=2), []
     step = CodePrior.step
     monkeypatch.setattr(CodePrior, "step", lambda *a: traced.append(1) or step(*a))
-    sampler([0, 1], 0, temperature=1, top_k=3, top_p=0.9, guidance=2)
+    sampler([0, 1], 0, SamplerSettings(temperature=1, top_k=3, top_p=0.9, guidance=2))
     once = len(traced)
-    sampler([2, 1], 1, temperature=0.5, top_k=4, top_p=0.8, guidance=3.5)
-    sampler([2], 2, temperature=0, top_k=5, min_p=0.1, guidance=scales("linear"))
+    sampler([2, 1], 1, SamplerSettings(temperature=0.5, top_k=4, top_p=0.8, guidance=3.5))
+    ramp = dict(guidance=1.5, guidance_schedule="linear")
+    sampler([2], 2, SamplerSettings(temperature=0, top_k=5, min_p=0.1, **ramp))
     assert len(traced) == once > 0
-    sampler([2], 2, known=np.zeros((1, *GRID)), keep=np.zeros(GRID))
+    sampler([2], 2, known=(np.zeros((1, *GRID)), np.zeros(GRID)))
     twice = len(traced)
-    sampler([1, 2], 2, known=np.ones((2, *GRID)), keep=np.ones((2, *GRID)))
+    sampler([1, 2], 2, known=(np.ones((2, *GRID)), np.ones((2, *GRID))))
     assert len(traced) == twice > once
 
 
 def test_new_weights_are_seen():
     model = build()
     sampler = Sampler(model, batch_size=2)
-    before = sampler([0, 1], 0, temperature=0)
+    before = sampler([0, 1], 0, SamplerSettings(temperature=0))
     model.head.kernel.assign(-model.head.kernel)
-    assert np.any(sampler([0, 1], 0, temperature=0) != before)
+    assert np.any(sampler([0, 1], 0, SamplerSettings(temperature=0)) != before)
 
 
 @pytest.mark.slow
 def test_mixed_precision_samples():
-    codes = Sampler(build(dtype="mixed_bfloat16"), batch_size=2)([0, 1], 0, guidance=2, top_k=3)
+    sampler = Sampler(build(dtype="mixed_bfloat16"), batch_size=2)
+    codes = sampler([0, 1], 0, SamplerSettings(guidance=2, top_k=3))
     assert codes.shape == (2, *GRID)
 
 
@@ -330,32 +331,23 @@ def test_unconditional_model():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("inputs", "message"),
     [
-        (dict(temperature=-1), "temperature is -1"),
-        (dict(temperature=math.nan), "temperature is nan"),
-        (dict(top_k=K + 1), f"top_k is {K + 1}; it must be from 1 to {K}"),
-        (dict(top_k=-1), "top_k is -1"),
-        (dict(top_p=0), "top_p is 0"),
-        (dict(top_p=1.1), "top_p is 1.1"),
-        (dict(min_p=-0.1), "min_p is -0.1"),
-        (dict(min_p=1), "min_p is 1; it must be .* below 1"),
-        (dict(guidance=-1), "guidance is -1"),
-        (dict(guidance=[1, 1, 1, 1, 1, math.nan]), "guidance is nan"),
+        (dict(settings=SamplerSettings(top_k=K + 1)), f"top_k is {K + 1}; the model has {K} codes"),
         (dict(towards=([LABELS + 1], [0.5])), f"label {LABELS + 1} is out of range"),
         (dict(labels=[LABELS + 1]), f"label {LABELS + 1} is out of range.* 0 to {LABELS - 1}"),
         (dict(labels=[-2]), "label -2 is out of range"),
     ],
 )
-def test_names_what_is_out_of_range(sampler, settings, message):
+def test_names_what_does_not_fit_the_model(sampler, inputs, message):
     with pytest.raises(VqbeamError, match=message):
-        sampler(**(dict(labels=[0], seed=0) | settings))
+        sampler(**(dict(labels=[0], seed=0) | inputs))
 
 
 def test_an_unconditional_model_takes_neither_label_nor_guidance():
     sampler = Sampler(build(num_labels=0), batch_size=2)
-    with pytest.raises(VqbeamError, match="guidance is 2, but the prior was trained without"):
-        sampler([-1], 0, guidance=2)
+    with pytest.raises(VqbeamError, match="guidance is 2, but the prior is trained with no labels"):
+        sampler([-1], 0, SamplerSettings(guidance=2))
     with pytest.raises(VqbeamError, match="label 3 is given, but the prior was trained without"):
         sampler([3], 0)
 
@@ -363,12 +355,14 @@ def test_an_unconditional_model_takes_neither_label_nor_guidance():
 OTHER_BACKEND = """
 import sys
 import keras, numpy as np
+from vqbeam.configs import SamplerSettings
 from vqbeam.prior.sampler import Sampler
 model = keras.saving.load_model(sys.argv[1])
 sampler = Sampler(model, 4)
-known, keep, guidance = (np.load(sys.argv[2])[name] for name in ("known", "keep", "guidance"))
-free = sampler(np.arange(4), 5, top_p=0.9, guidance=1.5)
-clamped = sampler(np.arange(4), 5, min_p=0.1, guidance=guidance, known=known, keep=keep)
+known = tuple(np.load(sys.argv[2])[name] for name in ("known", "keep"))
+free = sampler(np.arange(4), 5, SamplerSettings(top_p=0.9, guidance=1.5))
+settings = SamplerSettings(min_p=0.1, guidance=1.5, guidance_schedule="linear")
+clamped = sampler(np.arange(4), 5, settings, known=known)
 np.savez(sys.argv[3], free=free, clamped=clamped)
 """
 
@@ -379,9 +373,9 @@ def test_backends_draw_the_same_images(sampler, tmp_path):
     pytest.importorskip("jax")
     other = "jax" if keras.backend.backend() == "tensorflow" else "tensorflow"
     sampler.model.save(tmp_path / "model.keras")
-    clamped = clamps(FLAT) | {"guidance": scales("linear")}
-    clamped["known"] = clamped["known"][:4]
-    np.savez(tmp_path / "clamped.npz", **clamped)
+    known, keep = clamps(FLAT)
+    known = known[:4]
+    np.savez(tmp_path / "clamped.npz", known=known, keep=keep)
     files = [tmp_path / name for name in ("model.keras", "clamped.npz", "codes.npz")]
     subprocess.run(
         [sys.executable, "-c", OTHER_BACKEND, *files],
@@ -389,7 +383,8 @@ def test_backends_draw_the_same_images(sampler, tmp_path):
         check=True,
     )
     drawn = np.load(files[-1])
-    free = sampler(np.arange(4), 5, top_p=0.9, guidance=1.5)
+    free = sampler(np.arange(4), 5, SamplerSettings(top_p=0.9, guidance=1.5))
     np.testing.assert_array_equal(drawn["free"], free)
-    expected = sampler(np.arange(4), 5, min_p=0.1, **clamped)
+    settings = SamplerSettings(min_p=0.1, guidance=1.5, guidance_schedule="linear")
+    expected = sampler(np.arange(4), 5, settings, known=(known, keep))
     np.testing.assert_array_equal(drawn["clamped"], expected)

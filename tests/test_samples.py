@@ -3,7 +3,6 @@ import pytest
 from pipeline_fixtures import SIDE, small_config
 
 from vqbeam.configs import SampleConfig
-from vqbeam.pipelines.sampling.decoder import fitted
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.fitting.compilation import compiled_decoder, in_batches
 
@@ -22,5 +21,5 @@ def test_codes_of_several_levels_are_decoded(settings):
 
 
 def test_a_batch_is_no_larger_than_what_is_drawn():
-    assert fitted(SampleConfig(batch_size=64), 5) == SampleConfig(batch_size=5)
-    assert fitted(SampleConfig(batch_size=64), 100) == SampleConfig(batch_size=64)
+    assert SampleConfig(batch_size=64).with_at_most(5) == SampleConfig(batch_size=5)
+    assert SampleConfig(batch_size=64).with_at_most(100) == SampleConfig(batch_size=64)

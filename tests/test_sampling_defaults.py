@@ -3,11 +3,7 @@ import dataclasses
 import pytest
 
 from vqbeam.configs import SampleConfig, VqbeamError
-from vqbeam.pipelines.sampling.decoder import (
-    changed_defaults,
-    sampling_defaults,
-    store_sampling_defaults,
-)
+from vqbeam.pipelines.sampling.api import Run
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
 
@@ -20,38 +16,38 @@ def run(tmp_path, tiny_config):
         run.start(tiny_config(sample__guidance=2.0, sample__num=5))
         run.begin("train-prior")
         run.finish("train-prior", [], label_names=label_names)
-        return run
+        return Run(run.root)
 
     return make
 
 
 def test_as_the_config_says_until_others_are_stored(run):
     run = run(["a", "b"])
-    settings = run.load_config().sample
-    assert sampling_defaults(run) == settings and settings.guidance == 2.0
+    settings = run.config.sample
+    assert run.default_settings() == settings and settings.guidance == 2.0
     better = dataclasses.replace(settings, temperature=0.8, guidance=3.0)
-    store_sampling_defaults(run, better)
-    assert sampling_defaults(run) == better
-    changed = changed_defaults(run, {"temperature": None, "min_p": 0.1})
+    run.store_default_settings(better)
+    assert run.default_settings() == better
+    changed = run.settings(temperature=None, min_p=0.1)
     assert changed == dataclasses.replace(better, min_p=0.1)
 
 
 def test_no_guidance_without_classes(run):
     run = run([])
-    assert sampling_defaults(run) == SampleConfig(num=5, guidance=1.0)
-    # Who asks for it shall hear that it cannot be had.
-    assert changed_defaults(run, {"guidance": 3.0}).guidance == 3.0
+    assert run.default_settings() == SampleConfig(num=5, guidance=1.0)
+    with pytest.raises(VqbeamError, match="guidance is 3, but the prior is trained with no labels"):
+        run.settings(guidance=3.0)
 
 
 def test_bounds_of_guidance_belong_to_an_interval(run):
     run = run(["a"])
     message = "guidance_end is 0.5, but guidance_schedule constant has no start and no end; set"
     with pytest.raises(VqbeamError, match=message):
-        changed_defaults(run, {"guidance_end": 0.5})
-    found = changed_defaults(run, {"guidance_end": 0.5, "guidance_schedule": "interval"})
+        run.settings(guidance_end=0.5)
+    found = run.settings(guidance_end=0.5, guidance_schedule="interval")
     assert found.guidance_end == 0.5
-    store_sampling_defaults(run, found)
-    assert changed_defaults(run, {"guidance_start": 0.2}).guidance_start == 0.2
+    run.store_default_settings(found)
+    assert run.settings(guidance_start=0.2).guidance_start == 0.2
 
 
 def test_no_guidance_where_no_image_was_learned_without_its_label(tmp_path, tiny_config):
@@ -59,20 +55,28 @@ def test_no_guidance_where_no_image_was_learned_without_its_label(tmp_path, tiny
     run.start(tiny_config(prior__label_dropout=0.0))
     run.begin("train-prior")
     run.finish("train-prior", [], label_names=["a"])
-    message = "guidance is 2.0, but .* was trained with prior.label_dropout 0 and does not know"
+    run = Run(tmp_path)
+    message = "guidance is 2, but the prior is trained with prior.label_dropout 0"
     with pytest.raises(VqbeamError, match=message):
-        changed_defaults(run, {"guidance": 2.0})
-    assert changed_defaults(run, {"guidance": 1.0}).guidance == 1.0
+        run.settings(guidance=2.0)
+    assert run.settings(guidance=1.0).guidance == 1.0
 
 
 @pytest.mark.parametrize("content", ['{"heat": 1.0}', "[1]", "{"])
 def test_stored_settings_of_another_version(run, content):
     run = run(["a"])
-    (run.root / "sample.json").write_text(content)
+    (run.path / "sample.json").write_text(content)
     with pytest.raises(VqbeamError, match="sample.json (does not fit this version|is not valid)"):
-        sampling_defaults(run)
+        run.default_settings()
+
+
+def test_a_setting_that_does_not_exist(run):
+    with pytest.raises(VqbeamError, match="no setting temprature; did you mean temperature?"):
+        run(["a"]).settings(temprature=1)
+    with pytest.raises(VqbeamError, match="no setting xyz; there are temperature, top_k"):
+        run(["a"]).settings(xyz=None)
 
 
 def test_a_change_out_of_range(run):
     with pytest.raises(VqbeamError, match="sample.top_p is 2"):
-        changed_defaults(run(["a"]), {"top_p": 2})
+        run(["a"]).settings(top_p=2)

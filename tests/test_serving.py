@@ -3,8 +3,7 @@ import numpy as np
 import pytest
 
 from vqbeam.configs import SampleConfig
-from vqbeam.prior.filters import guidance_scales
-from vqbeam.prior.sampler import Sampler, sampler_arguments
+from vqbeam.prior.sampler import Sampler
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.layout import code_layout
@@ -63,7 +62,7 @@ def call(function, **inputs):
 def test_draws_what_the_sampler_draws(served):
     settings, vqvae, prior, functions = served
     found = call(functions["sample"], labels=LABELS, seed=-7)
-    expected = Sampler(prior, 5)(LABELS, -7, **sampler_arguments(settings, 4))
+    expected = Sampler(prior, 5)(LABELS, -7, settings)
     np.testing.assert_array_equal(found["codes"], expected)
     assert len(np.unique(found["codes"])) > 3
     decoded = keras.ops.convert_to_numpy(vqvae.decode(expected)).astype(int)
@@ -85,8 +84,8 @@ def test_draws_with_other_settings(served, top_k):
         guidance=3.0,
         **chosen,
     )
-    scales = guidance_scales(SampleConfig(guidance=3.0, guidance_schedule="linear"), 4)
-    expected = Sampler(prior, 5)(LABELS, 4, indices=np.arange(10, 15), guidance=scales, **chosen)
+    same = SampleConfig(guidance=3.0, guidance_schedule="linear", **chosen)
+    expected = Sampler(prior, 5)(LABELS, 4, same, indices=np.arange(10, 15))
     np.testing.assert_array_equal(found["codes"], expected)
 
 
@@ -94,7 +93,7 @@ def test_filters_of_the_run(signatures_of):
     settings = SampleConfig(top_k=3, top_p=0.9, min_p=0.1, temperature=2.0)
     _, prior, functions = signatures_of(settings)
     found = call(functions["sample"], labels=LABELS, seed=1)
-    expected = Sampler(prior, 5)(LABELS, 1, **sampler_arguments(settings, 4))
+    expected = Sampler(prior, 5)(LABELS, 1, settings)
     np.testing.assert_array_equal(found["codes"], expected)
 
 
@@ -122,7 +121,7 @@ def test_no_operation_needs_xla(signatures_of, changes):
         found = operations(function)
         assert "Placeholder" in found and not [name for name in found if name.startswith("Xla")]
     found = call(functions["sample"], labels=LABELS, seed=3)
-    expected = Sampler(prior, 5)(LABELS, 3, **sampler_arguments(settings, prior.layout.length))
+    expected = Sampler(prior, 5)(LABELS, 3, settings)
     np.testing.assert_array_equal(found["codes"], expected)
 
 

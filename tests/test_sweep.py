@@ -9,7 +9,7 @@ from vqbeam.pipelines.cli import main as cli
 from vqbeam.pipelines.cli.main import main
 from vqbeam.pipelines.evaluation.evaluate import measure_prior, prior_lines
 from vqbeam.pipelines.evaluation.reference import PriorMeter
-from vqbeam.pipelines.sampling.decoder import sampling_defaults
+from vqbeam.pipelines.sampling.api import Run
 
 pytestmark = pytest.mark.slow
 
@@ -82,7 +82,7 @@ def test_a_sweep_goes_on_where_it_was_killed(run, capsys, monkeypatch):
     assert [line.startswith("* ") for line in lines[2:6]] == [i == best for i in range(4)]
     assert f"{results[0]['frechet']:.3f}" in lines[2]
     assert (run.evaluation / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    stored = sampling_defaults(run)
+    stored = Run(run.root).default_settings()
     assert (stored.temperature, stored.guidance) == swept[best]
     assert stored.batch_size == 4
     # Measured with another seed, nothing is known.
@@ -106,9 +106,11 @@ def test_a_run_that_cannot_be_guided(prepared_run, tiny_config, capsys):
 
     run, pixels = prepared_run(tiny_config(prior__label_dropout=0.0))
     add_models(run, pixels)
-    with pytest.raises(VqbeamError, match="guidance is 2.0, .* prior.label_dropout 0 .*; use 1"):
+    with pytest.raises(
+        VqbeamError, match="guidance is 2, .* prior.label_dropout 0,.* set guidance to 1"
+    ):
         evaluate(str(run.root), sweep={"guidance": [1.0, 2.0]}, store=True)
-    assert sampling_defaults(run).guidance == 1
+    assert Run(run.root).default_settings().guidance == 1
     evaluate(str(run.root), sweep={"temperature": [0.5]}, store=True)
     said = capsys.readouterr().out
     # It has no more to hold out.

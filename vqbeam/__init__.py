@@ -18,10 +18,10 @@ if not (_HERE / "configs").is_dir():
 
 # Where each name comes from. TensorFlow takes seconds to load, so it waits until a name is used.
 _SOURCES = {
-    "Run": "vqbeam.pipelines.api",
+    "Run": "vqbeam.pipelines.sampling.api",
     "VectorQuantizer": "vqbeam.vqvae.quantizers.layer",
     "VqbeamError": "vqbeam.configs",
-    "open": "vqbeam.pipelines.api",
+    "open": "vqbeam.pipelines.sampling.api",
 }
 __all__ = ["Run", "VectorQuantizer", "VqbeamError", "open"]  # noqa: F822
 

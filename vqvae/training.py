@@ -19,7 +19,7 @@ from vqbeam.vqvae.layout import code_layout
 from vqbeam.vqvae.metrics import psnr
 from vqbeam.vqvae.model import VQVAE
 from vqbeam.vqvae.storage.records import damaged_records, open_dataset, read_split, training_batches
-from vqbeam.vqvae.storage.run_folder import RunFolder
+from vqbeam.vqvae.storage.run_folder import MODELS, RunFolder
 
 STAGE = "train-vqvae"
 MODEL_FILE = "model.keras"
@@ -74,7 +74,7 @@ def load_vqvae(run: RunFolder) -> VQVAE:
     Raises:
         VqbeamError: It is not trained, or the model is not that of the run's config.
     """
-    run.require(STAGE)
+    run.require(STAGE, among=MODELS)
     path = run.folder(STAGE) / MODEL_FILE
     model = load_model(path)
     check_fits(model, run.load_config(), path)

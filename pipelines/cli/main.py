@@ -250,7 +250,7 @@ def _check_run(needs: tuple[str, ...], arguments: dict[str, Any]) -> None:
 
     run = RunFolder(arguments["run_dir"])
     run.load_config()
-    manifests = {stage: run.require(stage) for stage in needs}
+    manifests = {stage: run.require(stage, among=needs) for stage in needs}
     named = [arguments.get(name) for name in ("label", "start", "end")]
     for label in [*named, *(arguments.get("labels") or [])]:
         if label is not None:

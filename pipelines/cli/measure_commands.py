@@ -1,11 +1,12 @@
 """The words of the verbs that measure a run, or take it elsewhere."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from vqbeam import configs
-from vqbeam.configs import HOW_MANY, SampleConfig
+from vqbeam.configs import SampleConfig, SamplerSettings
 from vqbeam.pipelines.cli.parser import KINDS, Parser, count, location, natural, nonempty
 
 
@@ -75,11 +76,8 @@ def _swept(parser: Parser, words: Sequence[str]) -> dict[str, list[Any]]:
     Raises:
         VqbeamError: A value is out of its range.
     """
-    kinds = {
-        field.name: kind
-        for name, field, kind in configs.field_types()
-        if name.startswith("sample.") and field.name not in HOW_MANY
-    }
+    settings = {f"sample.{field.name}" for field in dataclasses.fields(SamplerSettings)}
+    kinds = {field.name: kind for name, field, kind in configs.field_types() if name in settings}
     values: dict[str, list[Any]] = {}
     for word in words:
         name, equals, listed = word.partition("=")

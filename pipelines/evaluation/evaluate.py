@@ -1,5 +1,6 @@
 """How good a run is, in figures."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,9 +9,9 @@ import numpy as np
 from vqbeam.pipelines.evaluation.distances import NEIGHBOURS
 from vqbeam.pipelines.evaluation.features import classifier_accuracy
 from vqbeam.pipelines.evaluation.reconstructions import evaluate_vqvae
-from vqbeam.pipelines.evaluation.reference import FIGURES, PriorMeter, Yardstick, sampler_settings
+from vqbeam.pipelines.evaluation.reference import FIGURES, PriorMeter, Yardstick
 from vqbeam.pipelines.evaluation.sweep import sweep as sweep_settings
-from vqbeam.pipelines.sampling.decoder import sampling_defaults
+from vqbeam.pipelines.sampling.api import Run
 from vqbeam.prior.training import STAGE as TRAIN_PRIOR
 from vqbeam.vqvae.storage.files import write_json
 from vqbeam.vqvae.storage.run_folder import RunFolder
@@ -84,7 +85,7 @@ def measure_prior(run: RunFolder, features: str, num: int, seed: int) -> dict:
         with: `features`, `neighbours`, `seed` and the sampler's `settings`.
     """
     likelihood = run.require(TRAIN_PRIOR)["measures"]
-    settings = sampling_defaults(run)
+    settings = Run(run.root).default_settings()
     yardstick = Yardstick(run, num, features, seed)
     meter = PriorMeter(run, yardstick, settings.batch_size, seed)
     measures = {
@@ -97,7 +98,7 @@ def measure_prior(run: RunFolder, features: str, num: int, seed: int) -> dict:
         "features": features,
         "neighbours": NEIGHBOURS,
         "seed": seed,
-        "settings": sampler_settings(settings),
+        "settings": dataclasses.asdict(settings.sampler),
     }
     run.evaluation.mkdir(parents=True, exist_ok=True)
     write_json(run.evaluation / "prior.json", measures)

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from vqbeam.configs import HOW_MANY, SampleConfig
+from vqbeam.configs import SamplerSettings
 from vqbeam.pipelines.evaluation.distances import (
     NEIGHBOURS,
     Gaussian,
@@ -22,7 +22,7 @@ from vqbeam.pipelines.evaluation.features import (
     label_obstacle,
     load_classifier,
 )
-from vqbeam.prior.sampler import Sampler, sampler_arguments
+from vqbeam.prior.sampler import Sampler
 from vqbeam.prior.training import load_prior
 from vqbeam.vqvae.fitting.compilation import compiled_decoder, compiled_encoder
 from vqbeam.vqvae.fitting.progress import progress_bar
@@ -195,29 +195,19 @@ class PriorMeter:
         """Measures the held-out images as the VQ-VAE gives them back."""
         return self.yardstick.measure(self._reconstructed())
 
-    def samples(self, settings: SampleConfig) -> dict[str, float | None]:
-        """Measures images drawn with settings, of which `num` and `batch_size` do not count."""
+    def samples(self, settings: SamplerSettings) -> dict[str, float | None]:
+        """Returns the metrics of images sampled with the settings."""
         return self.yardstick.measure(self._drawn(settings))
 
     def _reconstructed(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for images, labels in self.yardstick.real("validation"):
             yield keras.ops.convert_to_numpy(self._decode(self._encode(images))), labels
 
-    def _drawn(self, settings: SampleConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _drawn(self, settings: SamplerSettings) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         with progress_bar("draw", len(self._labels)) as bar:
             for first in range(0, len(self._labels), self.batch_size):
                 labels = self._labels[first : first + self.batch_size]
-                codes = self.sampler(
-                    labels,
-                    self.seed,
-                    indices=first + np.arange(len(labels)),
-                    **sampler_arguments(settings, self.vqvae.layout.length),
-                )
+                indices = first + np.arange(len(labels))
+                codes = self.sampler(labels, self.seed, settings, indices=indices)
                 yield keras.ops.convert_to_numpy(self._decode(codes)), labels
                 bar.update(len(labels))
-
-
-def sampler_settings(settings: SampleConfig) -> dict:
-    """Returns what decides what an image of a seed looks like, by name."""
-    fields = dataclasses.asdict(settings)
-    return {name: value for name, value in fields.items() if name not in HOW_MANY}

@@ -16,14 +16,9 @@ from vqbeam.pipelines.evaluation.reference import (
     FIGURES,
     PriorMeter,
     Yardstick,
-    sampler_settings,
     set_size,
 )
-from vqbeam.pipelines.sampling.decoder import (
-    check_guidance,
-    sampling_defaults,
-    store_sampling_defaults,
-)
+from vqbeam.pipelines.sampling.api import Run
 from vqbeam.prior.training import STAGE as TRAIN_PRIOR
 from vqbeam.vqvae.figures import save_png
 from vqbeam.vqvae.storage.files import read_json, write_json
@@ -62,13 +57,11 @@ def sweep(
     """
     run.require(TRAIN_PRIOR)
     num = set_size(run.require("prepare"), num)
-    defaults = sampling_defaults(run)
-    grid = [
-        dataclasses.replace(defaults, **dict(zip(values, combination, strict=True)))
-        for combination in itertools.product(*values.values())
-    ]
-    for settings in grid:
-        check_guidance(run, settings)
+    trained = Run(run.root)
+    defaults = trained.default_settings()
+    combinations = itertools.product(*values.values())
+    changes = [dict(zip(values, combination, strict=True)) for combination in combinations]
+    grid = [trained.checked(dataclasses.replace(defaults, **change)) for change in changes]
     results = _measured(run, grid, features, num, seed)
     best = min(range(len(grid)), key=lambda index: results[index]["frechet"])
     print(f"{num:,} images at each setting (--num), seed {seed}, {features} features")
@@ -77,7 +70,7 @@ def sweep(
     save_png(sweep_figure(values, results, best), picture)
     print(f"written to {run.evaluation / 'sweep.json'} and {picture}")
     if store:
-        stored = store_sampling_defaults(run, grid[best])
+        stored = trained.store_default_settings(grid[best])
         print(f"{run.root} draws with the best of them from now on; to undo it, delete {stored}")
         if num < _FEW:
             print(f"of {num} images chance decides as much as the settings; --num 2000 tells more")
@@ -111,7 +104,7 @@ def _measured(
     }
     path = run.evaluation / "sweep.json"
     results = _earlier(path, identity)
-    wanted = [sampler_settings(settings) for settings in grid]
+    wanted = [dataclasses.asdict(settings.sampler) for settings in grid]
     known = [result["settings"] for result in results]
     if any(settings not in known for settings in wanted):
         yardstick = Yardstick(run, num, features, seed)

@@ -8,11 +8,8 @@ import tensorflow as tf
 from etils import epath
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.sampling.decoder import sampling_defaults
+from vqbeam.pipelines.sampling.api import Run
 from vqbeam.prior.serving import serving_signatures
-from vqbeam.prior.training import load_prior
-from vqbeam.vqvae.storage.run_folder import RunFolder
-from vqbeam.vqvae.training import load_vqvae
 
 
 def export(run_dir: str, output: str) -> None:
@@ -34,12 +31,10 @@ def export(run_dir: str, output: str) -> None:
     folder = epath.Path(output).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise VqbeamError(f"{folder} is there already; choose another --output, or delete it")
-    run = RunFolder(run_dir)
-    run.load_config()
-    vqvae, prior = load_vqvae(run), load_prior(run)
-    signatures = serving_signatures(vqvae, prior, sampling_defaults(run))
+    run = Run(run_dir)
+    signatures = serving_signatures(run.vqvae, run.prior, run.default_settings())
     module = tf.Module()
-    module.weights = [variable.value for variable in (*vqvae.variables, *prior.variables)]
+    module.weights = [variable.value for variable in (*run.vqvae.variables, *run.prior.variables)]
     _save(module, signatures, folder)
     for name, function in signatures.items():
         inputs = {spec.name: spec for spec in tf.nest.flatten(function.structured_input_signature)}

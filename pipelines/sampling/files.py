@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.sampling.decoder import Samples
+from vqbeam.pipelines.sampling.api import Samples
 from vqbeam.pipelines.sampling.provenance import KEY
 from vqbeam.vqvae.figures import label_figure, picture, save_png
 from vqbeam.vqvae.storage.files import write_bytes

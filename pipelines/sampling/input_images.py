@@ -64,7 +64,7 @@ def region_mask(region: str, config: Config) -> np.ndarray:
         return masks[region].astype(np.float32)
     path = epath.Path(region).expanduser()
     if not path.exists():
-        raise VqbeamError(f"--keep is {region!r}; give {', '.join(HALVES)} or an image file")
+        raise VqbeamError(f"keep is {region!r}; give {', '.join(HALVES)} or an image file")
     try:
         shape = {"height": height, "width": width, "channels": 1}
         mask = decode_image(path.read_bytes(), **shape, fit=config.data.fit)

@@ -1,4 +1,4 @@
-"""Images on the way from one class to another."""
+"""The command that interpolates between two classes."""
 
 import json
 from typing import Any
@@ -7,19 +7,11 @@ import numpy as np
 from etils import epath
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.sampling.decoder import (
-    Models,
-    changed_defaults,
-    draw_grids,
-    fitted,
-    learned_labels,
-    provenance,
-)
+from vqbeam.pipelines.sampling.api import Run
 from vqbeam.pipelines.sampling.labels import label_name, parse_label
 from vqbeam.pipelines.sampling.provenance import KEY
 from vqbeam.vqvae.figures import label_figure, save_png
 from vqbeam.vqvae.fitting.compilation import in_batches
-from vqbeam.vqvae.storage.run_folder import RunFolder
 
 
 def interpolate(
@@ -33,49 +25,47 @@ def interpolate(
     seed: int | None = None,
     **settings: Any,
 ) -> None:
-    """Draws rows of images, each with one set of random numbers, from one class to another.
+    """Writes rows of images, each with the same random numbers, from one class to another.
 
-    The logits of column i are those of classifier-free guidance, u + s·(c - u), where in place of
-    c stand (1 - w)·c + w·c' of the two classes and w = i / (steps - 1).
+    The logits of column i are those of classifier-free guidance, u + s·(c - u), where c is
+    replaced by (1 - w)·c + w·c' of the two classes and w = i / (steps - 1).
 
     Args:
         run_dir: The run's folder.
         start: Name or number of the class of the first column.
-        end: Likewise, of the last.
+        end: Name or number of the class of the last column.
         steps: Columns, 2 or more.
         num: Rows.
         output: The .png file to write.
-        seed: Of the random numbers; the run's own by default.
-        **settings: Fields of SampleConfig; what is None is as the run says.
+        seed: Seed of the random numbers; by default the run's own.
+        **settings: Fields of SampleConfig; None for the run's own.
 
     Raises:
         VqbeamError: The run lacks a model or has no classes, the two classes are the same or not
             known, or a setting is out of range.
     """
     path = epath.Path(output).expanduser()
-    run = RunFolder(run_dir)
-    config, labels = run.load_config(), learned_labels(run)
+    run = Run(run_dir)
+    labels = run.prior_labels
     if not labels.names:
-        raise VqbeamError(f"{run.root} has no classes to go between; it was trained without")
+        raise VqbeamError(f"{run.path} has no classes to interpolate; it was trained without")
     first, last = parse_label(start, labels), parse_label(end, labels)
     names = [label_name(label, labels) for label in (first, last)]
     if first == last:
         raise VqbeamError(f"--from and --to are both {names[0]}; give two classes")
-    chosen = fitted(changed_defaults(run, settings), num * steps)
-    seed = config.seed if seed is None else seed
+    chosen = run.settings(**settings).with_at_most(num * steps)
+    seed = run.seed(seed)
 
-    shares = np.tile(np.linspace(0, 1, steps), num)
-    models = Models(run)
-    codes = draw_grids(
-        models,
-        chosen,
+    weights = np.tile(np.linspace(0, 1, steps), num)
+    codes = run.sample_codes(
+        np.repeat([first], len(weights), axis=0),
         seed,
-        np.repeat([first], len(shares), axis=0),
-        towards=(np.repeat([last], len(shares), axis=0), shares),
+        chosen,
+        towards=(np.repeat([last], len(weights), axis=0), weights),
         indices=np.repeat(np.arange(num), steps),
     )
-    images = in_batches(models.decode, codes, chosen.batch_size)
-    headings = [names[0], *(f"{share:.1%}" for share in shares[1 : steps - 1]), names[1]]
-    facts = provenance(run, chosen, seed) | {"num": num, "from": names[0], "to": names[1]}
+    images = in_batches(run.decoder, codes, chosen.batch_size)
+    headings = [names[0], *(f"{weight:.1%}" for weight in weights[1 : steps - 1]), names[1]]
+    facts = run.provenance(chosen, seed) | {"num": num, "from": names[0], "to": names[1]}
     save_png(label_figure(images, headings * num), path, {KEY: json.dumps(facts)})
     print(f"{num} rows from {names[0]} to {names[1]} in {steps} columns: {path}")

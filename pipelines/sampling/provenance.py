@@ -11,7 +11,7 @@ from etils import epath
 from PIL import Image
 
 from vqbeam.configs import VqbeamError
-from vqbeam.vqvae.storage.run_folder import RunFolder
+from vqbeam.vqvae.storage.run_folder import MODELS, RunFolder
 from vqbeam.vqvae.training import MODEL_FILE
 
 # Of the text chunk in a PNG, and of the array in an .npz.
@@ -25,8 +25,8 @@ def checkpoint(run: RunFolder) -> str:
         VqbeamError: The run lacks one of them.
     """
     sums = []
-    for stage in ("train-vqvae", "train-prior"):
-        run.require(stage)
+    for stage in MODELS:
+        run.require(stage, among=MODELS)
         with (run.folder(stage) / MODEL_FILE).open("rb") as file, zipfile.ZipFile(file) as archive:
             members = {member.filename: member.CRC for member in archive.infolist()}
         # This one holds the date.

@@ -16,16 +16,9 @@ from vqbeam.configs import SampleConfig, VqbeamError
 from vqbeam.pipelines.beam import advance, run_pipeline
 from vqbeam.pipelines.lock import LOCK_FILE, locked
 from vqbeam.pipelines.places import absolute, check_shared, is_dataflow
-from vqbeam.pipelines.sampling.decoder import (
-    Drawer,
-    Samples,
-    changed_defaults,
-    fitted,
-    learned_labels,
-)
+from vqbeam.pipelines.sampling.api import Run, Samples
 from vqbeam.pipelines.sampling.files import SAMPLES_LIST, write_samples
 from vqbeam.pipelines.sampling.labels import label_rows
-from vqbeam.pipelines.sampling.provenance import checkpoint
 from vqbeam.pipelines.sources.images import encode_png
 from vqbeam.pipelines.stages.shards import (
     ShardReport,
@@ -35,7 +28,6 @@ from vqbeam.pipelines.stages.shards import (
 )
 from vqbeam.vqvae.storage.files import matching, read_json, write_json
 from vqbeam.vqvae.storage.records import IMAGES_VERSION, Shard, image_features, serialize
-from vqbeam.vqvae.storage.run_folder import RunFolder
 
 _FILE = "generate.json"
 
@@ -127,7 +119,7 @@ class Order:
 DATASET = "samples"
 SPLIT = "train"
 _TITLE = "generate"
-_drawer = Shared()
+_run = Shared()
 
 
 class DrawnShard(NamedTuple):
@@ -175,20 +167,19 @@ def generate(
     """
     if is_dataflow(beam_args):
         check_shared({"DIR": run_dir, "--output": output})
-    run = RunFolder(run_dir)
-    config = run.load_config()
-    chosen = fitted(changed_defaults(run, settings | {"num": num}), num)
-    label_rows(labels, learned_labels(run), 1)  # refuses one that is not known
+    run = Run(run_dir)
+    chosen = run.settings(**settings | {"num": num}).with_at_most(num)
+    label_rows(labels, run.prior_labels, 1)  # refuses one that is not known
     order = Order(
         absolute(run_dir),
         absolute(output),
         form,
         None if labels is None else tuple(labels),
-        config.seed if seed is None else seed,
+        run.seed(seed),
         -(-shard_images // chosen.batch_size) * chosen.batch_size,
         chosen,
-        config.name,
-        checkpoint(run),
+        run.config.name,
+        run.checkpoint,
     )
     with locked(order.folder, "--output"):
         order.claim_folder()
@@ -237,8 +228,9 @@ def draw_shard(order: Order, index: int) -> DrawnShard:
         drawn = min(count, num)
 
     def draw() -> Samples:
-        drawer = _load_drawer(order)
-        return drawer(label_rows(order.labels, drawer.known, num, first), first, moved)
+        run = _load_run(order)
+        rows = label_rows(order.labels, run.prior_labels, num, first)
+        return run.sample_rows(rows, order.seed, order.settings, first, moved)
 
     if order.form == "tfrecord":
         shard = Shard(DATASET, SPLIT, index, order.shards)
@@ -272,11 +264,11 @@ def finish_images(shards: Sequence[DrawnShard]) -> str:
     if order.is_done():
         return order.output  # a runner that does the next step again may do this one as well
     if order.form == "tfrecord":
-        run = RunFolder(order.run)
+        run = Run(order.run)
         write_dataset_metadata(
             order.folder,
             [shard.report for shard in shards],
-            image_features(run.load_config().image_shape, learned_labels(run)),
+            image_features(run.config.image_shape, run.prior_labels),
             version=IMAGES_VERSION,
             description=f"Images drawn by vqbeam: {json.dumps(order.facts)}",
         )
@@ -286,14 +278,14 @@ def finish_images(shards: Sequence[DrawnShard]) -> str:
     return order.output
 
 
-def _load_drawer(order: Order) -> Drawer:
+def _load_run(order: Order) -> Run:
     def load():
-        drawer = Drawer(RunFolder(order.run), order.settings, order.seed)
-        if drawer.provenance["checkpoint"] != order.checkpoint:
+        run = Run(order.run)
+        if run.checkpoint != order.checkpoint:
             raise VqbeamError(
                 f"{order.run} was trained anew while images were drawn from it; delete "
                 f"{order.folder} and run the same command again"
             )
-        return drawer
+        return run
 
-    return _drawer.acquire(load, tag=order.fingerprint)
+    return _run.acquire(load, tag=order.fingerprint)

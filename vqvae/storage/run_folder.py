@@ -15,6 +15,7 @@ measured. A stage whose manifest fits its inputs is done; anything else is not, 
 in its folder.
 """
 
+import functools
 import hashlib
 import json
 import time
@@ -42,6 +43,8 @@ _SECTIONS = {
     "train-prior": "prior",
     "sample": "sample",
 }
+# The stages that make a model.
+MODELS = ("train-vqvae", "train-prior")
 MANIFEST = "manifest.json"
 _CONFIG = "config.json"
 
@@ -50,11 +53,15 @@ class RunFolder:
     """The folder of one run.
 
     Args:
-        path: A local path or any that etils.epath knows, such as gs://BUCKET/NAME.
+        path: A local path or another that etils.epath supports, such as gs://BUCKET/NAME.
+        remember: Whether to read each manifest only once, for a reader of stages that do not
+            change meanwhile.
     """
 
-    def __init__(self, path: epath.PathLike):
+    def __init__(self, path: epath.PathLike, remember: bool = False):
         self.root = epath.Path(path).expanduser()
+        if remember:
+            self.manifest = functools.cache(self.manifest)
 
     def folder(self, stage: str) -> epath.Path:
         """Returns the folder that a stage writes."""
@@ -157,12 +164,18 @@ class RunFolder:
 
         return {stage for stage in stages if look(stage)}
 
-    def require(self, stage: str) -> dict[str, Any]:
+    def require(self, stage: str, among: Iterable[str] = tuple(STAGES)) -> dict[str, Any]:
         """Returns the manifest of a stage that must be done.
 
+        Args:
+            stage: The stage.
+            among: Stages whose results are used together with this one: it must have been made
+                from those that are there now. A result that is missing is no error, since a model
+                can be used without its data.
+
         Raises:
-            VqbeamError: It is not done, its files are damaged, or what it was made from has
-                changed since. What it was made from may be missing: who has a model needs no data.
+            VqbeamError: The stage is not done, its files are damaged, or a result that it was made
+                from has changed since.
         """
         manifest = self.manifest(stage)
         if manifest is None:
@@ -171,7 +184,11 @@ class RunFolder:
                 f"--run-dir {self.root} first"
             )
         self._check_outputs(stage, manifest)
-        if self._is_stale(stage):
+        if any(
+            self._differs(source, hash)
+            for source, hash in self._made_from(stage).items()
+            if source in among
+        ):
             raise VqbeamError(
                 f"the {stage} stage of {self.root} was made from inputs that have changed since; "
                 f"run vqbeam run PRESET --run-dir {self.root} first"
@@ -207,9 +224,15 @@ class RunFolder:
         begun = self._begun_file(stage)
         # Of two attempts at the same time, the other one may have ended the stage already.
         start = read_json(begun) if begun.exists() else time.time()
+        inputs = self._input_hashes(stage)
+        made_from = {}
+        for source in inputs:
+            made_from |= self._made_from(source)
+        made_from |= inputs
         manifest = {
             "stage": stage,
-            "inputs": self._input_hashes(stage),
+            "inputs": inputs,
+            "made_from": made_from,
             "outputs": {
                 str(path.relative_to(folder)): found
                 for path, found in zip(outputs, sizes(outputs), strict=True)
@@ -234,15 +257,22 @@ class RunFolder:
         manifest = self.manifest(stage)
         return manifest and manifest["sha256"]
 
-    def _is_stale(self, stage: str) -> bool:
-        """Tells whether a stage, or one that it was made from, was made from other inputs."""
+    def _made_from(self, stage: str) -> dict[str, str]:
+        """Returns the hash of each earlier result that went into a stage's own, by its stage."""
         manifest = self.manifest(stage)
         if manifest is None:
-            return False
-        return any(
-            found is not None and (found != manifest["inputs"][source] or self._is_stale(source))
-            for source, found in self._input_hashes(stage).items()
-        )
+            return {}
+        if "made_from" in manifest:
+            return manifest["made_from"]
+        # Earlier versions stored the direct inputs alone.
+        made_from = dict(manifest["inputs"])
+        for source in manifest["inputs"]:
+            made_from = self._made_from(source) | made_from
+        return made_from
+
+    def _differs(self, stage: str, hash: str | None) -> bool:
+        """Returns whether a stage has another result than the one with this hash."""
+        return self.result_hash(stage) not in (None, hash)
 
     def _check_outputs(self, stage: str, manifest: dict[str, Any]) -> None:
         paths = [self.folder(stage) / name for name in manifest["outputs"]]

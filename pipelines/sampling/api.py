@@ -1,0 +1,465 @@
+"""A trained run from Python: NumPy arrays in, NumPy arrays out.
+
+The commands that use a trained run call the same methods.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from etils import epath
+
+from vqbeam.configs import Config, SampleConfig, VqbeamError
+from vqbeam.pipelines.sampling.input_images import kept_codes, region_mask
+from vqbeam.pipelines.sampling.labels import Label, label_name, label_rows, parse_label
+from vqbeam.pipelines.sampling.provenance import checkpoint
+from vqbeam.prior.likelihood import Score, code_scorer
+from vqbeam.prior.sampler import Sampler
+from vqbeam.prior.training import load_prior
+from vqbeam.prior.transformer import CodePrior
+from vqbeam.vqvae.fitting.compilation import compiled_decoder, compiled_encoder, in_batches
+from vqbeam.vqvae.fitting.progress import progress_bar
+from vqbeam.vqvae.layout import code_layout
+from vqbeam.vqvae.model import VQVAE
+from vqbeam.vqvae.storage.files import read_json, write_json
+from vqbeam.vqvae.storage.labels import Labels
+from vqbeam.vqvae.storage.run_folder import MODELS, STAGES, RunFolder
+from vqbeam.vqvae.training import load_vqvae
+
+_DEFAULTS_FILE = "sample.json"
+
+
+def open(path: epath.PathLike) -> "Run":
+    """Returns the run in a folder.
+
+    Args:
+        path: The folder that `vqbeam run` was given as --run-dir, local or gs://.
+
+    Raises:
+        VqbeamError: The folder holds no run.
+    """
+    return Run(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """New images and the settings that they were sampled with.
+
+    Attributes:
+        images: uint8 [N, H, W, C].
+        codes: int32 [N, *layout.shape].
+        labels: int32 [N], or [N, A] of A attributes; −1 for any.
+        names: The name of each image's label, "" for any; None if the run has no labels.
+        settings: Preset, checkpoint, seed and sampler settings.
+        first: The number of the first image among those of the seed; the others follow.
+    """
+
+    images: np.ndarray
+    codes: np.ndarray
+    labels: np.ndarray
+    names: list[str] | None
+    settings: dict[str, Any]
+    first: int = 0
+
+
+class Run:
+    """A trained run, opened with `vqbeam.open`.
+
+    Models are loaded and compiled on first use, and kept. The VQ-VAE is enough for `encode`,
+    `decode`, `reconstruct` and `codebook`; the other methods need the prior as well.
+
+    Every method raises a VqbeamError of one line if a model is not trained yet, or if an argument
+    does not fit the run.
+
+    Args:
+        path: The run's folder.
+
+    Attributes:
+        path: The run's folder.
+        config: The run's config.
+    """
+
+    def __init__(self, path: epath.PathLike):
+        self.folder = RunFolder(path, remember=True)
+        self.path = self.folder.root
+        self.config: Config = self.folder.load_config()
+        self.sampler = functools.cache(lambda batch_size: Sampler(self.prior, batch_size))
+
+    def __repr__(self) -> str:
+        return f"vqbeam.open({str(self.path)!r})"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes, or of the attributes, by number; empty if there are none."""
+        for stage in ("train-prior", "encode", "prepare"):
+            if manifest := self.folder.manifest(stage):
+                return Labels.of(manifest).names
+        raise VqbeamError(f"{self.path} has no images yet, so its labels are not known")
+
+    @property
+    def history(self) -> dict[str, list[dict[str, float]]]:
+        """The metrics of each epoch of `train-vqvae` and `train-prior`, once they are finished."""
+        manifests = {stage: self.folder.manifest(stage) or {} for stage in STAGES}
+        return {stage: made["history"] for stage, made in manifests.items() if "history" in made}
+
+    @functools.cached_property
+    def codebook(self) -> np.ndarray:
+        """The codebook vectors, float32 [K, D].
+
+        With several codebooks it is [levels, K, D]: the levels of the residual quantizer, or the
+        coarse and the fine grid. The predictive quantizer adds these vectors to its predictions.
+        The vectors of fsq and lfq are fixed.
+        """
+        model = self.vqvae
+        grids = [model.quantizer]
+        if self.config.vqvae.grids == 2:
+            grids.insert(0, model.top_quantizer)
+        levels = [level for grid in grids for level in getattr(grid, "quantizers", [grid])]
+        codes = np.arange(model.layout.num_codes, dtype="int32")
+        vectors = [keras.ops.convert_to_numpy(level.decode_codes(codes)) for level in levels]
+        return vectors[0] if len(vectors) == 1 else np.stack(vectors)
+
+    def sample(
+        self,
+        num: int | None = None,
+        labels: Sequence[Any] | str | None = None,
+        seed: int | None = None,
+        **settings: Any,
+    ) -> Samples:
+        """Returns new images, the same ones as `vqbeam sample` with the same arguments.
+
+        Args:
+            num: How many; by default one for each label, or the run's own number.
+            labels: Labels to use in turn: names or numbers of classes, or None for any. Of
+                attributes, names joined by commas. By default all classes.
+            seed: Image i of a seed is always the same image. By default the run's own seed.
+            **settings: `temperature`, `top_k`, `top_p`, `min_p`, `guidance` and the other fields
+                of `vqbeam.configs.SampleConfig`; by default those of the run.
+        """
+        if isinstance(labels, str):
+            labels = [labels]
+        if labels is not None and not len(labels):
+            raise VqbeamError("labels is empty; give at least one, or None for all classes")
+        if num is None and labels is not None:
+            num = len(labels)
+        chosen = self.settings(num=num, **settings)
+        rows = label_rows(labels, self.prior_labels, chosen.num)
+        return self.sample_rows(rows, self.seed(seed), chosen)
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """Returns the codes of images.
+
+        Args:
+            images: uint8 [N, H, W, C], of the run's own shape.
+
+        Returns:
+            int32 [N, h, w]; [N, h, w, depth] of the residual quantizer; [N, T] of two grids.
+        """
+        codes = in_batches(self.encoder, self._checked_images(images), self._batch_size)
+        return codes.astype("int32", copy=False)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Returns the images, uint8 [N, H, W, C], of codes as `encode` and `sample` return them."""
+        return in_batches(self.decoder, self._checked_codes(codes), self._batch_size)
+
+    def reconstruct(self, images: np.ndarray) -> np.ndarray:
+        """Returns the decoded codes of images, uint8 [N, H, W, C] like the images."""
+        return self.decode(self.encode(images))
+
+    def log_likelihood(self, images: np.ndarray, labels: Sequence[Any] | None = None) -> np.ndarray:
+        """Returns the log-likelihood of the codes of images, as `vqbeam score` does.
+
+        Args:
+            images: uint8 [N, H, W, C].
+            labels: One for each image, as in `sample`; None for unconditional likelihoods.
+
+        Returns:
+            log p(codes | label) in nats, float32 [N].
+        """
+        codes = self.encode(images)
+        if labels is None:
+            labels = [None] * len(codes)
+        if isinstance(labels, str) or len(labels) != len(codes):
+            raise VqbeamError(f"labels must be a list of {len(codes)}, one for each image")
+        rows = np.asarray([parse_label(label, self.prior_labels) for label in labels], np.int32)
+        return self.code_log_likelihood(codes, rows)
+
+    def complete(
+        self,
+        images: np.ndarray,
+        keep: str | np.ndarray,
+        num: int = 4,
+        *,
+        candidates: int = 1,
+        label: Any = None,
+        seed: int | None = None,
+        **settings: Any,
+    ) -> np.ndarray:
+        """Returns images of which a part is kept and the rest is sampled.
+
+        The codes of the kept part stay, so it looks as in the reconstruction. The other codes are
+        sampled in the order of the sequence, each conditioned on those before it, so the kept part
+        has no influence on codes before it. With several candidates it has: those are chosen
+        under which the kept codes are likeliest.
+
+        Args:
+            images: uint8 [N, H, W, C].
+            keep: "top-half", "bottom-half", "left-half", "right-half", the path of a mask (white
+                is kept), or a bool array [H, W], True where the images are kept.
+            num: Completions of each image.
+            candidates: Candidates sampled for each completion; the likeliest are returned.
+            label: Name or number of the class of the images; None for unknown.
+            seed: Seed of the random numbers; by default the run's own.
+            **settings: See `sample`.
+
+        Returns:
+            uint8 [N, num, H, W, C].
+        """
+        images, mask = self._checked_images(images), self._mask(keep)
+        for name, value in {"num": num, "candidates": candidates}.items():
+            if value < 1:
+                raise VqbeamError(f"{name} is {value}; it must be at least 1")
+        sampled = num * candidates
+        chosen = self.settings(**settings).with_at_most(len(images) * sampled)
+        keep_codes = kept_codes(mask, self.vqvae.layout)
+        known = np.repeat(in_batches(self.encoder, images, chosen.batch_size), sampled, axis=0)
+        rows = np.repeat([self.completion_label(label)], len(known), axis=0)
+        codes = self.sample_codes(rows, self.seed(seed), chosen, known=(known, keep_codes))
+        codes = codes.reshape(len(images), sampled, *codes.shape[1:])
+        if candidates > 1:
+            score = code_scorer(self.prior, counted=keep_codes)
+            codes = _likeliest(score, codes, rows[: chosen.batch_size], num)
+        decoded = in_batches(self.decoder, codes.reshape(-1, *codes.shape[2:]), chosen.batch_size)
+        return decoded.reshape(len(images), num, *decoded.shape[1:])
+
+    # Below: what commands need besides.
+
+    @functools.cached_property
+    def vqvae(self) -> VQVAE:
+        """The trained VQ-VAE."""
+        return load_vqvae(self.folder)
+
+    @functools.cached_property
+    def prior(self) -> CodePrior:
+        """The trained prior."""
+        return load_prior(self.folder)
+
+    @functools.cached_property
+    def encoder(self) -> Callable[[Any], Any]:
+        """The compiled encoder, from a batch of images to codes; see `compiled_encoder`."""
+        return compiled_encoder(self.vqvae)
+
+    @functools.cached_property
+    def decoder(self) -> Callable[[Any], Any]:
+        """The compiled decoder, from a batch of codes to images; see `compiled_decoder`."""
+        return compiled_decoder(self.vqvae)
+
+    @functools.cached_property
+    def _score(self) -> Score:
+        return code_scorer(self.prior)
+
+    @functools.cached_property
+    def prior_labels(self) -> Labels:
+        """The classes or attributes that the prior was trained with."""
+        return Labels.of(self.folder.require("train-prior", among=MODELS))
+
+    @functools.cached_property
+    def checkpoint(self) -> str:
+        """The fingerprint of both models; see `vqbeam.pipelines.sampling.provenance`."""
+        return checkpoint(self.folder)
+
+    def seed(self, seed: int | None) -> int:
+        """Returns the seed, or for None that of the run's config."""
+        return self.config.seed if seed is None else seed
+
+    def default_settings(self) -> SampleConfig:
+        """Returns the run's settings, without guidance if the prior has no labels.
+
+        They come from `sample.json`, which `store_default_settings` writes, or else the config.
+
+        Raises:
+            VqbeamError: The run has no trained prior, or `sample.json` cannot be used.
+        """
+        path = self.path / _DEFAULTS_FILE
+        settings = self.config.sample
+        if path.exists():
+            try:
+                settings = SampleConfig(**read_json(path))
+            except TypeError as error:
+                raise VqbeamError(
+                    f"{path} does not fit this version of vqbeam ({error}); delete it"
+                ) from error
+        return settings if self.prior_labels.names else dataclasses.replace(settings, guidance=1.0)
+
+    def store_default_settings(self, settings: SampleConfig) -> epath.Path:
+        """Makes these the run's settings; returns the file that holds them."""
+        path = self.path / _DEFAULTS_FILE
+        write_json(path, dataclasses.asdict(settings))
+        return path
+
+    def settings(self, **changes: Any) -> SampleConfig:
+        """Returns the run's settings with the changes that are not None.
+
+        Raises:
+            VqbeamError: See `default_settings`; or a setting is out of range, or this prior cannot
+                be guided.
+        """
+        known = [field.name for field in dataclasses.fields(SampleConfig)]
+        for name in changes:
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(known)}"
+                raise VqbeamError(f"there is no setting {name}; {hint}")
+        changes = {name: value for name, value in changes.items() if value is not None}
+        changed = self.checked(dataclasses.replace(self.default_settings(), **changes))
+        bounds = [name for name in ("guidance_start", "guidance_end") if name in changes]
+        if bounds and changed.guidance_schedule != "interval":
+            raise VqbeamError(
+                f"{bounds[0]} is {changes[bounds[0]]}, but guidance_schedule "
+                f"{changed.guidance_schedule} has no start and no end; set it to interval"
+            )
+        return changed
+
+    def checked(self, settings: SampleConfig) -> SampleConfig:
+        """Returns the settings; raises a VqbeamError if this prior cannot be guided so."""
+        settings.check_guidance(bool(self.prior_labels.names), self.config.prior.label_dropout)
+        return settings
+
+    def provenance(self, settings: SampleConfig, seed: int) -> dict[str, Any]:
+        """Returns what sampled images depend on, by name, to be stored in their files."""
+        models = {"preset": self.config.name, "checkpoint": self.checkpoint, "seed": seed}
+        return models | dataclasses.asdict(settings)
+
+    def sample_rows(
+        self,
+        labels: np.ndarray,
+        seed: int,
+        settings: SampleConfig,
+        first: int = 0,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Samples:
+        """Returns one new image for each label.
+
+        Args:
+            labels: int32 [N], −1 for any; or of attributes [N, A].
+            seed: Seed of the random numbers.
+            settings: Sampler settings and batch size.
+            first: The number of the first image among those of the seed.
+            on_batch: Called after each batch with the number of images so far; by default a
+                progress bar is shown.
+        """
+        settings = settings.with_at_most(settings.num)
+        # Rounding may depend on the position in a batch, so each image always has the same one.
+        ahead = first % settings.batch_size
+        padded = np.concatenate([np.repeat(labels[:1], ahead, axis=0), labels])
+        indices = first - ahead + np.arange(len(padded))
+        codes = self.sample_codes(padded, seed, settings, on_batch=on_batch, indices=indices)
+        images = in_batches(self.decoder, codes, settings.batch_size)
+        known = self.prior_labels
+        names = [label_name(label, known) for label in labels] if known.names else None
+        facts = self.provenance(settings, seed)
+        return Samples(images[ahead:], codes[ahead:], labels, names, facts, first)
+
+    def sample_codes(
+        self,
+        labels: np.ndarray,
+        seed: int,
+        settings: SampleConfig,
+        on_batch: Callable[[int], None] | None = None,
+        **inputs: Any,
+    ) -> np.ndarray:
+        """Returns sampled codes, int32 [N, *layout.shape]; `inputs` are those of `Sampler`."""
+        sampler = self.sampler(settings.batch_size)
+        with contextlib.nullcontext(on_batch) if on_batch else _bar(len(labels)) as moved:
+            return sampler(labels, seed, settings, on_batch=moved, **inputs)
+
+    def code_log_likelihood(self, codes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Returns log p(codes | label) in nats, float32 [N].
+
+        Args:
+            codes: int32 [N, *layout.shape].
+            labels: int32 [N], −1 for none; or of attributes [N, A].
+        """
+
+        def nats(rows):
+            return self._score(codes[rows], labels[rows])
+
+        return in_batches(nats, np.arange(len(codes)), self._batch_size)
+
+    def completion_label(self, label: Any) -> Label:
+        """Returns the label that `parse_label` returns, or for None the only class there is."""
+        known = self.prior_labels
+        if label is None and known.kind == "classes" and len(known.names) == 1:
+            return 0
+        return parse_label(label, known)
+
+    @property
+    def _batch_size(self) -> int:
+        return self.config.encode.batch_size
+
+    def _mask(self, keep: str | np.ndarray) -> np.ndarray:
+        if not isinstance(keep, np.ndarray):
+            return region_mask(str(keep), self.config)
+        shape = self.config.image_shape[:2]
+        if keep.dtype != bool or keep.shape != shape:
+            raise VqbeamError(
+                f"keep is {_kind(keep)}; give bool {list(shape)}, such as keep = mask > 0"
+            )
+        return keep.astype("float32")
+
+    def _checked_images(self, images: Any) -> np.ndarray:
+        images, shape = np.asarray(images), self.config.image_shape
+        if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+            raise VqbeamError(
+                f"images is {_kind(images)}; give uint8 {_sizes(shape)} with pixels from 0 to 255"
+            )
+        return images
+
+    def _checked_codes(self, codes: Any) -> np.ndarray:
+        codes, layout = np.asarray(codes), code_layout(self.config)
+        if codes.dtype.kind not in "iu" or codes.shape[1:] != layout.shape or not len(codes):
+            raise VqbeamError(
+                f"codes is {_kind(codes)}; give integers {_sizes(layout.shape)}, as encode returns"
+            )
+        if codes.min() < 0 or codes.max() >= layout.num_codes:
+            raise VqbeamError(
+                f"codes go from {codes.min()} to {codes.max()}; this run has codes from 0 to "
+                f"{layout.num_codes - 1}"
+            )
+        return codes.astype("int32")
+
+
+def _likeliest(score: Score, codes: np.ndarray, labels: np.ndarray, num: int) -> np.ndarray:
+    """Returns the `num` likeliest of the candidates of each image, the likeliest first.
+
+    Args:
+        score: From `code_scorer`; `labels` are those of one batch, which all have the same.
+        codes: [N, candidates, *layout.shape].
+        labels: [B], or [B, A].
+        num: How many to choose.
+    """
+    flat = codes.reshape(-1, *codes.shape[2:])
+    scores = in_batches(lambda batch: score(batch, labels), flat, len(labels))
+    best = np.argsort(-scores.reshape(codes.shape[:2]), axis=1, kind="stable")[:, :num]
+    return codes[np.arange(len(codes))[:, None], best]
+
+
+@contextlib.contextmanager
+def _bar(total: int) -> Iterator[Callable[[int], None]]:
+    """Shows a progress bar; yields the function that sets its position."""
+    with progress_bar("sample", total) as bar:
+        yield lambda done: bar.update(done - bar.n)
+
+
+def _kind(array: np.ndarray) -> str:
+    """Returns dtype and shape in words."""
+    return f"{array.dtype} {list(array.shape)}"
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return f"[{', '.join(['N', *map(str, shape)])}]"

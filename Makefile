@@ -50,6 +50,7 @@ audit: $(VENV)/.test-installed
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/house.py --check > /dev/null
 
 # How large the product is, and where it is too large.
 house:

@@ -1,6 +1,6 @@
 """What a run is: dataclasses with checks, presets, and their JSON form. Standard library only."""
 
-from vqbeam.configs.errors import VqbeamError, first_line
+from vqbeam.configs.fields import VqbeamError, first_line
 from vqbeam.configs.loading import (
     differences,
     field_types,

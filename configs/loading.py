@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import vqbeam.configs.presets
-from vqbeam.configs.errors import VqbeamError
+from vqbeam.configs.fields import VqbeamError
 from vqbeam.configs.schema import SECTIONS, Config
 
 

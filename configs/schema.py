@@ -8,9 +8,9 @@ import dataclasses
 import math
 import re
 
-from vqbeam.configs.errors import VqbeamError
 from vqbeam.configs.fields import (
     Section,
+    VqbeamError,
     check,
     check_epochs,
     check_type,

@@ -73,7 +73,7 @@ def user_message(error: BaseException) -> str | None:
     """
     text = "".join(traceback.format_exception_only(error))
     name, message = _last_exception(text)
-    if isinstance(error, VqbeamError) or name.endswith("vqbeam.configs.errors.VqbeamError"):
+    if isinstance(error, VqbeamError) or name.endswith("vqbeam.configs.fields.VqbeamError"):
         return message
     if _BEAM_REFUSAL.search(str(error)):
         return " ".join(str(error).split())

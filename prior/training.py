@@ -14,7 +14,7 @@ from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.figures import label_figure
 from vqbeam.vqvae.fitting.compilation import compiled_decoder
 from vqbeam.vqvae.fitting.devices import data_parallel, evenly_shared
-from vqbeam.vqvae.fitting.fit import fit, load_model, save_model, set_seed
+from vqbeam.vqvae.fitting.fit import Schedule, fit, load_model, save_model, set_seed
 from vqbeam.vqvae.fitting.optimizers import AdamW, optimizer_options
 from vqbeam.vqvae.layout import CodeLayout, code_layout
 from vqbeam.vqvae.model import VQVAE
@@ -142,18 +142,21 @@ def _fit(run: RunFolder, config: Config, codes: dict, callbacks: Sequence) -> li
         model = build_prior(config, Labels.of(codes))
         model.parts = settings.grad_accumulation
         model.compile(build_optimizer(settings))
+        schedule = Schedule(
+            title="train prior",
+            steps=settings.steps,
+            steps_per_epoch=settings.steps_per_epoch,
+            batch_size=settings.batch_size,
+            seed=config.seed,
+            patience=settings.early_stopping,
+        )
         history = fit(
             model,
+            schedule,
             batches=lambda first_step: _training(run, config, codes, model, first_step),
             validation=_validation(run, config, limit=_VALIDATION_IMAGES),
             folder=run.folder(STAGE),
             fingerprint=run.fingerprint(STAGE),
-            steps=settings.steps,
-            steps_per_epoch=settings.steps_per_epoch,
-            batch_size=settings.batch_size,
-            title="train prior",
-            seed=config.seed,
-            patience=settings.early_stopping,
             callbacks=callbacks,
         )
     save_model(model, run.folder(STAGE) / MODEL_FILE)

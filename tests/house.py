@@ -23,7 +23,8 @@ LIMITS = {
 def functions(tree: ast.Module, source: list[str]):
     """Yields name, lines of code and parameters of every function; methods without `self`.
 
-    Lines of code are those of the body that are neither blank, comment nor docstring.
+    Lines of code are those of the body that are neither blank, comment nor docstring. Keras layers
+    take their whole configuration as arguments, so parameters of constructors count as 0.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
@@ -34,7 +35,8 @@ def functions(tree: ast.Module, source: list[str]):
                 a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
             ]
             starred = sum(argument is not None for argument in (node.args.vararg, node.args.kwarg))
-            yield node.name, code, sum(name not in ("self", "cls") for name in names) + starred
+            count = sum(name not in ("self", "cls") for name in names) + starred
+            yield node.name, code, 0 if node.name == "__init__" else count
 
 
 def imports(tree: ast.Module):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from keras import layers
 
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.fitting.checkpoints import Checkpoints
-from vqbeam.vqvae.fitting.fit import fit, load_model, save_model
+from vqbeam.vqvae.fitting.fit import Schedule, fit, load_model, save_model
 from vqbeam.vqvae.storage.records import training_batches
 
 pytestmark = pytest.mark.slow
@@ -51,13 +52,17 @@ def train(model, folder, epochs, *, fingerprint="f", batches=None, **changes):
         validation=pairs(tf.data.Dataset.from_tensor_slices(NUMBERS).batch(7)),
         folder=epath.Path(folder),
         fingerprint=fingerprint,
+    )
+    schedule = Schedule(
+        title="test",
         steps=epochs * STEPS_PER_EPOCH,
         steps_per_epoch=STEPS_PER_EPOCH,
         batch_size=8,
-        title="test",
         seed=0,
     )
-    return fit(model, **(arguments | changes))
+    fields = [field.name for field in dataclasses.fields(Schedule)]
+    own = {name: changes.pop(name) for name in fields if name in changes}
+    return fit(model, dataclasses.replace(schedule, **own), **(arguments | changes))
 
 
 def state(model):

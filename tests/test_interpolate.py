@@ -52,7 +52,9 @@ def test_what_a_user_can_mend(finished_run, capsys, words, message):
 def test_a_run_without_classes(finished_run, monkeypatch, capsys):
     require = RunFolder.require
     monkeypatch.setattr(
-        RunFolder, "require", lambda self, stage: require(self, stage) | {"label_names": []}
+        RunFolder,
+        "require",
+        lambda self, stage, among: require(self, stage, among) | {"label_names": []},
     )
     given = ["--from", "cherry", "--to", "apple", "--output", "a.png"]
     assert main(["interpolate", str(finished_run.root), *given]) == 1

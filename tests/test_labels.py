@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.sampling.labels import label_name, label_number, label_rows, parse_label
-from vqbeam.vqvae.storage.labels import Labels
+from vqbeam.vqvae.storage.labels import Labels, label_name, label_number, label_rows, parse_label
 
 NAMES = ("Banana", "apple", "cherry")
 

@@ -104,7 +104,7 @@ def test_the_worker_of_a_remote_runner():
         "Pipeline job-1 failed in state FAILED: java.lang.RuntimeException: Error received from "
         "SDK harness for instruction 2: Traceback (most recent call last):\n"
         '  File "pipelines/stages/prepare.py", line 9, in process\n'
-        f"vqbeam.configs.errors.VqbeamError: {MESSAGE} [while running 'prepare/Read']\n\n"
+        f"vqbeam.configs.fields.VqbeamError: {MESSAGE} [while running 'prepare/Read']\n\n"
         "\tat org.apache.beam.runners.fnexecution.control.FnApiControlClient\n"
         "Caused by: java.lang.RuntimeException: Error received from SDK harness\n"
     )
@@ -161,7 +161,7 @@ def test_file_errors_of_tensorflow(text, message):
         (
             "DataflowRuntimeException: Dataflow pipeline failed. State: FAILED, Error:\n"
             'Traceback (most recent call last):\n  File "x.py", line 9, in process\n'
-            f"vqbeam.configs.errors.VqbeamError: {MESSAGE} [while running 'prepare/Read']\n",
+            f"vqbeam.configs.fields.VqbeamError: {MESSAGE} [while running 'prepare/Read']\n",
             MESSAGE,
         ),
     ],

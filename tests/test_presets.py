@@ -3,7 +3,7 @@ import pytest
 from vqbeam import configs
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.cli.main import parse
-from vqbeam.pipelines.cli.report_commands import run_presets as describe
+from vqbeam.pipelines.cli.measure_commands import run_presets as describe
 
 
 def test_a_line_for_each():

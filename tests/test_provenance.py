@@ -8,7 +8,8 @@ from etils import epath
 from PIL import Image
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.sampling.provenance import check_checkpoint, checkpoint, read_provenance
+from vqbeam.pipelines.sampling.api import Run
+from vqbeam.pipelines.sampling.files import check_checkpoint, read_provenance
 from vqbeam.vqvae.figures import save_png
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
@@ -27,25 +28,25 @@ def run(tmp_path, tiny_config):
                 archive.writestr("metadata.json", date)
                 archive.writestr("model.weights.h5", weights)
             run.finish(stage, [path])
-        return run
+        return Run(run.root)
 
     return make
 
 
 def test_a_checkpoint_is_its_weights(run):
-    first = checkpoint(run("a"))
-    assert len(first) == 16 and checkpoint(run("b", date=b"tomorrow")) == first
-    assert checkpoint(run("c", weights=b"Weights")) != first
+    first = run("a").checkpoint
+    assert len(first) == 16 and run("b", date=b"tomorrow").checkpoint == first
+    assert run("c", weights=b"Weights").checkpoint != first
 
 
 def test_another_checkpoint_is_refused(run):
     here, path = run("a"), epath.Path("x.png")
-    facts = {"checkpoint": checkpoint(here), "preset": "fashion"}
+    facts = {"checkpoint": here.checkpoint, "preset": "fashion"}
     check_checkpoint(facts, here, path)
     other = run("b", weights=b"more")
     with pytest.raises(VqbeamError) as caught:
         check_checkpoint(facts, other, path)
-    for part in ("x.png", facts["checkpoint"], "fashion", checkpoint(other), "tiny", "/b holds"):
+    for part in ("x.png", facts["checkpoint"], "fashion", other.checkpoint, "tiny", "/b holds"):
         assert part in str(caught.value)
 
 

@@ -13,7 +13,6 @@ from vqbeam.configs import SampleConfig, VqbeamError, override
 from vqbeam.pipelines.cli.main import main
 from vqbeam.pipelines.sampling import api
 from vqbeam.pipelines.sampling.api import Run
-from vqbeam.pipelines.sampling.provenance import checkpoint
 from vqbeam.pipelines.sampling.sample import Samples, sample, sample_stage
 from vqbeam.vqvae.figures import save_png
 from vqbeam.vqvae.storage import run_folder
@@ -96,7 +95,12 @@ def test_a_folder(finished_run, written, draw):
     assert sorted(path.name for path in folder.iterdir()) == [*names, "samples.jsonl"]
     settings = {"min_p": 0.05, "guidance_schedule": "linear"}
     expected = draw(num=5, labels=["cherry", "apple"], seed=3, **settings)
-    settings |= {"preset": "small", "checkpoint": checkpoint(finished_run), "seed": 3, "num": 5}
+    settings |= {
+        "preset": "small",
+        "checkpoint": Run(finished_run.root).checkpoint,
+        "seed": 3,
+        "num": 5,
+    }
     settings |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 2.0, "batch_size": 3}
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [line["file"] for line in lines] == names
@@ -183,13 +187,13 @@ def test_a_labelled_grid_and_the_same_again(finished_run, tmp_path, draw):
 
 
 def test_a_picture_of_another_checkpoint_or_of_none(finished_run, written, tmp_path, capsys):
-    folder, own = written[0], checkpoint(finished_run)
+    folder, own = written[0], Run(finished_run.root).checkpoint
     with Image.open(folder / "00000.png") as picture:
         facts = json.loads(picture.text["vqbeam"]) | {"checkpoint": "0123456789abcdef"}
         save_png(picture, epath.Path(tmp_path / "other.png"), {"vqbeam": json.dumps(facts)})
         picture.save(tmp_path / "bare.png")
     for name, said in [
-        ("other.png", ("0123456789abcdef", own, "would draw another picture")),
+        ("other.png", ("0123456789abcdef", own, "would give another picture")),
         ("bare.png", ("does not say what it was drawn with",)),
         ("gone.png", ("there is no file",)),
     ]:

@@ -1,9 +1,11 @@
+import re
+
 import pytest
 from argument_checks import PRESET, refusal
 
 from vqbeam import configs
 from vqbeam.pipelines.cli.main import parse
-from vqbeam.pipelines.cli.parser import Parser
+from vqbeam.pipelines.cli.parser import ELSEWHERE, Parser, UsageError, add_config
 from vqbeam.pipelines.cli.stage_commands import STAGES
 from vqbeam.pipelines.places import is_dataflow
 
@@ -50,10 +52,7 @@ def test_flags_may_stand_before_the_preset(preset):
 @pytest.mark.parametrize("name,field,kind", FIELDS, ids=[name for name, _, _ in FIELDS])
 def test_every_config_field_is_a_flag(name, field, kind, separator):
     parser = Parser("run", "")
-    parser.add("--seed", int, "")
-    fields = {"seed": "--seed"}
-    for section in configs.SECTIONS:
-        fields |= parser.add_fields(section, f"--{section}.", None)
+    fields = add_config(parser, configs.SECTIONS)
     value = value_for(field, kind)
     given = parser.parse_words([f"--{name.replace('_', separator)}", str(value)])
     assert given[fields[name]] == value
@@ -221,15 +220,55 @@ def test_malformed_command_lines(preset, words, message):
     assert line.endswith("(see vqbeam run --help)")
 
 
+def shown_by(capsys, *words):
+    with pytest.raises(SystemExit) as end:
+        parse(["run", *words])
+    assert not end.value.code
+    return " ".join(capsys.readouterr().out.split())
+
+
 def test_help_shows_each_field_with_its_text_and_range(capsys):
-    with pytest.raises(SystemExit):
-        parse(["run", "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = shown_by(capsys, "--help", "all")
     for name, field, _ in FIELDS:
         assert f"--{name.replace('_', '-')} " in shown
         assert field.metadata.get("help", "") in shown
     assert "codebook size K, of each level (2 to 1,048,576)" in shown
     assert "--data.fit {crop,pad}" in shown
+
+
+def test_help_is_short_and_by_section(capsys):
+    short = shown_by(capsys, "-h")
+    assert "--vqvae.num-codes N" in short and "--vqvae.clip-norm" not in short
+    assert "run --help data|vqvae|encode|prior|sample|all" in short
+    section = shown_by(capsys, "--help", "vqvae")
+    assert "--vqvae.clip-norm X" in section and "--prior.steps" not in section
+
+
+def test_help_has_the_defaults_of_a_preset(capsys):
+    shown = shown_by(capsys, "glyphs", "--help", "vqvae")
+    codes = configs.load_preset("glyphs").vqvae.num_codes
+    assert f"codebook size K, of each level (2 to 1,048,576; default {codes})" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["run", "--epochs", "3"], "did you mean --vqvae.steps or --prior.steps?"),
+        (["run", "--resume"], "the same command goes on where it stopped"),
+        (["sample", "DIR", "--resume"], "see vqbeam sample --help"),
+        (["sample", "DIR", "--cfg", "2"], "did you mean --guidance?"),
+    ],
+)
+def test_words_of_other_programs(words, hint):
+    with pytest.raises(UsageError, match=re.escape(hint)):
+        parse(words)
+
+
+def test_words_of_other_programs_lead_to_flags_that_exist():
+    known = {"--" + name.replace("_", "-") for name, *_ in FIELDS}
+    known |= {"--label", "--output", "--num", "--guidance", "--temperature", "--batch-size"}
+    flags = {flag for here in ELSEWHERE.values() if here.startswith("--") for flag in here.split()}
+    assert flags - known == {"--run-dir", "--direct_num_workers"}
 
 
 def test_a_folder_of_images_is_named_from_the_root(parse_run, monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ from vqbeam.vqvae.augmentation import augment
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.figures import reconstruction_figure, save_png
 from vqbeam.vqvae.fitting.devices import data_parallel, evenly_shared
-from vqbeam.vqvae.fitting.fit import fit, load_model, save_model
+from vqbeam.vqvae.fitting.fit import Schedule, fit, load_model, save_model
 from vqbeam.vqvae.fitting.optimizers import build_optimizer
 from vqbeam.vqvae.layout import code_layout
 from vqbeam.vqvae.metrics import psnr
@@ -122,17 +122,20 @@ def _fit(run: RunFolder, config: Config, images: dict, callbacks: Sequence) -> l
         if settings.codebook_init != "random":  # or the first batch would be read for nothing
             first = next(iter(batches(0)))
             model.initialize_codebook(first, settings.codebook_init, config.seed)
+        schedule = Schedule(
+            title="train vqvae",
+            steps=settings.steps,
+            steps_per_epoch=settings.steps_per_epoch,
+            batch_size=settings.batch_size,
+            seed=config.seed,
+        )
         history = fit(
             model,
+            schedule,
             batches=batches,
             validation=_validation(run, settings.batch_size, _VALIDATION_IMAGES),
             folder=run.folder(STAGE),
             fingerprint=run.fingerprint(STAGE),
-            steps=settings.steps,
-            steps_per_epoch=settings.steps_per_epoch,
-            batch_size=settings.batch_size,
-            title="train vqvae",
-            seed=config.seed,
             callbacks=[
                 Pictures(run.folder(STAGE) / "logs" / "images", _figure_images(run)),
                 *callbacks,

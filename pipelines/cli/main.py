@@ -15,7 +15,6 @@ from typing import Any
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.cli import (
     measure_commands,
-    report_commands,
     sampling_commands,
     stage_commands,
 )
@@ -81,8 +80,8 @@ VERBS = {
     ),
     "reconstruct": Verb(
         "plot held-out images above their reconstructions",
-        report_commands.parse_reconstruct,
-        report_commands.run_reconstruct,
+        measure_commands.parse_reconstruct,
+        measure_commands.run_reconstruct,
         needs=("prepare", "train-vqvae"),
         outputs=(".png",),
     ),
@@ -106,19 +105,19 @@ VERBS = {
     ),
     "inspect": Verb(
         "show the state of a run: stages, sizes, losses, codebook usage",
-        report_commands.parse_inspect,
-        report_commands.run_inspect,
+        measure_commands.parse_inspect,
+        measure_commands.run_inspect,
     ),
     "gradients": Verb(
         "plot which losses reach which parts of a model",
-        report_commands.parse_gradients,
-        report_commands.run_gradients,
+        measure_commands.parse_gradients,
+        measure_commands.run_gradients,
         outputs=(".png",),
     ),
     "presets": Verb(
         "list the presets, or the settings of one",
-        report_commands.parse_presets,
-        report_commands.run_presets,
+        measure_commands.parse_presets,
+        measure_commands.run_presets,
     ),
 }
 
@@ -244,8 +243,7 @@ def _check_stages(arguments: dict[str, Any]) -> None:
 
 
 def _check_run(needs: tuple[str, ...], arguments: dict[str, Any]) -> None:
-    from vqbeam.pipelines.sampling.labels import parse_label
-    from vqbeam.vqvae.storage.labels import Labels
+    from vqbeam.vqvae.storage.labels import Labels, parse_label
     from vqbeam.vqvae.storage.run_folder import RunFolder
 
     run = RunFolder(arguments["run_dir"])

@@ -7,12 +7,14 @@ import importlib.metadata
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, get_args
 
 from vqbeam import configs
+from vqbeam.configs import SECTIONS, Config, VqbeamError
+from vqbeam.configs.schema import fsq_codes
 from vqbeam.pipelines.cli.beam_flags import add_beam_flags
-from vqbeam.pipelines.places import KINDS_OF_PLACES, is_known
+from vqbeam.pipelines.places import KINDS_OF_PLACES, is_known, located
 
 
 class UsageError(Exception):
@@ -51,17 +53,25 @@ class Parser(argparse.ArgumentParser):
         (group or self).add_argument(name, **options)
 
     def add_fields(
-        self, section: str, prefix: str, group: Any, without: Sequence[str] = ()
+        self, names: Iterable[str], prefix: str, group: Any, defaults: Any = None
     ) -> dict[str, str]:
-        """Adds a flag for each field of a config section; returns them by dotted name."""
-        flags = {}
+        """Adds a flag for each config field; returns the flags by the field's dotted name.
+
+        Args:
+            names: Dotted names of the fields.
+            prefix: What comes before the field's own name, such as "--vqvae.".
+            group: The group of flags in the help.
+            defaults: The config section whose values the help shows as defaults, if any.
+        """
+        flags, wanted = {}, set(names)
         for name, field, kind in configs.field_types():
-            if name.startswith(f"{section}.") and field.name not in without:
+            if name in wanted:
                 flags[name] = prefix + field.name.replace("_", "-")
                 choices = field.metadata["choices"]
                 metavar = f"{{{','.join(choices)}}}" if choices else KINDS[kind][1]
                 convert = _optional(kind) if _takes_none(field) else kind
-                self.add(flags[name], convert, _field_help(field), group, metavar=metavar)
+                help = _field_help(field, getattr(defaults, field.name, None))
+                self.add(flags[name], convert, help, group, metavar=metavar)
         return flags
 
     def parse_words(self, words: Sequence[str], beam: bool = False) -> dict[str, Any]:
@@ -124,9 +134,43 @@ def _flag(word: str) -> str:
     return word.partition("=")[0] if is_flag else ""
 
 
+# Words of other programs, and what they are called here, or how it is done.
+ELSEWHERE = {
+    "epochs max-epochs num-epochs n-epochs": "--vqvae.steps --prior.steps",
+    "max-steps iterations iters": "--vqvae.steps --prior.steps",
+    "k n-embed codebook-size num-embeddings vocab-size": "--vqvae.num-codes",
+    "d embed-dim embedding-dim latent-dim z-channels": "--vqvae.code-dim",
+    "beta commitment-cost commitment-weight": "--vqvae.commitment",
+    "lr base-lr": "--vqvae.learning-rate --prior.learning-rate",
+    "bs batch": "--vqvae.batch-size --prior.batch-size --batch-size",
+    "wd": "--prior.weight-decay",
+    "layers n-layer depth": "--prior.layers",
+    "n-head": "--prior.heads",
+    "bf16 fp16 amp precision mixed-precision": "--vqvae.dtype --prior.dtype",
+    "data dataset data-path dataset-name": "--data.source",
+    "image-size resolution size img-size": "--data.height --data.width",
+    "cfg cfg-scale guidance-scale": "--guidance --sample.guidance",
+    "temp t": "--temperature --sample.temperature",
+    "n n-samples num-samples num-images": "--num --sample.num",
+    "class classes class-label cond": "--label",
+    "o out out-dir outdir output-dir save-dir logdir": "--output --run-dir",
+    "num-workers workers jobs j": "--direct_num_workers",
+    "resume continue": "the same command goes on where it stopped",
+    "force overwrite restart": "delete the folder of a stage to do it again, or give another "
+    "--run-dir",
+    "gpu gpus device cuda": "a GPU is used where the backend finds one",
+}
+
+
 def _flag_hint(flag: str, known: Iterable[str]) -> str:
     spelled = {name.replace("_", "-"): name for name in known}
     wanted = "--" + flag.strip("-").replace("_", "-").lower()
+    for words, here in ELSEWHERE.items():
+        if wanted.strip("-") in words.split():
+            if not here.startswith("--"):
+                return here if "--run-dir" in spelled else ""
+            if flags := [name for name in here.split() if name in spelled]:
+                return f"did you mean {' or '.join(flags)}?"
     fields = [name for name in spelled if name.endswith("." + wanted.strip("-"))]
     close = fields or difflib.get_close_matches(wanted, spelled, n=1)
     return f"did you mean {' or '.join(spelled[name] for name in close)}?" if close else ""
@@ -136,7 +180,7 @@ def _takes_none(field: dataclasses.Field) -> bool:
     return type(None) in get_args(field.type)
 
 
-def _field_help(field: dataclasses.Field) -> str:
+def _field_help(field: dataclasses.Field, default: Any) -> str:
     limits = field.metadata
     low, high = (
         f"{limits[key]:,}" if limits[key] is not None else "" for key in ("minimum", "maximum")
@@ -145,7 +189,9 @@ def _field_help(field: dataclasses.Field) -> str:
     notes = [span] if low or high else []
     if _takes_none(field):
         notes.append('or "none"')
-    return field.metadata["help"] + (f" ({', '.join(notes)})" if notes else "")
+    if default not in (None, ""):
+        notes.append(f"default {default}")
+    return field.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def nonempty(text: str) -> str:
@@ -202,3 +248,54 @@ def _optional(kind: type) -> Callable[[str], Any]:
 
 # How a word becomes a value of a type, and what stands for it in the help.
 KINDS = {int: (_whole, "N"), float: (_number, "X"), str: (nonempty, "TEXT")}
+
+
+def add_config(
+    parser: Parser,
+    sections: Iterable[str],
+    fields: Iterable[str] | None = None,
+    defaults: Config | None = None,
+) -> dict[str, str]:
+    """Adds `--seed` and flags for config fields; returns the flags by dotted name.
+
+    Args:
+        parser: The parser.
+        sections: Names of the sections whose fields are added.
+        fields: Dotted names of the fields to add; by default all.
+        defaults: The config whose values the help shows as defaults, if any.
+    """
+    parser.add("--seed", int, "seed of all random numbers")
+    flags = {"seed": "--seed"}
+    names = [name for name, *_ in configs.field_types()]
+    for section in sections:
+        chosen = [name for name in names if name.startswith(f"{section}.")]
+        if fields is not None:
+            chosen = [name for name in chosen if name in fields]
+        if chosen:
+            group = parser.add_argument_group(section, SECTIONS[section].__doc__.splitlines()[0])
+            values = getattr(defaults, section, None)
+            flags |= parser.add_fields(chosen, f"--{section}.", group, values)
+    return flags
+
+
+def overridden(config: Config, given: Mapping[str, Any], flags: Mapping[str, str]) -> Config:
+    """Returns the config with what the given flags set."""
+    values = {name: given[flag] for name, flag in flags.items() if flag in given}
+    levels = values.get("vqvae.fsq_levels", config.vqvae.fsq_levels)
+    if values.get("vqvae.quantizer", config.vqvae.quantizer) == "fsq":
+        if "vqvae.fsq_levels" in values:
+            values.setdefault("vqvae.num_codes", fsq_codes(levels) or config.vqvae.num_codes)
+    elif levels != config.vqvae.fsq_levels:
+        raise VqbeamError("--vqvae.fsq-levels is for fsq; add --vqvae.quantizer fsq")
+    config = in_range(lambda: configs.override(config, values), flags)
+    # A run may be gone on with from another working directory.
+    return dataclasses.replace(config, data=located(config.data))
+
+
+def in_range(build: Callable[[], Any], flags: Mapping[str, str]) -> Any:
+    """Returns `build()`; what it says of a field, it says of the flag that sets the field."""
+    try:
+        return build()
+    except VqbeamError as error:
+        message = re.sub(r"[a-z]+\.[a-z_]+", lambda name: flags.get(name[0], name[0]), str(error))
+        raise VqbeamError(message) from None

@@ -1,12 +1,12 @@
 """The words of the verbs that draw new images from a run's folder."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vqbeam.configs import SampleConfig
 from vqbeam.pipelines.cli.beam_flags import BEAM_HELP
-from vqbeam.pipelines.cli.config_flags import in_range
-from vqbeam.pipelines.cli.parser import Parser, count, location, natural, nonempty
+from vqbeam.pipelines.cli.parser import Parser, count, in_range, location, natural, nonempty
 from vqbeam.pipelines.places import is_dataflow, with_runner
 
 _ORDER = """\
@@ -180,8 +180,10 @@ def _add_seed(parser: Parser) -> None:
 
 def _add_settings(parser: Parser, without: Sequence[str] = ()) -> dict[str, str]:
     """Adds a flag for each of the sampler's settings; returns them by dotted name."""
-    group = parser.add_argument_group("settings", "What is unset is as the run says.")
-    return parser.add_fields("sample", "--", group, without)
+    group = parser.add_argument_group("settings", "By default those of the run.")
+    names = [f"sample.{field.name}" for field in dataclasses.fields(SampleConfig)]
+    wanted = [name for name in names if name.partition(".")[2] not in without]
+    return parser.add_fields(wanted, "--", group)
 
 
 def _settings(given: Mapping[str, Any], flags: Mapping[str, str]) -> dict[str, Any]:

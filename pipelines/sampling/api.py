@@ -7,6 +7,9 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import hashlib
+import json
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,8 +19,6 @@ from etils import epath
 
 from vqbeam.configs import Config, SampleConfig, VqbeamError
 from vqbeam.pipelines.sampling.input_images import kept_codes, region_mask
-from vqbeam.pipelines.sampling.labels import Label, label_name, label_rows, parse_label
-from vqbeam.pipelines.sampling.provenance import checkpoint
 from vqbeam.prior.likelihood import Score, code_scorer
 from vqbeam.prior.sampler import Sampler
 from vqbeam.prior.training import load_prior
@@ -27,9 +28,9 @@ from vqbeam.vqvae.fitting.progress import progress_bar
 from vqbeam.vqvae.layout import code_layout
 from vqbeam.vqvae.model import VQVAE
 from vqbeam.vqvae.storage.files import read_json, write_json
-from vqbeam.vqvae.storage.labels import Labels
+from vqbeam.vqvae.storage.labels import Label, Labels, label_name, label_rows, parse_label
 from vqbeam.vqvae.storage.run_folder import MODELS, STAGES, RunFolder
-from vqbeam.vqvae.training import load_vqvae
+from vqbeam.vqvae.training import MODEL_FILE, load_vqvae
 
 _DEFAULTS_FILE = "sample.json"
 
@@ -270,8 +271,16 @@ class Run:
 
     @functools.cached_property
     def checkpoint(self) -> str:
-        """The fingerprint of both models; see `vqbeam.pipelines.sampling.provenance`."""
-        return checkpoint(self.folder)
+        """A fingerprint of the weights of both models, whenever they were saved."""
+        sums = []
+        for stage in MODELS:
+            self.folder.require(stage, among=MODELS)
+            path = self.folder.folder(stage) / MODEL_FILE
+            with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+                members = {member.filename: member.CRC for member in archive.infolist()}
+            members.pop("metadata.json", None)  # it holds the date
+            sums.append(sorted(members.items()))
+        return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
 
     def seed(self, seed: int | None) -> int:
         """Returns the seed, or for None that of the run's config."""

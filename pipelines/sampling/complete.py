@@ -8,14 +8,13 @@ import numpy as np
 from etils import epath
 
 from vqbeam.pipelines.sampling.api import Run
-from vqbeam.pipelines.sampling.files import remove_listed
+from vqbeam.pipelines.sampling.files import KEY, remove_listed
 from vqbeam.pipelines.sampling.input_images import (
     image_files,
     kept_cells,
     read_image,
     region_mask,
 )
-from vqbeam.pipelines.sampling.provenance import KEY
 from vqbeam.vqvae.figures import label_figure, picture, save_png
 from vqbeam.vqvae.storage.files import write_bytes
 
@@ -31,9 +30,7 @@ def complete(
     num: int,
     output: str,
     candidates: int = 1,
-    label: str | None = None,
-    seed: int | None = None,
-    **settings: Any,
+    **options: Any,
 ) -> None:
     """Writes completions of images, of which a part is kept; see `Run.complete`.
 
@@ -45,9 +42,7 @@ def complete(
         output: A .png (each image, its kept part, and its completions side by side), or a folder
             (a PNG for each completion, and completions.jsonl).
         candidates: Candidates sampled for each completion.
-        label: Name or number of the class; None for unknown.
-        seed: Seed of the random numbers; by default the run's own.
-        **settings: Fields of SampleConfig; None for the run's own.
+        **options: `label`, `seed` and settings as of `Run.complete`.
 
     Raises:
         VqbeamError: The run lacks a model, an image or the mask cannot be read, or a setting is
@@ -57,11 +52,11 @@ def complete(
     run = Run(run_dir)
     files = image_files(epath.Path(source).expanduser())
     originals = np.stack([read_image(file, run.config) for file in files.values()])
-    chosen = {"candidates": candidates, "label": label, "seed": seed, **settings}
-    images = run.complete(originals, keep, num, **chosen)
+    images = run.complete(originals, keep, num, candidates=candidates, **options)
 
-    used = run.settings(**settings).with_at_most(num * candidates * len(files))
-    facts = run.provenance(used, run.seed(seed)) | {"keep": keep, "num": num}
+    label, seed = options.pop("label", None), run.seed(options.pop("seed", None))
+    settings = run.settings(**options).with_at_most(num * candidates * len(files))
+    facts = run.provenance(settings, seed) | {"keep": keep, "num": num}
     facts |= {"label": run.completion_label(label), "candidates": candidates}
     if path.suffix == ".png":
         cells = kept_cells(region_mask(keep, run.config), run.vqvae.layout.grids[-1])

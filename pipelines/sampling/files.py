@@ -3,17 +3,20 @@
 import io
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.sampling.api import Samples
-from vqbeam.pipelines.sampling.provenance import KEY
+from vqbeam.pipelines.sampling.api import Run, Samples
 from vqbeam.vqvae.figures import label_figure, picture, save_png
 from vqbeam.vqvae.storage.files import write_bytes
 
 SAMPLES_LIST = "samples.jsonl"
+# The name of the text chunk in a PNG, and of the array in an .npz, with the provenance.
+KEY = "vqbeam"
 
 
 def write_samples(samples: Samples, path: epath.Path, *, bare: bool = False) -> None:
@@ -88,3 +91,49 @@ def _each(samples: Samples) -> Iterator[dict]:
     for row, label in enumerate(samples.labels.tolist()):
         own = {"index": samples.first + row}
         yield own | ({"label": label, "name": samples.names[row]} if samples.names else {})
+
+
+def read_provenance(path: epath.Path) -> dict[str, Any]:
+    """Returns what the images in a file were drawn with, as `sample` wrote it.
+
+    Args:
+        path: A .png or .npz file.
+
+    Raises:
+        VqbeamError: The file is not there, or does not say what its images were drawn with.
+    """
+    if not path.exists():
+        raise VqbeamError(f"there is no file {path}; --like takes a .png or .npz of vqbeam sample")
+    try:
+        facts = json.loads(_text(path.read_bytes()))
+    except Exception:  # Pillow and zipfile raise many kinds for a file that is none of theirs
+        facts = {}
+    if (
+        not isinstance(facts, dict)
+        or "checkpoint" not in facts
+        or not facts.keys() & {"index", "images"}
+    ):
+        raise VqbeamError(
+            f"{path} does not say what it was drawn with; give a .png or .npz of vqbeam sample, "
+            "as it was written"
+        )
+    return facts
+
+
+def check_checkpoint(facts: dict[str, Any], run: Run, path: epath.Path) -> None:
+    """Raises a VqbeamError if images are not from the models of a run."""
+    if facts["checkpoint"] != run.checkpoint:
+        raise VqbeamError(
+            f"{path} was sampled from checkpoint {facts['checkpoint']} (preset "
+            f"{facts['preset']}), but {run.path} holds checkpoint {run.checkpoint} (preset "
+            f"{run.config.name}), which would give another picture; give the run it is from"
+        )
+
+
+def _text(data: bytes) -> str:
+    """Returns the text in a file; raises one of several errors where there is none."""
+    if data.startswith(b"PK"):
+        with np.load(io.BytesIO(data)) as arrays:
+            return str(arrays[KEY])
+    with Image.open(io.BytesIO(data)) as image:
+        return image.text[KEY]

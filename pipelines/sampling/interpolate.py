@@ -8,10 +8,10 @@ from etils import epath
 
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.api import Run
-from vqbeam.pipelines.sampling.labels import label_name, parse_label
-from vqbeam.pipelines.sampling.provenance import KEY
+from vqbeam.pipelines.sampling.files import KEY
 from vqbeam.vqvae.figures import label_figure, save_png
 from vqbeam.vqvae.fitting.compilation import in_batches
+from vqbeam.vqvae.storage.labels import label_name, parse_label
 
 
 def interpolate(
@@ -22,7 +22,6 @@ def interpolate(
     steps: int,
     num: int,
     output: str,
-    seed: int | None = None,
     **settings: Any,
 ) -> None:
     """Writes rows of images, each with the same random numbers, from one class to another.
@@ -37,8 +36,7 @@ def interpolate(
         steps: Columns, 2 or more.
         num: Rows.
         output: The .png file to write.
-        seed: Seed of the random numbers; by default the run's own.
-        **settings: Fields of SampleConfig; None for the run's own.
+        **settings: `seed` and fields of SampleConfig; None for the run's own.
 
     Raises:
         VqbeamError: The run lacks a model or has no classes, the two classes are the same or not
@@ -53,8 +51,8 @@ def interpolate(
     names = [label_name(label, labels) for label in (first, last)]
     if first == last:
         raise VqbeamError(f"--from and --to are both {names[0]}; give two classes")
+    seed = run.seed(settings.pop("seed", None))
     chosen = run.settings(**settings).with_at_most(num * steps)
-    seed = run.seed(seed)
 
     weights = np.tile(np.linspace(0, 1, steps), num)
     codes = run.sample_codes(

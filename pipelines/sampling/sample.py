@@ -9,9 +9,8 @@ from etils import epath
 
 from vqbeam.configs import SampleConfig
 from vqbeam.pipelines.sampling.api import Run, Samples
-from vqbeam.pipelines.sampling.files import write_samples
-from vqbeam.pipelines.sampling.labels import label_rows
-from vqbeam.pipelines.sampling.provenance import check_checkpoint, read_provenance
+from vqbeam.pipelines.sampling.files import check_checkpoint, read_provenance, write_samples
+from vqbeam.vqvae.storage.labels import label_rows
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
 STAGE = "sample"
@@ -54,7 +53,7 @@ def sample(
     else:
         source = epath.Path(like).expanduser()
         facts = read_provenance(source)
-        check_checkpoint(facts, run.folder, source)
+        check_checkpoint(facts, run, source)
         samples = _sample_again(run, facts, settings, labels, seed)
         bare = "index" in facts and len(samples.images) == 1
     write_samples(samples, path, bare=bare)

@@ -10,10 +10,10 @@ from etils import epath
 from vqbeam.configs import Config, VqbeamError
 from vqbeam.pipelines.sampling.api import Run
 from vqbeam.pipelines.sampling.input_images import image_files, read_image
-from vqbeam.pipelines.sampling.labels import Label, label_name, parse_label
 from vqbeam.prior.training import bits_per_dim
 from vqbeam.vqvae.fitting.progress import progress_bar
 from vqbeam.vqvae.storage.files import write_bytes
+from vqbeam.vqvae.storage.labels import Label, label_name, parse_label
 
 
 def score(

@@ -18,7 +18,6 @@ from vqbeam.pipelines.lock import LOCK_FILE, locked
 from vqbeam.pipelines.places import absolute, check_shared, is_dataflow
 from vqbeam.pipelines.sampling.api import Run, Samples
 from vqbeam.pipelines.sampling.files import SAMPLES_LIST, write_samples
-from vqbeam.pipelines.sampling.labels import label_rows
 from vqbeam.pipelines.sources.images import encode_png
 from vqbeam.pipelines.stages.shards import (
     ShardReport,
@@ -27,6 +26,7 @@ from vqbeam.pipelines.stages.shards import (
     write_dataset_metadata,
 )
 from vqbeam.vqvae.storage.files import matching, read_json, write_json
+from vqbeam.vqvae.storage.labels import label_rows
 from vqbeam.vqvae.storage.records import IMAGES_VERSION, Shard, image_features, serialize
 
 _FILE = "generate.json"
@@ -133,11 +133,9 @@ class DrawnShard(NamedTuple):
 def generate(
     run_dir: str,
     *,
-    num: int,
     output: str,
     form: str = "png",
     labels: Sequence[str] | None = None,
-    seed: int | None = None,
     shard_images: int = 1000,
     beam_args: Sequence[str],
     **settings: Any,
@@ -148,14 +146,13 @@ def generate(
 
     Args:
         run_dir: The run's folder.
-        num: Images.
         output: The folder to write: a folder of PNGs for each shard, or a TFDS dataset.
         form: "png" or "tfrecord".
         labels: See `sample`.
-        seed: Of the random numbers; image i is that of `sample` with the same settings.
         shard_images: Images of one shard at least; rounded up to whole batches.
         beam_args: Beam's own options.
-        **settings: Fields of SampleConfig but `num`.
+        **settings: `num`, the number of images; `seed`, with which image i is that of `sample`;
+            and other fields of SampleConfig.
 
     Returns:
         What was written where.
@@ -168,14 +165,16 @@ def generate(
     if is_dataflow(beam_args):
         check_shared({"DIR": run_dir, "--output": output})
     run = Run(run_dir)
-    chosen = run.settings(**settings | {"num": num}).with_at_most(num)
+    seed = run.seed(settings.pop("seed", None))
+    chosen = run.settings(**settings)
+    chosen = chosen.with_at_most(chosen.num)
     label_rows(labels, run.prior_labels, 1)  # refuses one that is not known
     order = Order(
         absolute(run_dir),
         absolute(output),
         form,
         None if labels is None else tuple(labels),
-        run.seed(seed),
+        seed,
         -(-shard_images // chosen.batch_size) * chosen.batch_size,
         chosen,
         run.config.name,
@@ -187,7 +186,7 @@ def generate(
         if not done:
             run_pipeline(beam_args, lambda pipeline: pipeline | GenerateImages(order))
     kind = "a TFDS dataset" if form == "tfrecord" else "PNGs by shard"
-    return f"{num:,} images {'were drawn already' if done else 'drawn'}, {kind}: {output}"
+    return f"{chosen.num:,} images {'were drawn already' if done else 'drawn'}, {kind}: {output}"
 
 
 class GenerateImages(beam.PTransform):

@@ -1,6 +1,7 @@
 """The training loop that both stages share: Keras `fit`, with checkpoints that resume."""
 
 import contextlib
+import dataclasses
 import math
 import pathlib
 import sys
@@ -24,78 +25,91 @@ def set_seed(seed: int) -> None:
     keras.utils.set_random_seed(seed + 1)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long a training lasts.
+
+    Attributes:
+        title: The name of the training in the progress bar.
+        steps: Training steps in all.
+        steps_per_epoch: Steps between checkpoints.
+        batch_size: Images in a batch, for the progress bar.
+        seed: Seed of the random numbers of layers such as dropout.
+        patience: Epochs without a better validation loss after which training ends, with the
+            weights of the best epoch; 0 for all the steps and the last weights.
+    """
+
+    title: str
+    steps: int
+    steps_per_epoch: int
+    batch_size: int
+    seed: int
+    patience: int = 0
+
+
 def fit(
     model: keras.Model,
-    *,
+    schedule: Schedule,
     batches: Callable,
     validation,
     folder: epath.Path,
     fingerprint: str,
-    steps: int,
-    steps_per_epoch: int,
-    batch_size: int,
-    title: str,
-    seed: int,
-    patience: int = 0,
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> list[dict[str, float]]:
-    """Trains a compiled model to a number of steps, from its last checkpoint where it has one.
+    """Trains a compiled model, from its last checkpoint if it has one; returns its history.
 
-    A run that was killed and started again ends with the weights of an unbroken one (on a GPU up to
-    the order in which it adds up): the model's and the optimizer's state come from the checkpoint,
-    and the batches go on where they were.
+    A training that was killed and started again ends with the weights of an unbroken one (on a GPU
+    up to the order of additions): the state of the model and the optimizer comes from the
+    checkpoint, and the batches continue where they were.
 
     Args:
         model: Compiled and built.
+        schedule: How long to train.
         batches: Function from a step number to the endless dataset that begins with its batch.
         validation: Dataset evaluated after each epoch.
         folder: Gets `checkpoints/` and TensorBoard's `logs/`.
-        fingerprint: Hash of what the training reads; checkpoints with another are removed.
-        steps: Training steps in all.
-        steps_per_epoch: Steps between checkpoints.
-        batch_size: Images in a batch, for the progress bar.
-        title: What the progress bar calls it.
-        seed: Of the random numbers that layers draw.
-        patience: Epochs without a better validation loss after which training ends, with the
-            weights of the best epoch; 0 for all the steps and the last weights.
-        callbacks: Further callbacks. What they add to an epoch's measures is shown and kept.
+        fingerprint: Hash of everything the training reads; checkpoints with another are removed.
+        callbacks: Further callbacks. Metrics that they add to an epoch are shown and kept.
 
     Returns:
-        A dictionary of measures for each epoch, those before the last start included.
+        A dictionary of metrics for each epoch, including those before the last start.
 
     Raises:
         VqbeamError: The loss is no longer a finite number.
     """
-    checkpoints = Checkpoints(folder, fingerprint, patience)
+    checkpoints = Checkpoints(folder, fingerprint, schedule.patience)
     first_epoch = checkpoints.restore(model)
-    epochs = math.ceil(steps / steps_per_epoch)
+    steps, title = schedule.steps, schedule.title
+    epochs = math.ceil(steps / schedule.steps_per_epoch)
     # float16 wraps the optimizer, for the scale of the loss.
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     if first_epoch < epochs and not checkpoints.stalled:
-        first_step = first_epoch * steps_per_epoch
+        first_step = first_epoch * schedule.steps_per_epoch
         devices = ", ".join(keras.distribution.list_devices())
         print(f"{title}: step {first_step:,} to {steps:,} on {devices}", file=sys.stderr)
-        progress = FitProgress(title, steps=steps, first_step=first_step, batch_size=batch_size)
+        progress = FitProgress(
+            title, steps=steps, first_step=first_step, batch_size=schedule.batch_size
+        )
         with contextlib.closing(progress.bar):  # an error would be written behind the bar
             model.fit(
                 batches(first_step),
                 initial_epoch=first_epoch,
                 epochs=epochs,
-                steps_per_epoch=min(steps, steps_per_epoch),
+                steps_per_epoch=min(steps, schedule.steps_per_epoch),
                 validation_data=validation,
                 shuffle=False,  # the batches come shuffled
                 verbose=0,
                 callbacks=[
                     StopOnNaN(),
                     *([AveragedWeights()] if optimizer.use_ema else []),
-                    Reseed(seed),
+                    Reseed(schedule.seed),
                     *callbacks,
                     keras.callbacks.TensorBoard(str(folder / "logs"), write_graph=False),
                     progress,
                     checkpoints,
                 ],
             )
-    if patience:
+    if schedule.patience:
         checkpoints.restore_best(model)
     # What Keras does at the end of training, for weights that come from a checkpoint.
     optimizer.finalize_variable_values(model.trainable_variables)

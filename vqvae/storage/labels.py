@@ -1,6 +1,11 @@
 """What images are labelled with: classes or attributes."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
+
+from vqbeam.configs import VqbeamError
 
 # The label of an image that has no class.
 NO_CLASS = -1
@@ -22,3 +27,90 @@ class Labels(NamedTuple):
         """Returns what the images of a stage are labelled with, by its manifest."""
         # Manifests from before there were attributes do not say which kind it is.
         return cls(tuple(manifest["label_names"]), manifest.get("label_kind", "classes"))
+
+
+# As records have it: the number of a class, or a 0 or 1 for each attribute; −1 for none.
+Label = int | tuple[int, ...]
+
+
+def label_rows(texts: Sequence[Any] | None, labels: Labels, num: int, first: int = 0) -> np.ndarray:
+    """Returns the label of each of `num` images: those asked for, in turn.
+
+    Args:
+        texts: See `parse_label`; None for all classes, or for each attribute alone.
+        labels: Those of the run.
+        num: Images.
+        first: Index of the first of them.
+
+    Returns:
+        int32 [num], or of attributes [num, A].
+
+    Raises:
+        VqbeamError: A label is not known.
+    """
+    if texts is None:
+        texts = labels.names or [None]
+    chosen = np.asarray([parse_label(text, labels) for text in texts], np.int32)
+    return chosen[(first + np.arange(num)) % len(chosen)]
+
+
+def parse_label(text: Any, labels: Labels) -> Label:
+    """Returns the label that a user names; None is no label.
+
+    Args:
+        text: The name or number of a class; or of attributes, joined by commas. What is no text
+            is a label as records have it.
+        labels: Those of the run.
+
+    Raises:
+        VqbeamError: It is not known, or there are none.
+    """
+    if text is not None and not isinstance(text, str):
+        return _checked(text, labels)
+    if labels.kind == "classes":
+        return -1 if text is None else label_number(text, labels.names)
+    if text is None:
+        return (-1,) * len(labels.names)
+    # An attribute of TFDS may have a comma in its name.
+    parts = [text] if text in labels.names else text.split(",")
+    on = {label_number(part.strip(), labels.names) for part in parts}
+    return tuple(int(number in on) for number in range(len(labels.names)))
+
+
+def _checked(label: Any, labels: Labels) -> Label:
+    classes, row = labels.kind == "classes", np.asarray(label)
+    shape, largest = ((), len(labels.names) - 1) if classes else ((len(labels.names),), 1)
+    fits = row.dtype.kind in "iu" and row.shape == shape
+    if not fits or row.min() < -1 or row.max() > largest:
+        numbers = f"a number from 0 to {largest}" if classes else f"{shape[0]} numbers, 0 or 1"
+        wanted = f"give a name or {numbers}" if labels.names else "it has no classes"
+        raise VqbeamError(f"the run has no label {label!r}; {wanted}")
+    return int(row) if classes else tuple(row.tolist())
+
+
+def label_name(label: Label, labels: Labels) -> str:
+    """Returns the name of a class, or of attributes, joined by commas; "" for none."""
+    if labels.kind == "classes":
+        return labels.names[label] if label >= 0 else ""
+    return ",".join(name for name, on in zip(labels.names, label, strict=True) if on > 0)
+
+
+def label_number(label: str, names: Sequence[str]) -> int:
+    """Returns the number of what is called `label`, or has it as its number.
+
+    Raises:
+        VqbeamError: There is no such class or attribute, or there are none.
+    """
+    if not names:
+        raise VqbeamError(f"label {label!r} was asked for, but the run has no classes")
+    if label in names:
+        return names.index(label)
+    lowered = [name.lower() for name in names]
+    if label.lower() in lowered:
+        return lowered.index(label.lower())
+    if label.isdecimal() and int(label) < len(names):
+        return int(label)
+    shown = ", ".join(names[:30]) + (", …" if len(names) > 30 else "")
+    raise VqbeamError(
+        f"the run has no label {label!r}; it has {shown}, or by number 0 to {len(names) - 1}"
+    )

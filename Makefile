@@ -5,23 +5,16 @@ BIN := $(VENV)/bin
 # Without its compiled files, each start of Python would compile TensorFlow's sources again.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Model code runs on two backends, and so do its tests. Most of the time on JAX would go to compiling
-# small programs well, which tests do not need.
-BACKEND_TESTS := $(addprefix tests/test_,$(addsuffix .py, \
-	accumulation building classifier clusters comparison compilation devices discriminator drawing entropy estimators evaluation \
-	features finite_scalar fitting gradient_audit hierarchy layout linear_quantizer \
-	lookup_free metrics nearest networks optimizers predictive prior_training quantizer_layer residual_quantizer sampler scoring training \
-	transformer vector_quantizer vqvae_model))
-
 .PHONY: quickstart test test-fast test-engines test-engine-faults test-cloud audit lint house clean
 
 quickstart: $(BIN)/vqbeam
 	$(BIN)/vqbeam run glyphs --run-dir runs/glyphs
 	cp runs/glyphs/samples/samples.png samples.png
 
+# On JAX, most of the time would go to optimizing small programs, which tests do not need.
 test: $(VENV)/.test-installed lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not engines and not cloud"
-	KERAS_BACKEND=jax JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not tensorflow_alone" $(BACKEND_TESTS)
+	KERAS_BACKEND=jax JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m backend
 
 test-fast: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not engines and not cloud"

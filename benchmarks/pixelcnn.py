@@ -25,7 +25,7 @@ from keras import layers, ops
 from side_by_side import table
 
 from vqbeam.configs import SampleConfig
-from vqbeam.pipelines.evaluation.reference import Yardstick
+from vqbeam.pipelines.evaluation.reference import ReferenceSet
 from vqbeam.pipelines.sampling.api import Run
 from vqbeam.prior.sampler import Sampler
 from vqbeam.prior.training import load_prior
@@ -140,7 +140,7 @@ def transformer_draws(run: RunFolder, settings: SampleConfig, labels: np.ndarray
     return draw
 
 
-def measure(yardstick: Yardstick, vqvae, draw, labels: np.ndarray) -> list[str]:
+def measure(reference: ReferenceSet, vqvae, draw, labels: np.ndarray) -> list[str]:
     """Returns the figures of a row for images whose codes `draw` draws."""
     decode = compiled_decoder(vqvae)
     draw(DRAWN_AT_ONCE)  # compiles
@@ -154,7 +154,7 @@ def measure(yardstick: Yardstick, vqvae, draw, labels: np.ndarray) -> list[str]:
             seconds.append(time.perf_counter() - start)
             yield keras.ops.convert_to_numpy(decode(codes)), chosen
 
-    found = yardstick.measure(images())
+    found = reference.measure(images())
     figures = [f"{found[name]:.3f}" for name in ("frechet", "precision", "recall")]
     return [*figures, f"{DRAWN_AT_ONCE / np.median(seconds):,.1f}"]
 
@@ -168,14 +168,14 @@ def main() -> None:
     arguments = parser.parse_args()
     run = RunFolder(arguments.run)
     manifest = run.require("train-prior")
-    vqvae, yardstick = load_vqvae(run), Yardstick(run, arguments.num, "classifier", seed=0)
-    labels = np.concatenate([labels for _, labels in yardstick.real("train")])
+    vqvae, reference = load_vqvae(run), ReferenceSet(run, arguments.num, "classifier", seed=0)
+    labels = np.concatenate([labels for _, labels in reference.real("train")])
     keras.utils.set_random_seed(1)
     model = build(vqvae.layout.shape, vqvae.layout.num_codes)
     seconds = arguments.seconds or manifest["seconds"]
     nats = train(run, model, seconds)
     size, nats = f"{model.count_params():,}", f"{nats:.3f}"
-    row = measure(yardstick, vqvae, pixelcnn_draws(model), labels)
+    row = measure(reference, vqvae, pixelcnn_draws(model), labels)
     rows = [[f"PixelCNN, trained for {seconds:,.0f} s", size, nats, *row]]
     size, nats = f"{manifest['parameters']:,}", f"{manifest['measures']['nats_per_code']:.3f}"
     settings = Run(run.root).default_settings()
@@ -184,9 +184,9 @@ def main() -> None:
         ("transformer, at the run's settings", settings, labels, nats),
     )
     for title, chosen, asked, known_nats in cases:
-        row = measure(yardstick, vqvae, transformer_draws(run, chosen, asked), asked)
+        row = measure(reference, vqvae, transformer_draws(run, chosen, asked), asked)
         rows.append([title, size, known_nats, *row])
-    print(f"{yardstick.num:,} images each, classifier features, seed 0\n\n{table(HEADER, rows)}")
+    print(f"{reference.num:,} images each, classifier features, seed 0\n\n{table(HEADER, rows)}")
 
 
 if __name__ == "__main__":

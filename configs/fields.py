@@ -7,7 +7,7 @@ from typing import Any
 
 
 class VqbeamError(Exception):
-    """Something the user can mend: one line that names the thing, the value and the mend.
+    """A user error: one line that names the thing, its value and how to fix it.
 
     The command line prints the message without a traceback and exits with status 1. Any other
     exception is a bug and keeps its traceback.
@@ -35,7 +35,7 @@ def field(
 def schedule_field() -> Any:
     """Returns the field of a training's learning-rate schedule."""
     return field(
-        "learning rate after the warm-up: cosine to nearly nothing, or as it is",
+        "learning rate after warm-up: cosine decay to 1% of the peak, or constant",
         "cosine",
         choices=("cosine", "constant"),
     )
@@ -44,7 +44,7 @@ def schedule_field() -> Any:
 def weight_ema_field() -> Any:
     """Returns the field of the average of the weights that a training ends with."""
     return field(
-        "decay of an average of the weights, which is the result; 0 for the weights themselves",
+        "decay of the moving average of the weights, which is the result; 0 for no average",
         0.0,
         minimum=0,
         maximum=0.99999,

@@ -117,27 +117,29 @@ class PriorConfig(Section):
     width: int = field("width of the residual stream", 256, minimum=4)
     heads: int = field("attention heads", 8, minimum=1)
     kv_heads: int = field(
-        "heads of keys and values, which heads share: fewer make sampling lighter; "
-        "0 for as many as heads",
+        "key/value heads (grouped-query attention): fewer make sampling faster; 0 for as many "
+        "as heads",
         0,
         minimum=0,
     )
     dropout: float = field("dropout rate in the blocks", 0.1, minimum=0, maximum=0.9)
     label_dropout: float = field(
-        "share of examples trained without their label, for guidance", 0.1, minimum=0, maximum=0.9
+        "fraction of training examples without their label, for guidance",
+        0.1,
+        minimum=0,
+        maximum=0.9,
     )
     batch_size: int = field("code grids in a training batch, over all devices", 64, minimum=1)
     grad_accumulation: int = field(
-        "parts in which a batch is computed, one after the other, to save memory; "
-        "a step is a whole batch",
+        "parts of a batch computed one after the other, to save memory; a step is a full batch",
         1,
         minimum=1,
     )
-    steps: int = field("training steps in all", 10_000, minimum=1)
+    steps: int = field("number of training steps", 10_000, minimum=1)
     steps_per_epoch: int = field("steps between checkpoints", 500, minimum=1)
     early_stopping: int = field(
-        "end after this many epochs without a better validation loss, and keep the best weights; "
-        "0 for neither",
+        "stop after this many epochs without a better validation loss, with the weights of the "
+        "best; 0 for never",
         0,
         minimum=0,
     )
@@ -148,7 +150,7 @@ class PriorConfig(Section):
     clip_norm: float = field("clip the gradient to this norm; 0 for never", 1.0, minimum=0)
     weight_ema: float = weight_ema_field()
     pictures: int = field(
-        "images drawn for TensorBoard after each epoch; 0 for none", 16, minimum=0, maximum=16
+        "samples shown in TensorBoard after each epoch; 0 for none", 16, minimum=0, maximum=16
     )
     dtype: str = dtype_field("transformer")
 
@@ -179,7 +181,7 @@ class VQVAEConfig(Section):
     prefix = "vqvae"
 
     quantizer: str = field(
-        "vector: nearest of a codebook; predictive: of what its neighbours cannot predict; "
+        "vector: nearest codebook vector; predictive: residual of a prediction from neighbours; "
         "residual: several codes in turn; fsq: rounded numbers; lfq: signs; simvq: a learned map "
         "of a fixed codebook",
         "vector",
@@ -187,58 +189,63 @@ class VQVAEConfig(Section):
     )
     num_codes: int = field("codebook size K, of each level", 512, minimum=2, maximum=2**20)
     code_dim: int = field("length D of a codebook vector (not fsq, lfq)", 64, minimum=1)
-    depth: int = field("codes at each position (residual)", 1, minimum=1, maximum=64)
-    grids: int = field(
-        "1, or 2 for VQ-VAE-2: a top grid of half the sides as well", 1, minimum=1, maximum=2
+    depth: int = field(
+        "codes at each position: levels of the residual quantizer", 1, minimum=1, maximum=64
     )
-    fsq_levels: str = field("values of each channel, such as 8,8,8 for K = 512 (fsq)", "8,8,8")
-    downsampling: int = field("image side over grid side, a power of two", 4, minimum=2)
+    grids: int = field(
+        "1, or 2 for VQ-VAE-2, which adds a grid of half the height and width",
+        1,
+        minimum=1,
+        maximum=2,
+    )
+    fsq_levels: str = field("levels of each channel, such as 8,8,8 for K = 512 (fsq)", "8,8,8")
+    downsampling: int = field("ratio of image height to grid height, a power of two", 4, minimum=2)
     width: int = field("channels of the encoder and decoder", 128, minimum=4)
     residual_layers: int = field("residual blocks in each of encoder and decoder", 2, minimum=0)
     residual_width: int = field("channels inside a residual block", 32, minimum=1)
     commitment: float = field("weight β of the commitment loss (all but fsq)", 0.25, minimum=0)
     entropy: float = field(
-        "weight of the entropy loss, for sure and diverse codes (all but fsq)", 0.0, minimum=0
+        "weight of the entropy loss, for confident and diverse codes (all but fsq)", 0.0, minimum=0
     )
     lookup: str = field(
-        "nearest by distance or by angle (vector, simvq)", "l2", choices=("l2", "cosine")
+        "nearest by Euclidean distance or by angle (vector, simvq)", "l2", choices=("l2", "cosine")
     )
     estimator: str = field(
-        "how the gradient passes the quantizer (not fsq, lfq)",
+        "estimator of the gradient through the quantizer (not fsq, lfq)",
         "straight_through",
         choices=("straight_through", "rotation", "diveq"),
     )
     codebook_update: str = field(
-        "what moves the codebook: moving averages or the codebook loss "
+        "codebook update: moving averages or gradient of the codebook loss "
         "(vector, predictive, residual)",
         "ema",
         choices=("ema", "gradient"),
     )
     codebook_init: str = field(
-        "where the codebook begins: anywhere, at encoder outputs, or at their cluster centres",
+        "codebook initialization: random, sampled encoder outputs, or k-means of them",
         "random",
         choices=("random", "data", "kmeans"),
     )
     ema_decay: float = field("decay of the moving averages", 0.99, minimum=0, maximum=0.99999)
     restart_below: float = field(
-        "move codes used less than this share of the mean onto data; 0 for never "
+        "restart codes used less than this fraction of the mean at encoder outputs; 0 for never "
         "(vector, predictive, residual)",
         0.03,
         minimum=0,
         maximum=0.9,
     )
     balance: float = field(
-        "how strongly codes in much use are avoided; 0 takes the nearest "
+        "penalty on the distance to frequently used codes; 0 for the nearest code "
         "(vector, predictive, residual)",
         0.0,
         minimum=0,
         maximum=10,
     )
     batch_size: int = field("images in a training batch, over all devices", 64, minimum=1)
-    steps: int = field("training steps in all", 10_000, minimum=1)
+    steps: int = field("number of training steps", 10_000, minimum=1)
     steps_per_epoch: int = field("steps between checkpoints", 500, minimum=1)
     optimizer: str = field(
-        "muon makes the steps of convolutions orthogonal: fewer of them, each a little slower",
+        "muon orthogonalizes the updates of convolutions: fewer steps, each a little slower",
         "adam",
         choices=("adam", "muon"),
     )
@@ -248,14 +255,14 @@ class VQVAEConfig(Section):
     clip_norm: float = field("clip the gradient to this norm; 0 for never", 0.0, minimum=0)
     weight_ema: float = weight_ema_field()
     augment: str = field(
-        "vary the training images: mirrored, shifted, or both",
+        "augmentation of the training images: horizontal flips, shifts, or both",
         "none",
         choices=("none", "flip", "crop", "flip_crop"),
     )
     adversarial: float = field(
-        "weight of a patch discriminator's loss, for sharper pictures", 0.0, minimum=0
+        "weight of the loss of a patch discriminator, for sharper images", 0.0, minimum=0
     )
-    adversarial_start: int = field("step at which that loss sets in", 0, minimum=0)
+    adversarial_start: int = field("first step with the adversarial loss", 0, minimum=0)
     dtype: str = dtype_field("networks")
 
     @property

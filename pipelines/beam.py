@@ -12,7 +12,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.places import is_dataflow
+from vqbeam.pipelines.paths import is_dataflow
 from vqbeam.pipelines.stages.shards import ShardReport
 from vqbeam.vqvae.fitting.progress import progress_bar
 from vqbeam.vqvae.storage.run_folder import RunFolder

@@ -37,7 +37,7 @@ _KNOWN = {
         "the job on Dataflow was cancelled; run the same command again to go on"
     ),
     r"DataflowRuntimeException: .*State: ": (
-        "the job on Dataflow has failed, and its page says why; once that is mended, the same "
+        "the job on Dataflow has failed; its page says why. Once that is fixed, the same "
         "command goes on"
     ),
     r"Unable to fetch remote job server jar": (

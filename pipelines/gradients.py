@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from vqbeam.configs import Config, VqbeamError
-from vqbeam.pipelines.places import with_runner
+from vqbeam.pipelines.paths import with_runner
 from vqbeam.pipelines.sources import Source, Unit, open_source
 from vqbeam.pipelines.sources.images import ImageError
 from vqbeam.vqvae.building import build_model
@@ -85,7 +85,7 @@ def gradients(
     for line in audit_lines(audits, curves):
         print(line)
     save_png(gradient_figure(audits, curves), path)
-    print(f"drawn in {path}")
+    print(f"figure: {path}")
 
 
 def audit_lines(audits: Sequence[Audit], curves: dict[str, list[float]]) -> Iterator[str]:

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from vqbeam.configs import Config
 from vqbeam.pipelines.inspect import duration
 from vqbeam.pipelines.lock import locked
-from vqbeam.pipelines.places import absolute, check_shared, is_dataflow, located, places_of
+from vqbeam.pipelines.paths import (
+    absolute,
+    check_shared,
+    is_dataflow,
+    source_paths,
+    with_absolute_paths,
+)
 from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
 
 
@@ -28,11 +34,11 @@ def run_stages(
             reason that the user can mend.
     """
     run = RunFolder(run_dir)
-    config = dataclasses.replace(config, data=located(config.data))
+    config = dataclasses.replace(config, data=with_absolute_paths(config.data))
     if is_dataflow(beam_args):
         check_shared({"--run-dir": run_dir})
         if "prepare" in stages and not run.is_done("prepare"):
-            check_shared(places_of(config.data))
+            check_shared(source_paths(config.data))
     if "prepare" in stages and not run.exists():
         # First, so that no folder is bound to a dataset whose name was mistyped.
         from vqbeam.pipelines.sources import open_source

@@ -9,7 +9,7 @@ from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.fitting.fit import AveragedWeights
 from vqbeam.vqvae.layout import CodeLayout
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.backend, pytest.mark.slow]
 
 LAYOUT = CodeLayout(7, ((2, 2),))
 BATCH, STEPS = 32, 3

@@ -29,7 +29,7 @@ from vqbeam.pipelines.cli.parser import UsageError
         (["gradients"], "vqbeam gradients: missing PRESET-OR-DIR (see"),
         (
             ["gradients", "glyphs", "--steps", "9"],
-            "vqbeam gradients: --steps trains nothing alone; add --no-straight-through",
+            "vqbeam gradients: --steps needs --no-straight-through",
         ),
         (
             ["gradients", "glyphs", "--no-straight-through", "--steps", "0"],
@@ -39,9 +39,9 @@ from vqbeam.pipelines.cli.parser import UsageError
         (["gradients", "glyphs", "--output", ""], "vqbeam gradients: --output: is empty"),
         (["inspect", "d", "e"], "vqbeam inspect: unexpected argument 'e'"),
         (["presets", "d", "e"], "vqbeam presets: unexpected argument 'e'"),
-        (["help", "zzz"], "vqbeam: unknown verb 'zzz'; see vqbeam --help"),
-        (["smaple", "d"], "vqbeam: unknown verb 'smaple'; did you mean sample?"),
-        (["zzz"], "vqbeam: unknown verb 'zzz'; see vqbeam --help"),
+        (["help", "zzz"], "vqbeam: unknown command 'zzz'; see vqbeam --help"),
+        (["smaple", "d"], "vqbeam: unknown command 'smaple'; did you mean sample?"),
+        (["zzz"], "vqbeam: unknown command 'zzz'; see vqbeam --help"),
         (["--verison"], "vqbeam: unknown flag --verison; did you mean --version?"),
         (["--run-dir", "d"], "vqbeam: unknown flag --run-dir; see vqbeam --help"),
     ],
@@ -62,7 +62,9 @@ def test_help_and_version(verb, flag, capsys):
         parse([verb, flag] if verb else [flag])
     assert not end.value.code
     shown = capsys.readouterr().out
-    assert shown.startswith("vqbeam" if flag == "--version" else f"usage: vqbeam {verb or 'VERB'}")
+    assert shown.startswith(
+        "vqbeam" if flag == "--version" else f"usage: vqbeam {verb or 'COMMAND'}"
+    )
     assert max(map(len, shown.splitlines())) <= 100
 
 

@@ -10,7 +10,7 @@ from vqbeam.vqvae.model import VQVAE
 from vqbeam.vqvae.quantizers.fsq import FiniteScalarQuantizer
 from vqbeam.vqvae.quantizers.lfq import LookupFreeQuantizer
 from vqbeam.vqvae.quantizers.residual import ResidualQuantizer
-from vqbeam.vqvae.quantizers.simvq import LinearVectorQuantizer
+from vqbeam.vqvae.quantizers.simvq import SimVQ
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 COMMON = {"commitment": 0.7, "entropy": 0.1}
@@ -20,7 +20,7 @@ FROM_CONFIG = {"decay": "ema_decay", "update": "codebook_update"}
 KINDS = {
     "vector": (VectorQuantizer, {"lookup": "cosine", **COMMON, **LOOKUP, **CODEBOOK}),
     "residual": (ResidualQuantizer, {"update": "gradient", **COMMON, **LOOKUP, **CODEBOOK}),
-    "simvq": (LinearVectorQuantizer, {"lookup": "cosine", **COMMON, **LOOKUP}),
+    "simvq": (SimVQ, {"lookup": "cosine", **COMMON, **LOOKUP}),
     "fsq": (FiniteScalarQuantizer, {}),
     "lfq": (LookupFreeQuantizer, COMMON),
 }

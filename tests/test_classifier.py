@@ -74,7 +74,6 @@ def test_learns_what_can_be_learned(prepared_run, tiny_config, monkeypatch):
     assert classifier_accuracy(run) == 1
 
 
-@pytest.mark.tensorflow_alone
 def test_the_same_images_give_the_same_weights(trained, prepared_run, tiny_config):
     other, _ = prepared_run(tiny_config(), labels=("a", "b", "c"))
     for one, two in zip(trained[2].weights, load_classifier(other).weights, strict=True):

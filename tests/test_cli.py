@@ -143,11 +143,11 @@ def test_a_bug_keeps_its_traceback(target):
 
 def test_usage_errors(capsys):
     assert main(["smaple"]) == 2
-    assert capsys.readouterr().err == "vqbeam: unknown verb 'smaple'; did you mean sample?\n"
+    assert capsys.readouterr().err == "vqbeam: unknown command 'smaple'; did you mean sample?\n"
     assert main([]) == 2
-    assert capsys.readouterr().err.startswith("usage: vqbeam VERB ...")
+    assert capsys.readouterr().err.startswith("usage: vqbeam COMMAND ...")
     assert main(["--help"]) == 0
-    assert capsys.readouterr().out.startswith("usage: vqbeam VERB ...")
+    assert capsys.readouterr().out.startswith("usage: vqbeam COMMAND ...")
 
 
 def test_help_answers_without_the_heavy_libraries():

@@ -5,6 +5,8 @@ from quantizer_checks import array, latents, nearest_codes
 
 from vqbeam.vqvae.quantizers.nearest import initial_codebook
 
+pytestmark = pytest.mark.backend
+
 
 def initial(vectors, num_codes, method, seed=0):
     codebook, counts = initial_codebook(

@@ -10,7 +10,7 @@ from vqbeam.pipelines.evaluation.distances import (
     frechet_distance,
     precision_recall,
 )
-from vqbeam.pipelines.evaluation.reference import Yardstick
+from vqbeam.pipelines.evaluation.reference import ReferenceSet
 
 pytestmark = pytest.mark.slow
 
@@ -23,12 +23,12 @@ def stubs(monkeypatch):
 
 def test_every_figure_in_numpy(prepared_run, tiny_config):
     run, pixels = prepared_run(tiny_config())
-    yardstick = Yardstick(run, 100, "classifier", seed=0)
+    reference = ReferenceSet(run, 100, "classifier", seed=0)
     # There are 20 training images, and 10 held out.
-    assert yardstick.num == 10 and yardstick.left_out == {}
+    assert reference.num == 10 and reference.left_out == {}
     others = np.random.default_rng(5).integers(60, 256, (10, 8, 8, 1), np.uint8)
     labels = np.array([0, 1] * 5)
-    found = yardstick.measure([(others[:6], labels[:6]), (others[6:], labels[6:])])
+    found = reference.measure([(others[:6], labels[:6]), (others[6:], labels[6:])])
     features = [stub_features(run, "")(images) for images in (pixels["validation"], others)]
     gaussians = []
     for rows in features:
@@ -50,8 +50,8 @@ def test_real_images_are_drawn_without_replacement(prepared_run, tiny_config):
     known = {image.tobytes(): index for index, image in enumerate(pixels["train"])}
     chosen = []
     for seed in (0, 0, 1):
-        yardstick = Yardstick(run, 7, "classifier", seed)
-        ((images, labels),) = yardstick.real("train")
+        reference = ReferenceSet(run, 7, "classifier", seed)
+        ((images, labels),) = reference.real("train")
         chosen.append([known[image.tobytes()] for image in images])
         assert labels.tolist() == [index % 2 for index in chosen[-1]]
         assert len(set(chosen[-1])) == 7
@@ -70,8 +70,8 @@ def test_what_cannot_be_measured_says_why(
     prepared_run, tiny_config, changes, features, missing, why
 ):
     run, _ = prepared_run(tiny_config(), **changes)
-    yardstick = Yardstick(run, 100, features, seed=0)
-    figures = yardstick.measure(yardstick.real("train"))
-    assert {name for name, value in figures.items() if value is None} == set(yardstick.left_out)
-    assert len(yardstick.left_out) == missing
-    assert any(reason.startswith(why) for reason in yardstick.left_out.values())
+    reference = ReferenceSet(run, 100, features, seed=0)
+    figures = reference.measure(reference.real("train"))
+    assert {name for name, value in figures.items() if value is None} == set(reference.left_out)
+    assert len(reference.left_out) == missing
+    assert any(reason.startswith(why) for reason in reference.left_out.values())

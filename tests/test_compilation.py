@@ -6,6 +6,8 @@ from keras import ops
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.fitting.compilation import compile_function, in_batches
 
+pytestmark = pytest.mark.backend
+
 
 @pytest.fixture
 def scale():

@@ -4,6 +4,8 @@ import pytest
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.fitting.devices import data_parallel, device_count
 
+pytestmark = pytest.mark.backend
+
 
 def test_one_device_needs_nothing():
     with data_parallel(7):

@@ -6,6 +6,8 @@ from quantizer_checks import array, gradient
 
 from vqbeam.vqvae.discriminator import PatchDiscriminator
 
+pytestmark = pytest.mark.backend
+
 
 @pytest.fixture(scope="module")
 def discriminator():

@@ -118,7 +118,7 @@ def test_complete():
 def test_complete_says_what_has_no_influence(capsys):
     with pytest.raises(SystemExit):
         parse(["complete", "--help"])
-    assert "it has no influence on what is drawn before it" in capsys.readouterr().out
+    assert "no\ninfluence on codes before it" in capsys.readouterr().out
 
 
 def test_interpolate():

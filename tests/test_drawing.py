@@ -5,6 +5,8 @@ from keras import ops
 from vqbeam.prior.filters import sample_code
 from vqbeam.vqvae.fitting.compilation import compile_function
 
+pytestmark = pytest.mark.backend
+
 
 def numpy_draw(logits, uniform, temperature, top_k, top_p, min_p):
     """The code for one row, by sorting, in double precision."""

@@ -5,6 +5,8 @@ from keras import ops
 
 from vqbeam.vqvae.quantizers.base import entropy_loss
 
+pytestmark = pytest.mark.backend
+
 NUMBERS = np.random.default_rng(0)
 CODEBOOK = NUMBERS.normal(size=(5, 3)).astype("float32")
 VECTORS = NUMBERS.normal(size=(40, 3)).astype("float32")

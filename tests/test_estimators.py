@@ -5,6 +5,8 @@ from quantizer_checks import array, gradient, latents
 
 from vqbeam.vqvae.quantizers.estimators import ESTIMATORS, diveq, rotation_trick, straight_through
 
+pytestmark = pytest.mark.backend
+
 D = 5
 Z, E, G = (latents(7, D, seed=seed) for seed in range(3))
 

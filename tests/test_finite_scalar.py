@@ -5,6 +5,8 @@ from quantizer_checks import array, check_quantizer, gradient, latents
 
 from vqbeam.vqvae.quantizers.fsq import FiniteScalarQuantizer
 
+pytestmark = pytest.mark.backend
+
 
 def constants(sizes):
     """Reach, offset, shift and half of appendix A.1 of Mentzer et al. 2023; no shift of 2."""

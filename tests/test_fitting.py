@@ -86,6 +86,7 @@ def checkpoints(folder, fingerprint="f"):
     return sorted(path.name for path in found)
 
 
+@pytest.mark.backend
 def test_training_ends_when_it_stalls_with_the_best_weights(tmp_path):
     rows = tf.data.Dataset.from_tensor_slices(NUMBERS[:, :4]).batch(5)
 
@@ -115,6 +116,7 @@ def test_training_ends_when_it_stalls_with_the_best_weights(tmp_path):
         assert_same_state(kept(resumed), kept(unbroken))
 
 
+@pytest.mark.backend
 def test_resumed_is_unbroken_bit_for_bit(tmp_path):
     unbroken = build(**AVERAGING)
     history = train(unbroken, tmp_path / "unbroken", 4)
@@ -140,7 +142,6 @@ np.savez(pathlib.Path(sys.argv[1]) / "state.npz", *state(model))
 """
 
 
-@pytest.mark.tensorflow_alone
 def test_a_new_process_goes_on_bit_for_bit(tmp_path):
     unbroken = build()
     train(unbroken, tmp_path / "unbroken", 3)
@@ -155,6 +156,7 @@ def test_a_new_process_goes_on_bit_for_bit(tmp_path):
         assert_same_state(state(unbroken), list(resumed.values()))
 
 
+@pytest.mark.backend
 def test_dropout_differs_between_epochs_and_seeds(tmp_path):
     states = []
     for seed in (0, 1):
@@ -177,7 +179,6 @@ def test_a_finished_run_trains_no_further(tmp_path):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
-@pytest.mark.tensorflow_alone
 def test_begins_where_the_checkpoint_ends(tmp_path):
     train(build(), tmp_path, 2)
     asked = []
@@ -199,7 +200,6 @@ def test_fewer_steps_than_an_epoch(tmp_path, capsys):
     assert "16/16" in capsys.readouterr().err
 
 
-@pytest.mark.tensorflow_alone
 def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
     model = build()
     history = train(model, tmp_path, 2)
@@ -228,7 +228,6 @@ def test_keeps_the_last_two_checkpoints(tmp_path):
     assert len(list(folder.iterdir())) == 4
 
 
-@pytest.mark.tensorflow_alone
 def test_checkpoints_of_other_inputs_are_removed(tmp_path, capsys):
     train(build(), tmp_path, 2, fingerprint="old")
     model, fresh = build(), build()
@@ -255,7 +254,6 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
         train(build(), tmp_path, 2)
 
 
-@pytest.mark.tensorflow_alone
 @pytest.mark.parametrize("content", [b"", b"\x89HDF and no more", None])
 def test_goes_back_an_epoch_where_the_last_checkpoint_is_damaged(tmp_path, capsys, content):
     unbroken = build()
@@ -273,6 +271,7 @@ def test_goes_back_an_epoch_where_the_last_checkpoint_is_damaged(tmp_path, capsy
     assert "epoch-00002.weights.h5 cannot be read: going back an epoch" in capsys.readouterr().err
 
 
+@pytest.mark.backend
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_ends_training(tmp_path, bad):
     train(build(), tmp_path, 1)
@@ -293,6 +292,7 @@ def test_weights_broken_by_the_last_step_of_an_epoch_are_not_kept(tmp_path):
     assert checkpoints(tmp_path) == []
 
 
+@pytest.mark.backend
 def test_validation_measures_the_average_and_leaves_the_weights(tmp_path):
     data = pairs(tf.data.Dataset.from_tensor_slices(NUMBERS).batch(7))
     model, without = build(**AVERAGING), build(**AVERAGING)
@@ -325,6 +325,7 @@ def test_a_run_broken_off_after_its_last_epoch_ends_with_the_average(tmp_path):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
+@pytest.mark.backend
 def test_half_precision_keeps_an_average_too(tmp_path):
     model = build(**AVERAGING)
     inner = keras.optimizers.Adam(0.01, **AVERAGING)

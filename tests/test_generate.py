@@ -72,7 +72,7 @@ def test_a_dataset(finished_run, expected, tmp_path, capsys):
     words = "--num 8 --label cherry apple --seed 3 --shard-images 3 --format tfrecord".split()
     command = ["generate", str(finished_run.root), *words, "--output", str(folder)]
     assert main(command) == 0
-    assert capsys.readouterr().out == f"8 images drawn, a TFDS dataset: {folder}\n"
+    assert capsys.readouterr().out == f"8 images, a TFDS dataset: {folder}\n"
     builder = tfds.builder_from_directory(str(folder))
     assert builder.info.splits["train"].shard_lengths == [3, 3, 2]
     assert '"seed": 3' in builder.info.description
@@ -123,7 +123,7 @@ def test_goes_on_with_the_shards_that_are_missing(finished_run, tmp_path, monkey
 def test_what_is_done_is_not_done_again(finished_run, pngs, monkeypatch):
     monkeypatch.setattr(generate_module, "run_pipeline", None)
     said = generate(str(finished_run.root), output=str(pngs), **ORDER)
-    assert said == f"8 images were drawn already, PNGs by shard: {pngs}"
+    assert said == f"8 images (done already), PNGs by shard: {pngs}"
 
 
 def test_another_order_in_the_same_folder(finished_run, pngs):
@@ -170,7 +170,9 @@ def test_a_run_that_was_trained_anew_meanwhile(finished_run, tmp_path, monkeypat
     checkpoints = ["of before"]  # and then another one
     found = property(lambda run: checkpoints.pop() if checkpoints else "of now")
     monkeypatch.setattr(Run, "checkpoint", found)
-    with pytest.raises(Exception, match="was trained anew while images were drawn from it; delete"):
+    with pytest.raises(
+        Exception, match="was trained again while images were sampled from it; delete"
+    ):
         generate(str(finished_run.root), output=str(tmp_path / "new"), **ORDER)
 
 

@@ -121,6 +121,7 @@ def rows_of(codes):
     return set(codes.ravel().tolist())
 
 
+@pytest.mark.backend
 def test_norms_and_gradients_in_closed_form():
     model = linear_model()
     codes, expected = closed_forms(model, IMAGES)
@@ -180,7 +181,6 @@ def test_paths_of_each_family(make, name):
         np.testing.assert_allclose(closed["reconstruction"]["decoder"], decoder, rtol=1e-4)
 
 
-@pytest.mark.tensorflow_alone
 def test_the_adversarial_losses(make):
     norms = audit(make(adversarial=0.5), IMAGES, EARLIER).norms
     assert [part for part, norm in norms["discriminator"].items() if norm] == ["discriminator"]
@@ -202,6 +202,7 @@ def test_families_without_a_codebook(make, quantizer):
         set_estimator(model, "none")
 
 
+@pytest.mark.backend
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_model_stays_as_it_was(make, name):
     model = make(**VARIANTS[name], restart_below=0.5)
@@ -264,7 +265,6 @@ def test_rows_of_several_levels(make, name):
     assert (step.rows, step.chosen, step.moved) == (24, chosen, chosen)
 
 
-@pytest.mark.tensorflow_alone
 @pytest.mark.parametrize(
     ("estimator", "reached"), [("straight_through", False), ("diveq", True), ("rotation", True)]
 )

@@ -21,7 +21,7 @@ from vqbeam.vqvae.quantizers.fsq import FiniteScalarQuantizer
 from vqbeam.vqvae.quantizers.lfq import LookupFreeQuantizer
 from vqbeam.vqvae.quantizers.predictive import PredictiveQuantizer
 from vqbeam.vqvae.quantizers.residual import ResidualQuantizer
-from vqbeam.vqvae.quantizers.simvq import LinearVectorQuantizer
+from vqbeam.vqvae.quantizers.simvq import SimVQ
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 pytestmark = pytest.mark.skipif(
@@ -137,7 +137,7 @@ def test_a_levels_losses_reach_no_codebook_before_it():
 
 
 def test_simvq_moves_a_matrix_and_never_the_codebook():
-    quantizer = built(LinearVectorQuantizer(K, D, commitment=BETA))
+    quantizer = built(SimVQ(K, D, commitment=BETA))
     assert [v.name for v in quantizer.trainable_variables] == ["projection"]
     tape, z, result, through = traced(quantizer, training=True)
     projection = quantizer.projection.value

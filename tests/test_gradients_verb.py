@@ -63,7 +63,7 @@ def test_a_preset(preset, tmp_path, capsys):
     step = rf"a step of the codebook touches (\d+) of 12 rows: those chosen in the batch \({KIND} "
     assert re.match(step, lines[6])
     assert lines[7].startswith("a step of Adam after one on another batch touches ")
-    assert lines[8:] == [f"drawn in {path}"]
+    assert lines[8:] == [f"figure: {path}"]
     with Image.open(path) as figure:
         assert figure.format == "PNG" and figure.size[0] == 950
 

@@ -14,7 +14,7 @@ from vqbeam.vqvae.model import scale_images
 from vqbeam.vqvae.quantizers.residual import ResidualQuantizer
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.backend, pytest.mark.slow]
 
 VARIANCE = 0.3
 

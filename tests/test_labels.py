@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 
 from vqbeam.configs import VqbeamError
-from vqbeam.vqvae.storage.labels import Labels, label_name, label_number, label_rows, parse_label
+from vqbeam.vqvae.storage.labels import Labels, label_name, label_number, labels_for, parse_label
 
 NAMES = ("Banana", "apple", "cherry")
 
 
 def test_names_numbers_and_case_in_turn():
-    assert label_rows(["cherry", "0", "APPLE", "banana"], Labels(NAMES), 6).tolist() == [
+    assert labels_for(["cherry", "0", "APPLE", "banana"], Labels(NAMES), 6).tolist() == [
         2,
         0,
         1,
@@ -19,13 +19,13 @@ def test_names_numbers_and_case_in_turn():
 
 
 def test_a_name_goes_before_its_like_in_another_case():
-    numbers = label_rows(["a", "A", "0", "1", "3"], Labels(("A", "a", "1", "0")), 5)
+    numbers = labels_for(["a", "A", "0", "1", "3"], Labels(("A", "a", "1", "0")), 5)
     assert numbers.tolist() == [1, 0, 3, 2, 3]
 
 
 def test_all_classes_or_none():
-    assert label_rows(None, Labels(NAMES), 4).tolist() == [0, 1, 2, 0]
-    assert label_rows(None, Labels(), 2).tolist() == [-1, -1]
+    assert labels_for(None, Labels(NAMES), 4).tolist() == [0, 1, 2, 0]
+    assert labels_for(None, Labels(), 2).tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize("label", ["melon", "3", "-1", "²", "1.0"])
@@ -45,26 +45,26 @@ def test_no_classes():
     with pytest.raises(
         VqbeamError, match="label 'apple' was asked for, but the run has no classes"
     ):
-        label_rows(["apple"], Labels(), 2)
+        labels_for(["apple"], Labels(), 2)
 
 
 FACES = Labels(("Young", "Smiling", "Hat, red"), "attributes")
 
 
 def test_attributes_of_an_image_are_joined_by_commas():
-    rows = label_rows(["young,Smiling", "1", "Hat, red", "smiling, young"], FACES, 5)
+    rows = labels_for(["young,Smiling", "1", "Hat, red", "smiling, young"], FACES, 5)
     assert rows.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 1, 0]]
     assert label_name(rows[0], FACES) == "Young,Smiling"
     # Each alone, in turn.
-    assert label_rows(None, FACES, 4).tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]]
+    assert labels_for(None, FACES, 4).tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]]
     assert parse_label(None, FACES) == (-1, -1, -1)
     with pytest.raises(VqbeamError, match="has no label 'old'; it has Young, Smiling, Hat, red"):
         parse_label("young,old", FACES)
 
 
 def test_labels_as_records_have_them():
-    assert label_rows(np.array([2, -1]), Labels(NAMES), 3).tolist() == [2, -1, 2]
-    assert label_rows([[1, 0, 1], "young"], FACES, 2).tolist() == [[1, 0, 1], [1, 0, 0]]
+    assert labels_for(np.array([2, -1]), Labels(NAMES), 3).tolist() == [2, -1, 2]
+    assert labels_for([[1, 0, 1], "young"], FACES, 2).tolist() == [[1, 0, 1], [1, 0, 0]]
     assert label_name(-1, Labels(NAMES)) == label_name((-1, -1, -1), FACES) == ""
     for label, labels, message in [
         (len(NAMES), Labels(NAMES), f"; give a name or a number from 0 to {len(NAMES) - 1}"),

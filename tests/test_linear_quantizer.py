@@ -5,13 +5,15 @@ from keras import ops
 from quantizer_checks import array, built, check_quantizer, latents, nearest_codes
 from test_vector_quantizer import entropy_loss, unit
 
-from vqbeam.vqvae.quantizers.simvq import LinearVectorQuantizer
+from vqbeam.vqvae.quantizers.simvq import SimVQ
+
+pytestmark = pytest.mark.backend
 
 K, D = 9, 4
 
 
 def build(**changes):
-    layer = built(LinearVectorQuantizer(K, D, **changes))
+    layer = built(SimVQ(K, D, **changes))
     layer.projection.assign(np.eye(D, dtype="float32") + 0.3 * latents(D, D, seed=7))
     return layer
 
@@ -33,7 +35,7 @@ def in_numpy(layer, z):
     "changes", [{}, {"lookup": "cosine", "estimator": "rotation", "entropy": 0.2}]
 )
 def test_all_that_holds_for_quantizers(changes):
-    check_quantizer(lambda: LinearVectorQuantizer(K, D, **changes), in_numpy)
+    check_quantizer(lambda: SimVQ(K, D, **changes), in_numpy)
 
 
 def test_values_with_another_map_than_the_identity():

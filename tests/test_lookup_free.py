@@ -5,6 +5,8 @@ from quantizer_checks import array, check_quantizer, gradient, latents
 
 from vqbeam.vqvae.quantizers.lfq import LookupFreeQuantizer
 
+pytestmark = pytest.mark.backend
+
 
 def corners(bits):
     """All codes as vectors: the lowest bit of a code is its first channel."""

@@ -41,9 +41,9 @@ def test_a_sweep():
         (["evaluate", "d", "--seed=-1"], "--seed: -1 is not at least 0"),
         (
             ["evaluate", "d", "--stage=vqvae", "--seed=3"],
-            "--seed is of what the prior draws, and --stage vqvae draws nothing",
+            "--seed is for samples of the prior, and --stage vqvae takes none",
         ),
-        (["evaluate", "d", "--stage=vqvae", "--num=3"], "--num is of what the prior draws, and"),
+        (["evaluate", "d", "--stage=vqvae", "--num=3"], "--num is for samples of the prior, and"),
         (["evaluate", "d", "--sweep"], "--sweep needs a value"),
         (["evaluate", "d", "--sweep", "top_k"], "--sweep: 'top_k' is not SETTING=VALUE,...; the"),
         (["evaluate", "d", "--sweep", "num=3"], "--sweep: 'num=3' is not SETTING=VALUE"),

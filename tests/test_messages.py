@@ -156,7 +156,7 @@ def test_file_errors_of_tensorflow(text, message):
         ),
         (
             "DataflowRuntimeException: Dataflow pipeline failed. State: FAILED, Error:\nno quota",
-            "the job on Dataflow has failed, and its page says why; once that is mended, the same",
+            "the job on Dataflow has failed; its page says why. Once that is fixed, the same",
         ),
         (
             "DataflowRuntimeException: Dataflow pipeline failed. State: FAILED, Error:\n"

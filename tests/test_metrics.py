@@ -7,7 +7,7 @@ from keras import ops
 
 from vqbeam.vqvae.layout import CodeLayout
 from vqbeam.vqvae.metrics import (
-    CodebookUse,
+    CodebookUsage,
     bits_per_image,
     compression_ratio,
     count_codes,
@@ -16,6 +16,8 @@ from vqbeam.vqvae.metrics import (
     psnr,
     ssim,
 )
+
+pytestmark = pytest.mark.backend
 
 
 def numbers(result):
@@ -35,7 +37,7 @@ def test_each_level_is_counted_by_itself():
 
 
 def test_codebook_use_counts_over_batches():
-    metric = CodebookUse(CodeLayout(6, ((1, 2),)))
+    metric = CodebookUsage(CodeLayout(6, ((1, 2),)))
     for batch in ([[[0, 1]], [[1, 2]]], [[[1, 5]]], [[[0, 0]], [[0, 1]]]):
         metric.update_state(np.array(batch, "int32"))
     result = numbers(metric.result())
@@ -48,10 +50,10 @@ def test_codebook_use_counts_over_batches():
 
 
 def test_codebook_use_at_its_bounds():
-    metric = CodebookUse(CodeLayout(8, ((2, 2),)))
+    metric = CodebookUsage(CodeLayout(8, ((2, 2),)))
     metric.update_state(np.arange(8, dtype="int32").reshape(2, 2, 2))
     assert numbers(metric.result()) == pytest.approx({"perplexity": 8, "codes_used": 1}, rel=1e-5)
-    nothing = numbers(CodebookUse(CodeLayout(8, ((2, 2),))).result())
+    nothing = numbers(CodebookUsage(CodeLayout(8, ((2, 2),))).result())
     assert nothing["codes_used"] == 0 and np.isfinite(nothing["perplexity"])
 
 
@@ -65,7 +67,7 @@ def test_codebook_use_of_each_level(layout):
     # The levels use different shares of their codebooks.
     tops = np.array([2, 4, 5])[layout.level].reshape(layout.shape)
     batches = [(random.random((count, *layout.shape)) * tops).astype("int32") for count in (2, 3)]
-    metric = CodebookUse(layout)
+    metric = CodebookUsage(layout)
     for batch in batches:
         metric.update_state(batch)
     codes = np.concatenate(batches).reshape(5, -1)
@@ -89,7 +91,7 @@ def test_codebook_use_of_each_level(layout):
     "layout", [CodeLayout(8, ((2, 2),), depth=4), CodeLayout(8, ((1, 1), (2, 2)))]
 )
 def test_codebook_use_round_trip(layout):
-    metric = CodebookUse(layout, name="use")
+    metric = CodebookUsage(layout, name="use")
     twin = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(metric))
     assert (twin.layout, twin.name) == (layout, "use")
 
@@ -103,7 +105,7 @@ def test_perplexity():
 
 def test_perplexity_agrees_with_the_metric():
     codes = np.random.default_rng(0).integers(0, 20, 300) ** 2 // 20
-    metric = CodebookUse(CodeLayout(25, ((10, 10),)))
+    metric = CodebookUsage(CodeLayout(25, ((10, 10),)))
     metric.update_state(codes.reshape(3, 10, 10).astype("int32"))
     expected = perplexity(np.bincount(codes, minlength=25))
     assert numbers(metric.result())["perplexity"] == pytest.approx(expected, rel=1e-5)

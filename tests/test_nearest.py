@@ -11,6 +11,8 @@ from vqbeam.vqvae.fitting.compilation import compile_function
 from vqbeam.vqvae.quantizers import nearest
 from vqbeam.vqvae.quantizers.nearest import nearest_codes
 
+pytestmark = pytest.mark.backend
+
 BACKEND = keras.backend.backend()
 only_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow alone")
 

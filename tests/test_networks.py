@@ -12,6 +12,8 @@ from vqbeam.vqvae.networks import (
     build_projection,
 )
 
+pytestmark = pytest.mark.backend
+
 
 def array(tensor):
     return np.asarray(tensor).copy()

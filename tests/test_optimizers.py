@@ -8,6 +8,8 @@ from vqbeam.prior.training import build_optimizer as build_prior_optimizer
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.fitting.optimizers import ConvolutionMuon, build_optimizer
 
+pytestmark = pytest.mark.backend
+
 
 def path_of_weights(optimizer, steps):
     """Takes steps of random gradients; returns the weights after each of them."""

@@ -12,6 +12,8 @@ from quantizer_checks import (
 
 from vqbeam.vqvae.quantizers.predictive import PredictiveQuantizer
 
+pytestmark = pytest.mark.backend
+
 K, D = 9, 3
 
 

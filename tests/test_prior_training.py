@@ -151,7 +151,6 @@ def test_measures_in_numpy(trained):
     assert_measures(trained, length=4)
 
 
-@pytest.mark.tensorflow_alone
 @pytest.mark.parametrize(
     ("settings", "shape"),
     [
@@ -221,6 +220,7 @@ def stateful_run(path, config):
     return run
 
 
+@pytest.mark.backend
 def test_all_state_goes_on_where_training_was_broken_off(tmp_path, config, monkeypatch):
     run, other = (stateful_run(tmp_path / name, config) for name in ("run", "other"))
     manifest = train_prior(str(run.root))
@@ -269,6 +269,7 @@ def batches(run, config, model, count, first_step=0):
     return list(stream.take(count).as_numpy_iterator())
 
 
+@pytest.mark.backend
 def test_a_share_of_the_labels_is_dropped(trained, config):
     run, content, _ = trained
     config = override(config, {"prior.label_dropout": 0.25})
@@ -301,14 +302,12 @@ def test_no_label_is_dropped_at_zero_and_in_validation(trained, config):
         np.testing.assert_array_equal(np.concatenate([batch[name] for batch in found]), expected)
 
 
-@pytest.mark.tensorflow_alone
 def test_without_classes(tmp_path, config):
     run, _ = encoded_run(tmp_path / "run", override(config, {"prior.steps": 2}), labels=())
     manifest = train_prior(str(run.root))
     assert manifest["label_names"] == [] and load_prior(run).num_labels == 0
 
 
-@pytest.mark.tensorflow_alone
 def test_with_attributes(tmp_path, config):
     config = override(config, {"prior.steps": 2, "prior.label_dropout": 0.5})
     run, content = encoded_run(tmp_path / "run", config, kind="attributes")
@@ -369,6 +368,7 @@ def test_a_prior_of_another_codebook(trained, config, monkeypatch):
         load_prior(run)
 
 
+@pytest.mark.backend
 def test_a_prior_draws_in_float32_however_it_was_trained(prepared_run, tiny_config):
     run, pixels = prepared_run(tiny_config())
     _, trained = add_models(run, pixels, dtype="mixed_bfloat16")

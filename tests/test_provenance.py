@@ -88,21 +88,23 @@ def other_arrays():
 )
 def test_files_that_do_not_say(tmp_path, data):
     (tmp_path / "x.png").write_bytes(data)
-    with pytest.raises(VqbeamError, match="x.png does not say what it was drawn with; give a .png"):
+    with pytest.raises(
+        VqbeamError, match="x.png does not hold the settings of its images; give a .png"
+    ):
         read_provenance(epath.Path(tmp_path / "x.png"))
 
 
 def test_a_grid_larger_than_pillow_opens(tmp_path, monkeypatch):
     save_picture(epath.Path(tmp_path / "x.png"), '{"checkpoint": "01", "images": []}')
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
-    with pytest.raises(VqbeamError, match="does not say what it was drawn with"):
+    with pytest.raises(VqbeamError, match="does not hold the settings of its images"):
         read_provenance(epath.Path(tmp_path / "x.png"))
 
 
 @pytest.mark.parametrize("facts", ["[]", "7", '{"seed": 1, "index": 2}', '{"checkpoint": "01"}'])
 def test_text_of_another_kind(tmp_path, facts):
     save_picture(epath.Path(tmp_path / "x.png"), facts)
-    with pytest.raises(VqbeamError, match="does not say what it was drawn with"):
+    with pytest.raises(VqbeamError, match="does not hold the settings of its images"):
         read_provenance(epath.Path(tmp_path / "x.png"))
 
 

@@ -4,6 +4,8 @@ import pytest
 
 import vqbeam
 
+pytestmark = pytest.mark.backend
+
 
 def blobs(count=64):
     """Images [N, 8, 8, 1] of one soft spot each."""

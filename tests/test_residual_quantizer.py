@@ -14,6 +14,8 @@ from quantizer_checks import (
 from vqbeam.vqvae.quantizers.residual import ResidualQuantizer
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
+pytestmark = pytest.mark.backend
+
 LEVELS, K, D = 3, 7, 4
 
 

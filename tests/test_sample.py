@@ -194,7 +194,7 @@ def test_a_picture_of_another_checkpoint_or_of_none(finished_run, written, tmp_p
         picture.save(tmp_path / "bare.png")
     for name, said in [
         ("other.png", ("0123456789abcdef", own, "would give another picture")),
-        ("bare.png", ("does not say what it was drawn with",)),
+        ("bare.png", ("does not hold the settings of its images",)),
         ("gone.png", ("there is no file",)),
     ]:
         words = ["--like", str(tmp_path / name), "--output", str(tmp_path / "no.png")]

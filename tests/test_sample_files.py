@@ -6,7 +6,7 @@ from etils import epath
 from PIL import Image
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.sampling.decoder import Samples
+from vqbeam.pipelines.sampling.api import Samples
 from vqbeam.pipelines.sampling.files import write_samples
 
 SETTINGS = {"preset": "tiny", "checkpoint": "0123", "seed": 4}

@@ -75,6 +75,7 @@ def test_shape_range_and_seed(any_sampler):
     assert np.any(any_sampler(LABEL_ROWS, seed=2) != codes)
 
 
+@pytest.mark.backend
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_images_do_not_depend_on_the_batch(any_sampler, batch_size):
@@ -117,6 +118,7 @@ def test_on_batch_counts_images(sampler):
     assert sampler(np.zeros(0), seed=0).shape == (0, *GRID)
 
 
+@pytest.mark.backend
 def test_greedy_is_the_argmax_of_the_whole_sequence(any_sampler):
     codes = any_sampler(LABEL_ROWS, 1, SamplerSettings(temperature=0))
     best = whole_logits(any_sampler.model, codes, LABEL_ROWS).argmax(-1)
@@ -144,6 +146,7 @@ def test_filters_that_keep_all_change_nothing(sampler):
         np.testing.assert_array_equal(sampler(LABEL_ROWS, 1, SamplerSettings(**settings)), expected)
 
 
+@pytest.mark.backend
 @pytest.mark.parametrize("schedule", ["constant", "linear", "interval"])
 def test_codes_follow_their_uniform_numbers(any_sampler, schedule):
     layout = any_sampler.model.layout
@@ -185,6 +188,7 @@ def drawn_from(logits):
     return (cdf <= uniforms(1, np.arange(8), cdf.shape[1])[..., None]).sum(-1)
 
 
+@pytest.mark.backend
 def test_kept_codes_stay_and_the_others_follow_those_before_them(any_sampler):
     layout = any_sampler.model.layout
     known, keep = clamps(layout)
@@ -215,6 +219,7 @@ def test_nothing_and_everything_kept(sampler):
     np.testing.assert_array_equal(kept, known)
 
 
+@pytest.mark.backend
 @pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
 def test_between_two_classes(any_sampler, guidance):
@@ -266,6 +271,7 @@ def test_guidance_zero_is_the_null_class(sampler):
     np.testing.assert_array_equal(sampler(np.full(8, -1), seed=1), null)
 
 
+@pytest.mark.backend
 def test_guidance_one_is_the_class(sampler):
     program = sampler._program(True, False)
     images = {"labels": LABEL_ROWS.astype("int32"), "uniforms": uniforms(1, np.arange(8), T)}
@@ -293,6 +299,7 @@ def test_a_growing_cache_gives_the_same_codes(layout):
     np.testing.assert_array_equal(*codes)
 
 
+@pytest.mark.backend
 @pytest.mark.slow
 def test_settings_compile_nothing_anew(monkeypatch):
     sampler, traced = Sampler(build(), batch_size=2), []
@@ -310,6 +317,7 @@ def test_settings_compile_nothing_anew(monkeypatch):
     assert len(traced) == twice > once
 
 
+@pytest.mark.backend
 def test_new_weights_are_seen():
     model = build()
     sampler = Sampler(model, batch_size=2)
@@ -367,7 +375,6 @@ np.savez(sys.argv[3], free=free, clamped=clamped)
 """
 
 
-@pytest.mark.tensorflow_alone
 @pytest.mark.slow
 def test_backends_draw_the_same_images(sampler, tmp_path):
     pytest.importorskip("jax")

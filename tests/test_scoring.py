@@ -6,6 +6,8 @@ from vqbeam.prior.likelihood import code_scorer
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.layout import CodeLayout
 
+pytestmark = pytest.mark.backend
+
 
 def build(layout):
     keras.utils.set_random_seed(3)

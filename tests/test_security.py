@@ -103,7 +103,7 @@ def test_an_array_file_runs_no_code(failure, finished_run, tmp_path):
     assert sign.exists()
     sign.unlink()
     message = failure("sample", finished_run.root, "--like", tmp_path / "new.npz")
-    assert "does not say what it was drawn with" in message
+    assert "does not hold the settings of its images" in message
     assert not sign.exists()
 
 

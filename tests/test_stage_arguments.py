@@ -7,7 +7,7 @@ from vqbeam import configs
 from vqbeam.pipelines.cli.main import parse
 from vqbeam.pipelines.cli.parser import ELSEWHERE, Parser, UsageError, add_config
 from vqbeam.pipelines.cli.stage_commands import STAGES
-from vqbeam.pipelines.places import is_dataflow
+from vqbeam.pipelines.paths import is_dataflow
 
 FIELDS = list(configs.field_types())
 PIPELINE_VERBS = ["run", *STAGES[:-1]]
@@ -196,7 +196,7 @@ def test_an_unknown_flag_is_named_before_anything_else_is_missed():
         (["--runner=nope"], "--runner: there is no runner 'nope'; use FnApiRunner"),
         (["--runner=no.such.Runner"], "--runner: 'no.such.Runner' does not load: No module named"),
         (["--runner=os.path.Runner"], "--runner: 'os.path.Runner' does not load: "),
-        (["--runner=DaskRunner"], "--runner: Beam's DaskRunner drops data"),
+        (["--runner=DaskRunner"], "--runner: Beam's DaskRunner silently drops data"),
         (["--runner=apache_beam.runners.dask.dask_runner.DaskRunner"], "--runner: Beam's Dask"),
         (["--runner"], "--runner: needs a value"),
         (["--direct_num_workers=a"], "--direct_num_workers: Beam does not take 'a' here"),
@@ -210,8 +210,8 @@ def test_an_unknown_flag_is_named_before_anything_else_is_missed():
         (["--smoke=1"], "--smoke: takes no value"),
         (["stray"], "unexpected argument 'stray'"),
         (["--run-dir=hdfs://a/b"], "--run-dir: 'hdfs://a/b' cannot be used; paths are those of"),
-        (["--no_wait_until_finish"], "--no_wait_until_finish: vqbeam waits for the job, to tell"),
-        (["--template_location=gs://b/t"], "--template_location: vqbeam starts its job itself"),
+        (["--no_wait_until_finish"], "--no_wait_until_finish: vqbeam waits for the job, to report"),
+        (["--template_location=gs://b/t"], "--template_location: vqbeam starts the job itself"),
     ],
 )
 def test_malformed_command_lines(preset, words, message):

@@ -8,7 +8,7 @@ from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.cli import main as cli
 from vqbeam.pipelines.cli.main import main
 from vqbeam.pipelines.evaluation.evaluate import measure_prior, prior_lines
-from vqbeam.pipelines.evaluation.reference import PriorMeter
+from vqbeam.pipelines.evaluation.reference import SampleEvaluator
 from vqbeam.pipelines.sampling.api import Run
 
 pytestmark = pytest.mark.slow
@@ -50,7 +50,7 @@ def test_the_prior_is_measured(run):
 
 def test_a_sweep_goes_on_where_it_was_killed(run, capsys, monkeypatch):
     measured = []
-    whole = PriorMeter.samples
+    whole = SampleEvaluator.samples
 
     def samples(self, settings):
         if len(measured) == 2:
@@ -61,7 +61,7 @@ def test_a_sweep_goes_on_where_it_was_killed(run, capsys, monkeypatch):
     words = ["evaluate", str(run.root), "--num", "8", "--store"]
     words += ["--sweep", "temperature=0,1", "guidance=1,3"]
     with monkeypatch.context() as patch:
-        patch.setattr(PriorMeter, "samples", samples)
+        patch.setattr(SampleEvaluator, "samples", samples)
         assert main(words) == 130
         path = run.evaluation / "sweep.json"
         assert len(json.loads(path.read_text())["results"]) == 2
@@ -86,7 +86,7 @@ def test_a_sweep_goes_on_where_it_was_killed(run, capsys, monkeypatch):
     assert (stored.temperature, stored.guidance) == swept[best]
     assert stored.batch_size == 4
     # Measured with another seed, nothing is known.
-    monkeypatch.setattr(PriorMeter, "samples", samples)
+    monkeypatch.setattr(SampleEvaluator, "samples", samples)
     measured.clear()
     assert main([*words, "--seed", "5"]) == 130
     assert len(measured) == 2
@@ -97,7 +97,7 @@ def test_without_a_distance_there_is_no_best(prepared_run, tiny_config):
 
     run, pixels = prepared_run(tiny_config(), labels=())
     add_models(run, pixels, labels=())
-    with pytest.raises(VqbeamError, match="no Fréchet distance tells .*: no classes"):
+    with pytest.raises(VqbeamError, match="cannot be measured: no classes"):
         evaluate(str(run.root), sweep={"temperature": [1.0]})
 
 
@@ -114,4 +114,4 @@ def test_a_run_that_cannot_be_guided(prepared_run, tiny_config, capsys):
     evaluate(str(run.root), sweep={"temperature": [0.5]}, store=True)
     said = capsys.readouterr().out
     # It has no more to hold out.
-    assert said.startswith("10 images at each setting") and "of 10 images chance decides" in said
+    assert said.startswith("10 images at each setting") and "10 images are too few" in said

@@ -105,6 +105,7 @@ def test_writes_model_picture_logs_and_manifest(trained):
     assert list((run.folder(STAGE) / "logs" / "images").glob("events*"))
 
 
+@pytest.mark.backend
 def test_measures_in_numpy(trained):
     run, pixels, manifest = trained
     model, images = load_vqvae(run), pixels["validation"]
@@ -175,7 +176,6 @@ def assert_same_training(one, other):
         np.testing.assert_array_equal(value, states[1][name], err_msg=str(name))
 
 
-@pytest.mark.tensorflow_alone
 def test_same_run_same_weights_even_when_broken_off(
     trained, prepared_run, tiny_config, monkeypatch
 ):
@@ -193,6 +193,7 @@ def test_same_run_same_weights_even_when_broken_off(
     assert_same_training(trained[0], other)
 
 
+@pytest.mark.backend
 def test_all_state_goes_on_where_training_was_broken_off(
     stateful, prepared_run, tiny_config, monkeypatch
 ):
@@ -217,7 +218,6 @@ def test_all_state_goes_on_where_training_was_broken_off(
     assert history[0]["adversarial"] == 0 != history[-1]["adversarial"]
 
 
-@pytest.mark.tensorflow_alone
 def test_the_result_is_the_average_of_the_weights(prepared_run, tiny_config, monkeypatch):
     config = tiny_config(vqvae__weight_ema=0.7, vqvae__steps=3, vqvae__steps_per_epoch=1)
     run, _ = prepared_run(config)
@@ -308,7 +308,6 @@ def test_tensorboard_shows_every_measure(stateful):
             np.testing.assert_allclose(values, expected, rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.tensorflow_alone
 def test_images_without_labels_of_which_one_is_held_out(prepared_run, tiny_config):
     config = tiny_config(vqvae__steps=2, vqvae__codebook_update="gradient")
     run, _ = prepared_run(config, labels=(), validation=1)

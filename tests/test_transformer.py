@@ -11,7 +11,10 @@ from vqbeam.prior.transformer import CodePrior, LevelHead
 from vqbeam.vqvae.layout import CodeLayout
 
 # A grid of one code has nothing to attend to but itself.
-pytestmark = pytest.mark.filterwarnings("ignore:You are using a softmax over axis")
+pytestmark = [
+    pytest.mark.backend,
+    pytest.mark.filterwarnings("ignore:You are using a softmax over axis"),
+]
 
 K, GRID, LABELS = 11, (3, 4), 5
 T = math.prod(GRID)

@@ -15,6 +15,8 @@ from quantizer_checks import (
 from vqbeam.vqvae.metrics import perplexity
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
+pytestmark = pytest.mark.backend
+
 K, D = 9, 4
 RESTARTS = {"restart_below": 0.2}
 

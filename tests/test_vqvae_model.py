@@ -13,6 +13,8 @@ from vqbeam.vqvae.metrics import perplexity
 from vqbeam.vqvae.model import VQVAE, scale_images
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
+pytestmark = pytest.mark.backend
+
 SHAPE = (8, 8, 1)
 VARIANCE = 0.3
 

@@ -9,7 +9,7 @@ from vqbeam.vqvae.quantizers.fsq import FiniteScalarQuantizer
 from vqbeam.vqvae.quantizers.lfq import LookupFreeQuantizer
 from vqbeam.vqvae.quantizers.predictive import PredictiveQuantizer
 from vqbeam.vqvae.quantizers.residual import ResidualQuantizer
-from vqbeam.vqvae.quantizers.simvq import LinearVectorQuantizer
+from vqbeam.vqvae.quantizers.simvq import SimVQ
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 
@@ -56,7 +56,7 @@ def build_quantizer(settings: VQVAEConfig) -> Quantizer:
         case "residual":
             return ResidualQuantizer(settings.depth, *size, **lookup, **codebook, **losses)
         case "simvq":
-            return LinearVectorQuantizer(*size, **lookup, **losses)
+            return SimVQ(*size, **lookup, **losses)
         case "fsq":
             return FiniteScalarQuantizer(settings.fsq_sizes)
         case "lfq":

@@ -12,7 +12,7 @@ from vqbeam.configs import Config, VqbeamError
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.fitting.optimizers import build_optimizer
 from vqbeam.vqvae.model import VQVAE
-from vqbeam.vqvae.quantizers.simvq import LinearVectorQuantizer
+from vqbeam.vqvae.quantizers.simvq import SimVQ
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 
@@ -83,7 +83,7 @@ def _of_gradient(model, images, earlier) -> dict:
         "gradient": _kind(_codebook_gradients(model, images)),
         "adam": int(moved.sum()),
         "momentum": int((moved & remembered).sum()),
-        "linear": isinstance(books[0], LinearVectorQuantizer),
+        "linear": isinstance(books[0], SimVQ),
     }
 
 
@@ -127,7 +127,7 @@ def _places(model) -> tuple[np.ndarray, np.ndarray]:
     """Returns the rows of the codebook, and what restarts have added; both [levels, K, D]."""
     rows, added = [], []
     for quantizer in codebooks(model):
-        linear = isinstance(quantizer, LinearVectorQuantizer)
+        linear = isinstance(quantizer, SimVQ)
         place = ops.convert_to_numpy(quantizer.vectors() if linear else quantizer.codebook)
         moves = getattr(quantizer, "moves", None)
         rows.append(place.copy())

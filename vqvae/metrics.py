@@ -11,8 +11,9 @@ from keras import ops
 from vqbeam.vqvae.layout import CodeLayout
 
 
-@keras.saving.register_keras_serializable("vqbeam")
-class CodebookUse(keras.metrics.Metric):
+# Saved models have the name that the class had in earlier versions.
+@keras.saving.register_keras_serializable("vqbeam", name="CodebookUse")
+class CodebookUsage(keras.metrics.Metric):
     """Perplexity of the codes and share of the codebook in use, counted over an epoch.
 
     Perplexity is the exponential of the entropy in nats of how often each code was chosen: 1 where

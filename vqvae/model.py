@@ -6,7 +6,7 @@ from keras import ops
 from vqbeam.vqvae.discriminator import PatchDiscriminator
 from vqbeam.vqvae.fitting.devices import share_of_replica
 from vqbeam.vqvae.layout import CodeLayout
-from vqbeam.vqvae.metrics import CodebookUse
+from vqbeam.vqvae.metrics import CodebookUsage
 from vqbeam.vqvae.networks import build_decoder, build_encoder
 from vqbeam.vqvae.quantizers.base import Quantized
 
@@ -70,7 +70,7 @@ class VQVAE(keras.Model):
             self._add_discriminator()
             names += ["discriminator", "adversarial"]
         self.trackers = {name: keras.metrics.Mean(name=name) for name in names}
-        self.codebook_use = CodebookUse(self.layout)
+        self.codebook_use = CodebookUsage(self.layout)
         self.built = True
 
     def _layout(self):

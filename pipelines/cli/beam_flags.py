@@ -1,4 +1,4 @@
-"""Beam's own flags: known by name, checked, and passed on as they were given."""
+"""Beam's own options: checked by name and passed on as given."""
 
 import argparse
 import difflib
@@ -13,18 +13,18 @@ Beam options:
   Without --runner the work is done on this machine, by Beam's FnApiRunner."""
 
 
-# What Beam knows, and vqbeam cannot go along with.
+# Options of Beam that vqbeam cannot support.
 _REFUSED = {
-    "--no_wait_until_finish": "vqbeam waits for the job, to tell what it has made",
-    "--template_location": "vqbeam starts its job itself, and makes no template of it",
+    "--no_wait_until_finish": "vqbeam waits for the job, to report its result",
+    "--template_location": "vqbeam starts the job itself and makes no template",
 }
 
 
 def add_beam_flags(parser: argparse.ArgumentParser) -> None:
     """Adds Beam's own flags to a parser, which passes them on as text, in `beam_args`.
 
-    Beam by itself takes an unknown flag for a warning and an abbreviated one for its own: a parser
-    that knows every flag by its full name can refuse both.
+    Beam itself only warns of unknown flags and accepts abbreviated ones; a parser that knows all
+    flags by their full names can refuse both.
     """
     for action in _beam_actions():
         flags = [flag for flag in action.option_strings if flag not in parser.flags]
@@ -43,7 +43,7 @@ def add_beam_flags(parser: argparse.ArgumentParser) -> None:
 def _beam_actions() -> list[argparse.Action]:
     from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
 
-    # An option class of an extension may repeat a flag of Beam's: the later one counts.
+    # An extension may redefine a flag of Beam; the later definition counts.
     beam = _BeamArgumentParser(add_help=False, conflict_handler="resolve")
     classes = PipelineOptions.__subclasses__()
     while classes:
@@ -73,13 +73,13 @@ def _as_given(convert: Callable[[str], Any]) -> Callable[[str], str]:
 
 
 def _runner(name: str) -> str:
-    """Checks the name of a runner, for which Beam would end with a traceback."""
+    """Returns the name of a runner; for an unknown one, Beam would end with a traceback."""
     from apache_beam.options.pipeline_options import StandardOptions
     from apache_beam.runners.runner import create_runner
 
     if "dask" in name.lower():
         raise argparse.ArgumentTypeError(
-            "Beam's DaskRunner drops data without a word (seen in 2.77); use another runner"
+            "Beam's DaskRunner silently drops data (seen in 2.77); use another runner"
         )
     try:
         create_runner(name)

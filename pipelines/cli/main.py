@@ -1,4 +1,4 @@
-"""The command line: the verbs, a quiet start, early checks, and errors of one line."""
+"""The command line: its commands, early checks, errors of one line, and a quiet start."""
 
 import contextlib
 import dataclasses
@@ -20,19 +20,19 @@ from vqbeam.pipelines.cli import (
 )
 from vqbeam.pipelines.cli.parser import Parser, UsageError
 from vqbeam.pipelines.errors import INTERRUPTED, is_interrupt, user_message
-from vqbeam.pipelines.places import check_output
+from vqbeam.pipelines.paths import check_output
 
 
 @dataclasses.dataclass(frozen=True)
 class Verb:
-    """A verb of the command line.
+    """A command, such as `vqbeam sample`.
 
     Attributes:
         summary: What it does, for the help.
-        parse: Turns the words behind it into the keyword arguments of `run`.
-        run: Does the work; a text that it returns is printed.
-        needs: The stages of a run that must be done.
-        outputs: The endings that the file to write may have; "" stands for a folder.
+        parse: Returns the keyword arguments of `run` for the words after the command.
+        run: Does the work; a string that it returns is printed.
+        needs: Stages of the run that must be finished.
+        outputs: Allowed endings of --output; "" stands for a folder.
     """
 
     summary: str
@@ -139,14 +139,14 @@ example:
   vqbeam run glyphs --run-dir runs/glyphs
   vqbeam sample runs/glyphs --num 26 --output letters.png
 
-"vqbeam VERB --help" says more about a verb."""
+"vqbeam COMMAND --help" describes a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit status.
 
     Args:
-        argv: The words behind `vqbeam`; those of this process by default.
+        argv: The words after `vqbeam`; by default those of this process.
     """
     try:
         _be_quiet()
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # Whoever reads, such as `head`, has seen enough; Python would complain of it at its end.
+        # The reader, such as `head`, has closed the pipe; Python would print an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except (KeyboardInterrupt, Exception) as error:
@@ -181,13 +181,13 @@ def _dispatch(verb: str, arguments: dict[str, Any]) -> None:
 
 
 def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Returns the verb of a command line and the keyword arguments of its `run`.
+    """Returns the name of the command and the keyword arguments of its `run`.
 
     Args:
-        argv: The words behind `vqbeam`.
+        argv: The words after `vqbeam`.
 
     Raises:
-        UsageError: A verb or flag is unknown, or something is missing or malformed.
+        UsageError: A command or flag is unknown, or something is missing or malformed.
         VqbeamError: The preset does not exist, or a value is out of its range.
         SystemExit: Help or the version was asked for, and has been printed.
     """
@@ -201,7 +201,7 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     if verb not in VERBS:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean {close[0]}?" if close else "see vqbeam --help"
-        raise UsageError(f"vqbeam: unknown verb {verb!r}; {hint}")
+        raise UsageError(f"vqbeam: unknown command {verb!r}; {hint}")
     parser = Parser(verb, VERBS[verb].summary)
     return verb, VERBS[verb].parse(parser, words)
 
@@ -212,7 +212,7 @@ def _top_parser() -> Parser:
         for title, names in _GROUPS.items()
     )
     parser = Parser("")
-    parser.describe("VERB ...", description=_TOP_DESCRIPTION.format(verbs=verbs))
+    parser.describe("COMMAND ...", description=_TOP_DESCRIPTION.format(verbs=verbs))
     return parser
 
 
@@ -220,7 +220,7 @@ def check(name: str, arguments: dict[str, Any]) -> None:
     """Checks the folders, files and labels that a command names, before TensorFlow loads.
 
     Raises:
-        VqbeamError: One of them is not there, or not such as the verb needs.
+        VqbeamError: One of them is missing, or not as the command needs it.
     """
     verb = VERBS[name]
     if verb.outputs and arguments["output"]:
@@ -256,21 +256,21 @@ def _check_run(needs: tuple[str, ...], arguments: dict[str, Any]) -> None:
 
 
 def _be_quiet() -> None:
-    """Turns what libraries say of themselves down to errors; call it before they load."""
-    # At 2, TensorFlow still complains of a missing GPU driver on every machine without a GPU.
+    """Silences the libraries but for errors; to be called before they are imported."""
+    # At level 2, TensorFlow still reports a missing GPU driver on machines without a GPU.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for name in (None, "absl", "apache_beam", "tensorflow", "tensorflow_datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Beam logs a worker's exception with its traceback, and raises it as well.
+    # Beam raises a worker's exception, and would also log it with its traceback.
     logging.getLogger("apache_beam.runners.common").setLevel(logging.CRITICAL)
     logging.getLogger("apache_beam.runners.worker").setLevel(logging.CRITICAL)
     sys.meta_path.insert(0, _QuietTensorFlow())
 
 
 class _QuietTensorFlow:
-    """Finds TensorFlow for `import`, and drops what its C++ logs while it loads.
+    """An import hook that drops the lines that TensorFlow's C++ code logs while it loads.
 
-    No setting reaches those lines: they are written before the logging is initialised.
+    They are written before its logging is initialised, so no setting silences them.
     """
 
     def find_spec(self, name, path=None, target=None):
@@ -278,7 +278,6 @@ class _QuietTensorFlow:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec:
-            # A context manager of contextlib is a decorator as well.
             spec.loader.exec_module = _without_start_up_noise()(spec.loader.exec_module)
         return spec
 

@@ -36,13 +36,13 @@ def parse_evaluate(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     stages = "vqvae, prior, or all that are trained (default)"
     choices = ("all", "vqvae", "prior")
     parser.add("--stage", str, stages, choices=choices, metavar="STAGE")
-    number = "images to draw from the prior (default: 10,000, or 2,000 in a sweep)"
+    number = "number of samples (default: 10,000, or 2,000 in a sweep)"
     parser.add("--num", count, number, metavar="N")
-    parser.add("--seed", natural, "seed of what is drawn (unset: the run's)", metavar="N")
+    parser.add("--seed", natural, "seed of the samples (default: the run's)", metavar="N")
     parser.add(
         "--sweep",
         nonempty,
-        "measure all combinations of these settings of the sampler instead, for example "
+        "measure all combinations of these sampler settings instead, for example "
         "temperature=0.8,0.9,1 guidance=1,2",
         nargs="+",
         metavar="SETTING=VALUE,...",
@@ -51,7 +51,7 @@ def parse_evaluate(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
         "--store",
         dest="--store",
         action="store_true",
-        help="have the run draw with the best settings of the sweep from now on",
+        help="make the best settings of the sweep the run's defaults",
     )
     given = parser.parse_words(words)
     sweep = _swept(parser, given.get("--sweep", []))
@@ -75,7 +75,7 @@ def _check_evaluate(parser: Parser, given: Mapping[str, Any], sweep: Mapping[str
         parser.error("--stage and --sweep exclude each other; a sweep measures the prior")
     for flag in ("--num", "--seed"):
         if flag in given and given.get("--stage") == "vqvae":
-            parser.error(f"{flag} is of what the prior draws, and --stage vqvae draws nothing")
+            parser.error(f"{flag} is for samples of the prior, and --stage vqvae takes none")
 
 
 def run_evaluate(**arguments: Any) -> str | None:
@@ -117,8 +117,8 @@ def parse_score(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     parser.add("DIR", location, "the run's folder")
     place = "an image, or a folder with images at any depth"
     parser.add("--input", location, place, metavar="IMAGE-OR-FOLDER", required=True)
-    parser.add("--label", nonempty, "the class of them all (unset: none)", metavar="NAME-OR-ID")
-    lines = "file for a line of JSON for each image (unset: standard output)"
+    parser.add("--label", nonempty, "class of all the images (default: none)", metavar="NAME-OR-ID")
+    lines = "file with a line of JSON for each image (default: standard output)"
     parser.add("--output", location, lines, metavar="FILE.jsonl")
     parser.add_argument(
         "--sort", dest="--sort", action="store_true", help="the least likely images first"
@@ -162,7 +162,7 @@ def parse_reconstruct(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     parser.describe("DIR --output FILE.png [--num N]")
     parser.add("DIR", location, "the run's folder")
     parser.add("--output", location, "the .png file to write", metavar="FILE.png", required=True)
-    parser.add("--num", count, "images to draw (default: 16)", metavar="N", default=16)
+    parser.add("--num", count, "number of images (default: 16)", metavar="N", default=16)
     given = parser.parse_words(words)
     return {"run_dir": given["DIR"], "output": given["--output"], "num": given["--num"]}
 
@@ -213,7 +213,7 @@ def run_presets(preset: str | None = None) -> str:
 
 
 def _settings(preset: str) -> str:
-    """Returns a line for each flag that the preset has set, with its value and what it is."""
+    """Returns a line for each setting of a preset: its flag, value and meaning."""
     config = configs.load_preset(preset)
     rows = [
         (f"--{name.replace('_', '-')}", _written(_value(config, name)), field.metadata["help"])
@@ -231,7 +231,7 @@ def _value(config: configs.Config, name: str) -> Any:
 
 
 def _written(value: Any) -> str:
-    """Returns a value as it is typed."""
+    """Returns a value as it would be typed."""
     return "none" if value is None else str(value)
 
 
@@ -241,7 +241,7 @@ def parse_gradients(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     given = parser.parse_words(words)
     both = given["--no-straight-through"]
     if "--steps" in given and not both:
-        parser.error("--steps trains nothing alone; add --no-straight-through")
+        parser.error("--steps needs --no-straight-through")
     place = given["PRESET-OR-DIR"]
     is_run = place not in configs.preset_names() and _is_folder(place)
     changed = [flag for flag in flags.values() if flag in given]
@@ -274,9 +274,9 @@ def _add_gradients(parser: Parser) -> dict[str, str]:
         "--no-straight-through",
         dest="--no-straight-through",
         action="store_true",
-        help="set the model without an estimator beside it, and train both",
+        help="compare with the model without a gradient estimator, training both",
     )
-    parser.add("--steps", count, "training steps of each of them (default: 200)", metavar="N")
+    parser.add("--steps", count, "training steps of each model (default: 200)", metavar="N")
     return add_config(parser, ("data", "vqvae"))
 
 
@@ -285,7 +285,7 @@ def _is_folder(place: str) -> bool:
 
 
 def _preset_of(place: str) -> Config:
-    """Returns the preset of a name that may have been meant for a folder."""
+    """Returns a preset; an unknown name may be a mistyped folder, and the error says so."""
     try:
         return configs.load_preset(place)
     except VqbeamError as error:

@@ -14,15 +14,15 @@ from vqbeam import configs
 from vqbeam.configs import SECTIONS, Config, VqbeamError
 from vqbeam.configs.schema import fsq_codes
 from vqbeam.pipelines.cli.beam_flags import add_beam_flags
-from vqbeam.pipelines.places import KINDS_OF_PLACES, is_known, located
+from vqbeam.pipelines.paths import SUPPORTED_PATHS, is_supported, with_absolute_paths
 
 
 class UsageError(Exception):
-    """The command line is wrong; the message is all that the user needs to see."""
+    """A mistake on the command line; the message is all that the user needs."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser of one verb, whose errors are one line each."""
+    """An argument parser of one command, whose errors are one line each."""
 
     def __init__(self, verb: str, summary: str = ""):
         self.verb = verb
@@ -39,13 +39,13 @@ class Parser(argparse.ArgumentParser):
         )
 
     def describe(self, usage: str, **texts: str) -> None:
-        """Sets what the help shows behind the verb, and its `description` or `epilog`."""
+        """Sets the usage that the help shows, and its `description` or `epilog`."""
         self.usage = " ".join(filter(None, ("vqbeam", self.verb, usage)))
         for name, text in texts.items():
             setattr(self, name, text)
 
     def add(self, name: str, kind: Any, help: str, group: Any = None, **options: Any) -> None:
-        """Adds a positional or a flag; `parse_words` answers with it by its name, if given."""
+        """Adds a positional argument or a flag; `parse_words` returns it by name, if given."""
         if name.startswith("-"):
             options = {"dest": name, "default": argparse.SUPPRESS} | options
         convert, metavar = KINDS.get(kind, (kind, None))
@@ -75,7 +75,7 @@ class Parser(argparse.ArgumentParser):
         return flags
 
     def parse_words(self, words: Sequence[str], beam: bool = False) -> dict[str, Any]:
-        """Returns what the words set, by name; with `beam`, Beam's flags under "beam_args"."""
+        """Returns the given arguments by name; with `beam`, Beam's options as "beam_args"."""
         words = self._spelled(words)
         unknown = self._unknown_flags(words)
         if unknown and beam:
@@ -92,11 +92,11 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def flags(self) -> list[str]:
-        """Every flag that is known so far."""
+        """All flags added so far."""
         return list(self._option_string_actions)
 
     def _spelled(self, words: Sequence[str]) -> list[str]:
-        """Returns the words with dashes and underscores in flags as they are registered."""
+        """Returns the words with dashes and underscores in flags as registered."""
         registered = {flag.replace("_", "-"): flag for flag in self.flags}
         spelled = []
         for word in words:
@@ -109,7 +109,7 @@ class Parser(argparse.ArgumentParser):
         return [_flag(word) for word in words if _flag(word) and _flag(word) not in self.flags]
 
     def error(self, message: str) -> NoReturn:
-        """Raises the message as a UsageError; argparse would print the usage and exit."""
+        """Raises a UsageError; argparse would print the usage and exit."""
         message = message.removeprefix("argument ")
         message = message.replace("the following arguments are required:", "missing")
         message = re.sub(r"expected (one|at least one) argument$", "needs a value", message)
@@ -129,7 +129,7 @@ def _version() -> str:
 
 
 def _flag(word: str) -> str:
-    """Returns the flag that a word of the command line sets; empty if it is none."""
+    """Returns the flag at the start of a word; empty if it is none."""
     is_flag = word.startswith("-") and not re.fullmatch(r"-+|-[\d.].*", word)
     return word.partition("=")[0] if is_flag else ""
 
@@ -195,16 +195,16 @@ def _field_help(field: dataclasses.Field, default: Any) -> str:
 
 
 def nonempty(text: str) -> str:
-    """Returns the text of a word that must not be empty."""
+    """Returns the text, which must not be empty."""
     if not text:
         raise argparse.ArgumentTypeError("is empty")
     return text
 
 
 def location(text: str) -> str:
-    """Returns the path that a word stands for; "~" is the user's home."""
-    if not is_known(nonempty(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used; {KINDS_OF_PLACES}")
+    """Returns the path, with "~" expanded."""
+    if not is_supported(nonempty(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used; {SUPPORTED_PATHS}")
     return os.path.expanduser(text)
 
 
@@ -216,12 +216,12 @@ def _whole(text: str) -> int:
 
 
 def count(text: str) -> int:
-    """Returns the whole number, at least 1, that a word stands for."""
+    """Returns the integer, at least 1."""
     return _at_least(1, text)
 
 
 def natural(text: str) -> int:
-    """Returns the whole number, at least 0, that a word stands for."""
+    """Returns the integer, at least 0."""
     return _at_least(0, text)
 
 
@@ -246,7 +246,7 @@ def _optional(kind: type) -> Callable[[str], Any]:
     return lambda text: None if text == "none" else convert(text)
 
 
-# How a word becomes a value of a type, and what stands for it in the help.
+# By type, the function that converts a word, and its placeholder in the help.
 KINDS = {int: (_whole, "N"), float: (_number, "X"), str: (nonempty, "TEXT")}
 
 
@@ -279,7 +279,7 @@ def add_config(
 
 
 def overridden(config: Config, given: Mapping[str, Any], flags: Mapping[str, str]) -> Config:
-    """Returns the config with what the given flags set."""
+    """Returns the config with the given flags applied."""
     values = {name: given[flag] for name, flag in flags.items() if flag in given}
     levels = values.get("vqvae.fsq_levels", config.vqvae.fsq_levels)
     if values.get("vqvae.quantizer", config.vqvae.quantizer) == "fsq":
@@ -288,12 +288,12 @@ def overridden(config: Config, given: Mapping[str, Any], flags: Mapping[str, str
     elif levels != config.vqvae.fsq_levels:
         raise VqbeamError("--vqvae.fsq-levels is for fsq; add --vqvae.quantizer fsq")
     config = in_range(lambda: configs.override(config, values), flags)
-    # A run may be gone on with from another working directory.
-    return dataclasses.replace(config, data=located(config.data))
+    # A run may be resumed from another working directory.
+    return dataclasses.replace(config, data=with_absolute_paths(config.data))
 
 
 def in_range(build: Callable[[], Any], flags: Mapping[str, str]) -> Any:
-    """Returns `build()`; what it says of a field, it says of the flag that sets the field."""
+    """Returns `build()`; its errors name flags instead of config fields."""
     try:
         return build()
     except VqbeamError as error:

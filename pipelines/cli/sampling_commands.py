@@ -1,4 +1,4 @@
-"""The words of the verbs that draw new images from a run's folder."""
+"""Parsers of the commands that sample images from a trained run."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,13 +7,13 @@ from typing import Any
 from vqbeam.configs import SampleConfig
 from vqbeam.pipelines.cli.beam_flags import BEAM_HELP
 from vqbeam.pipelines.cli.parser import Parser, count, in_range, location, natural, nonempty
-from vqbeam.pipelines.places import is_dataflow, with_runner
+from vqbeam.pipelines.paths import is_dataflow, with_runner
 
 _ORDER = """\
-Codes are drawn in raster order, each given those before it, kept or drawn. What is kept stays, but
-it has no influence on what is drawn before it: with --keep bottom-half the upper half is drawn
-as if nothing were kept, and may not fit. A coarse grid comes before a fine one. --candidates 16
-draws 16 for each completion, and takes the one under which what is kept is likeliest.
+Codes are sampled in raster order, each conditioned on those before it, so the kept part has no
+influence on codes before it: with --keep bottom-half the upper half may not fit the lower one.
+A coarse grid comes before a fine one. --candidates 16 samples 16 images for each completion and
+chooses the one under which the kept part is likeliest.
 
 example:
   vqbeam complete runs/fashion --input shoe.png --keep top-half --output shoes.png"""
@@ -28,11 +28,13 @@ def parse_sample(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `sample`."""
     parser.describe("DIR [options]")
     parser.add("DIR", location, "the run's folder")
-    forms = "a .png (labelled grid), a .npz (arrays) or a folder (unset: samples.png)"
+    forms = "a .png (labelled grid), .npz (arrays) or folder (default: samples.png)"
     parser.add("--output", location, forms, metavar="PATH")
     _add_labels(parser)
     _add_seed(parser)
-    again = "a .png or .npz of this verb: draw it again, but for what other flags say"
+    again = (
+        "sample the images of this .png or .npz again, with the settings that other flags change"
+    )
     parser.add("--like", location, again, metavar="FILE")
     flags = _add_settings(parser)
     given = parser.parse_words(words)
@@ -57,12 +59,12 @@ def parse_generate(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     rest = "DIR --num N --output FOLDER [options] [Beam options]"
     parser.describe(rest, epilog=BEAM_HELP + _GENERATE_EXAMPLE)
     parser.add("DIR", location, "the run's folder")
-    parser.add("--num", count, "images to draw", metavar="N", required=True)
-    folder = "a new folder, or one that the same command has begun"
+    parser.add("--num", count, "number of images", metavar="N", required=True)
+    folder = "a new folder, or one that the same command has started"
     parser.add("--output", location, folder, metavar="FOLDER", required=True)
     forms = "folders of PNGs with samples.jsonl, or a TFDS dataset (default: png)"
     parser.add("--format", nonempty, forms, choices=("png", "tfrecord"), default="png")
-    size = "images of a shard, rounded up to whole batches (default: 1000)"
+    size = "images in a shard, rounded up to full batches (default: 1000)"
     parser.add("--shard-images", count, size, metavar="N", default=1000)
     _add_labels(parser)
     _add_seed(parser)
@@ -96,15 +98,20 @@ def parse_complete(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     rest = "DIR --input IMAGE-OR-FOLDER --keep REGION --output PATH [options]"
     parser.describe(rest, epilog=_ORDER)
     parser.add("DIR", location, "the run's folder")
-    source = "an image, or a folder of images; cropped and resized as the run's were"
+    source = "an image or a folder of images; cropped and resized like the run's"
     parser.add("--input", location, source, metavar="PATH", required=True)
     region = "top-half, bottom-half, left-half, right-half, or a mask, an image: white is kept"
     parser.add("--keep", location, region, metavar="REGION", required=True)
     forms = "a .png (all side by side) or a folder (a PNG for each, and completions.jsonl)"
     parser.add("--output", location, forms, metavar="PATH", required=True)
     parser.add("--num", count, "completions of each image (default: 4)", metavar="N", default=4)
-    parser.add("--candidates", count, "drawn for each completion (default: 1)", metavar="M")
-    parser.add("--label", nonempty, "class of the images (unset: unknown)", metavar="NAME-OR-ID")
+    parser.add(
+        "--candidates",
+        count,
+        "candidates for each completion; the likeliest is kept (default: 1)",
+        metavar="M",
+    )
+    parser.add("--label", nonempty, "class of the images (default: unknown)", metavar="NAME-OR-ID")
     _add_seed(parser)
     flags = _add_settings(parser, without=("num",))
     given = parser.parse_words(words)
@@ -137,7 +144,7 @@ def parse_interpolate(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
         parser.add(flag, nonempty, text, metavar="NAME-OR-ID", required=True)
     parser.add("--output", location, "the .png file to write", metavar="FILE.png", required=True)
     parser.add("--steps", count, "columns, at least 2 (default: 8)", metavar="N", default=8)
-    rows = "rows, each of the same random numbers from left to right (default: 4)"
+    rows = "rows, each with random numbers of its own (default: 4)"
     parser.add("--num", count, rows, metavar="N", default=4)
     _add_seed(parser)
     flags = _add_settings(parser, without=("num",))
@@ -166,7 +173,7 @@ def _add_labels(parser: Parser) -> None:
     parser.add(
         "--label",
         nonempty,
-        "the classes to draw, in turn (unset: all of them)",
+        "classes to sample, in turn (default: all of them)",
         nargs="+",
         action="extend",
         metavar="NAME-OR-ID",
@@ -174,12 +181,12 @@ def _add_labels(parser: Parser) -> None:
 
 
 def _add_seed(parser: Parser) -> None:
-    same = "image i of a seed is always the same image (unset: the run's seed)"
+    same = "image i of a seed is always the same image (default: the run's seed)"
     parser.add("--seed", natural, same, metavar="N")
 
 
 def _add_settings(parser: Parser, without: Sequence[str] = ()) -> dict[str, str]:
-    """Adds a flag for each of the sampler's settings; returns them by dotted name."""
+    """Adds a flag for each sampler setting; returns the flags by dotted name."""
     group = parser.add_argument_group("settings", "By default those of the run.")
     names = [f"sample.{field.name}" for field in dataclasses.fields(SampleConfig)]
     wanted = [name for name in names if name.partition(".")[2] not in without]
@@ -187,7 +194,7 @@ def _add_settings(parser: Parser, without: Sequence[str] = ()) -> dict[str, str]
 
 
 def _settings(given: Mapping[str, Any], flags: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the settings by name, None where one is unset."""
+    """Returns the settings by name, None for those that are not given."""
     settings = {name.partition(".")[2]: given.get(flag) for name, flag in flags.items()}
     changes = {name: value for name, value in settings.items() if value is not None}
     in_range(lambda: SampleConfig(**changes), flags)

@@ -1,4 +1,4 @@
-"""The words of `run` and of each stage: a preset, changes to it, and Beam's own flags."""
+"""Parser of `run` and of the single stages: a preset, changes to it, and Beam's options."""
 
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -7,7 +7,7 @@ from vqbeam import configs
 from vqbeam.configs import SECTIONS
 from vqbeam.pipelines.cli.beam_flags import BEAM_HELP
 from vqbeam.pipelines.cli.parser import Parser, add_config, location, nonempty, overridden
-from vqbeam.pipelines.places import with_runner
+from vqbeam.pipelines.paths import with_runner
 
 STAGES = ("prepare", "train-vqvae", "encode", "train-prior", "sample")
 
@@ -77,13 +77,13 @@ def _show_help(parser: Parser, words: Sequence[str]) -> NoReturn:
 
 def _add_own_flags(parser: Parser) -> None:
     parser.add("PRESET", nonempty, "a name from `vqbeam presets`, or a .py file that sets CONFIG")
-    folder = "the run's folder; made if it is not there"
+    folder = "the run's folder; created if needed"
     parser.add("--run-dir", location, folder, metavar="DIR", required=True)
     parser.add_argument(
         "--smoke",
         dest="--smoke",
         action="store_true",
-        help="shrink the preset to run in seconds; its pictures are gray",
+        help="a tiny version of the preset that runs in seconds, to try the commands",
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from vqbeam.pipelines.evaluation.distances import NEIGHBOURS
 from vqbeam.pipelines.evaluation.features import classifier_accuracy
 from vqbeam.pipelines.evaluation.reconstructions import evaluate_vqvae
-from vqbeam.pipelines.evaluation.reference import FIGURES, PriorMeter, Yardstick
+from vqbeam.pipelines.evaluation.reference import FIGURES, ReferenceSet, SampleEvaluator
 from vqbeam.pipelines.evaluation.sweep import sweep as sweep_settings
 from vqbeam.pipelines.sampling.api import Run
 from vqbeam.prior.training import STAGE as TRAIN_PRIOR
@@ -80,20 +80,20 @@ def measure_prior(run: RunFolder, features: str, num: int, seed: int) -> dict:
 
     Returns:
         `images` of each set; for each of `real`, `reconstructions` and `samples` the figures of
-        `Yardstick.measure`, with `left_out` saying why one is None; the prior's
+        `ReferenceSet.measure`, with `left_out` saying why one is None; the prior's
         `nats_per_code` and `bits_per_dim` on the whole validation split; and what it was measured
         with: `features`, `neighbours`, `seed` and the sampler's `settings`.
     """
     likelihood = run.require(TRAIN_PRIOR)["measures"]
     settings = Run(run.root).default_settings()
-    yardstick = Yardstick(run, num, features, seed)
-    meter = PriorMeter(run, yardstick, settings.batch_size, seed)
+    reference = ReferenceSet(run, num, features, seed)
+    meter = SampleEvaluator(run, reference, settings.batch_size, seed)
     measures = {
-        "images": yardstick.num,
+        "images": reference.num,
         "real": meter.real(),
         "reconstructions": meter.reconstructions(),
         "samples": meter.samples(settings),
-        "left_out": yardstick.left_out,
+        "left_out": reference.left_out,
         **{name: likelihood[name] for name in ("nats_per_code", "bits_per_dim")},
         "features": features,
         "neighbours": NEIGHBOURS,

@@ -38,7 +38,7 @@ Batches = Iterable[tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Observed:
+class FeatureStats:
     """What is kept of a set of images.
 
     Attributes:
@@ -52,7 +52,7 @@ class Observed:
     agreement: float | None
 
 
-class Yardstick:
+class ReferenceSet:
     """Held-out images of a run, by which sets of as many images are measured.
 
     All sets have one size, since every figure but the agreement depends on it.
@@ -99,7 +99,7 @@ class Yardstick:
         with damaged_records(self.run.folder("prepare")):
             yield from examples.batch(_BATCH_SIZE).as_numpy_iterator()
 
-    def observe(self, batches: Batches) -> Observed:
+    def observe(self, batches: Batches) -> FeatureStats:
         """Returns what is to be kept of a set of images."""
         features, moments, agreed, labelled = [], Moments(), 0, 0
         for images, labels in batches:
@@ -109,7 +109,7 @@ class Yardstick:
             if self._classify:
                 agreed += int((self._classify(images).argmax(axis=1) == labels).sum())
                 labelled += int((labels != NO_CLASS).sum())
-        return Observed(
+        return FeatureStats(
             gaussian=moments.gaussian() if features else None,
             manifold=Manifold(np.concatenate(features)) if features else None,
             agreement=agreed / max(labelled, 1) if self._classify else None,
@@ -161,7 +161,7 @@ FIGURES = {
 }
 
 
-class PriorMeter:
+class SampleEvaluator:
     """Draws images from a run with any settings, and measures them by held-out ones.
 
     Their labels are those of as many training images, so that the classes have the shares that
@@ -169,38 +169,38 @@ class PriorMeter:
 
     Args:
         run: Its VQ-VAE and its prior are trained.
-        yardstick: Of the run's images.
+        reference: Of the run's images.
         batch_size: Images drawn at once.
         seed: Of the images drawn.
     """
 
-    def __init__(self, run: RunFolder, yardstick: Yardstick, batch_size: int, seed: int):
-        self.yardstick, self.seed = yardstick, seed
-        self.batch_size = min(batch_size, yardstick.num)
+    def __init__(self, run: RunFolder, reference: ReferenceSet, batch_size: int, seed: int):
+        self.reference, self.seed = reference, seed
+        self.batch_size = min(batch_size, reference.num)
         self.vqvae = load_vqvae(run)
         self.sampler = Sampler(load_prior(run), self.batch_size)
         self._encode = compiled_encoder(self.vqvae)
         self._decode = compiled_decoder(self.vqvae)
-        self._labels = np.concatenate([labels for _, labels in yardstick.real("train")])
+        self._labels = np.concatenate([labels for _, labels in reference.real("train")])
 
     def real(self) -> dict[str, float | None]:
         """Measures training images; the agreement is that of the held-out ones.
 
         The classifier has learned the training images, and agrees too well with them.
         """
-        measures = self.yardstick.measure(self.yardstick.real("train"))
-        return measures | {"agreement": self.yardstick.held_out.agreement}
+        measures = self.reference.measure(self.reference.real("train"))
+        return measures | {"agreement": self.reference.held_out.agreement}
 
     def reconstructions(self) -> dict[str, float | None]:
         """Measures the held-out images as the VQ-VAE gives them back."""
-        return self.yardstick.measure(self._reconstructed())
+        return self.reference.measure(self._reconstructed())
 
     def samples(self, settings: SamplerSettings) -> dict[str, float | None]:
         """Returns the metrics of images sampled with the settings."""
-        return self.yardstick.measure(self._drawn(settings))
+        return self.reference.measure(self._drawn(settings))
 
     def _reconstructed(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for images, labels in self.yardstick.real("validation"):
+        for images, labels in self.reference.real("validation"):
             yield keras.ops.convert_to_numpy(self._decode(self._encode(images))), labels
 
     def _drawn(self, settings: SamplerSettings) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -14,8 +14,8 @@ from vqbeam.configs import SampleConfig, VqbeamError
 from vqbeam.pipelines.evaluation.distances import NEIGHBOURS
 from vqbeam.pipelines.evaluation.reference import (
     FIGURES,
-    PriorMeter,
-    Yardstick,
+    ReferenceSet,
+    SampleEvaluator,
     set_size,
 )
 from vqbeam.pipelines.sampling.api import Run
@@ -71,9 +71,11 @@ def sweep(
     print(f"written to {run.evaluation / 'sweep.json'} and {picture}")
     if store:
         stored = trained.store_default_settings(grid[best])
-        print(f"{run.root} draws with the best of them from now on; to undo it, delete {stored}")
+        print(
+            f"the best settings are now the defaults of {run.root}; to undo this, delete {stored}"
+        )
         if num < _FEW:
-            print(f"of {num} images chance decides as much as the settings; --num 2000 tells more")
+            print(f"{num} images are too few to tell settings apart reliably; use --num 2000")
 
 
 def sweep_lines(names: Sequence[str], results: Sequence[dict], best: int) -> list[str]:
@@ -107,11 +109,13 @@ def _measured(
     wanted = [dataclasses.asdict(settings.sampler) for settings in grid]
     known = [result["settings"] for result in results]
     if any(settings not in known for settings in wanted):
-        yardstick = Yardstick(run, num, features, seed)
-        if "frechet" in yardstick.left_out:
-            reason = yardstick.left_out["frechet"]
-            raise VqbeamError(f"no Fréchet distance tells which settings are best: {reason}")
-        meter = PriorMeter(run, yardstick, grid[0].batch_size, seed)
+        reference = ReferenceSet(run, num, features, seed)
+        if "frechet" in reference.left_out:
+            reason = reference.left_out["frechet"]
+            raise VqbeamError(
+                f"settings are compared by the Fréchet distance, which cannot be measured: {reason}"
+            )
+        meter = SampleEvaluator(run, reference, grid[0].batch_size, seed)
         for settings, named in zip(grid, wanted, strict=True):
             if named not in known:
                 results.append({"settings": named, **meter.samples(settings)})

@@ -28,7 +28,7 @@ from vqbeam.vqvae.fitting.progress import progress_bar
 from vqbeam.vqvae.layout import code_layout
 from vqbeam.vqvae.model import VQVAE
 from vqbeam.vqvae.storage.files import read_json, write_json
-from vqbeam.vqvae.storage.labels import Label, Labels, label_name, label_rows, parse_label
+from vqbeam.vqvae.storage.labels import Label, Labels, label_name, labels_for, parse_label
 from vqbeam.vqvae.storage.run_folder import MODELS, STAGES, RunFolder
 from vqbeam.vqvae.training import MODEL_FILE, load_vqvae
 
@@ -149,7 +149,7 @@ class Run:
         if num is None and labels is not None:
             num = len(labels)
         chosen = self.settings(num=num, **settings)
-        rows = label_rows(labels, self.prior_labels, chosen.num)
+        rows = labels_for(labels, self.prior_labels, chosen.num)
         return self.sample_rows(rows, self.seed(seed), chosen)
 
     def encode(self, images: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A trained run as one SavedModel, for programs that have neither vqbeam nor Keras."""
+"""The command that exports a run as a SavedModel, for programs without vqbeam and Keras."""
 
 import os
 import uuid
@@ -13,15 +13,15 @@ from vqbeam.prior.serving import serving_signatures
 
 
 def export(run_dir: str, output: str) -> None:
-    """Writes the models of a run as a SavedModel, whole or not at all, and lists its signatures.
+    """Writes the models of a run as a SavedModel, atomically, and prints its signatures.
 
     Args:
         run_dir: Folder of a run with both models.
-        output: A folder that is not there yet, or empty. TensorFlow Serving wants its name to be a
-            number, the version.
+        output: A new or empty folder. For TensorFlow Serving its name must be the version number.
 
     Raises:
-        VqbeamError: The run lacks a model, the folder is not empty, or Keras is not on TensorFlow.
+        VqbeamError: The run lacks a model, the folder is not empty, or the backend of Keras is not
+            TensorFlow.
     """
     if keras.backend.backend() != "tensorflow":
         raise VqbeamError(
@@ -57,7 +57,7 @@ def _save(module: tf.Module, signatures: dict, folder: epath.Path) -> None:
 
 
 def _listed(specs: dict) -> str:
-    """Returns names, dtypes and shapes; a question mark stands for any number."""
+    """Returns names, dtypes and shapes as text; "?" stands for any size."""
     return ", ".join(
         f"{name} {spec.dtype.name} [{', '.join('?' if n is None else str(n) for n in spec.shape)}]"
         for name, spec in sorted(specs.items())

@@ -1,4 +1,4 @@
-"""New images as files, each of which says what its images were drawn with."""
+"""Sampled images as files that hold the settings they were sampled with."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def write_samples(samples: Samples, path: epath.Path, *, bare: bool = False) -> 
 
 
 def _write_folder(samples: Samples, folder: epath.Path) -> None:
-    """Writes a PNG for each image and then their list: with it the folder is whole."""
+    """Writes a PNG for each image, and last their list, which marks the folder as complete."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_listed(folder, SAMPLES_LIST)
     lines = []
@@ -57,17 +57,17 @@ def _write_folder(samples: Samples, folder: epath.Path) -> None:
 
 
 def remove_listed(folder: epath.Path, name: str) -> None:
-    """Removes the pictures that a list in a folder names: those of before would be taken for new.
+    """Removes the pictures that a list in a folder names, so that none is taken for a new one.
 
-    The list is renamed first and removed last, so that a folder with a list is whole, and what is
-    killed in between is done by the next call.
+    The list is renamed first and removed last: a folder with a list is always complete, and a call
+    after an interrupted one finishes the removal.
     """
     listing, old = folder / name, folder / f".{name}.old"
     if listing.exists():
         listing.replace(old)
     if old.exists():
         for picture_of_before in _listed(old):
-            if epath.Path(picture_of_before).name == picture_of_before:  # and no way out of it
+            if epath.Path(picture_of_before).name == picture_of_before:  # not outside the folder
                 (folder / picture_of_before).unlink(missing_ok=True)
         old.unlink()
 
@@ -87,26 +87,26 @@ def _write_picture(samples: Samples, row: int, own: dict, path: epath.Path) -> N
 
 
 def _each(samples: Samples) -> Iterator[dict]:
-    """Yields what each image has of its own: its index and, where there are classes, its label."""
+    """Yields for each image its index and, if there are classes, its label."""
     for row, label in enumerate(samples.labels.tolist()):
         own = {"index": samples.first + row}
         yield own | ({"label": label, "name": samples.names[row]} if samples.names else {})
 
 
 def read_provenance(path: epath.Path) -> dict[str, Any]:
-    """Returns what the images in a file were drawn with, as `sample` wrote it.
+    """Returns the settings that the images in a file were sampled with.
 
     Args:
         path: A .png or .npz file.
 
     Raises:
-        VqbeamError: The file is not there, or does not say what its images were drawn with.
+        VqbeamError: The file is missing, or `vqbeam sample` did not write it.
     """
     if not path.exists():
         raise VqbeamError(f"there is no file {path}; --like takes a .png or .npz of vqbeam sample")
     try:
         facts = json.loads(_text(path.read_bytes()))
-    except Exception:  # Pillow and zipfile raise many kinds for a file that is none of theirs
+    except Exception:  # Pillow and zipfile raise many kinds of errors
         facts = {}
     if (
         not isinstance(facts, dict)
@@ -114,8 +114,8 @@ def read_provenance(path: epath.Path) -> dict[str, Any]:
         or not facts.keys() & {"index", "images"}
     ):
         raise VqbeamError(
-            f"{path} does not say what it was drawn with; give a .png or .npz of vqbeam sample, "
-            "as it was written"
+            f"{path} does not hold the settings of its images; give a .png or .npz of vqbeam "
+            "sample, as it was written"
         )
     return facts
 
@@ -131,7 +131,7 @@ def check_checkpoint(facts: dict[str, Any], run: Run, path: epath.Path) -> None:
 
 
 def _text(data: bytes) -> str:
-    """Returns the text in a file; raises one of several errors where there is none."""
+    """Returns the text in a file; raises one of several errors if there is none."""
     if data.startswith(b"PK"):
         with np.load(io.BytesIO(data)) as arrays:
             return str(arrays[KEY])

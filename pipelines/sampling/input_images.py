@@ -1,4 +1,4 @@
-"""Images that a user brings to a trained run, shaped as the run's own."""
+"""Images of the user's own, cropped and resized like those of a run, and masks of their parts."""
 
 import numpy as np
 from etils import epath
@@ -10,10 +10,10 @@ from vqbeam.vqvae.layout import CodeLayout
 
 
 def image_files(path: epath.Path) -> dict[str, epath.Path]:
-    """Returns the images of a folder, at any depth, or the one that `path` is, by name.
+    """Returns the paths of images by name: those in a folder, at any depth, or a single one.
 
     Raises:
-        VqbeamError: There is nothing at `path`, or no image.
+        VqbeamError: There is no such file or folder, or no image in it.
     """
     if path.is_dir():
         files = {key: path / key for key in sorted(image_keys(path))}
@@ -26,10 +26,10 @@ def image_files(path: epath.Path) -> dict[str, epath.Path]:
 
 
 def read_image(path: epath.Path, config: Config) -> np.ndarray:
-    """Returns an image as `vqbeam prepare` would: uint8 [H, W, C].
+    """Returns an image as `vqbeam prepare` would store it, uint8 [H, W, C].
 
     Raises:
-        VqbeamError: It cannot be used.
+        VqbeamError: The image cannot be decoded.
     """
     height, width, channels = config.image_shape
     shape = {"height": height, "width": width, "channels": channels}
@@ -43,18 +43,18 @@ HALVES = ("top-half", "bottom-half", "left-half", "right-half")
 
 
 def region_mask(region: str, config: Config) -> np.ndarray:
-    """Returns how far each pixel belongs to a region.
+    """Returns the mask of a region.
 
     Args:
-        region: One of `HALVES`, or the path of an image: what is white belongs to it. The image
-            is cropped, or padded with black, and resized as the run's images were.
-        config: The run's.
+        region: One of `HALVES`, or the path of an image, whose white pixels are the region. It is
+            cropped, or padded with black, and resized like the run's images.
+        config: The run's config.
 
     Returns:
-        float32 [H, W] in [0, 1].
+        float32 [H, W] in [0, 1], 1 inside the region.
 
     Raises:
-        VqbeamError: There is no such file, or it is no image.
+        VqbeamError: There is no such file, or it cannot be decoded.
     """
     height, width, _ = config.image_shape
     if region in HALVES:
@@ -74,7 +74,7 @@ def region_mask(region: str, config: Config) -> np.ndarray:
 
 
 def kept_cells(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Returns the cells of a grid of which at least half is in the region.
+    """Returns which cells of a grid have at least half of their pixels in a region.
 
     Args:
         mask: From `region_mask`.
@@ -89,6 +89,6 @@ def kept_cells(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def kept_codes(mask: np.ndarray, layout: CodeLayout) -> np.ndarray:
-    """Returns the codes, of all levels, whose cells are kept: bool [*layout.shape]."""
+    """Returns which codes, of all levels, lie in kept cells, bool [*layout.shape]."""
     cells = [kept_cells(mask, grid).ravel() for grid in layout.grids]
     return np.repeat(np.concatenate(cells), layout.depth).reshape(layout.shape)

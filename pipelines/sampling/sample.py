@@ -10,7 +10,7 @@ from etils import epath
 from vqbeam.configs import SampleConfig
 from vqbeam.pipelines.sampling.api import Run, Samples
 from vqbeam.pipelines.sampling.files import check_checkpoint, read_provenance, write_samples
-from vqbeam.vqvae.storage.labels import label_rows
+from vqbeam.vqvae.storage.labels import labels_for
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
 STAGE = "sample"
@@ -87,7 +87,7 @@ def _sample_again(
     num = changes.get("num", len(listed))
     rows = np.asarray([image.get("label", -1) for image in listed], np.int32)
     if labels is not None:
-        rows = label_rows(labels, run.prior_labels, num)
+        rows = labels_for(labels, run.prior_labels, num)
     elif num != len(listed):
         # Repeats whole cycles of the labels, rather than the list, which may end within one.
         _, cycle = np.unique(rows, axis=0, return_index=True)

@@ -176,7 +176,7 @@ def _check_text(key: str) -> str:
 
 def _refuse(error: OSError) -> None:
     # A folder left out in silence would change the dataset.
-    raise VqbeamError(f"a folder of images cannot be read ({error}); mend its permissions")
+    raise VqbeamError(f"a folder of images cannot be read ({error}); fix its permissions")
 
 
 def _label_names(path: str, keys: list[str]) -> tuple[str, ...]:

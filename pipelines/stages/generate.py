@@ -15,7 +15,7 @@ from etils import epath
 from vqbeam.configs import SampleConfig, VqbeamError
 from vqbeam.pipelines.beam import advance, run_pipeline
 from vqbeam.pipelines.lock import LOCK_FILE, locked
-from vqbeam.pipelines.places import absolute, check_shared, is_dataflow
+from vqbeam.pipelines.paths import absolute, check_shared, is_dataflow
 from vqbeam.pipelines.sampling.api import Run, Samples
 from vqbeam.pipelines.sampling.files import SAMPLES_LIST, write_samples
 from vqbeam.pipelines.sources.images import encode_png
@@ -26,21 +26,21 @@ from vqbeam.pipelines.stages.shards import (
     write_dataset_metadata,
 )
 from vqbeam.vqvae.storage.files import matching, read_json, write_json
-from vqbeam.vqvae.storage.labels import label_rows
+from vqbeam.vqvae.storage.labels import labels_for
 from vqbeam.vqvae.storage.records import IMAGES_VERSION, Shard, image_features, serialize
 
 _FILE = "generate.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Order:
+class GenerateJob:
     """What is to be drawn, and into which folder.
 
     Attributes:
         run: The run's folder.
         output: The folder of the images.
         form: "png" or "tfrecord".
-        labels: As `label_rows` takes them.
+        labels: As `labels_for` takes them.
         seed: Of the random numbers; image i of a seed is always the same image.
         shard_images: Images of one shard: whole batches.
         settings: How they are drawn; its `num` is the number of all images.
@@ -81,8 +81,8 @@ class Order:
         """A hash of the facts."""
         return hashlib.sha256(json.dumps(self.facts).encode()).hexdigest()[:16]
 
-    def claim_folder(self) -> None:
-        """Binds the folder to the order: from now on it takes no images of another.
+    def bind_folder(self) -> None:
+        """Binds the folder to the job: from now on it takes no images of another.
 
         Raises:
             VqbeamError: It holds something else.
@@ -104,7 +104,7 @@ class Order:
             write_json(self._file, {"order": self.facts, "done": False})
 
     def is_done(self) -> bool:
-        """Tells whether all images of the order are in its folder, which it has claimed."""
+        """Tells whether all images of the job are in its folder, which it has claimed."""
         return read_json(self._file)["done"]
 
     def finish(self) -> None:
@@ -122,10 +122,10 @@ _TITLE = "generate"
 _run = Shared()
 
 
-class DrawnShard(NamedTuple):
-    """A shard that is whole: its order, where it stands, and for TFRecords its report."""
+class GeneratedShard(NamedTuple):
+    """A shard that is whole: its job, where it stands, and for TFRecords its report."""
 
-    order: Order
+    job: GenerateJob
     index: int
     report: ShardReport | None
 
@@ -168,8 +168,8 @@ def generate(
     seed = run.seed(settings.pop("seed", None))
     chosen = run.settings(**settings)
     chosen = chosen.with_at_most(chosen.num)
-    label_rows(labels, run.prior_labels, 1)  # refuses one that is not known
-    order = Order(
+    labels_for(labels, run.prior_labels, 1)  # refuses one that is not known
+    job = GenerateJob(
         absolute(run_dir),
         absolute(output),
         form,
@@ -180,60 +180,60 @@ def generate(
         run.config.name,
         run.checkpoint,
     )
-    with locked(order.folder, "--output"):
-        order.claim_folder()
-        done = order.is_done()
+    with locked(job.folder, "--output"):
+        job.bind_folder()
+        done = job.is_done()
         if not done:
-            run_pipeline(beam_args, lambda pipeline: pipeline | GenerateImages(order))
+            run_pipeline(beam_args, lambda pipeline: pipeline | GenerateImages(job))
     kind = "a TFDS dataset" if form == "tfrecord" else "PNGs by shard"
-    return f"{chosen.num:,} images {'were drawn already' if done else 'drawn'}, {kind}: {output}"
+    return f"{chosen.num:,} images{' (done already)' if done else ''}, {kind}: {output}"
 
 
 class GenerateImages(beam.PTransform):
-    """From a pipeline to the folder of an order, once all its images are there."""
+    """From a pipeline to the folder of an job, once all its images are there."""
 
-    def __init__(self, order: Order):
+    def __init__(self, job: GenerateJob):
         super().__init__()
-        self.order = order
+        self.job = job
 
     def expand(self, pipeline):
         """Builds the steps."""
         return (
             pipeline
-            | beam.Create([self.order])
+            | beam.Create([self.job])
             | "ListShards" >> beam.FlatMap(_shards)
             | beam.Reshuffle()
-            | "DrawShard" >> beam.MapTuple(draw_shard)
+            | "GenerateShard" >> beam.MapTuple(generate_shard)
             | beam.combiners.ToList()
             | "FinishImages" >> beam.Map(finish_images)
         )
 
 
-def _shards(order: Order) -> Iterator[tuple[Order, int]]:
-    for index in range(order.shards):
-        yield order, index
+def _shards(job: GenerateJob) -> Iterator[tuple[GenerateJob, int]]:
+    for index in range(job.shards):
+        yield job, index
 
 
-def draw_shard(order: Order, index: int) -> DrawnShard:
+def generate_shard(job: GenerateJob, index: int) -> GeneratedShard:
     """Draws the images of one shard and writes them, unless an earlier attempt has."""
-    first = index * order.shard_images
-    num = min(order.shard_images, order.settings.num - first)
-    folder = order.folder / f"{index:05d}-of-{order.shards:05d}"
+    first = index * job.shard_images
+    num = min(job.shard_images, job.settings.num - first)
+    folder = job.folder / f"{index:05d}-of-{job.shards:05d}"
     report, drawn = None, 0
 
     def moved(count):
         nonlocal drawn
-        advance(_TITLE, min(count, num) - drawn, order.settings.num)
+        advance(_TITLE, min(count, num) - drawn, job.settings.num)
         drawn = min(count, num)
 
     def draw() -> Samples:
-        run = _load_run(order)
-        rows = label_rows(order.labels, run.prior_labels, num, first)
-        return run.sample_rows(rows, order.seed, order.settings, first, moved)
+        run = _load_run(job)
+        rows = labels_for(job.labels, run.prior_labels, num, first)
+        return run.sample_rows(rows, job.seed, job.settings, first, moved)
 
-    if order.form == "tfrecord":
-        shard = Shard(DATASET, SPLIT, index, order.shards)
-        writer = ShardWriter(order.folder, order.fingerprint, shard)
+    if job.form == "tfrecord":
+        shard = Shard(DATASET, SPLIT, index, job.shards)
+        writer = ShardWriter(job.folder, job.fingerprint, shard)
         if writer.report is None:
             with writer:
                 for record in _records(draw()):
@@ -244,7 +244,7 @@ def draw_shard(order: Order, index: int) -> DrawnShard:
         write_samples(draw(), folder)
     moved(num)  # where an earlier attempt has drawn them
     Metrics.counter("vqbeam", "images_generated").inc(num)
-    return DrawnShard(order, index, report)
+    return GeneratedShard(job, index, report)
 
 
 def _records(samples: Samples) -> Iterator[bytes]:
@@ -257,34 +257,34 @@ def _records(samples: Samples) -> Iterator[bytes]:
         yield serialize(example)
 
 
-def finish_images(shards: Sequence[DrawnShard]) -> str:
+def finish_images(shards: Sequence[GeneratedShard]) -> str:
     """Makes a dataset of the shards where they are TFRecords; returns the folder's path."""
-    order = shards[0].order
-    if order.is_done():
-        return order.output  # a runner that does the next step again may do this one as well
-    if order.form == "tfrecord":
-        run = Run(order.run)
+    job = shards[0].job
+    if job.is_done():
+        return job.output  # a runner that does the next step again may do this one as well
+    if job.form == "tfrecord":
+        run = Run(job.run)
         write_dataset_metadata(
-            order.folder,
+            job.folder,
             [shard.report for shard in shards],
             image_features(run.config.image_shape, run.prior_labels),
             version=IMAGES_VERSION,
-            description=f"Images drawn by vqbeam: {json.dumps(order.facts)}",
+            description=f"Images sampled by vqbeam: {json.dumps(job.facts)}",
         )
-    order.finish()
-    shards_and_lock = [*matching(order.folder, "[!.]*"), order.folder / LOCK_FILE]
-    remove_leftovers(order.folder, shards_and_lock)
-    return order.output
+    job.finish()
+    shards_and_lock = [*matching(job.folder, "[!.]*"), job.folder / LOCK_FILE]
+    remove_leftovers(job.folder, shards_and_lock)
+    return job.output
 
 
-def _load_run(order: Order) -> Run:
+def _load_run(job: GenerateJob) -> Run:
     def load():
-        run = Run(order.run)
-        if run.checkpoint != order.checkpoint:
+        run = Run(job.run)
+        if run.checkpoint != job.checkpoint:
             raise VqbeamError(
-                f"{order.run} was trained anew while images were drawn from it; delete "
-                f"{order.folder} and run the same command again"
+                f"{job.run} was trained again while images were sampled from it; delete "
+                f"{job.folder} and run the same command again"
             )
         return run
 
-    return _run.acquire(load, tag=order.fingerprint)
+    return _run.acquire(load, tag=job.fingerprint)

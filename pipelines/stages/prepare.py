@@ -164,7 +164,7 @@ def _check_failures(
         first = failures[0]
         raise VqbeamError(
             f"{len(failures)} of {total} images could not be decoded, more than --data.max-failed "
-            f"({100 * config.data.max_failed:g}%) allows; mend them, or allow more, and run it "
+            f"({100 * config.data.max_failed:g}%) allows; fix them, or allow more, and run it "
             f"again; the first is {first['key']} ({first['reason']}), all are in {letters}"
         )
     for split, purpose in (("train", "train on"), ("validation", "hold out")):

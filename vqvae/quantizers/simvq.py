@@ -6,8 +6,9 @@ from keras import ops
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 
-@keras.saving.register_keras_serializable("vqbeam")
-class LinearVectorQuantizer(VectorQuantizer):
+# Saved models have the name that the class had in earlier versions.
+@keras.saving.register_keras_serializable("vqbeam", name="LinearVectorQuantizer")
+class SimVQ(VectorQuantizer):
     """A vector quantizer whose codes all move together.
 
     From "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer", Zhu

@@ -33,7 +33,7 @@ class Labels(NamedTuple):
 Label = int | tuple[int, ...]
 
 
-def label_rows(texts: Sequence[Any] | None, labels: Labels, num: int, first: int = 0) -> np.ndarray:
+def labels_for(texts: Sequence[Any] | None, labels: Labels, num: int, first: int = 0) -> np.ndarray:
     """Returns the label of each of `num` images: those asked for, in turn.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from vqbeam.configs import DataConfig, VqbeamError
 
-KINDS_OF_PLACES = "paths are those of this machine, or begin with gs://"
+SUPPORTED_PATHS = "paths are those of this machine, or begin with gs://"
 _BUCKET = "gs://"
 _FOLDER = "folder:"
 # Endings by which a file is meant, and never a folder.
@@ -15,7 +15,7 @@ _FILES = {".bmp", ".csv", ".gif", ".jpeg", ".jpg", ".json", ".jsonl", ".npy", ".
 _FILES |= {".png", ".svg", ".tfrecord", ".tif", ".tiff", ".txt", ".webp", ".zip"}
 
 
-def is_known(path: str) -> bool:
+def is_supported(path: str) -> bool:
     """Tells whether a path is one of this machine or of a bucket, and not `s3://` or `gs:/x`."""
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", path)
     return scheme is None or path.startswith(_BUCKET)
@@ -60,23 +60,25 @@ def check_output(output: str, endings: Sequence[str]) -> None:
         raise VqbeamError(f"--output is {output!r}; give a name that ends in {files}{folder}")
 
 
-def places_of(data: DataConfig) -> dict[str, str]:
+def source_paths(data: DataConfig) -> dict[str, str]:
     """Returns the path that a section reads its images from, behind the flag that sets it."""
     if data.source.startswith(_FOLDER):
         return {"--data.source": data.source.removeprefix(_FOLDER)}
     return {"--data.data-dir": data.data_dir or "the datasets of TFDS on this machine"}
 
 
-def located(data: DataConfig) -> DataConfig:
+def with_absolute_paths(data: DataConfig) -> DataConfig:
     """Returns the section with the paths in it absolute.
 
     Raises:
         VqbeamError: One is neither of this machine nor of a bucket.
     """
-    places = places_of(data) | ({"--data.manual-dir": data.manual_dir} if data.manual_dir else {})
+    places = source_paths(data) | (
+        {"--data.manual-dir": data.manual_dir} if data.manual_dir else {}
+    )
     for flag, place in places.items():
-        if not is_known(place):
-            raise VqbeamError(f"{flag} is {place}; {KINDS_OF_PLACES}")
+        if not is_supported(place):
+            raise VqbeamError(f"{flag} is {place}; {SUPPORTED_PATHS}")
     source = data.source
     if source.startswith(_FOLDER):
         source = _FOLDER + absolute(source.removeprefix(_FOLDER))

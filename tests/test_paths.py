@@ -3,13 +3,13 @@ import os
 import pytest
 
 from vqbeam.configs import DataConfig, VqbeamError
-from vqbeam.pipelines.places import (
+from vqbeam.pipelines.paths import (
     absolute,
     check_output,
     check_shared,
-    is_known,
-    located,
-    places_of,
+    is_supported,
+    source_paths,
+    with_absolute_paths,
 )
 
 
@@ -42,18 +42,20 @@ def test_absolute(path, place, monkeypatch):
     ],
 )
 def test_paths_that_can_be_used(path, known):
-    assert is_known(path) == known
+    assert is_supported(path) == known
     if not known:
         for data in ({"source": f"folder:{path}"}, {"source": "glyphs", "data_dir": path}):
             with pytest.raises(VqbeamError, match=f"is {path}; paths are those of this machine, o"):
-                located(DataConfig(**data))
+                with_absolute_paths(DataConfig(**data))
 
 
 def test_sources(monkeypatch):
     monkeypatch.setattr(os, "getcwd", lambda: "/here")
 
     def moved(source, data_dir=None):
-        found = located(DataConfig(source=source, data_dir=data_dir, manual_dir=data_dir))
+        found = with_absolute_paths(
+            DataConfig(source=source, data_dir=data_dir, manual_dir=data_dir)
+        )
         assert found.manual_dir == found.data_dir
         return found.source, found.data_dir
 
@@ -66,7 +68,7 @@ def test_sources(monkeypatch):
 def test_files_got_by_hand_lie_where_they_can_be_found():
     data = DataConfig(source="glyphs", manual_dir="s3://bucket/raw")
     with pytest.raises(VqbeamError, match="--data.manual-dir is s3://bucket/raw; paths are those"):
-        located(data)
+        with_absolute_paths(data)
 
 
 def test_endings():
@@ -87,7 +89,7 @@ def test_what_other_machines_cannot_reach():
 
 def test_where_the_images_of_a_section_are():
     def places(source, data_dir=None):
-        return places_of(DataConfig(source=source, data_dir=data_dir))
+        return source_paths(DataConfig(source=source, data_dir=data_dir))
 
     assert places("folder:/photos") == {"--data.source": "/photos"}
     assert places("folder:gs://bucket/photos") == {"--data.source": "gs://bucket/photos"}

@@ -18,7 +18,11 @@ from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
 
 
 def run_stages(
-    config: Config, run_dir: str, stages: Sequence[str], beam_args: Sequence[str]
+    config: Config,
+    run_dir: str,
+    stages: Sequence[str],
+    beam_args: Sequence[str],
+    retrain: Sequence[str] = (),
 ) -> None:
     """Runs stages of a run, one after the other, as one pipeline.
 
@@ -27,11 +31,12 @@ def run_stages(
         run_dir: The run's folder.
         stages: Names from `STAGES`, in their order.
         beam_args: Beam's own options, such as `["--runner=FnApiRunner"]`.
+        retrain: Stages whose folders are deleted first, so that their models are trained again.
 
     Raises:
         VqbeamError: The folder holds another run, another command is at work in it, an earlier
-            stage is missing, workers elsewhere could not read a path, or a stage failed for a
-            reason that the user can mend.
+            stage is missing, a finished model would be replaced, workers elsewhere could not read
+            a path, or a stage failed for a reason that the user can fix.
     """
     run = RunFolder(run_dir)
     config = dataclasses.replace(config, data=with_absolute_paths(config.data))
@@ -44,12 +49,15 @@ def run_stages(
         from vqbeam.pipelines.sources import open_source
 
         open_source(config.data).check()
-    if run.exists() and run.load_config() == config and run.done(stages) == set(stages):
+    is_done = run.exists() and run.load_config() == config and run.done(stages) == set(stages)
+    if is_done and not retrain:
         _tell_what_is_done(run, stages)
     else:
         # Even the config is stored only where no other command goes by the one that is there.
         with locked(run.root, "--run-dir"):
             run.start(config)
+            for stage in retrain:
+                run.folder(stage).rmtree(missing_ok=True)
             _do(run, config, stages, beam_args)
     for line in _closing_lines(run, stages):
         print(line)
@@ -80,6 +88,8 @@ def _pending(run: RunFolder, stages: Sequence[str]) -> list[str]:
                 run.require(source)
         if stage not in done or any(source in pending for source in sources):
             pending.append(stage)
+    for stage in pending:
+        run.check_replaceable(stage)
     return pending
 
 

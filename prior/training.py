@@ -54,6 +54,7 @@ def train_prior(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = (
         return run.manifest(STAGE)
     codes = run.require("encode")
     config = run.load_config()
+    run.check_replaceable(STAGE)
     run.begin(STAGE)
     path = run.folder(STAGE) / MODEL_FILE
     with damaged_records(run.folder("encode")):

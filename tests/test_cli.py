@@ -63,6 +63,7 @@ def test_run_dispatch(target, tmp_path):
             "run_dir": "d",
             "stages": ("encode",),
             "beam_args": ["--runner=FnApiRunner"],
+            "retrain": [],
         }
     ]
 

@@ -185,7 +185,7 @@ def test_too_many_failures_end_the_stage_until_they_are_mended(tmp_path):
     write_broken_images(folder)
     run = start(tmp_path / "run", f"folder:{folder}", data__max_failed=0.015)
     message = (
-        r"^2 of 22 images could not be decoded, more than --data.max-failed \(1.5%\) allows; mend "
+        r"^2 of 22 images could not be decoded, more than --data.max-failed \(1.5%\) allows; fix "
         r"them, or allow more, and run it again; the first is apple/broken.png \(.*\), all are in "
         r".*/dead_letters.jsonl$"
     )

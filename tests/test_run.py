@@ -63,8 +63,8 @@ def ran(monkeypatch, tmp_path):
     return ran
 
 
-def go(run_dir, source, stages=ALL, beam_args=BEAM, **changes):
-    run_stages(small_config(source, **changes), str(run_dir), stages, beam_args)
+def go(run_dir, source, stages=ALL, beam_args=BEAM, retrain=(), **changes):
+    run_stages(small_config(source, **changes), str(run_dir), stages, beam_args, retrain)
 
 
 def test_all_stages_in_their_order(ran, tmp_path, source, capsys):
@@ -115,6 +115,23 @@ def test_stage_by_stage(ran, tmp_path, source, capsys):
     assert ran.names() == list(ALL)
 
 
+def test_a_finished_model_is_replaced_only_when_asked(ran, tmp_path, source):
+    go(tmp_path / "run", source)
+    run = RunFolder(tmp_path / "run")
+    run.begin("prepare")
+    run.finish("prepare", [], **DONE, attempt="other images")
+    ran.clear()
+    with pytest.raises(VqbeamError, match="vqvae holds a finished model.*add --retrain train-vqva"):
+        go(tmp_path / "run", source)
+    assert ran.names() == []
+    go(tmp_path / "run", source, retrain=["train-vqvae", "train-prior"])
+    assert ran.names() == list(ALL[1:])
+    # Also where nothing has changed.
+    ran.clear()
+    go(tmp_path / "run", source, retrain=["train-prior"])
+    assert ran.names() == list(ALL[3:])
+
+
 @pytest.mark.parametrize(
     ("lost", "again"),
     [
@@ -144,7 +161,7 @@ def test_what_was_made_from_an_older_result_is_made_again(ran, tmp_path, source)
         with pytest.raises(VqbeamError, match="was made from inputs that have changed since; run"):
             go(tmp_path / "run", source, stages)
     assert ran.names() == []
-    go(tmp_path / "run", source)
+    go(tmp_path / "run", source, retrain=["train-prior"])
     assert ran.names() == ["encode", "train-prior", "sample"]
 
 

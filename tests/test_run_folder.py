@@ -287,3 +287,14 @@ def test_manifests_of_earlier_versions_name_direct_inputs_alone(run):
     finish(run, "train-vqvae", text="another model")
     with pytest.raises(VqbeamError, match="made from inputs that have changed since"):
         run.require("train-prior", among=("train-vqvae", "train-prior"))
+
+
+def test_a_finished_model_is_not_replaced(run):
+    finish_all(run)
+    for stage in STAGES:
+        run.check_replaceable(stage)
+    finish(run, "prepare", text="other images")
+    run.check_replaceable("encode")  # codes are made again from the model
+    message = "vqvae holds a finished model, and its inputs have changed.* --retrain train-vqvae"
+    with pytest.raises(VqbeamError, match=message):
+        run.check_replaceable("train-vqvae")

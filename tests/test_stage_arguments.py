@@ -38,7 +38,15 @@ def test_pipeline_verbs(verb, preset):
         "run_dir": "runs/x",
         "stages": STAGES if verb == "run" else (verb,),
         "beam_args": ["--runner=FnApiRunner"],
+        "retrain": [],
     }
+
+
+def test_models_to_train_again(parse_run):
+    words = ["--retrain", "train-vqvae", "--retrain", "train-prior"]
+    assert parse_run(*words)["retrain"] == ["train-vqvae", "train-prior"]
+    with pytest.raises(UsageError, match="--retrain: .*'encode'"):
+        parse_run("--retrain", "encode")
 
 
 def test_flags_may_stand_before_the_preset(preset):
@@ -268,7 +276,7 @@ def test_words_of_other_programs_lead_to_flags_that_exist():
     known = {"--" + name.replace("_", "-") for name, *_ in FIELDS}
     known |= {"--label", "--output", "--num", "--guidance", "--temperature", "--batch-size"}
     flags = {flag for here in ELSEWHERE.values() if here.startswith("--") for flag in here.split()}
-    assert flags - known == {"--run-dir", "--direct_num_workers"}
+    assert flags - known == {"--run-dir", "--retrain", "--direct_num_workers"}
 
 
 def test_a_folder_of_images_is_named_from_the_root(parse_run, monkeypatch, tmp_path):

@@ -49,6 +49,7 @@ def train_vqvae(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = (
         return run.manifest(STAGE)
     images = run.require("prepare")
     config = run.load_config()
+    run.check_replaceable(STAGE)
     run.begin(STAGE)
     outputs = [run.folder(STAGE) / MODEL_FILE, run.folder(STAGE) / "reconstructions.png"]
     with damaged_records(run.folder("prepare")):

@@ -156,8 +156,7 @@ ELSEWHERE = {
     "o out out-dir outdir output-dir save-dir logdir": "--output --run-dir",
     "num-workers workers jobs j": "--direct_num_workers",
     "resume continue": "the same command goes on where it stopped",
-    "force overwrite restart": "delete the folder of a stage to do it again, or give another "
-    "--run-dir",
+    "force overwrite restart": "--retrain",
     "gpu gpus device cuda": "a GPU is used where the backend finds one",
 }
 

@@ -54,6 +54,7 @@ def parse_stages(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
         "run_dir": given["--run-dir"],
         "stages": STAGES if parser.verb == "run" else (parser.verb,),
         "beam_args": with_runner(given.get("beam_args", [])),
+        "retrain": given.get("--retrain", []),
     }
 
 
@@ -85,6 +86,9 @@ def _add_own_flags(parser: Parser) -> None:
         action="store_true",
         help="a tiny version of the preset that runs in seconds, to try the commands",
     )
+    again = "train the model of this stage again: deletes the stage's folder first"
+    models = ("train-vqvae", "train-prior")
+    parser.add("--retrain", str, again, choices=models, action="append", metavar="STAGE")
 
 
 def run_stages(**arguments: Any) -> str | None:

@@ -184,16 +184,20 @@ class RunFolder:
                 f"--run-dir {self.root} first"
             )
         self._check_outputs(stage, manifest)
-        if any(
-            self._differs(source, hash)
-            for source, hash in self._made_from(stage).items()
-            if source in among
-        ):
+        if self._is_stale(stage, among):
             raise VqbeamError(
                 f"the {stage} stage of {self.root} was made from inputs that have changed since; "
                 f"run vqbeam run PRESET --run-dir {self.root} first"
             )
         return manifest
+
+    def check_replaceable(self, stage: str) -> None:
+        """Raises a VqbeamError if a stage would replace a finished model by one of new inputs."""
+        if stage in MODELS and self.manifest(stage) is not None and self._is_stale(stage):
+            raise VqbeamError(
+                f"{self.folder(stage)} holds a finished model, and its inputs have changed since; "
+                f"add --retrain {stage} to replace it, or give another --run-dir to keep it"
+            )
 
     def fingerprint(self, stage: str) -> str:
         """Returns a hash of all that a stage reads, to tell stale partial work from good."""
@@ -270,9 +274,13 @@ class RunFolder:
             made_from = self._made_from(source) | made_from
         return made_from
 
-    def _differs(self, stage: str, hash: str | None) -> bool:
-        """Returns whether a stage has another result than the one with this hash."""
-        return self.result_hash(stage) not in (None, hash)
+    def _is_stale(self, stage: str, among: Iterable[str] = tuple(STAGES)) -> bool:
+        """Returns whether a stage was made from other results than those that are there now."""
+        return any(
+            self.result_hash(source) not in (None, hash)
+            for source, hash in self._made_from(stage).items()
+            if source in among
+        )
 
     def _check_outputs(self, stage: str, manifest: dict[str, Any]) -> None:
         paths = [self.folder(stage) / name for name in manifest["outputs"]]

@@ -1,8 +1,8 @@
-"""The one error that a user is meant to read."""
+"""The exception class for user errors."""
 
 
 class VqbeamError(Exception):
-    """Something the user can mend: one line that names the thing, the value and the mend.
+    """A user error: one line with the offending name, its value and how to fix it.
 
     The command line prints the message without a traceback and exits with status 1. Any other
     exception is a bug and keeps its traceback.
@@ -10,5 +10,5 @@ class VqbeamError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line that another library's error says, or its name if it says nothing."""
+    """Returns the first line of an error's message, or its `repr` if the message is empty."""
     return next(iter(str(error).strip().splitlines()), repr(error))

@@ -1,34 +1,34 @@
-"""Draws a code from its logits: temperature, filters, and a uniform number."""
+"""Sampling of a code from its logits (temperature, top-k, top-p, min-p) and guidance schedules."""
 
 import numpy as np
 from keras import ops
 
 from vqbeam.configs import SampleConfig
 
-# Enough for an interval of 100 to shrink below the spacing of float32 logits.
+# Enough to shrink an interval of 100 below the spacing of float32 logits.
 HALVINGS = 40
 
 
 def draw_codes(logits, uniform, temperature, top_k, top_p, min_p, *, filtered: bool):
-    """Turns uniform numbers into codes, by inversion of the cumulative probabilities.
+    """Samples one code per row by inverse transform sampling.
 
-    The settings work in this order, each on what those before it leave: the temperature divides
-    the logits; `top_k` keeps the k likeliest codes; `top_p` keeps the fewest of the likeliest
-    codes whose probability is at least this (Holtzman et al., https://arxiv.org/abs/1904.09751);
-    `min_p` keeps the codes whose probability is at least this share of the likeliest one's
-    (Nguyen et al., https://arxiv.org/abs/2407.01082).
+    The settings are applied in this order, each to the remaining codes: the temperature divides
+    the logits; `top_k` keeps the k most likely codes; `top_p` keeps the smallest set of most likely
+    codes with at least this total probability (Holtzman et al., https://arxiv.org/abs/1904.09751);
+    `min_p` keeps the codes with at least this fraction of the highest probability (Nguyen et al.,
+    https://arxiv.org/abs/2407.01082).
 
     Args:
         logits: float32 tensor [B, K].
-        uniform: float32 tensor [B, 1] in [0, 1).
-        temperature: float32 scalar from 0 up; 0 takes the likeliest code, whatever the filters.
+        uniform: Uniform random numbers, float32 tensor [B, 1] in [0, 1).
+        temperature: float32 scalar, at least 0; 0 takes the most likely code, ignoring the filters.
         top_k: float32 scalar from 1 to K.
         top_p: float32 scalar in (0, 1].
         min_p: float32 scalar in [0, 1).
-        filtered: Whether the last three are used.
+        filtered: Whether to apply `top_k`, `top_p` and `min_p`.
 
     Returns:
-        An int32 tensor [B, 1]: the first code whose cumulative probability is above `uniform`.
+        An int32 tensor [B, 1]: the first code whose cumulative probability exceeds `uniform`.
     """
     num_codes = logits.shape[-1]
     likeliest = ops.cast(ops.argmax(logits, axis=-1, keepdims=True), "int32")
@@ -38,12 +38,12 @@ def draw_codes(logits, uniform, temperature, top_k, top_p, min_p, *, filtered: b
         weights = _keep_largest(weights, logits, ops.ones_like(logits), top_k)
         probabilities = weights / ops.sum(weights, axis=-1, keepdims=True)
         weights = _keep_largest(weights, logits, probabilities, top_p)
-        # The likeliest code weighs 1.
+        # The most likely code has weight 1.
         weights = ops.where(weights >= min_p, weights, 0.0)
     cumulative = ops.cumsum(weights, axis=-1)
-    # XLA adds up in parallel, so that the sum may waver by a rounding where a weight is 0: such a
-    # code must be passed over by name. A total times a number below 1 is below the total, even
-    # when rounded, so there is always a code left.
+    # XLA sums in parallel, so rounding can change the cumulative sum even where a weight is 0; such
+    # codes are excluded explicitly. The total times a number below 1 is below the total, even after
+    # rounding, so at least one code is always reached.
     total = ops.max(cumulative * ops.cast(weights > 0, "float32"), axis=-1, keepdims=True)
     reached = (weights > 0) & (cumulative > uniform * total)
     code = ops.min(ops.where(reached, ops.arange(num_codes), num_codes), axis=-1, keepdims=True)
@@ -51,10 +51,10 @@ def draw_codes(logits, uniform, temperature, top_k, top_p, min_p, *, filtered: b
 
 
 def _keep_largest(weights, logits, shares, target):
-    """Zeroes the weights of all but the fewest largest logits whose shares reach the target.
+    """Keeps the weights of the fewest largest logits whose shares reach the target; zeros others.
 
-    Of equal logits the first are kept, as `argmax` does. Sorting would do the same, but XLA sorts
-    slowly on a CPU: halving intervals takes a third of the time (benchmarks/choices.py).
+    Among equal logits, the first are kept, as in `argmax`. Bisection takes a third of the time of
+    sorting, which XLA does slowly on a CPU (benchmarks/choices.py).
     """
 
     def halve(_, interval):
@@ -75,22 +75,20 @@ def _keep_largest(weights, logits, shares, target):
 
 
 def guidance_scales(settings: SampleConfig, length: int) -> np.ndarray:
-    """Returns the scale of classifier-free guidance at each position of a sequence of codes.
+    """Returns the scale of classifier-free guidance at each position, float32 [T].
 
-    "constant" is the scale s everywhere. "linear" goes from 1, no guidance, at the first position
-    to s at the last: 1 + (s - 1) p / (T - 1). "interval" is s at those positions p whose share
-    p / T lies in [start, end), and 1 elsewhere.
+    "constant" is the scale s at all positions. "linear" increases from 1 (no guidance) at the first
+    position to s at the last: 1 + (s - 1) p / (T - 1). "interval" is s at positions p with p / T in
+    [start, end), and 1 elsewhere.
 
     Args:
-        settings: Its `guidance`, `guidance_schedule`, `guidance_start` and `guidance_end` count.
-        length: Codes T of an image.
-
-    Returns:
-        float32 [T].
+        settings: Of which `guidance`, `guidance_schedule`, `guidance_start` and `guidance_end` are
+            used.
+        length: Number of codes T of an image.
     """
     scale = settings.guidance
     if settings.guidance_schedule == "linear":
-        # One code alone is the last.
+        # Reversed, so that for T = 1 the only position has the scale s.
         return np.linspace(scale, 1, length, dtype="float32")[::-1]
     scales = np.full(length, scale, "float32")
     if settings.guidance_schedule == "interval":

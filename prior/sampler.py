@@ -1,4 +1,4 @@
-"""Draws the codes of new images from a prior, one at a time, with cached keys and values."""
+"""Samples the codes of new images from a prior, one at a time, with a key/value cache."""
 
 import functools
 import math
@@ -18,24 +18,25 @@ from vqbeam.prior.uniforms import uniforms
 from vqbeam.vqvae.fitting.compilation import compile_function
 from vqbeam.vqvae.layout import CodeLayout
 
-# Attention reads its cache in full, so the cache starts short and grows.
+# Attention reads the complete cache, so the cache starts short and grows in this many steps.
 SEGMENTS = 4
+# Minimum number of images per program on a CPU.
 LEAST_SHARE = 8
 
 
 class Sampler:
-    """Draws the codes of images from a prior in batches of one size.
+    """Samples the codes of images from a prior in batches of a fixed size.
 
-    Image i of a seed is the same image at any batch size, since its random numbers are its own.
-    Only where a number falls within a rounding of the border between two codes may programs for
-    different batch sizes or backends part ways, which is rare.
+    Image i of a seed is the same for any batch size, since each image has its own random numbers.
+    In rare cases, rounding can make different batch sizes or backends choose different codes when a
+    random number is at the boundary between two codes.
 
-    All settings are inputs of the compiled program: it is compiled once with and once without
-    guidance, filters, a second class, and codes to keep, when first asked for.
+    All settings are inputs of the compiled program. It is compiled on first use for each
+    combination of: with or without guidance, filters, a second label, and known codes.
 
     Args:
-        model: The prior. Weights assigned to it later on are seen.
-        batch_size: Images drawn at once. The last are padded to as many.
+        model: The prior. Later changes to its weights take effect.
+        batch_size: Number of images sampled at once. The last batch is padded to this size.
 
     Example:
         >>> sampler = Sampler(prior, batch_size=64)
@@ -68,36 +69,37 @@ class Sampler:
         keep: np.ndarray | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """Draws the codes of one image for each label.
+        """Samples the codes of one image for each label.
 
         Args:
-            labels: Integers [N] from 0 up to `model.null_label`; -1 means no class as well. Of
-                attributes [N, A], 1 for those wanted, else 0; rows of -1 for any.
+            labels: Class labels, integers [N] in [0, `model.null_label`], or -1 for no class; or
+                attributes [N, A] of zeros and ones, with rows of -1 for no attributes given.
             seed: Any integer.
-            indices: Integers [N], which image of the seed each is; 0, 1, ... by default.
-            temperature: Divides the logits; 0 takes the likeliest code.
-            top_k: Draw from the k likeliest codes only; 0 for all. `prior.filters` says how this
-                and the next two work together.
-            top_p: Draw from the fewest of the likeliest codes with this probability; in (0, 1].
-            min_p: Draw from codes at least this share as probable as the likeliest; in [0, 1).
+            indices: Integers [N], the index of each image within the seed; 0, 1, ... by default.
+            temperature: Divides the logits; 0 takes the most likely code.
+            top_k: Sample only from the k most likely codes; 0 for all. See `prior.filters` for how
+                `top_k`, `top_p` and `min_p` are combined.
+            top_p: Sample from the smallest set of codes with this total probability, in (0, 1].
+            min_p: Sample from codes with at least this fraction of the highest probability, in
+                [0, 1).
             guidance: Scale s of classifier-free guidance, u + s·(c - u), where c and u are the
-                logits with and without the class (Ho and Salimans,
-                https://arxiv.org/abs/2207.12598, eq. 6, with s = 1 + w); 1 for none. One for all
-                positions, or [T], one for each.
-            towards: A second label [N] and its weight w [N], in [0, 1], of each image: in place of
-                c stand (1 - w)·c + w·c', where c' are the logits with the second class.
-            known: Integers [N, *layout.shape] in [0, K), codes of images that are there in part.
-            keep: Bool, of the shape of `known` or of one image: the codes of `known` that are
-                taken over. Each of the others is drawn given those before it in the sequence,
-                kept or drawn; what is kept after it has no influence.
-            on_batch: Called after each batch with the number of images drawn so far.
+                logits with and without the label (Ho and Salimans,
+                https://arxiv.org/abs/2207.12598, eq. 6, with s = 1 + w); 1 for none. A scalar, or
+                [T] for one scale per position.
+            towards: Second labels, shaped like `labels`, and their weights w [N] in [0, 1]: c is
+                replaced by (1 - w)·c + w·c', where c' are the logits with the second label.
+            known: Codes of partially known images, integers [N, *layout.shape] in [0, K).
+            keep: Mask of the known codes to keep, bool [N, *layout.shape] or [*layout.shape]. Each
+                other code is sampled given all codes before it in the sequence; kept codes after it
+                have no influence.
+            on_batch: Called at least once per batch with the number of images sampled so far.
 
         Returns:
             An int32 array [N, *layout.shape] of codes in [0, K).
 
         Raises:
-            VqbeamError: A setting or a label is out of range, or an unconditional model is given a
-                guidance scale.
+            VqbeamError: A setting or label is out of range, or guidance is used with an
+                unconditional model.
         """
         labels, layout = np.asarray(labels, "int32"), self.model.layout
         settings, kind = program_settings(layout, temperature, top_k, top_p, min_p, guidance)
@@ -158,10 +160,10 @@ class Sampler:
 
 
 def _share(batch_size: int) -> int:
-    """Returns how many images of a batch are drawn by one program.
+    """Returns the number of images of a batch that one program samples.
 
-    On a CPU a step is many small operations, which gain little from a second core: each core has a
-    program of its own, unless so few images are left to it that reading the weights is most of it.
+    On a CPU, a step has many small operations, which gain little from a second core. Each core runs
+    its own program, unless that leaves so few images per core that reading the weights dominates.
     """
     if not all(name.startswith("cpu") for name in keras.distribution.list_devices()):
         return batch_size
@@ -170,11 +172,11 @@ def _share(batch_size: int) -> int:
 
 
 def sampler_arguments(settings: SampleConfig, length: int) -> dict[str, Any]:
-    """Returns the arguments of a `Sampler` that a config's section stands for.
+    """Returns the keyword arguments for calling a `Sampler` with the settings of a config.
 
     Args:
-        settings: The section.
-        length: Codes of an image.
+        settings: The `sample` section of the config.
+        length: Number of codes T of an image.
     """
     names = ("temperature", "top_k", "top_p", "min_p")
     arguments = {name: getattr(settings, name) for name in names}
@@ -184,15 +186,15 @@ def sampler_arguments(settings: SampleConfig, length: int) -> dict[str, Any]:
 def program_settings(
     layout: CodeLayout, temperature: float, top_k: int, top_p: float, min_p: float, guidance
 ) -> tuple[dict[str, np.ndarray], dict[str, bool]]:
-    """Returns the `settings` of `sample_codes`, and which of its programs they need.
+    """Returns the `settings` of `sample_codes` and its arguments `guided` and `filtered`.
 
     Args:
-        layout: Of the codes.
+        layout: Layout of the codes.
         temperature: See `Sampler` for this and the next four.
-        top_k: The number of codes, 0 for all.
-        top_p: The probability.
-        min_p: The share.
-        guidance: One scale, or [T].
+        top_k: Number of codes; 0 for all.
+        top_p: Total probability.
+        min_p: Fraction of the highest probability.
+        guidance: Scalar or [T].
     """
     scales = np.broadcast_to(np.asarray(guidance, "float32"), (layout.length,))
     settings = {
@@ -216,21 +218,22 @@ def sample_codes(
     filtered: bool,
     segments: int = SEGMENTS,
 ):
-    """Draws the codes of a batch of images; the whole of it is one traceable function.
+    """Samples the codes of a batch of images, as one traceable function.
 
     Args:
         model: The prior.
-        images: What differs from image to image; see `Sampler` for all but the second: `labels`,
-            int32 [B]; `uniforms`, float32 [B, T] in [0, 1); and, where they are wanted, `towards`,
-            int32 [B], and `blend`, float32 [B]; `known`, int32 [B, T], and `keep`, bool [B, T].
-        settings: float32 tensors, what is the same for all: `temperature`, `top_k` from 1 to K,
-            `top_p` and `min_p`, which are scalars, and `guidance` [T].
-        guided: Whether `guidance` is used, which takes twice the work.
-        filtered: Whether the filters are used.
-        segments: How often the cache grows; the codes do not depend on it.
+        images: Tensors with one row per image: `labels`, int32 [B] or [B, A]; `uniforms`, float32
+            [B, T] in [0, 1), the random numbers; optionally `towards`, like `labels`, with its
+            weights `blend`, float32 [B]; and optionally `known`, int32 [B, T], with `keep`, bool
+            [B, T]. See `Sampler`.
+        settings: float32 tensors shared by all images: the scalars `temperature`, `top_k` from 1 to
+            K, `top_p` and `min_p`, and `guidance` [T].
+        guided: Whether to apply guidance, which also computes the logits without a label.
+        filtered: Whether to apply `top_k`, `top_p` and `min_p`.
+        segments: Number of steps in which the cache grows; it does not affect the codes.
 
     Returns:
-        An int32 tensor [B, T].
+        An int32 tensor [B, T] of codes in [0, K).
     """
     labels, filters = images["labels"], ("temperature", "top_k", "top_p", "min_p")
     batch_size, length = ops.shape(labels)[0], model.layout.length
@@ -267,7 +270,7 @@ def sample_codes(
 
 
 def _combined(logits: list, blend, scale):
-    """Returns the logits to draw from, of those with a class, with another, and with none."""
+    """Returns the blended and guided logits, given those with label, second label and no label."""
     with_class = logits[0]
     if blend is not None:
         with_class = (1 - blend[:, None]) * logits[0] + blend[:, None] * logits[1]
@@ -275,7 +278,7 @@ def _combined(logits: list, blend, scale):
 
 
 def _grown(caches: list, length: int) -> list:
-    """Returns caches of keys [N, D, C] and values [N, C, D] with C = `length`."""
+    """Returns the caches, keys [N, D, C] and values [N, C, D], padded to C = `length`."""
     missing = length - caches[0][0].shape[2]
     return [
         (

@@ -11,7 +11,7 @@ CONFIG = Config(
     name="cifar10",
     data=DataConfig(source="tfds:cifar10", height=32, width=32, channels=3),
     vqvae=VQVAEConfig(
-        # Quantizes prediction residuals: 8% lower error than "vector" at the same number of bits.
+        # Quantizes prediction residuals: 8% lower error at the same number of bits.
         quantizer="predictive",
         num_codes=512,  # K, width, blocks and β follow van den Oord et al. 2017, section 4.1
         code_dim=64,

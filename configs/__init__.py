@@ -1,4 +1,4 @@
-"""What a run is: dataclasses with checks, presets, and their JSON form. Standard library only."""
+"""Run configs: validated dataclasses, presets and JSON conversion. Standard library only."""
 
 from vqbeam.configs.fields import VqbeamError, first_line
 from vqbeam.configs.loading import (

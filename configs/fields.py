@@ -1,4 +1,4 @@
-"""Config fields that know their help text and their range, and sections that check them."""
+"""Config fields with help texts and ranges, and a base class for sections that checks them."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ class VqbeamError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line that another library's error says, or its name if it says nothing."""
+    """Returns the first line of an error's message, or its `repr` if the message is empty."""
     return next(iter(str(error).strip().splitlines()), repr(error))
 
 
@@ -27,13 +27,13 @@ def field(
     maximum: float | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
-    """Returns a dataclass field whose metadata hold what the arguments say."""
+    """Returns a dataclass field with the help text and the range in its metadata."""
     metadata = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def schedule_field() -> Any:
-    """Returns the field of a training's learning-rate schedule."""
+    """Returns the field for the learning-rate schedule."""
     return field(
         "learning rate after warm-up: cosine decay to 1% of the peak, or constant",
         "cosine",
@@ -42,7 +42,7 @@ def schedule_field() -> Any:
 
 
 def weight_ema_field() -> Any:
-    """Returns the field of the average of the weights that a training ends with."""
+    """Returns the field for the decay of the weight EMA."""
     return field(
         "decay of the moving average of the weights, which is the result; 0 for no average",
         0.0,
@@ -52,13 +52,13 @@ def weight_ema_field() -> Any:
 
 
 def dtype_field(of: str) -> Any:
-    """Returns the field of the precision of what is trained."""
+    """Returns the field for the compute precision; `of` names the network in the help text."""
     choices = ("float32", "mixed_bfloat16", "mixed_float16")
     return field(f"compute precision of the {of}", "float32", choices=choices)
 
 
 class Section:
-    """Checks each field of a config section against the range in its metadata."""
+    """A config section that checks each field against its type and the range in its metadata."""
 
     prefix = ""
 
@@ -71,7 +71,7 @@ class Section:
 
 
 def check_epochs(prefix: str, steps: int, steps_per_epoch: int) -> None:
-    """Raises a VqbeamError where checkpoints would not fall on the last step."""
+    """Raises a VqbeamError if the last step would not fall on a checkpoint."""
     if steps > steps_per_epoch and steps % steps_per_epoch:
         raise VqbeamError(
             f"{prefix}.steps is {steps}; make it a whole multiple of {prefix}.steps_per_epoch "
@@ -80,7 +80,7 @@ def check_epochs(prefix: str, steps: int, steps_per_epoch: int) -> None:
 
 
 def check_type(name: str, value: Any, kind: Any) -> None:
-    """Raises a VqbeamError where a value is not of its field's type; a float may be whole."""
+    """Raises a VqbeamError if a value has the wrong type; an int is accepted for a float."""
     kinds = typing.get_args(kind) or (kind,)
     fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
     if not fits or isinstance(value, bool):
@@ -89,7 +89,7 @@ def check_type(name: str, value: Any, kind: Any) -> None:
 
 
 def check(name: str, value: Any, limits: Any) -> None:
-    """Raises a VqbeamError where a value is out of the range in its field's metadata."""
+    """Raises a VqbeamError if a value is outside the range in its field's metadata."""
     if value is None:
         return
     choices, minimum, maximum = limits["choices"], limits["minimum"], limits["maximum"]

@@ -1,4 +1,4 @@
-"""Presets by name or by file, overrides, and the JSON form of a config."""
+"""Loads presets by name or from a file, applies overrides, and converts configs to JSON."""
 
 import dataclasses
 import difflib
@@ -22,13 +22,14 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name: str) -> Config:
-    """Returns the config of a built-in preset, or of the user's own preset file.
+    """Returns the config of a built-in preset or of a user's preset file.
 
     Args:
         name: A name from `preset_names()`, or the path of a Python file that sets `CONFIG`.
 
     Raises:
-        VqbeamError: There is no such preset, or the file does not set `CONFIG` to a `Config`.
+        VqbeamError: There is no such preset, the file cannot be imported, or it does not set
+            `CONFIG` to a `Config`.
     """
     module = _preset_module(name)
     config = getattr(module, "CONFIG", None)
@@ -68,9 +69,9 @@ def _one_line(error: Exception) -> str:
 
 
 def field_types() -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """Yields `(dotted name, field, type)` for every field that a run can set.
+    """Yields `(dotted name, field, type)` for every config field except `name`.
 
-    `seed` comes first; the type of an optional field is the type of its value.
+    `seed` comes first. For an optional field, the type is that of its value when set.
     """
     yield "seed", next(f for f in dataclasses.fields(Config) if f.name == "seed"), int
     for section, cls in SECTIONS.items():
@@ -81,14 +82,14 @@ def field_types() -> Iterator[tuple[str, dataclasses.Field, Any]]:
 
 
 def override(config: Config, values: Mapping[str, Any]) -> Config:
-    """Returns `config` with the fields named by dotted path set to new values.
+    """Returns a copy of `config` with new values for some fields.
 
     Args:
-        config: The config to start from; it is not changed.
-        values: For example `{"vqvae.num_codes": 1024, "seed": 1}`.
+        config: The original config; it is not modified.
+        values: New values by dotted name, such as `{"vqvae.num_codes": 1024, "seed": 1}`.
 
     Raises:
-        VqbeamError: A value is out of its field's range.
+        VqbeamError: A value has the wrong type or is out of range.
     """
     by_section: dict[str, dict[str, Any]] = {}
     top = {}
@@ -106,7 +107,7 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def smoke(config: Config) -> Config:
-    """Returns `config` shrunk to run in seconds, its kind of data and networks kept."""
+    """Returns `config` shrunk to run in seconds, with the same kinds of data and networks."""
     num_codes, fsq_levels = min(config.vqvae.num_codes, 32), config.vqvae.fsq_levels
     if config.vqvae.quantizer == "fsq" and num_codes < config.vqvae.num_codes:
         fsq_levels = "8,4"
@@ -115,7 +116,7 @@ def smoke(config: Config) -> Config:
         {
             "data.max_images": min(config.data.max_images or 64, 64),
             "data.images_per_shard": 48,
-            "data.max_failed": max(config.data.max_failed, 0.2),  # of 64, one is too many for 1%
+            "data.max_failed": max(config.data.max_failed, 0.2),  # 1% of 64 images allows none
             "vqvae.num_codes": num_codes,
             "vqvae.fsq_levels": fsq_levels,
             "vqvae.width": 8,
@@ -145,17 +146,18 @@ def smoke(config: Config) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Returns the config as nested dictionaries, ready for JSON."""
+    """Returns the config as nested dictionaries that can be written as JSON."""
     return dataclasses.asdict(config)
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """Returns the config that `to_dict` was given.
+    """Returns the config that `to_dict` converted.
 
-    A field that it lacks, since an earlier version of vqbeam had none such, has its default.
+    Missing fields (from older versions) take their defaults.
 
     Raises:
-        VqbeamError: A field is unknown, of another type, or out of its range.
+        VqbeamError: A section is missing, or a field is unknown, has the wrong type or is out of
+            range.
     """
     try:
         sections = {name: cls(**values[name]) for name, cls in SECTIONS.items()}
@@ -169,7 +171,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Returns a line such as `vqvae.num_codes: 512 → 1024` for every field that differs."""
+    """Returns one line per changed field, such as `vqvae.num_codes: 512 → 1024`."""
     before, after = _flat(old), _flat(new)
     return [
         f"{name}: {before[name]} → {after[name]}" for name in before if before[name] != after[name]

@@ -1,7 +1,7 @@
-"""What a run is: one frozen, validated dataclass per stage.
+"""The config of a run: one frozen, validated dataclass per stage.
 
-Each field carries its help text and its range, so that the command line, the checks and the
-documentation have one source.
+The help text and range of each field are the single source for the command line, the checks and the
+documentation.
 """
 
 import dataclasses
@@ -109,7 +109,7 @@ class SampleConfig(SamplerSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PriorConfig(Section):
-    """Transformer and training of stage 2."""
+    """Transformer and training settings of stage 2."""
 
     prefix = "prior"
 
@@ -176,7 +176,7 @@ class PriorConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VQVAEConfig(Section):
-    """Network, quantizer and training of stage 1."""
+    """Network, quantizer and training settings of stage 1."""
 
     prefix = "vqvae"
 
@@ -267,7 +267,7 @@ class VQVAEConfig(Section):
 
     @property
     def fsq_sizes(self) -> tuple[int, ...]:
-        """`fsq_levels` as numbers."""
+        """`fsq_levels` as a tuple of integers."""
         return tuple(int(size) for size in self.fsq_levels.split(","))
 
     def __post_init__(self):
@@ -307,7 +307,7 @@ class VQVAEConfig(Section):
 
 
 def fsq_codes(levels: str) -> int | None:
-    """Returns how many codes levels such as "8,8,8" make, or None where they are none."""
+    """Returns the number of codes for levels such as "8,8,8", or None if they cannot be parsed."""
     if not re.fullmatch(r"\d+(,\d+)*", levels):
         return None
     return math.prod(map(int, levels.split(",")))
@@ -315,7 +315,7 @@ def fsq_codes(levels: str) -> int | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """Where the images come from and the shape that they are brought to."""
+    """Source, splits and target shape of the images."""
 
     prefix = "data"
 
@@ -350,7 +350,7 @@ class DataConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodeConfig(Section):
-    """Batch encoding of the dataset."""
+    """Settings for encoding the dataset into codes."""
 
     prefix = "encode"
 
@@ -365,7 +365,7 @@ class EncodeConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A run in full: the seed and one section for each stage."""
+    """The complete config of a run: the seed and one section per stage."""
 
     name: str
     seed: int = field("seed of all random numbers", 0, minimum=0, maximum=2**31)
@@ -405,7 +405,7 @@ class Config:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the code grid, of the finer one where there are two."""
+        """Rows and columns of the code grid (of the finer one if there are two)."""
         factor = self.vqvae.downsampling
         return self.data.height // factor, self.data.width // factor
 

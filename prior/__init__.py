@@ -1,1 +1,1 @@
-"""Stage 2: codes to new codes."""
+"""Stage 2: the prior, a transformer that models and samples codes."""

@@ -1,26 +1,26 @@
-"""Training steps that compute a batch in parts, whose gradients add up to that of the batch."""
+"""Gradient accumulation: training steps that compute a batch in parts."""
 
 import keras
 from keras import ops, tree
 
 
 class AccumulatingModel(keras.Model):
-    """A Keras model whose training steps take no more memory than a part of the batch does.
+    """A Keras model that computes each batch in parts, to save memory.
 
-    The step is that of the whole batch: one update, one step of the schedule and of the average of
-    the weights. Random layers alone, such as dropout, draw other numbers.
+    Gradients are averaged over the parts, so a training step has one update, one step of the
+    schedule and one of the weight EMA, as without accumulation. Only random layers such as dropout
+    use different random numbers.
 
-    The model is given batches of inputs only, and has a `compute_loss` that is a mean over them.
+    Batches must contain inputs only, and `compute_loss` must return a mean over the batch.
 
     Attributes:
-        parts: In how many parts a batch is computed, one after the other. It must divide the share
-            of a batch that each device gets.
+        parts: Number of parts of a batch. It must divide the number of examples per device.
     """
 
     parts = 1
 
     def train_step(self, *arguments):
-        """Trains on one batch; Keras calls it, with other arguments on each backend."""
+        """Trains on one batch; called by Keras, with arguments that depend on the backend."""
         if self.parts == 1:
             return super().train_step(*arguments)
         if keras.backend.backend() == "jax":
@@ -38,7 +38,7 @@ class AccumulatingModel(keras.Model):
             with tf.GradientTape() as tape:
                 loss = self.compute_loss(x=part, y_pred=self(part, training=True))
                 scaled = self.optimizer.scale_loss(loss)
-            # Of an embedding the gradient is sparse.
+            # Convert, since the gradients of embeddings are sparse.
             gradients = [tf.convert_to_tensor(g) for g in tape.gradient(scaled, weights)]
             return tree.map_structure(ops.add, state, [loss, *gradients])
 
@@ -82,7 +82,7 @@ class AccumulatingModel(keras.Model):
 
 
 def _part(inputs, index, parts: int):
-    """Returns every `parts`-th example: where devices hold a half each, so do they of a part."""
+    """Returns every `parts`-th example from `index` on, so each device keeps an equal share."""
 
     def of(tensor):
         rows = ops.reshape(tensor, (-1, parts, *tensor.shape[1:]))

@@ -1,4 +1,4 @@
-"""A block of the prior's transformer."""
+"""The transformer block of the prior, with 2-D rotary position embeddings."""
 
 import dataclasses
 import math
@@ -13,21 +13,21 @@ from vqbeam.vqvae.layout import CodeLayout
 
 @keras.saving.register_keras_serializable("vqbeam")
 class Block(keras.layers.Layer):
-    """A pre-norm transformer block with rotary positions and a SwiGLU.
+    """A pre-norm transformer block with causal attention, rotary positions and SwiGLU.
 
-    Computes `x + attention(norm(x))`, then `x + mlp(norm(x))`, with root-mean-square norms
-    (Zhang and Sennrich, https://arxiv.org/abs/1910.07467, eq. 4) and the feed-forward
-    `(silu(x W) * x V) W2` (Shazeer, https://arxiv.org/abs/2002.05202, eq. 6), which is 8/3 as wide
-    as the block so that its three matrices hold as many weights as the usual two.
+    Computes `x + attention(norm(x))`, then `x + mlp(norm(x))`, with RMS norms (Zhang and Sennrich,
+    https://arxiv.org/abs/1910.07467, eq. 4) and the feed-forward network `(silu(x W) * x V) W2`
+    (Shazeer, https://arxiv.org/abs/2002.05202, eq. 6). Its hidden width is 8/3 of the block's
+    width, so its three matrices have as many weights as the usual two.
 
     Args:
-        layout: How the codes of an image lie in a sequence of T.
+        layout: The `CodeLayout` of an image's T codes.
         width: Width of the residual stream.
-        heads: Attention heads; `width / heads` is a multiple of 4.
-        kv_heads: Heads of keys and values, each shared by `heads / kv_heads` heads of queries, so
-            that caches are smaller (Ainslie et al., "GQA", https://arxiv.org/abs/2305.13245);
-            0 for as many as `heads`.
-        dropout: Dropout rate on what each branch adds.
+        heads: Number of attention heads; `width / heads` must be a multiple of 4.
+        kv_heads: Number of key/value heads for grouped-query attention (Ainslie et al., "GQA",
+            https://arxiv.org/abs/2305.13245), each shared by `heads / kv_heads` query heads, for
+            smaller caches; 0 for the same number as `heads`.
+        dropout: Dropout rate on the output of each branch.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Block(keras.layers.Layer):
         self.dropout = keras.layers.Dropout(dropout, dtype=policy)
 
     def build(self, input_shape: tuple[int | None, ...]):
-        """Creates the weights, for inputs [B, N, width]."""
+        """Creates the weights for inputs [B, N, width]."""
         self.attention_norm.build(input_shape)
         self.qkv.build(input_shape)
         self.attention_output.build(input_shape)
@@ -66,11 +66,11 @@ class Block(keras.layers.Layer):
         self.down.build((*input_shape[:-1], self.hidden))
 
     def call(self, x, training=False):
-        """Applies the block to whole sequences.
+        """Applies the block to complete sequences.
 
         Args:
             x: Tensor [B, T, width].
-            training: Whether dropout is on.
+            training: Whether to apply dropout.
 
         Returns:
             A tensor [B, T, width].
@@ -81,17 +81,17 @@ class Block(keras.layers.Layer):
         return x + self.dropout(self._mlp(x), training=training)
 
     def step(self, x, key_cache, value_cache, position):
-        """Applies the block to one position, given the keys and values of those before.
+        """Applies the block to one position, using cached keys and values of earlier positions.
 
         Args:
             x: Tensor [B, 1, width], the input at `position`.
-            key_cache: Rotated keys [B · kv_heads, width / heads, C]; those from `position` on are
-                not read.
+            key_cache: Rotated keys [B · kv_heads, width / heads, C]; entries at `position` and
+                later are ignored.
             value_cache: Values [B · kv_heads, C, width / heads].
-            position: int32 scalar below C.
+            position: int32 scalar in [0, C).
 
         Returns:
-            The output [B, 1, width], and both caches with `position` filled in.
+            The output [B, 1, width], and both caches, updated at `position`.
         """
         cos, sin = (
             ops.slice(table, (position, 0), (1, self.head_dim // 2))
@@ -105,7 +105,7 @@ class Block(keras.layers.Layer):
         return x + self._mlp(x), key_cache, value_cache
 
     def empty_caches(self, batch_size: int, length: int) -> tuple:
-        """Returns caches of zeros for `step` to fill, with C = `length`."""
+        """Returns zero-initialized key and value caches for `step`, with C = `length`."""
         rows = batch_size * self.kv_heads
         shapes = (rows, self.head_dim, length), (rows, length, self.head_dim)
         return tuple(ops.zeros(shape, self.compute_dtype) for shape in shapes)
@@ -113,8 +113,8 @@ class Block(keras.layers.Layer):
     def _query_keys_values(self, x, cos, sin):
         """Returns queries [B, H, N, D], keys [B · G, D, N] and values [B · G, N, D].
 
-        Keys are columns, and images and heads share an axis: as [B, G, N, D], XLA copies the caches
-        several times at each step where B is 1.
+        Keys are transposed, and batch and heads share an axis: with [B, G, N, D], XLA would copy
+        the caches several times per step if B is 1.
         """
         length = x.shape[1]
         qkv = self.qkv(self.attention_norm(x))
@@ -128,7 +128,7 @@ class Block(keras.layers.Layer):
         return rotate(query, cos, sin), ops.swapaxes(keys, 1, 2), values
 
     def _attend(self, query, keys, values, mask):
-        # Trained on a CPU in float32, this takes two thirds of the time of
+        # For float32 training on a CPU, this takes two thirds of the time of
         # `ops.dot_product_attention` (benchmarks/choices.py).
         length = query.shape[2]
         scores = ops.matmul(self._grouped(query * self.head_dim**-0.5), keys)
@@ -141,7 +141,7 @@ class Block(keras.layers.Layer):
         return self.attention_output(ops.reshape(attended, (-1, length, self.width)))
 
     def _grouped(self, x):
-        """Puts heads that share keys below each other: [B, H, N, C] to [B · G, H / G · N, C]."""
+        """Reshapes [B, H, N, C] to [B · G, H / G · N, C], stacking query heads that share keys."""
         return ops.reshape(x, (-1, self.heads // self.kv_heads * x.shape[2], x.shape[3]))
 
     def _mlp(self, x):
@@ -160,8 +160,8 @@ class Block(keras.layers.Layer):
         return super().get_config() | own
 
 
-# A grid has tens of rows, not thousands of words: with the base 10000 of language models most
-# pairs would hardly turn at all.
+# Grids have only tens of rows. With the base of 10000 used in language models, most pairs would
+# hardly be rotated.
 BASE = 100.0
 
 
@@ -170,10 +170,10 @@ def rotary_tables(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the cosines and sines that rotate queries and keys by row and column.
 
-    The first half of the pairs turns by `row · θ_i`, the second half by `column · θ_i`, where
-    `θ_i = BASE^(-i / (head_dim / 4))`. Input 0 is the class token, which has no place on the grid
-    and is not rotated; input p > 0 carries code p - 1 and turns by its place. The last code is no
-    input.
+    The first half of the pairs is rotated by `row · θ_i`, the second half by `column · θ_i`, where
+    `θ_i = BASE^(-i / (head_dim / 4))`. Input 0 is the class token, which has no position on the
+    grid and is not rotated. Input p > 0 is code p - 1, rotated by its position on the grid. The
+    last code is not an input.
 
     Rotary embeddings are eq. 34 of Su et al., "RoFormer: Enhanced Transformer with Rotary
     Position Embedding" (https://arxiv.org/abs/2104.09864); the split by axis and the base are the
@@ -181,12 +181,12 @@ def rotary_tables(
     (https://arxiv.org/abs/2403.13298).
 
     Args:
-        rows: Row of each code, float [T], whole or not.
+        rows: Row of each code, float [T]; fractions are allowed.
         columns: Column of each code, float [T].
         head_dim: Width of an attention head, a multiple of 4.
 
     Returns:
-        Two float32 arrays [T, head_dim / 2], one row for each input position.
+        Two float32 arrays [T, head_dim / 2], one row per input position.
     """
     frequencies = BASE ** -(np.arange(head_dim // 4) / (head_dim // 4))
     angles = [places[:-1, None] * frequencies for places in (rows, columns)]
@@ -196,12 +196,12 @@ def rotary_tables(
 
 
 def rotate(x, cos, sin):
-    """Rotates the pairs `(x[i], x[i + D/2])` of the last axis by the angles of the tables.
+    """Rotates the pairs `(x[i], x[i + D/2])` of the last axis by the given angles.
 
     Args:
         x: Tensor [..., D].
-        cos: Cosines, broadcastable to [..., D / 2].
-        sin: Sines of the same shape.
+        cos: Cosines of the angles, broadcastable to [..., D / 2].
+        sin: Sines of the angles, with the same shape.
 
     Returns:
         A tensor with the shape and dtype of `x`.

@@ -1,4 +1,4 @@
-"""How likely a prior finds codes that are given."""
+"""Log-likelihood of given codes under a prior."""
 
 from collections.abc import Callable
 
@@ -9,18 +9,18 @@ from keras import ops
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.fitting.compilation import compile_function
 
-# From codes int [B, *layout.shape] and labels int [B] to nats float32 [B], all NumPy.
+# Codes, int [B, *layout.shape], and labels, int [B] or [B, A], to nats, float32 [B]; all NumPy.
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def code_scorer(prior: CodePrior, counted: np.ndarray | None = None) -> Score:
     """Returns a compiled function from codes and labels to the log-likelihood of the codes.
 
-    It is the sum over positions of log p(code | label, codes before it), in nats, 0 at most.
+    The log-likelihood is the sum over positions of log p(code | label, previous codes), in nats.
 
     Args:
         prior: The prior.
-        counted: Bool [*layout.shape], the positions that count; all of them by default.
+        counted: Bool [*layout.shape], the positions to include; all by default.
     """
     weights = np.ones(prior.layout.length, "float32")
     if counted is not None:

@@ -1,4 +1,4 @@
-"""A run's models as functions of TensorFlow alone, which a SavedModel holds."""
+"""The models of a run as TensorFlow functions for a SavedModel."""
 
 import contextlib
 import dataclasses
@@ -15,20 +15,22 @@ from vqbeam.vqvae.model import VQVAE
 
 
 def serving_signatures(vqvae: VQVAE, prior: CodePrior, settings: SamplerSettings) -> dict[str, Any]:
-    """Returns concrete functions by name, for batches of any size.
+    """Returns TensorFlow concrete functions by name, for batches of any size.
 
-    `encode` takes `images`, uint8 [B, H, W, C], and returns `codes`, int32 [B, *layout.shape];
-    `decode` does the reverse. `sample` takes `labels`, int32 [B], or [B, A] of attributes, −1 for
-    none, and `seed`, an int64 scalar; it returns `images` and `codes`, drawn with `settings`.
-    `sample_with_settings` takes scalars besides: `first_index`, int64, which image of the seed the
-    first one is; and in place of the settings `temperature`, `top_k` (0 for all), `top_p`,
-    `min_p`, and, where there are labels, `guidance`, whose schedule stays as it is. Image i of a
-    seed is that of `Sampler`.
+    - `encode` takes `images`, uint8 [B, H, W, C], and returns `codes`, int32 [B, *layout.shape].
+    - `decode` takes such `codes` and returns `images`.
+    - `sample` takes `labels`, int32 [B], or attributes [B, A], −1 for none, and `seed`, an int64
+      scalar. It samples with `settings` and returns `images` and `codes`.
+    - `sample_with_settings` also takes scalars: `first_index`, int64, the index of the first image
+      within the seed; `temperature`, `top_k` (int32, 0 for all), `top_p` and `min_p`; and, if the
+      prior has labels, `guidance`, with the schedule from `settings`.
+
+    Image i of a seed is the same as with `Sampler`.
 
     Args:
-        vqvae: On the TensorFlow backend, like `prior`.
-        prior: Of the VQ-VAE's codes.
-        settings: How `sample` draws.
+        vqvae: The VQ-VAE, on the TensorFlow backend.
+        prior: The prior of its codes, on the TensorFlow backend.
+        settings: Sampling settings of `sample`.
     """
     codes = tf.TensorSpec((None, *vqvae.layout.shape), tf.int32)
     images = tf.TensorSpec((None, *vqvae.network["image_shape"]), tf.uint8)
@@ -68,7 +70,7 @@ class _Drawing:
 
     def sample_with_settings(self, labels, seed, first_index, guidance=None, **settings):
         layout = self.prior.layout
-        # How far each position goes from 1, which is no guidance, to the scale.
+        # Per position, the fraction of the way from 1 (no guidance) to the scale.
         shares = (
             guidance_scales(dataclasses.replace(self.settings, guidance=2.0), layout.length) - 1
         )
@@ -92,9 +94,9 @@ def _range(first, labels):
 
 @contextlib.contextmanager
 def _no_need_of_xla():
-    """Has Keras update slices without XLA's operation, whose compiler TensorFlow Serving lacks.
+    """A context in which Keras updates slices without an XLA op, as TensorFlow Serving has no XLA.
 
-    Keras has no other way to say so; the operation is fast where it is compiled.
+    Keras has no option for this, so its function is replaced.
     """
     before = keras_core.slice_update
     keras_core.slice_update = _slice_update
@@ -105,7 +107,7 @@ def _no_need_of_xla():
 
 
 def _slice_update(inputs, start_indices, updates):
-    """Does what `keras.ops.slice_update` does, for updates as long as the inputs, or 1 long."""
+    """Like `keras.ops.slice_update`, for updates whose axes have the input's length or length 1."""
     inside = tf.constant(True)
     for axis, start in enumerate(start_indices):
         if updates.shape[axis] != inputs.shape[axis]:
@@ -118,27 +120,27 @@ def _slice_update(inputs, start_indices, updates):
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 _KEY_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
-_WORDS = 4  # of a block
+_WORDS = 4  # per block
 
 
 def graph_uniforms(seed, indices, length: int):
-    """Returns the numbers of `uniforms`, bit for bit, by operations of TensorFlow alone.
+    """Returns the same random numbers as `uniforms`, bit for bit, using only TensorFlow ops.
 
     Args:
         seed: int64 scalar.
-        indices: int64 tensor [N] from 0 up.
-        length: Numbers for an image.
+        indices: int64 tensor [N], at least 0.
+        length: Random numbers per image.
 
     Returns:
         A float32 tensor [N, length] in [0, 1).
     """
     blocks = -(-length // _WORDS)
-    # The seed modulo 2^128: a negative one fills the upper word of the key with ones.
+    # The seed modulo 2^128: if it is negative, the upper word of the key is all ones.
     sign = tf.bitwise.right_shift(seed, tf.constant(63, tf.int64))
     key = tf.bitcast(seed, tf.uint64), tf.bitcast(sign, tf.uint64)
     shape = tf.stack([tf.shape(indices)[0], blocks])
     zeros = tf.zeros(shape, tf.uint64)
-    # NumPy counts up before each block.
+    # NumPy increments the counter before each block.
     low = zeros + tf.cast(tf.range(1, blocks + 1), tf.uint64)
     high = zeros + tf.cast(indices, tf.uint64)[:, None]
     words = tf.stack(_philox((low, zeros, zeros, high), key), axis=-1)  # [N, blocks, 4]
@@ -147,7 +149,7 @@ def graph_uniforms(seed, indices, length: int):
 
 
 def _philox(counter, key):
-    """Returns a block of Philox4x64-10, four words, for each counter of four words."""
+    """Returns the Philox4x64-10 block of four words for each counter of four words."""
     a, b, c, d = counter
     for _ in range(_ROUNDS):
         (high, low), (other_high, other_low) = _product(a, 0), _product(c, 1)
@@ -158,9 +160,9 @@ def _philox(counter, key):
 
 
 def _product(x, which: int):
-    """Returns the upper and lower words of the 128 bits of x times a multiplier.
+    """Returns the upper and lower words of the 128-bit product of x and a multiplier.
 
-    By halves of 32 bits, for there is no operation that keeps the upper word.
+    Computed from 32-bit halves, since TensorFlow has no op that returns the upper word.
     """
     multiplier = _MULTIPLIERS[which]
     top, bottom = _word(multiplier >> 32), _word(multiplier % 2**32)

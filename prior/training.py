@@ -1,4 +1,4 @@
-"""Trains the prior of a run on the codes of its images."""
+"""Trains, loads and evaluates the prior of a run."""
 
 import math
 from collections.abc import Sequence
@@ -30,24 +30,25 @@ from vqbeam.vqvae.storage.run_folder import MODELS, RunFolder
 from vqbeam.vqvae.training import MODEL_FILE, check_fits, load_vqvae
 
 STAGE = "train-prior"
-# Enough to see where training goes; the whole split is measured once, at the end.
+# Validation images per epoch, to monitor training; the complete split is evaluated at the end.
 _VALIDATION_IMAGES = 2048
 
 
 def train_prior(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = ()) -> dict:
-    """Trains the prior of a run, from its last checkpoint where there is one.
+    """Trains the prior of a run, resuming from its last checkpoint if there is one.
 
-    Writes `model.keras`, TensorBoard logs and the manifest. A finished stage is left as it is.
+    Writes `model.keras`, TensorBoard logs and the manifest. Does nothing if the stage is already
+    done.
 
     Args:
         run_path: The run's folder.
-        callbacks: Further callbacks of Keras, which see the training.
+        callbacks: Additional Keras callbacks for training.
 
     Returns:
-        The stage's manifest, with the measures over the whole validation split.
+        The stage's manifest, with the metrics on the complete validation split.
 
     Raises:
-        VqbeamError: The codes are not there or damaged, or training diverged.
+        VqbeamError: The codes are missing or damaged, or training diverged.
     """
     run = RunFolder(run_path)
     if run.is_done(STAGE):
@@ -59,7 +60,7 @@ def train_prior(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = (
     path = run.folder(STAGE) / MODEL_FILE
     with damaged_records(run.folder("encode")):
         history = _fit(run, config, codes, callbacks)
-        # What is measured is what is stored.
+        # Evaluate the model as stored.
         model = load_model(path)
         model.compile()
         measures = evaluate(model, _validation(run, config), config)
@@ -75,7 +76,7 @@ def train_prior(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = (
 
 
 def build_prior(config: Config, labels: Labels) -> CodePrior:
-    """Returns an untrained prior for a run whose data are labelled so."""
+    """Returns an untrained prior for a run and its labels; sets the global random seeds."""
     set_seed(config.seed)
     return CodePrior(
         code_layout(config),
@@ -91,13 +92,13 @@ def build_prior(config: Config, labels: Labels) -> CodePrior:
 
 
 def load_prior(run: RunFolder) -> CodePrior:
-    """Returns the trained prior of a run, which computes in float32 however it was trained.
+    """Returns the trained prior of a run, in float32 regardless of the training precision.
 
-    In bfloat16, logits are so coarse that the images of a seed would depend on the batch size; and
-    drawing takes twice as long on a CPU.
+    With bfloat16, logits are so coarse that the samples of a seed would depend on the batch size,
+    and sampling takes twice as long on a CPU.
 
     Raises:
-        VqbeamError: It is not trained, or the model is not that of the run's config.
+        VqbeamError: The prior has not been trained, or does not match the run's config.
     """
     run.require(STAGE, among=MODELS)
     path = run.folder(STAGE) / MODEL_FILE
@@ -109,23 +110,23 @@ def load_prior(run: RunFolder) -> CodePrior:
 
 
 def evaluate(model: CodePrior, batches, config: Config) -> dict[str, float]:
-    """Measures a compiled prior on batches of codes and labels.
+    """Returns the metrics of a compiled prior on batches of codes and labels.
 
     Returns:
-        `nats_per_code`, the mean cross-entropy, and `bits_per_dim`, the same information spread
-        over the H·W·C numbers of an image. It counts the codes alone, not what the decoder loses.
+        `nats_per_code`, the mean cross-entropy, and `bits_per_dim`, the same in bits per value of
+        an image (H·W·C values), without the reconstruction error.
     """
     nats = float(model.evaluate(batches, return_dict=True, verbose=0)["loss"])
     return {"nats_per_code": nats, "bits_per_dim": bits_per_dim(nats, model.layout, config)}
 
 
 def bits_per_dim(nats_per_code: float, layout: CodeLayout, config: Config) -> float:
-    """Returns nats per code as bits for each of the H·W·C numbers of an image."""
+    """Returns nats per code converted to bits per value of an image (H·W·C values)."""
     return nats_per_code * layout.length / math.log(2) / math.prod(config.image_shape)
 
 
 def build_optimizer(settings: PriorConfig) -> AdamW:
-    """Returns the optimizer of stage 2, with its schedule."""
+    """Returns the optimizer of stage 2, including its schedule."""
     optimizer = AdamW(
         weight_decay=settings.weight_decay, beta_2=0.95, **optimizer_options(settings)
     )
@@ -134,10 +135,10 @@ def build_optimizer(settings: PriorConfig) -> AdamW:
 
 
 def _fit(run: RunFolder, config: Config, codes: dict, callbacks: Sequence) -> list[dict]:
-    """Trains the model and writes it; returns the measures of each epoch."""
+    """Trains and saves the model; returns the metrics of each epoch."""
     settings = config.prior
     callbacks = [_BitsPerDimension(config), *callbacks]
-    if settings.pictures and run.manifest("train-vqvae"):  # codes alone may be all there is
+    if settings.pictures and run.manifest("train-vqvae"):  # the run may have only codes
         callbacks.append(_pictures(run, config, Labels.of(codes)))
     with data_parallel(settings.batch_size // settings.grad_accumulation, settings.dtype):
         model = build_prior(config, Labels.of(codes))
@@ -165,7 +166,7 @@ def _fit(run: RunFolder, config: Config, codes: dict, callbacks: Sequence) -> li
 
 
 class _BitsPerDimension(keras.callbacks.Callback):
-    """Adds bits per dimension to what is measured in an epoch."""
+    """Adds bits per dimension to the metrics of each epoch."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -179,7 +180,7 @@ class _BitsPerDimension(keras.callbacks.Callback):
 
 def _pictures(run: RunFolder, config: Config, labels: Labels) -> "Pictures":
     count = config.prior.pictures
-    if labels.kind == "attributes":  # such as go together
+    if labels.kind == "attributes":  # use real label combinations
         size = open_dataset(run.folder("encode")).info.splits["validation"].num_examples
         examples = _examples(run, "validation", last=min(size, count)).as_numpy_iterator()
         numbers, names = np.stack([example["labels"] for example in examples]), None
@@ -191,7 +192,7 @@ def _pictures(run: RunFolder, config: Config, labels: Labels) -> "Pictures":
 
 
 def _training(run: RunFolder, config: Config, codes: dict, model: CodePrior, first_step: int):
-    """Returns endless batches in which a share of the labels is replaced by the null class."""
+    """Returns endless training batches with labels randomly replaced by the null label."""
     batch_size = config.prior.batch_size
     batches = training_batches(
         _examples(run, "train"),
@@ -204,7 +205,7 @@ def _training(run: RunFolder, config: Config, codes: dict, model: CodePrior, fir
     def drop_labels(step, batch):
         numbers = tf.random.stateless_uniform([batch_size], [config.seed, step])
         dropped = numbers < config.prior.label_dropout
-        # Of attributes, all or none are dropped.
+        # The attributes of an image are dropped together.
         dropped = tf.reshape(dropped, [batch_size, *[1] * (len(batch["labels"].shape) - 1)])
         labels = tf.where(dropped, model.null_label, batch["labels"])
         return {**batch, "labels": labels}
@@ -229,17 +230,16 @@ def _examples(run: RunFolder, split: str, last: int | None = None):
 
 
 class Pictures(keras.callbacks.Callback):
-    """Shows TensorBoard, after each epoch, images that the prior draws.
+    """Writes samples from the prior to TensorBoard after each epoch.
 
-    They are always those of the same labels and random numbers, drawn as the prior is: without
-    guidance or filters.
+    Labels and random numbers are the same in each epoch; no guidance or filters are used.
 
     Args:
-        folder: Of the event files.
-        vqvae: Decodes the codes.
-        labels: int32 [N], the label of each image, −1 for none; or its attributes [N, A].
-        names: The name of each image's label; None where there are no classes.
-        seed: Of the random numbers.
+        folder: Folder for the event files.
+        vqvae: VQ-VAE that decodes the codes.
+        labels: Label of each image, int32 [N], −1 for none; or its attributes [N, A].
+        names: Name of each image's label; None for a grid without headings.
+        seed: Random seed.
     """
 
     def __init__(
@@ -258,11 +258,11 @@ class Pictures(keras.callbacks.Callback):
         self.epoch = 0
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Notes the epoch."""
+        """Stores the epoch number."""
         self.epoch = epoch
 
     def on_test_begin(self, logs=None):
-        """Writes the images: where validation begins, the weights are those that would be kept."""
+        """Writes the images here, since validation uses the weights that would be saved."""
         self.sampler = self.sampler or Sampler(self.model, len(self.labels))
         codes = self.sampler(self.labels, self.seed)
         images = keras.ops.convert_to_numpy(self.decode(codes))

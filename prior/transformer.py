@@ -1,8 +1,8 @@
 """The prior of stage 2: a causal transformer over the codes of an image.
 
-The codes, whatever their layout, are read as one sequence of T tokens. The transformer's inputs are
-`[class, code 0, ..., code T-2]` and it predicts `code 0, ..., code T-1`: input position p predicts
-the code at position p of the sequence.
+In any layout, the codes are one sequence of T tokens. The inputs of the transformer are
+`[class, code 0, ..., code T-2]`, and it predicts `code 0, ..., code T-1`: the output at position p
+predicts code p.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from vqbeam.vqvae.layout import CodeLayout
 
 @keras.saving.register_keras_serializable("vqbeam")
 class CodePrior(AccumulatingModel):
-    """The distribution of the codes of an image given its class, one code at a time.
+    """An autoregressive transformer over an image's codes, conditioned on its label.
 
-    Compile it with an optimizer alone: the loss is its own, the mean cross-entropy in nats per
-    code. The head starts at zero, so that an untrained model has a loss of exactly log K.
+    Compile it with an optimizer only: the model has its own loss, the mean cross-entropy in nats
+    per code. The head is initialized to zero, so an untrained model has a loss of exactly log K.
 
     Example:
         >>> layout = CodeLayout(512, grids=((8, 8),))
@@ -32,22 +32,22 @@ class CodePrior(AccumulatingModel):
         >>> prior.compile(keras.optimizers.AdamW(1e-3))
         >>> prior.fit(dataset)  # of {"codes": [B, 8, 8], "labels": [B]}
 
-    An image may have one class, or any number of attributes. The token of a class is an embedding;
-    that of attributes is the sum of an embedding for each that is on, and of one that all share.
+    An image has one class, or any number of attributes. The first token is the embedding of the
+    class, or the sum of a shared embedding and one for each attribute that is on.
 
     Args:
-        layout: How the codes of an image lie in one sequence.
-        num_labels: Classes or attributes; 0 for an unconditional model.
-        conditioning: Which of the two: "classes" or "attributes".
-        layers: Transformer blocks.
+        layout: The `CodeLayout` of an image's codes.
+        num_labels: Number of classes or attributes; 0 for an unconditional model.
+        layers: Number of transformer blocks.
         width: Width of the residual stream.
-        heads: Attention heads; `width / heads` is a multiple of 4.
-        kv_heads: Heads of keys and values, which divide `heads`; 0 for as many.
+        heads: Number of attention heads; `width / heads` must be a multiple of 4.
+        kv_heads: Number of key/value heads, a divisor of `heads`; 0 for the same number as `heads`.
         dropout: Dropout rate in the blocks.
+        conditioning: "classes" or "attributes".
 
     Attributes:
-        null_label: What stands for "no class", `num_labels`, or in place of each attribute for "no
-            attributes known", −1.
+        null_label: Label for unconditional sampling: `num_labels` for "no class", or −1 in place
+            of each attribute for "no attributes given".
     """
 
     def __init__(
@@ -68,16 +68,15 @@ class CodePrior(AccumulatingModel):
         self.num_labels, self.width, self.heads, self.dropout = num_labels, width, heads, dropout
         self.kv_heads = kv_heads or heads
         policy = self.dtype_policy
-        # One more for no class in particular; of attributes, another that all images share.
+        # One more row for the null label; with attributes, another that all images share.
         rows = num_labels + (2 if conditioning == "attributes" else 1)
         self.label_embedding = keras.layers.Embedding(rows, width, dtype=policy)
-        # A row for each code of each level: those of two levels have but their numbers in common.
+        # A row for each code of each level: equal codes of different levels are unrelated.
         self.code_embedding = keras.layers.Embedding(
             layout.levels * layout.num_codes, width, dtype=policy
         )
-        # Rotary positions are relative, but what belongs in a corner does not move about: each
-        # input also learns its place in the sequence. It predicts the next one, so one table says
-        # both where the input is and where its prediction goes, and of which levels the two are.
+        # Rotary positions are relative, but image content also depends on the absolute position.
+        # Each input predicts the next code, so one table encodes the positions and levels of both.
         self.position_embedding = keras_nlp.layers.PositionEmbedding(
             layout.length, initializer="uniform", dtype=policy
         )
@@ -90,7 +89,7 @@ class CodePrior(AccumulatingModel):
         self._build_layers()
 
     def _build_layers(self):
-        # Here rather than at the first call: a model that has just been loaded has its weights.
+        # Built in the constructor, so that a newly created model can load weights.
         sequence = (None, self.layout.length, self.width)
         self.label_embedding.build((None,))
         self.code_embedding.build((None, None))
@@ -100,18 +99,17 @@ class CodePrior(AccumulatingModel):
 
     @property
     def null_label(self) -> int:
-        """What stands for no class in particular; of attributes, in place of each of them."""
+        """Label for "no class", or the value of every attribute for "no attributes given"."""
         return -1 if self.conditioning == "attributes" else self.num_labels
 
     def call(self, inputs: dict[str, Any], training: bool = False):
-        """Returns the logits of every code given its class and the codes before it.
+        """Returns the logits of all codes, each given the label and the previous codes.
 
         Args:
-            inputs: `codes`, integers [B, *layout.shape] in [0, K), and `labels`, integers [B] from
-                0 up to `null_label`; -1, the label of a dataset without classes, means
-                `null_label` too. Of attributes [B, A], 1 for each that is on, else 0; rows of −1
-                where they are not known.
-            training: Whether dropout is on.
+            inputs: Dictionary with `codes`, integers [B, *layout.shape] in [0, K), and `labels`:
+                classes, integers [B] in [0, `null_label`], where −1 also means `null_label`; or
+                attributes [B, A] of zeros and ones, with rows of −1 if unknown.
+            training: Whether to apply dropout.
 
         Returns:
             A float32 tensor [B, T, K].
@@ -126,16 +124,16 @@ class CodePrior(AccumulatingModel):
         return self._logits(x)
 
     def step(self, x, caches: list, position):
-        """Returns the logits at one position, given the keys and values of those before.
+        """Returns the logits at one position, using cached keys and values of earlier positions.
 
         Args:
-            x: Tensor [B, 1, width]: `embed_labels` at position 0, later on `embed_codes` of the
-                code before.
-            caches: From `empty_caches`, or from the step before.
-            position: int32 scalar, which position of the sequence is predicted.
+            x: Tensor [B, 1, width]: `embed_labels` at position 0, then `embed_codes` of the
+                previous code.
+            caches: From `empty_caches` or the previous step.
+            position: int32 scalar, the position to predict.
 
         Returns:
-            Logits, a float32 tensor [B, K], and the new caches.
+            Logits, a float32 tensor [B, K], and the updated caches.
         """
         x = x + self.position_embedding(x, start_index=position)
         updated = []
@@ -145,11 +143,11 @@ class CodePrior(AccumulatingModel):
         return self._logits(x, position)[:, 0], updated
 
     def empty_caches(self, batch_size: int, length: int) -> list:
-        """Returns the caches of each block; see `Block.step`."""
+        """Returns zero-initialized caches for each block; see `Block.step`."""
         return [block.empty_caches(batch_size, length) for block in self.blocks]
 
     def embed_labels(self, labels):
-        """Returns the class tokens [B, 1, width] of integer labels [B], or of attributes [B, A]."""
+        """Returns the class tokens [B, 1, width] for classes [B] or attributes [B, A]."""
         if self.conditioning == "attributes":
             return self._embed_attributes(labels)
         labels = ops.where(labels < 0, self.null_label, labels)
@@ -163,11 +161,11 @@ class CodePrior(AccumulatingModel):
         return ops.matmul(ops.cast(rows, self.compute_dtype), table)[:, None]
 
     def embed_codes(self, codes, first=0):
-        """Returns the embeddings [B, N, width] of the integer codes [B, N] from `first` on.
+        """Returns the embeddings [B, N, width] of consecutive codes [B, N].
 
         Args:
-            codes: Integers in [0, K), which is an embedding of its own at each level.
-            first: int32 scalar, position of the first of them in the sequence.
+            codes: Integers in [0, K). Each level has its own embeddings.
+            first: int32 scalar, position of the first code in the sequence.
         """
         rows = self.layout.level * self.layout.num_codes
         return self.code_embedding(ops.add(codes, ops.slice(rows, (first,), (codes.shape[1],))))
@@ -176,7 +174,7 @@ class CodePrior(AccumulatingModel):
         return ops.cast(self.head(self.output_norm(x), position=position), "float32")
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Returns the mean cross-entropy in nats per code, which Keras reports as `loss`."""
+        """Returns the mean cross-entropy in nats per code."""
         return self.cross_entropy(ops.reshape(x["codes"], (-1, self.layout.length)), y_pred)
 
     def get_config(self) -> dict[str, Any]:
@@ -196,12 +194,12 @@ class CodePrior(AccumulatingModel):
 
 @keras.saving.register_keras_serializable("vqbeam")
 class LevelHead(keras.layers.Layer):
-    """Maps each position by the matrix of the level of its code, one of [width, K] for each level.
+    """A linear output layer with a separate matrix [width, K] for each level of codes.
 
-    The matrices start at zero, so that an untrained model has a loss of exactly log K.
+    The matrices are initialized to zero, so an untrained model has a loss of exactly log K.
 
     Args:
-        layout: How the codes of an image lie in one sequence.
+        layout: The `CodeLayout` of an image's codes.
     """
 
     def __init__(self, layout: CodeLayout, **kwargs: Any):
@@ -209,19 +207,19 @@ class LevelHead(keras.layers.Layer):
         self.layout = CodeLayout.of(layout)
 
     def build(self, input_shape: tuple[int | None, ...]):
-        """Creates the weights, for inputs [B, N, width]."""
+        """Creates the weights for inputs [B, N, width]."""
         shape = (self.layout.levels, input_shape[-1], self.layout.num_codes)
         self.kernel = self.add_weight(shape=shape, initializer="zeros", name="kernel")
 
     def call(self, x, position=None):
-        """Returns the logits of a whole sequence, or of one position.
+        """Returns the logits of a complete sequence or of one position.
 
         Args:
-            x: Tensor [B, T, width], or [B, 1, width] of one position.
-            position: int32 scalar in [0, T), which position that is; None for all.
+            x: Tensor [B, T, width], or [B, 1, width] for one position.
+            position: int32 scalar in [0, T), the position of x; None for a complete sequence.
 
         Returns:
-            A tensor [B, T, K], or [B, 1, K] of one position.
+            A tensor [B, T, K], or [B, 1, K] for one position.
         """
         if self.layout.levels == 1:
             return ops.matmul(x, ops.unstack(self.kernel.value)[0])
@@ -254,7 +252,7 @@ class LevelHead(keras.layers.Layer):
 
 
 def check_labels(model: CodePrior, labels: np.ndarray) -> None:
-    """Raises a VqbeamError where labels [N], or attributes [N, A], are none of the prior's."""
+    """Raises a VqbeamError if classes [N] or attributes [N, A] are not valid for the prior."""
     count = model.num_labels
     if model.conditioning == "attributes":
         if labels.shape[1:] != (count,) or not np.isin(labels, (-1, 0, 1)).all():

@@ -1,26 +1,26 @@
-"""Random numbers that depend on the seed, the image and the position alone."""
+"""Uniform random numbers that depend only on the seed, the image and the position."""
 
 import numpy as np
 
 
 def uniforms(seed: int, indices: np.ndarray, length: int) -> np.ndarray:
-    """Returns one uniform number for each image and position.
+    """Returns uniform random numbers in [0, 1), one for each image and position.
 
-    Row i depends on `seed` and `indices[i]` only, so that an image is the same at any batch size,
-    on any backend and on any machine. The generator is Philox4x64 of Salmon et al., "Parallel
-    Random Numbers: As Easy as 1, 2, 3" (https://doi.org/10.1145/2063384.2063405): its key is the
-    seed, and the top word of its counter is the image.
+    Row i depends only on `seed` and `indices[i]`, so an image is the same for any batch size,
+    backend and machine. The generator is Philox4x64 of Salmon et al., "Parallel Random Numbers: As
+    Easy as 1, 2, 3" (https://doi.org/10.1145/2063384.2063405). Its key is the seed, and the top
+    word of its counter is the image index.
 
     Args:
-        seed: Any integer; it is taken modulo 2^128.
-        indices: Integers [N] from 0 up, which image each row is for.
-        length: Numbers for an image.
+        seed: Any integer, reduced modulo 2^128.
+        indices: Image index of each row, integers [N], at least 0.
+        length: Random numbers per image.
 
     Returns:
         A float32 array [N, length] in [0, 1).
     """
     rows = [_raw(seed, index, length) for index in np.asarray(indices, "uint64")]
-    # 24 bits are all that float32 holds: with more, the largest would round to 1.
+    # float32 has a precision of 24 bits: with more bits, the largest numbers would round to 1.
     bits = np.array(rows, "uint64").reshape(len(rows), length) >> np.uint64(40)
     return bits.astype("float32") * np.float32(2**-24)
 

@@ -1,22 +1,22 @@
 """vqbeam: two-stage image generation, from a laptop to a cluster.
 
     run = vqbeam.open("runs/fashion")      a trained run: sample, encode, decode and more
-    vqbeam.VectorQuantizer(512, 64)        a layer for a Keras model of your own
+    vqbeam.VectorQuantizer(512, 64)        a layer for your own Keras models
 
-The folders `configs`, `vqvae`, `prior` and `pipelines` are the packages `vqbeam.configs` and so on:
-a folder of one of these names beside a notebook does no harm.
+The folders `configs`, `vqvae`, `prior` and `pipelines` are imported as `vqbeam.configs` and so on,
+so a folder with one of these names beside a notebook does not shadow them.
 """
 
 import importlib
 import pathlib
 from typing import Any
 
-# Installed, the four packages lie in this folder; in the repository they lie beside it.
+# The four packages are inside this folder when installed, and beside it in the repository.
 _HERE = pathlib.Path(__file__).parent
 if not (_HERE / "configs").is_dir():
     __path__.append(str(_HERE.parent))
 
-# Where each name comes from. TensorFlow takes seconds to load, so it waits until a name is used.
+# The module of each public name. Imports are lazy because TensorFlow takes seconds to load.
 _SOURCES = {
     "Run": "vqbeam.pipelines.sampling.api",
     "VectorQuantizer": "vqbeam.vqvae.quantizers.layer",

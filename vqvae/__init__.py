@@ -1,1 +1,1 @@
-"""Stage 1: images to grids of discrete codes and back, and the file contracts of both."""
+"""Stage 1: a VQ-VAE that maps images to discrete codes and back, and all on-disk formats."""

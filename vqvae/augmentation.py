@@ -1,27 +1,26 @@
-"""Variations of the training images, the same for the same seed and step."""
+"""Augmentation of training images: random in VQ-VAE training, fixed views in encoding."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
 
-# A crop shifts by up to this share of a side.
+# Maximum shift of a random crop, as a fraction of the side.
 _SHIFT = 1 / 8
 
 
 def augment(images, kind: str, seed: int, step):
-    """Varies a batch of images inside tf.data.
+    """Returns a randomly augmented batch of images, for use in tf.data.
 
     Args:
         images: Tensor [B, H, W, C].
-        kind: "none"; "flip" mirrors each image left to right at evens; "crop" shifts each by up
-            to an eighth of its sides, what comes in at the border being mirrored; "flip_crop"
-            does both.
-        seed: Of the random numbers.
-        step: Training step, an integer tensor; the same step varies its batch in the same way.
+        kind: "none"; "flip" for horizontal flips with probability 0.5; "crop" for shifts of up to
+            1/8 of each side, with reflected borders; "flip_crop" for both.
+        seed: Random seed.
+        step: Training step, an integer tensor. Results depend only on the seed and the step.
 
     Returns:
-        A tensor of the shape and dtype of `images`.
+        A tensor with the shape and dtype of `images`.
     """
     seeds = tf.stack([tf.cast(seed, tf.int64), tf.cast(step, tf.int64)])
     if "crop" in kind:
@@ -41,14 +40,14 @@ def _shift(images, seeds):
 
 
 def _shifted_places(side, count, seeds):
-    """Returns for each image where the pixels along a side come from, int32 [B, side]."""
+    """Returns the source index of each pixel along a randomly shifted side, int32 [B, side]."""
     reach = tf.cast(tf.cast(side, tf.float32) * _SHIFT, tf.int32)
     shifts = tf.random.stateless_uniform([count, 1], seeds, -reach, reach + 1, dtype=tf.int32)
     places = tf.abs(tf.range(side)[None] + shifts)
     return tf.minimum(places, 2 * (side - 1) - places)
 
 
-# Ten-crop shifts by this share of a side.
+# Shift of ten-crop views, as a fraction of the side.
 _TEN_CROP_SHIFT = 0.05
 
 _CORNERS = {
@@ -61,21 +60,21 @@ _CORNERS = {
 
 
 def variant_count(kind: str) -> int:
-    """Returns how many variants `variants` yields."""
+    """Returns the number of views that `variants` yields."""
     return {"none": 1, "flip": 2, "ten_crop": 10}[kind]
 
 
 def variants(images: np.ndarray, kind: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the variants of a batch of images, the images themselves first.
+    """Yields augmented views of a batch of images, starting with the images themselves.
 
     Args:
         images: uint8 [B, H, W, C].
-        kind: "none"; "flip" adds their mirror images; "ten_crop" pads each side by a twentieth, at
-            least by a pixel, in which the border is mirrored, and crops the four corners and the
-            centre, which is the image itself; each of the five mirrored as well.
+        kind: "none"; "flip" adds horizontal flips; "ten_crop" pads each side by 1/20 of its length
+            (at least one pixel) with reflection, crops the four corners and the centre (the
+            original image), and adds the horizontal flip of each.
 
     Yields:
-        What tells the variant in a key, such as "#top-left#flip", and uint8 [B, H, W, C].
+        The suffix for record keys, such as "#top-left#flip", and the view, uint8 [B, H, W, C].
     """
     crops = _CORNERS if kind == "ten_crop" else {"": (0, 0)}
     for name, (down, right) in crops.items():

@@ -1,4 +1,4 @@
-"""From a run's config to an untrained model."""
+"""Builds an untrained VQ-VAE from a run's config."""
 
 from vqbeam.configs import Config, VQVAEConfig
 from vqbeam.vqvae.fitting.fit import set_seed
@@ -14,11 +14,11 @@ from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 
 def build_model(config: Config, *, data_variance: float) -> VQVAE:
-    """Returns an untrained, built model for a run.
+    """Returns an untrained, built VQ-VAE; sets the global random seeds.
 
     Args:
-        config: The run.
-        data_variance: Variance of the training pixels on [−1, 1].
+        config: The run's config.
+        data_variance: Variance of the training pixels, scaled to [−1, 1].
     """
     set_seed(config.seed)
     settings = config.vqvae
@@ -38,7 +38,7 @@ def build_model(config: Config, *, data_variance: float) -> VQVAE:
 
 
 def build_quantizer(settings: VQVAEConfig) -> Quantizer:
-    """Returns the quantizer that the settings name."""
+    """Returns the quantizer for the settings."""
     losses = {"commitment": settings.commitment, "entropy": settings.entropy}
     lookup = {"lookup": settings.lookup, "estimator": settings.estimator}
     codebook = {

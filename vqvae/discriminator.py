@@ -1,4 +1,4 @@
-"""A patch discriminator: an adversarial loss, for sharper pictures."""
+"""A patch discriminator and its adversarial losses, for sharper reconstructions."""
 
 import keras
 from keras import layers, ops
@@ -6,15 +6,14 @@ from keras import layers, ops
 
 @keras.saving.register_keras_serializable("vqbeam")
 class PatchDiscriminator(layers.Layer):
-    """Tells images from reconstructions, patch by patch.
+    """A convolutional network that classifies image patches as original or reconstructed.
 
-    The network is that of Isola et al. 2017 (https://arxiv.org/abs/1611.07004), section 3.2:
-    strided convolutions whose every output sees a patch of the image. Group normalisation takes
-    the place of batch normalisation, since originals and reconstructions come in batches of their
-    own.
+    From Isola et al. 2017 (https://arxiv.org/abs/1611.07004), section 3.2: strided convolutions,
+    each output of which depends on one patch of the image. Group normalization replaces batch
+    normalization, since originals and reconstructions are passed in separate batches.
 
     Args:
-        width: Channels of the first convolution; each further one has twice as many.
+        width: Channels of the first convolution, doubled in each further strided convolution.
         strides: Number of strided convolutions.
     """
 
@@ -32,25 +31,29 @@ class PatchDiscriminator(layers.Layer):
         self.stack.append(layers.Conv2D(1, **conv))
 
     def build(self, input_shape):
-        """Creates the weights, for images [B, H, W, C]."""
+        """Creates the weights for images [B, H, W, C]."""
         shape = input_shape
         for layer in self.stack:
             layer.build(shape)
             shape = layer.compute_output_shape(shape)
 
     def call(self, images):
-        """Returns logits [B, h, w, 1] float32, high for originals; images [B, H, W, C]."""
+        """Returns float32 logits [B, h, w, 1], high for originals, for images [B, H, W, C]."""
         x = images
         for layer in self.stack:
             x = layer(x)
         return ops.cast(x, "float32")
 
     def losses_of(self, images, reconstruction):
-        """Returns the two losses of the game as scalars.
+        """Returns the scalar losses "discriminator" and "adversarial" of Lim and Ye 2017.
 
-        They are those of Lim and Ye 2017 (https://arxiv.org/abs/1705.02894): the hinge loss, whose
-        gradient reaches the discriminator alone, and −D(x̂), whose gradient reaches the
-        reconstruction alone. Both can so be part of one sum under one optimizer.
+        These are the hinge loss, whose gradient reaches only the discriminator, and −D(x̂), whose
+        gradient reaches only the reconstruction (https://arxiv.org/abs/1705.02894). They can
+        therefore be summed and minimized by one optimizer.
+
+        Args:
+            images: [B, H, W, C].
+            reconstruction: [B, H, W, C].
         """
         hinge = ops.mean(ops.relu(1.0 - self(images))) + ops.mean(
             ops.relu(1.0 + self(ops.stop_gradient(reconstruction)))

@@ -1,4 +1,4 @@
-"""Pictures of images: originals above reconstructions, and samples under their labels."""
+"""Image grids: originals above reconstructions, and samples by label."""
 
 import io
 import math
@@ -16,7 +16,7 @@ _MOST_COLUMNS = 13
 
 
 def reconstruction_figure(originals: np.ndarray, reconstructions: np.ndarray) -> Image.Image:
-    """Draws each original above its reconstruction; both uint8 [N, H, W, C]."""
+    """Returns a figure with each original above its reconstruction; both uint8 [N, H, W, C]."""
     columns = min(len(originals), 16)
     rows = []
     for first in range(0, len(originals), columns):
@@ -27,12 +27,12 @@ def reconstruction_figure(originals: np.ndarray, reconstructions: np.ndarray) ->
 def label_figure(
     images: np.ndarray, headings: Sequence[str] | None, *, fill: bool = False
 ) -> Image.Image:
-    """Draws images in columns, one column for each label, with the label above it.
+    """Returns a figure with one column of images per label, headed by the label.
 
     Args:
         images: uint8 [N, H, W, C].
         headings: The label of each image; None for a plain grid.
-        fill: Whether a label may have several columns side by side, where there are few labels.
+        fill: Whether to use several columns per label if there are few labels.
     """
     if headings is None:
         columns = math.ceil(math.sqrt(len(images)))
@@ -42,26 +42,26 @@ def label_figure(
         by_label.setdefault(heading, []).append(image)
     each = _columns_of_a_label(by_label) if fill else 1
     columns = [(name, of[i::each]) for name, of in by_label.items() for i in range(each)]
-    # As few bands as keep the picture under about 13 columns, and these of equal width.
+    # Use as few bands as possible with at most _MOST_COLUMNS columns, and make them equally wide.
     bands = math.ceil(len(columns) / _MOST_COLUMNS)
     width = math.ceil(len(columns) / bands)
     return _stack([_band(columns[i : i + width]) for i in range(0, len(columns), width)])
 
 
 def _columns_of_a_label(by_label: Mapping[str, list[np.ndarray]]) -> int:
-    """Returns how many make the picture about as wide as high."""
+    """Returns the number of columns per label that makes the figure roughly square."""
     depth = max(map(len, by_label.values()))
     square = math.ceil(math.sqrt(depth / len(by_label)))
     return max(1, min(_MOST_COLUMNS // len(by_label), square))
 
 
 def picture(image: np.ndarray) -> Image.Image:
-    """Returns an image, uint8 [H, W, C] with 1 or 3 channels, as Pillow has it."""
+    """Returns a uint8 array [H, W, C] with 1 or 3 channels as a Pillow image."""
     return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
 
 
 def save_png(figure: Image.Image, path: epath.Path, text: Mapping[str, str] | None = None) -> None:
-    """Writes a PNG whole or not at all, with `text` in its text chunks."""
+    """Writes a figure as a PNG file atomically, with `text` in its text chunks."""
     info = PngImagePlugin.PngInfo()
     for name, value in (text or {}).items():
         info.add_itxt(name, value)

@@ -1,4 +1,4 @@
-"""The gradient audit: what each loss moves, and what the estimator is good for."""
+"""The gradient audit: which losses train which parts, and the effect of the estimator."""
 
 import contextlib
 import dataclasses
@@ -18,18 +18,20 @@ from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 @dataclasses.dataclass(frozen=True)
 class CodebookStep:
-    """How many rows of the codebook a training step moves, over all levels.
+    """Numbers of codebook rows that a training step moves, summed over all levels.
 
     Attributes:
-        rows: Rows in all.
-        chosen: Rows that some vector of the batch has as its nearest.
-        moved: Rows that the step moved: by plain SGD, or by the moving averages.
-        restarted: Rows that were put onto vectors of the batch, since hardly any vector chose them.
-        gradient: "sparse" where it holds the chosen rows alone, "dense" where it holds all rows,
-            None where no gradient moves the codebook.
-        adam: Rows that a step of Adam moved, after one on another batch; None without gradient.
-        momentum: Those of them that only the other batch had chosen.
-        linear: Whether the rows are a learned map of fixed ones (SimVQ).
+        rows: Total number of rows.
+        chosen: Rows chosen as nearest by at least one vector of the batch.
+        moved: Rows moved by the step, either by plain SGD or by the moving averages.
+        restarted: Rows moved to vectors of the batch because they were rarely used.
+        gradient: "sparse" if the gradient contains only the chosen rows, "dense" if it contains all
+            rows, None if the codebook has no gradient.
+        adam: Rows moved by an Adam step that follows a step on another batch; None without a
+            gradient.
+        momentum: Rows among these that were chosen only in the other batch; None without a
+            gradient.
+        linear: Whether the rows are a learned linear map of fixed vectors (SimVQ).
     """
 
     rows: int
@@ -43,23 +45,23 @@ class CodebookStep:
 
 
 def codebook_step(model: VQVAE, images, earlier) -> CodebookStep | None:
-    """Returns how a training step on `images` moves the codebook, or None where there is none.
+    """Returns the effect of a training step on the codebook, or None if there is no codebook.
 
     Args:
-        model: Built; its weights are restored.
-        images: float32 in [−1, 1], [B, H, W, C].
-        earlier: The batch of the step before it, where the optimizer is Adam.
+        model: A built model; its weights are restored afterwards.
+        images: float32 [B, H, W, C] in [−1, 1].
+        earlier: The batch of the previous step, used for Adam.
     """
     books = codebooks(model)
     if not books:
         return None
     chosen = _chosen(model, images)
     with _restored(books):
-        # The rate is large, so that no step is lost in rounding.
+        # A large learning rate, so that no update is lost to rounding.
         moved, restarted = _step(model, images, keras.optimizers.SGD(1.0))
     by_gradient = bool(part_variables(model, "codebook"))
     if not by_gradient:
-        # A moving average leaves what is not chosen: what moved all the same, a restart has moved.
+        # Moving averages leave unused rows unchanged, so restarts have moved these.
         moved, restarted = moved & chosen, moved & ~chosen
     return CodebookStep(
         rows=chosen.size,
@@ -71,7 +73,7 @@ def codebook_step(model: VQVAE, images, earlier) -> CodebookStep | None:
 
 
 def _of_gradient(model, images, earlier) -> dict:
-    """Returns the attributes of a `CodebookStep` that are there where a gradient is."""
+    """Returns the attributes of `CodebookStep` that require a gradient."""
     books = codebooks(model)
     with _restored(books):
         adam = keras.optimizers.Adam()
@@ -95,12 +97,12 @@ def _codebook_gradients(model, images):
 
 
 def _kind(gradients) -> str:
-    # Only tf.IndexedSlices have indices: JAX holds the rows that are not chosen as zeros.
+    # Only tf.IndexedSlices have indices; gradients on JAX have zeros for rows that are not chosen.
     return "sparse" if all(hasattr(gradient, "indices") for gradient in gradients) else "dense"
 
 
 def _chosen(model, images) -> np.ndarray:
-    """Returns which codes a batch chooses, bool [levels, K]."""
+    """Returns the mask of codes chosen by a batch, bool [levels, K]."""
     layout = model.layout
     codes = ops.convert_to_numpy(model(images)["codes"]).reshape(-1, layout.length)
     of_levels = [codes[:, layout.level == level] for level in range(layout.levels)]
@@ -108,11 +110,11 @@ def _chosen(model, images) -> np.ndarray:
 
 
 def _step(model, images, optimizer) -> tuple[np.ndarray, np.ndarray]:
-    """Moves the codebook as a training step does, and no other weight.
+    """Applies a training step to the codebook only.
 
     Returns:
-        Which rows changed, and which of them a restart moved, as far as that is apart from the
-        codebook; both bool [levels, K].
+        Masks of the rows that changed and of the rows whose restart offset changed (none unless
+        restarts are stored as offsets), both bool [levels, K].
     """
     before = _places(model)
     variables = part_variables(model, "codebook")
@@ -124,7 +126,7 @@ def _step(model, images, optimizer) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _places(model) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rows of the codebook, and what restarts have added; both [levels, K, D]."""
+    """Returns the codebook rows and the restart offsets, both [levels, K, D]."""
     rows, added = [], []
     for quantizer in codebooks(model):
         linear = isinstance(quantizer, SimVQ)
@@ -137,7 +139,7 @@ def _places(model) -> tuple[np.ndarray, np.ndarray]:
 
 @contextlib.contextmanager
 def _restored(layers: Iterable[keras.Layer]) -> Iterator[None]:
-    """Gives the variables of layers back their values at the end of the block."""
+    """A context that restores the variables of layers on exit."""
     variables = [variable for layer in layers for variable in layer.variables]
     values = [ops.convert_to_numpy(variable).copy() for variable in variables]
     try:
@@ -149,14 +151,14 @@ def _restored(layers: Iterable[keras.Layer]) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """What `audit` found.
+    """The result of `audit`.
 
     Attributes:
-        estimator: That of the quantizer; None where it has none (fsq, lfq).
-        moved_by: What moves the codebook: "gradient", "moving average", or "nothing".
-        norms: By loss and part, the L2 norm of the gradient, exactly 0 where no path is open. The
-            part "codebook" is there where a gradient may move it.
-        step: How a training step moves the codebook; None where there is none.
+        estimator: Name of the gradient estimator; None if the quantizer has none (fsq, lfq).
+        moved_by: How the codebook is trained: "gradient", "moving average" or "nothing".
+        norms: L2 norm of the gradient by loss and part; exactly 0 if there is no path. The part
+            "codebook" is present only if it is trained by gradient.
+        step: The effect of a training step on the codebook; None if there is no codebook.
     """
 
     estimator: str | None
@@ -166,12 +168,12 @@ class Audit:
 
 
 def audit(model: VQVAE, images: np.ndarray, earlier: np.ndarray) -> Audit:
-    """Measures where the gradients of a model go on a batch; the model stays as it is.
+    """Returns the gradient norms of a model on a batch by loss and part; see `Audit`.
 
     Args:
-        model: Built; its weights are restored after each step.
-        images: float32 in [−1, 1], [B, H, W, C].
-        earlier: Another such batch, for what Adam's momentum remembers.
+        model: A built model; its weights are restored afterwards.
+        images: float32 [B, H, W, C] in [−1, 1].
+        earlier: Another such batch, for the momentum of Adam.
     """
     found = loss_gradients(model, images)
     return Audit(
@@ -183,16 +185,16 @@ def audit(model: VQVAE, images: np.ndarray, earlier: np.ndarray) -> Audit:
 
 
 def estimator_of(model: VQVAE) -> str | None:
-    """Returns the name of a model's estimator, or None where its quantizer has none."""
+    """Returns the name of a model's gradient estimator, or None if its quantizer has none."""
     books = codebooks(model)
     return books[0].estimator if books else None
 
 
 def set_estimator(model: VQVAE, name: str) -> None:
-    """Sets the estimator of a model that is not yet traced; "none" is for audits alone.
+    """Sets the gradient estimator of a model before it is traced; "none" is only for audits.
 
     Raises:
-        VqbeamError: The model's quantizer has no estimator.
+        VqbeamError: The model's quantizer has no gradient estimator.
     """
     if not codebooks(model):
         raise VqbeamError(
@@ -212,19 +214,22 @@ def training_errors(
     data_variance: float,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """Trains a fresh model and returns its reconstruction errors.
+    """Trains a new model and returns its reconstruction error at each step.
 
     Args:
-        config: Of the model, its optimizer and its seed.
-        batches: More than `steps` batches in [−1, 1], float32 [B, H, W, C].
-        steps: Training steps.
+        config: Config of the model, its optimizer and its seed.
+        batches: At least `steps` + 1 batches, float32 [B, H, W, C] in [−1, 1].
+        steps: Number of training steps.
         estimator: A name from `ESTIMATORS`.
-        data_variance: Variance of the training pixels on [−1, 1].
-        on_step: Called after each step.
+        data_variance: Variance of the training pixels, scaled to [−1, 1].
+        on_step: Called after each step and after the last measurement.
 
     Returns:
-        `steps` + 1 errors in units of the variance: number t is that of batch t after t steps, of
-        which it was none.
+        `steps` + 1 errors in units of the variance; error t is measured on batch t after t steps,
+        before training on that batch.
+
+    Raises:
+        VqbeamError: The model's quantizer has no gradient estimator.
     """
     model = build_model(config, data_variance=data_variance)
     set_estimator(model, estimator)
@@ -251,7 +256,7 @@ def _moved_by(model) -> str:
     return "gradient" if part_variables(model, "codebook") else "moving average"
 
 
-# The layers of a model that belong to each part; a model has those that its kind has.
+# Attribute names of the layers in each part; a model need not have all of them.
 _LAYERS = {
     "encoder": ("encoder", "top_encoder", "bottom_projection"),
     "predictions": ("top_quantizer", "quantizer"),
@@ -262,21 +267,21 @@ _LAYERS = {
 
 
 def losses_of(model: VQVAE, result: dict, images) -> dict:
-    """Returns each part of the loss, a scalar by name, of what `model(images)` returned."""
+    """Returns the scalar loss terms by name for `result`, the output of `model(images)`."""
     error = ops.mean(ops.square(images - result["reconstruction"]))
     return {"reconstruction": error / model.data_variance, **result["losses"]}
 
 
 def loss_gradients(model: VQVAE, images, losses: Callable = losses_of) -> dict:
-    """Returns by loss and part the gradient at each trainable variable of the part.
+    """Returns, by loss and part, the list of gradients for the trainable variables of the part.
 
-    A gradient is a tensor; on TensorFlow it is None where there is no path, and IndexedSlices
-    where it holds some rows alone.
+    Gradients are tensors. On TensorFlow, they are None if there is no path, and IndexedSlices if
+    they contain only some rows.
 
     Args:
-        model: Built.
-        images: float32 in [−1, 1], [B, H, W, C].
-        losses: Returns the scalars by name, as `losses_of` does.
+        model: A built model.
+        images: float32 [B, H, W, C] in [−1, 1].
+        losses: Function with the signature of `losses_of`.
     """
     parts = {part: variables for part in _LAYERS if (variables := part_variables(model, part))}
     if keras.backend.backend() == "jax":
@@ -288,7 +293,7 @@ def part_variables(model: VQVAE, part: str) -> list[keras.Variable]:
     """Returns the trainable variables of a part.
 
     Args:
-        model: Built.
+        model: A built model.
         part: "encoder", "predictions" (of a predictive quantizer), "codebook", "decoder" or
             "discriminator".
     """
@@ -301,7 +306,7 @@ def part_variables(model: VQVAE, part: str) -> list[keras.Variable]:
 
 
 def codebooks(model: VQVAE) -> list[VectorQuantizer]:
-    """Returns the quantizers that have a codebook, one for each level of the model's codes."""
+    """Returns the quantizers that have a codebook, one per level of the model's codes."""
     outer = [getattr(model, name) for name in _LAYERS["codebook"] if hasattr(model, name)]
     inner = [q for quantizer in outer for q in getattr(quantizer, "quantizers", [quantizer])]
     return [quantizer for quantizer in inner if isinstance(quantizer, VectorQuantizer)]
@@ -327,8 +332,8 @@ def _gradients_of_jax(model, images, losses, parts):
 
     found, pull_back = jax.vjp(of_weights, [v.value for v in model.trainable_variables])
     gradients = {}
-    for name in sorted(found, key=list(model.trackers).index):  # JAX sorts by the alphabet
-        # The vector-Jacobian product with a 1 at this loss and 0 at all others.
+    for name in sorted(found, key=list(model.trackers).index):  # JAX sorts keys alphabetically
+        # The vector-Jacobian product with 1 for this loss and 0 for all others.
         (of_all,) = pull_back({other: ops.cast(other == name, "float32") for other in found})
         at = dict(zip(map(id, model.trainable_variables), of_all, strict=True))
         gradients[name] = {part: [at[id(v)] for v in vs] for part, vs in parts.items()}

@@ -1,4 +1,4 @@
-"""The hierarchical VQ-VAE: a small grid for the whole of an image, a large one for its details."""
+"""The hierarchical VQ-VAE: a coarse grid for global structure and a fine grid for details."""
 
 import keras
 from keras import ops
@@ -17,15 +17,19 @@ from vqbeam.vqvae.quantizers.base import Quantized
 
 @keras.saving.register_keras_serializable("vqbeam")
 class HierarchicalVQVAE(VQVAE):
-    """A VQ-VAE with two grids, the top one of half the rows and columns.
+    """A VQ-VAE with two grids; the top grid has half the rows and columns of the bottom grid.
 
     From "Generating Diverse High-Fidelity Images with VQ-VAE-2", Razavi et al. 2019
-    (https://arxiv.org/abs/1906.00446), algorithm 1: the top codes are made from the encoder's
-    features; the bottom codes from these features together with what the top codes decode to; and
-    the decoder sees both.
+    (https://arxiv.org/abs/1906.00446), algorithm 1: the top codes are computed from the encoder's
+    features, the bottom codes from these features and the decoded top codes, and the decoder
+    receives both.
 
-    The arguments are those of `VQVAE`. The quantizer is that of the bottom grid; the top grid gets
-    one of the same settings.
+    The arguments are those of `VQVAE`. The given quantizer is used for the bottom grid; the top
+    grid gets another quantizer with the same settings.
+
+    Raises:
+        ValueError: The quantizer has several codes per position, or a side of the bottom grid is
+            odd.
     """
 
     def _layout(self):
@@ -53,7 +57,7 @@ class HierarchicalVQVAE(VQVAE):
         self._build_quantizer(self.quantizer, bottom)
 
     def quantize_images(self, images, training=False) -> Quantized:
-        """Returns the codes of images in [−1, 1], and the vectors that the decoder takes."""
+        """Quantizes images [B, H, W, C] in [−1, 1]; `quantized` is the input of the decoder."""
         features = self.encoder(images, training=training)
         top = self.top_quantizer(self.top_encoder(features, training=training), training=training)
         coarse = self.top_decoder(top.quantized, training=training)
@@ -71,7 +75,7 @@ class HierarchicalVQVAE(VQVAE):
         return {name: share * top[name] + (1 - share) * bottom[name] for name in top}
 
     def latents(self, codes):
-        """Returns the vectors that the decoder takes, from codes [B, T]."""
+        """Returns the decoder's input [B, h, w, 2D] for codes [B, T]."""
         top, bottom = self.layout.split(codes)
         coarse = self.top_decoder(self.top_quantizer.decode_codes(top), training=False)
         return ops.concatenate([coarse, self.quantizer.decode_codes(bottom)], axis=-1)
@@ -80,7 +84,7 @@ class HierarchicalVQVAE(VQVAE):
         return self.bottom_projection(ops.concatenate([features, coarse], axis=-1))
 
     def initialize_codebook(self, images, method, seed):
-        """Places both codebooks before the first step; see `VQVAE.initialize_codebook`."""
+        """Initializes both codebooks before the first step; see `VQVAE.initialize_codebook`."""
         features = self.encoder(images, training=False)
         z = self.top_encoder(features, training=False)
         self.top_quantizer.initialize(self.top_quantizer.as_vectors(z), method, seed)

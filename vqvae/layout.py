@@ -1,4 +1,4 @@
-"""How the codes of an image lie in one sequence: what both stages and the records agree on."""
+"""The layout of an image's codes in one sequence, shared by both stages and the records."""
 
 import dataclasses
 import math
@@ -11,10 +11,10 @@ from vqbeam.configs import Config
 
 @dataclasses.dataclass(frozen=True)
 class CodeLayout:
-    """The order, the levels and the places of the codes of one image.
+    """The order, levels and positions of the codes of one image.
 
-    A position with several codes has them side by side; several grids follow one another, each in
-    raster order. Either way a code comes after those that it refines.
+    Grids are concatenated, each in raster order, and the codes of one position are adjacent. A code
+    therefore comes after the codes that it refines.
 
     Example:
         >>> CodeLayout(512, ((8, 8),)).shape
@@ -26,11 +26,11 @@ class CodeLayout:
 
     Attributes:
         num_codes: Codebook size K of each level.
-        grids: Rows and columns of each grid, coarse first.
-        depth: Codes at each position, for one grid only.
+        grids: Rows and columns of each grid, from coarse to fine.
+        depth: Number of codes per position; must be 1 if there are several grids.
 
     Raises:
-        ValueError: There is no grid, or there are several and each position has several codes.
+        ValueError: There is no grid, or there are several grids and `depth` is above 1.
     """
 
     num_codes: int
@@ -38,7 +38,7 @@ class CodeLayout:
     depth: int = 1
 
     def __post_init__(self):
-        # JSON knows lists only, and lists equal no tuples.
+        # JSON has only lists, which never compare equal to tuples.
         object.__setattr__(self, "grids", tuple((rows, columns) for rows, columns in self.grids))
         if not self.grids or (len(self.grids) > 1 and self.depth > 1):
             raise ValueError(
@@ -48,14 +48,14 @@ class CodeLayout:
 
     @classmethod
     def of(cls, layout: "CodeLayout | dict[str, Any]") -> "CodeLayout":
-        """Returns a layout that is given as itself or, as Keras stores it, by its fields."""
+        """Returns `layout`, converted from a dictionary of its fields if Keras has stored it so."""
         return layout if isinstance(layout, cls) else cls(**layout)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of an image's codes: (h, w), (h, w, depth), or (T,) for several grids.
 
-        Raveled in C order, such an array is the sequence.
+        Flattening such an array in C order gives the sequence.
         """
         if len(self.grids) > 1:
             return (self.length,)
@@ -63,7 +63,7 @@ class CodeLayout:
 
     @property
     def length(self) -> int:
-        """Codes T of an image."""
+        """Number of codes T of an image."""
         return sum(self._lengths)
 
     @property
@@ -73,19 +73,19 @@ class CodeLayout:
 
     @property
     def level(self) -> np.ndarray:
-        """Level of each code, int32 [T] in [0, levels)."""
+        """Level of each code in the sequence, int32 [T] in [0, levels)."""
         if self.depth > 1:
             return np.tile(np.arange(self.depth, dtype="int32"), self.length // self.depth)
         return np.repeat(np.arange(self.levels, dtype="int32"), self._lengths)
 
     @property
     def rows(self) -> np.ndarray:
-        """Row of each code, float32 [T]: the centre of its cell, in cells of the last grid."""
+        """Row of the centre of each code's cell, float32 [T], in units of the last grid's cells."""
         return self._places(axis=0)
 
     @property
     def columns(self) -> np.ndarray:
-        """Column of each code, float32 [T], likewise."""
+        """Column of each code, float32 [T], in the same units as `rows`."""
         return self._places(axis=1)
 
     @property
@@ -101,15 +101,15 @@ class CodeLayout:
         return np.concatenate(places).astype("float32")
 
     def split(self, codes) -> list:
-        """Takes codes apart by grid.
+        """Splits codes by grid.
 
         Args:
             codes: Integer tensor [B, *shape].
 
         Returns:
-            For each grid a tensor [B, h, w], or [B, h, w, depth] where depth is above 1.
+            A list with one tensor per grid, [B, h, w], or [B, h, w, depth] if depth is above 1.
         """
-        from keras import ops  # Here, so that a layout is described without waiting for Keras.
+        from keras import ops  # Imported here, since `describe` must not wait for Keras.
 
         if len(self.grids) == 1:
             return [codes]
@@ -119,7 +119,7 @@ class CodeLayout:
         ]
 
     def join(self, parts: list):
-        """Puts together what `split` has taken apart."""
+        """Returns codes [B, *shape] from a list of codes per grid; the inverse of `split`."""
         from keras import ops
 
         if len(self.grids) == 1:
@@ -133,7 +133,7 @@ class CodeLayout:
         )
 
     def describe(self) -> str:
-        """Returns the layout in words."""
+        """Returns a short description, such as "8×8 grid of 4 codes each, K = 512"."""
         grids = " and ".join(f"{rows}×{columns}" for rows, columns in self.grids)
         noun = "grid" if len(self.grids) == 1 else "grids"
         each = f" of {self.depth} codes each" if self.depth > 1 else ""
@@ -141,7 +141,7 @@ class CodeLayout:
 
 
 def code_layout(config: Config) -> CodeLayout:
-    """Returns the layout of the codes of a run."""
+    """Returns the layout of a run's codes."""
     (rows, columns), settings = config.grid, config.vqvae
     grids = ((rows, columns),) if settings.grids == 1 else ((rows // 2, columns // 2), config.grid)
     return CodeLayout(settings.num_codes, grids, settings.depth)

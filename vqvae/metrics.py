@@ -1,4 +1,4 @@
-"""How much of the codebook is in use, and how near a reconstruction is to its image."""
+"""Metrics of codebook usage, reconstruction quality and compression."""
 
 import dataclasses
 import math
@@ -11,17 +11,17 @@ from keras import ops
 from vqbeam.vqvae.layout import CodeLayout
 
 
-# Saved models have the name that the class had in earlier versions.
+# The name of the class in earlier versions, which saved models have.
 @keras.saving.register_keras_serializable("vqbeam", name="CodebookUse")
 class CodebookUsage(keras.metrics.Metric):
-    """Perplexity of the codes and share of the codebook in use, counted over an epoch.
+    """A metric of the perplexity of the codes and the fraction of the codebook in use.
 
-    Perplexity is the exponential of the entropy in nats of how often each code was chosen: 1 where
-    one code does it all, K where all are used alike. It grows with the number of codes counted, so
-    the counts run over the whole epoch and not over a batch.
+    Perplexity is the exponential of the entropy, in nats, of the code frequencies: 1 if a single
+    code is used, K if all are used equally. It increases with the number of codes counted, so
+    counts are accumulated over the epoch instead of averaging over batches.
 
     Args:
-        layout: A `CodeLayout`; each level has counts of its own.
+        layout: A `CodeLayout`; each level is counted separately.
     """
 
     def __init__(self, layout, name="codebook_use", **kwargs):
@@ -41,9 +41,10 @@ class CodebookUsage(keras.metrics.Metric):
         self.counts.assign_add(ops.reshape(counts, self.counts.shape))
 
     def result(self):
-        """Returns `{"perplexity": [1, K], "codes_used": [0, 1]}`, as means over the levels.
+        """Returns a dictionary with `perplexity` in [1, K] and `codes_used` in [0, 1].
 
-        Where there are several, `perplexity_0` and so on are those of each level.
+        Both are means over the levels. If there are several levels, `perplexity_0`,
+        `codes_used_0` and so on give the values of each level.
         """
         share = self.counts / ops.maximum(ops.sum(self.counts, axis=1, keepdims=True), 1.0)
         entropy = -ops.sum(share * ops.log(ops.maximum(share, 1e-20)), axis=1)
@@ -61,52 +62,52 @@ class CodebookUsage(keras.metrics.Metric):
 
     @classmethod
     def from_config(cls, config):
-        """Returns the metric that `get_config` was asked of."""
+        """Returns a metric from the output of `get_config`."""
         return cls(**{**config, "layout": CodeLayout(**config["layout"])})
 
 
 def count_codes(codes: np.ndarray, layout: CodeLayout) -> np.ndarray:
-    """Returns how often each level uses each code, int64 [levels, K], in codes [N, *shape]."""
+    """Returns the counts of each code per level, int64 [levels, K], for codes [N, *shape]."""
     rows = codes.reshape(-1, layout.length) + layout.level * layout.num_codes
     counts = np.bincount(rows.ravel(), minlength=layout.levels * layout.num_codes)
     return counts.reshape(layout.levels, layout.num_codes)
 
 
 def by_level(values: list):
-    """Returns the values of all levels, or that of the only one."""
+    """Returns the list of values per level, or the value itself if there is only one level."""
     return values if len(values) > 1 else values[0]
 
 
 def perplexity(counts: np.ndarray) -> float:
-    """Returns the exponential of the entropy in nats of `counts`, [K] non-negative."""
+    """Returns the exponential of the entropy, in nats, of non-negative counts [K]."""
     share = counts[counts > 0] / counts.sum()
     return float(np.exp(-np.sum(share * np.log(share))))
 
 
 def psnr(mse: float) -> float:
-    """Returns the peak signal-to-noise ratio in dB for a mean squared error on [0, 255]."""
+    """Returns the peak signal-to-noise ratio in dB for an MSE of pixels in [0, 255]."""
     return float(10 * np.log10(255.0**2 / mse)) if mse else math.inf
 
 
 def nmse(mse: float, variance: float) -> float:
-    """Returns a squared error in units of the training pixels' variance, both on one scale.
+    """Returns an MSE divided by the variance of the training pixels, both on the same scale.
 
-    1 is what the mean level, one for all channels, in place of every number would reach.
+    A value of 1 corresponds to predicting the mean of all training pixels everywhere.
     """
     return mse / variance
 
 
 def ssim(originals: np.ndarray, copies: np.ndarray) -> np.ndarray:
-    """Returns the structural similarity of images and their copies, float32 [B] in [−1, 1].
+    """Returns the structural similarity (SSIM) of image pairs, float32 [B] in [−1, 1].
 
     From "Image Quality Assessment: From Error Visibility to Structural Similarity", Wang et al.
     2004 (https://doi.org/10.1109/TIP.2003.819861), equation 13, with the paper's constants and
-    Gaussian window, the mean over channels and over the places where the window lies whole in the
-    image. It is 11 pixels wide, and narrower in an image that is smaller.
+    Gaussian window, averaged over channels and over all positions where the window lies inside the
+    image. The window is 11 pixels wide, or less for smaller images.
 
     Args:
         originals: uint8 [B, H, W, C].
-        copies: Likewise.
+        copies: uint8 [B, H, W, C].
     """
     side = min(11, *originals.shape[1:3])
     width = side - 1 + side % 2  # odd
@@ -114,10 +115,10 @@ def ssim(originals: np.ndarray, copies: np.ndarray) -> np.ndarray:
 
 
 def bits_per_image(num_tokens: int, num_codes: int) -> float:
-    """Returns the bits that the codes of an image take, each stored by its number below K."""
+    """Returns the number of bits for the codes of an image, at log2(K) bits per code."""
     return num_tokens * math.log2(num_codes)
 
 
 def compression_ratio(image_shape: tuple[int, int, int], bits: float) -> float:
-    """Returns how often `bits` go into the 8 bits of each number of an image (H, W, C)."""
+    """Returns the size of a uint8 image (H, W, C) in bits, divided by `bits`."""
     return 8 * math.prod(image_shape) / bits

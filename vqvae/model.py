@@ -13,25 +13,26 @@ from vqbeam.vqvae.quantizers.base import Quantized
 
 @keras.saving.register_keras_serializable("vqbeam")
 class VQVAE(keras.Model):
-    """Compresses images to grids of codes, and decodes such grids.
+    """A VQ-VAE, which encodes images as grids of codes and decodes such grids.
 
-    The loss is that of van den Oord et al. 2017, equation 3, with the reconstruction error in
-    units of the data's variance, so that one β fits datasets of any contrast:
+    The loss follows van den Oord et al. 2017 (https://arxiv.org/abs/1711.00937), equation 3. The
+    reconstruction error is divided by the variance of the data, so that the same β suits datasets
+    of any contrast:
 
         ‖x − x̂‖² / variance + the quantizer's losses,   each a mean over elements.
 
-    `fit` takes batches of images, float32 in [−1, 1], and needs no targets.
+    `fit` takes batches of images, float32 in [−1, 1], without targets.
 
     Args:
         image_shape: (H, W, C).
         quantizer: A `Quantizer`.
-        downsampling: H over the grid's rows, a power of two.
+        downsampling: Image side divided by grid side, a power of two.
         width: Channels of the networks.
-        residual_layers: Residual blocks in each network.
-        residual_width: Channels inside a block.
-        data_variance: Variance of the training pixels on [−1, 1].
+        residual_layers: Number of residual blocks in each network.
+        residual_width: Channels inside a residual block.
+        data_variance: Variance of the training pixels, scaled to [−1, 1].
         adversarial: Weight of the adversarial loss; 0 for no discriminator.
-        adversarial_start: Training step at which the adversarial loss sets in.
+        adversarial_start: Training step at which the adversarial losses start.
 
     Attributes:
         layout: The `CodeLayout` of an image's codes.
@@ -85,7 +86,7 @@ class VQVAE(keras.Model):
         self._build_quantizer(self.quantizer, self.layout.grids[0])
 
     def _build_quantizer(self, quantizer, grid):
-        if not quantizer.built:  # it is where the model comes from a file
+        if not quantizer.built:  # it is built if the model was loaded from a file
             quantizer.build((None, *grid, quantizer.dim))
 
     def _add_discriminator(self):
@@ -96,10 +97,12 @@ class VQVAE(keras.Model):
         )
 
     def call(self, images, training=False):
-        """Maps images [B, H, W, C] in [−1, 1] to a dict.
+        """Encodes, quantizes and decodes images [B, H, W, C] in [−1, 1].
 
-        It holds the `reconstruction`, the `codes`, and by name the `losses` of quantizer and
-        discriminator, each already times its weight, and the quantizer's `statistics`.
+        Returns:
+            A dictionary with `reconstruction`, float32 [B, H, W, C]; `codes`, int32
+            [B, *layout.shape]; `losses`, the weighted losses of quantizer and discriminator by
+            name; and `statistics`, the quantizer's statistics by name.
         """
         result = self.quantize_images(images, training=training)
         reconstruction = self.decoder(result.quantized, training=training)
@@ -114,11 +117,11 @@ class VQVAE(keras.Model):
         }
 
     def quantize_images(self, images, training=False) -> Quantized:
-        """Returns the codes of images in [−1, 1], and the vectors that the decoder takes."""
+        """Quantizes images [B, H, W, C] in [−1, 1]; `quantized` is the input of the decoder."""
         return self.quantizer(self.encoder(images, training=training), training=training)
 
     def latents(self, codes):
-        """Returns the vectors that the decoder takes, from codes [B, *layout.shape]."""
+        """Returns the decoder's input [B, h, w, D] for codes [B, *layout.shape]."""
         return self.quantizer.decode_codes(codes)
 
     def _adversarial_losses(self, images, reconstruction, training):
@@ -130,7 +133,7 @@ class VQVAE(keras.Model):
         return {name: weights[name] * loss for name, loss in losses.items()}
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Returns the sum of all losses and records its parts and the codes in use."""
+        """Returns the sum of all losses and records its terms, the statistics and the codes."""
         del y, sample_weight, training
         error = ops.square(ops.cast(x, "float32") - y_pred["reconstruction"])
         parts = {"reconstruction": ops.mean(error) / self.data_variance, **y_pred["losses"]}
@@ -141,27 +144,27 @@ class VQVAE(keras.Model):
         return share_of_replica(parts["loss"])
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        """Returns the metrics that `compute_loss` has recorded."""
+        """Returns the metrics recorded by `compute_loss`."""
         del x, y, y_pred, sample_weight
         return self.get_metrics_result()
 
     def initialize_codebook(self, images, method: str, seed: int) -> None:
-        """Places the codebook before the first step; see `Quantizer.initialize`.
+        """Initializes the codebook before the first step; see `Quantizer.initialize`.
 
         Args:
-            images: float32 in [−1, 1], [B, H, W, C].
+            images: float32 [B, H, W, C] in [−1, 1].
             method: "random", "data" or "kmeans".
-            seed: Of the random choices.
+            seed: Random seed.
         """
         z = self.encoder(images, training=False)
         self.quantizer.initialize(self.quantizer.as_vectors(z), method, seed)
 
     def encode(self, images):
-        """Maps uint8 images [B, H, W, C] to codes [B, *layout.shape] int32."""
+        """Returns the int32 codes [B, *layout.shape] of uint8 images [B, H, W, C]."""
         return self.quantize_images(scale_images(images)).codes
 
     def decode(self, codes):
-        """Maps codes [B, *layout.shape] in [0, num_codes) to uint8 images [B, H, W, C]."""
+        """Returns uint8 images [B, H, W, C] for codes [B, *layout.shape] in [0, num_codes)."""
         images = self.decoder(self.latents(codes), training=False)
         pixels = ops.clip(ops.round((images + 1.0) * 127.5), 0, 255)
         return ops.cast(pixels, "uint8")
@@ -179,11 +182,11 @@ class VQVAE(keras.Model):
 
     @classmethod
     def from_config(cls, config):
-        """Returns the model that `get_config` was asked of."""
+        """Returns a model from the output of `get_config`."""
         quantizer = keras.saving.deserialize_keras_object(config["quantizer"])
         return cls(**{**config, "quantizer": quantizer})
 
 
 def scale_images(images):
-    """Maps uint8 pixels to float32 in [−1, 1]."""
+    """Returns uint8 pixels scaled to float32 in [−1, 1]."""
     return ops.cast(images, "float32") / 127.5 - 1.0

@@ -1,4 +1,4 @@
-"""Encoder and decoder: strided convolutions around a stack of residual blocks."""
+"""Encoder and decoder networks: strided convolutions and a stack of residual blocks."""
 
 import functools
 
@@ -8,7 +8,9 @@ from keras import layers
 
 @keras.saving.register_keras_serializable("vqbeam")
 class ResidualBlock(layers.Layer):
-    """x + conv1×1(relu(conv3×3(relu(x)))), the block of van den Oord et al. 2017, section 4.1.
+    """A residual block, x + conv1×1(relu(conv3×3(relu(x)))).
+
+    From van den Oord et al. 2017 (https://arxiv.org/abs/1711.00937), section 4.1.
 
     Args:
         width: Channels of input and output.
@@ -29,7 +31,7 @@ class ResidualBlock(layers.Layer):
         self.conv_out.build((*input_shape[:-1], self.hidden))
 
     def call(self, x):
-        """Maps [B, H, W, width] to the same shape."""
+        """Returns a tensor of the shape of x, [B, H, W, width]."""
         h = self.conv_in(keras.ops.relu(x))
         return x + self.conv_out(keras.ops.relu(h))
 
@@ -41,15 +43,15 @@ class ResidualBlock(layers.Layer):
 def build_encoder(
     image_shape, *, latent_channels, downsampling, width, residual_layers, residual_width, dtype
 ) -> keras.Model:
-    """Returns the network from images [B, H, W, C] to [B, H/f, W/f, latent_channels].
+    """Returns the encoder, from images [B, H, W, C] to [B, H/f, W/f, latent_channels].
 
     Args:
         image_shape: (H, W, C); H and W are multiples of `downsampling`.
         latent_channels: Channels of the output.
-        downsampling: The factor f, a power of two; one strided convolution for each doubling.
-        width: Channels of the residual stack; convolutions before the last doubling have half.
+        downsampling: The factor f, a power of two, with one strided convolution per factor of 2.
+        width: Channels of the residual stack; all but the last strided convolution have half.
         residual_layers: Number of residual blocks.
-        residual_width: Channels inside a block.
+        residual_width: Channels inside a residual block.
         dtype: Keras dtype policy of all layers.
     """
     images = keras.Input(image_shape)
@@ -67,9 +69,9 @@ def build_encoder(
 def build_decoder(
     image_shape, *, latent_channels, downsampling, width, residual_layers, residual_width, dtype
 ) -> keras.Model:
-    """Returns the network from [B, H/f, W/f, latent_channels] to images [B, H, W, C] float32.
+    """Returns the decoder, from [B, H/f, W/f, latent_channels] to float32 images [B, H, W, C].
 
-    The mirror of `build_encoder`; the same arguments.
+    It mirrors `build_encoder` and takes the same arguments.
     """
     height, image_width, channels = image_shape
     latents = keras.Input((height // downsampling, image_width // downsampling, latent_channels))
@@ -87,7 +89,7 @@ def build_decoder(
 def build_coarser(
     shape, latent_channels, width, *, residual_layers, residual_width, dtype
 ) -> keras.Model:
-    """Returns the network from features of `shape` to [B, h/2, w/2, latent_channels]."""
+    """Returns the top encoder, from [B, h, w, c] to [B, h/2, w/2, latent_channels]."""
     features = keras.Input(shape)
     conv = functools.partial(layers.Conv2D, padding="same", dtype=dtype)
     x = conv(width, 4, strides=2, activation="relu")(features)
@@ -99,7 +101,7 @@ def build_coarser(
 def build_finer(
     shape, latent_channels, width, *, residual_layers, residual_width, dtype
 ) -> keras.Model:
-    """Returns the network from quantized vectors of `shape` to [B, 2h, 2w, latent_channels]."""
+    """Returns the top decoder, from [B, h, w, c] to [B, 2h, 2w, latent_channels]."""
     quantized = keras.Input(shape)
     x = layers.Conv2D(width, 3, padding="same", dtype=dtype)(quantized)
     x = _residual_stack(x, width, residual_layers, residual_width, dtype)
@@ -108,7 +110,7 @@ def build_finer(
 
 
 def build_projection(shape, channels, *, dtype) -> keras.Model:
-    """Returns the linear map from vectors of `shape` to as many of `channels` numbers."""
+    """Returns a 1×1 convolution from [B, h, w, c] to [B, h, w, channels]."""
     x = keras.Input(shape)
     return keras.Model(x, layers.Conv2D(channels, 1, dtype=dtype)(x), name="bottom_projection")
 

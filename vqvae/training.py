@@ -1,4 +1,4 @@
-"""Trains the VQ-VAE of a run on its prepared images."""
+"""Trains, loads and evaluates the VQ-VAE of a run."""
 
 import functools
 from collections.abc import Sequence
@@ -24,25 +24,25 @@ from vqbeam.vqvae.storage.run_folder import MODELS, RunFolder
 STAGE = "train-vqvae"
 MODEL_FILE = "model.keras"
 _FIGURE_IMAGES = 16
-# Enough to see where training goes; the whole split is measured once, at the end.
+# Validation images per epoch, to monitor training; the complete split is evaluated at the end.
 _VALIDATION_IMAGES = 2048
 
 
 def train_vqvae(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = ()) -> dict:
-    """Trains the VQ-VAE of a run, from its last checkpoint where there is one.
+    """Trains the VQ-VAE of a run, resuming from its last checkpoint if there is one.
 
-    Writes `model.keras`, `reconstructions.png`, TensorBoard logs and the manifest. A finished
-    stage is left as it is.
+    Writes `model.keras`, `reconstructions.png`, TensorBoard logs and the manifest. Does nothing if
+    the stage is already done.
 
     Args:
         run_path: The run's folder.
-        callbacks: Further callbacks of Keras, which see the training.
+        callbacks: Additional Keras callbacks for training.
 
     Returns:
-        The stage's manifest, with the measures over the whole validation split.
+        The stage's manifest, with the metrics on the complete validation split.
 
     Raises:
-        VqbeamError: The images are not prepared or damaged, or training diverged.
+        VqbeamError: The images are not prepared or are damaged, or training diverged.
     """
     run = RunFolder(run_path)
     if run.is_done(STAGE):
@@ -54,7 +54,7 @@ def train_vqvae(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = (
     outputs = [run.folder(STAGE) / MODEL_FILE, run.folder(STAGE) / "reconstructions.png"]
     with damaged_records(run.folder("prepare")):
         history = _fit(run, config, images, callbacks)
-        # What is measured is what is stored.
+        # Evaluate the model as stored.
         model = load_model(outputs[0])
         model.compile()
         measures = evaluate(model, _validation(run, config.encode.batch_size))
@@ -73,7 +73,7 @@ def load_vqvae(run: RunFolder) -> VQVAE:
     """Returns the trained VQ-VAE of a run.
 
     Raises:
-        VqbeamError: It is not trained, or the model is not that of the run's config.
+        VqbeamError: The model has not been trained, or does not match the run's config.
     """
     run.require(STAGE, among=MODELS)
     path = run.folder(STAGE) / MODEL_FILE
@@ -83,7 +83,7 @@ def load_vqvae(run: RunFolder) -> VQVAE:
 
 
 def check_fits(model, config: Config, path) -> None:
-    """Raises a VqbeamError where the codes of a stage's model lie otherwise than the run's."""
+    """Raises a VqbeamError if a model's code layout differs from that of the run's config."""
     layout = code_layout(config)
     if model.layout != layout:
         raise VqbeamError(
@@ -93,16 +93,16 @@ def check_fits(model, config: Config, path) -> None:
 
 
 def reconstruct(model: VQVAE, images: np.ndarray) -> np.ndarray:
-    """Encodes and decodes uint8 images [N, H, W, C]."""
+    """Returns the reconstructions of images; both uint8 [N, H, W, C]."""
     return keras.ops.convert_to_numpy(model.decode(model.encode(images)))
 
 
 def evaluate(model: VQVAE, batches) -> dict[str, float]:
-    """Measures a compiled model on batches of images in [−1, 1].
+    """Returns the metrics of a compiled model on batches of images in [−1, 1].
 
     Returns:
-        The parts of the loss, perplexity and share of codes used over all batches, `mse` on
-        pixels in [0, 255] and `psnr` in dB, both from the error over all pixels.
+        The loss and its terms; perplexity and fraction of codes used over all batches; and `mse` on
+        pixels in [0, 255] and `psnr` in dB, both from the mean error over all pixels.
     """
     measures = model.evaluate(batches, return_dict=True, verbose=0)
     mse = measures["reconstruction"] * model.data_variance * 127.5**2
@@ -114,13 +114,13 @@ def evaluate(model: VQVAE, batches) -> dict[str, float]:
 
 
 def _fit(run: RunFolder, config: Config, images: dict, callbacks: Sequence) -> list[dict]:
-    """Trains the model and writes it; returns the measures of each epoch."""
+    """Trains and saves the model; returns the metrics of each epoch."""
     settings = config.vqvae
     with data_parallel(settings.batch_size, settings.dtype):
         model = build_model(config, data_variance=images["statistics"]["variance"])
         model.compile(build_optimizer(settings))
         batches = functools.partial(_training, run, config)
-        if settings.codebook_init != "random":  # or the first batch would be read for nothing
+        if settings.codebook_init != "random":  # "random" does not need the first batch
             first = next(iter(batches(0)))
             model.initialize_codebook(first, settings.codebook_init, config.seed)
         schedule = Schedule(
@@ -147,7 +147,7 @@ def _fit(run: RunFolder, config: Config, images: dict, callbacks: Sequence) -> l
 
 
 def training_images(run: RunFolder, first_step: int = 0):
-    """Returns endless batches of uint8 images in the order of training, from that of a step on."""
+    """Returns an endless dataset of uint8 training batches in training order, from a given step."""
     config = run.load_config()
     builder = open_dataset(run.folder("prepare"))
     dataset = read_split(builder, "train").map(
@@ -163,7 +163,7 @@ def training_images(run: RunFolder, first_step: int = 0):
 
 
 def _training(run: RunFolder, config: Config, first_step: int):
-    """Returns endless batches in [−1, 1], from that of a step on."""
+    """Returns an endless dataset of augmented batches in [−1, 1], from a given step."""
 
     def prepare(step, batch):
         return scale_batch(augment(batch, config.vqvae.augment, config.seed, step))
@@ -173,7 +173,7 @@ def _training(run: RunFolder, config: Config, first_step: int):
 
 
 def _validation(run: RunFolder, batch_size: int, images: int | None = None):
-    """Returns batches of the validation split: of all of it, or of about so many images."""
+    """Returns batches of the validation split, limited to about `images` images if given."""
     builder = open_dataset(run.folder("prepare"))
     size = builder.info.splits["validation"].num_examples
     if images is not None:
@@ -190,19 +190,18 @@ def _figure_images(run: RunFolder) -> np.ndarray:
 
 
 def scale_batch(images):
-    """Scales a batch of uint8 images to [−1, 1] inside tf.data, whatever the Keras backend."""
+    """Returns uint8 images scaled to [−1, 1], for use in tf.data with any Keras backend."""
     return tf.cast(images, tf.float32) / 127.5 - 1.0
 
 
 class Pictures(keras.callbacks.Callback):
-    """Shows TensorBoard, after each epoch, how training goes.
+    """Writes reconstructions and a histogram of code counts to TensorBoard after each epoch.
 
-    It writes the same held-out images each time with their reconstructions, and how often each
-    code was chosen on the validation images.
+    The images are the same in each epoch; the counts are over the validation images.
 
     Args:
-        folder: Of the event files.
-        images: uint8 [N, H, W, C].
+        folder: Folder for the event files.
+        images: Held-out images, uint8 [N, H, W, C].
     """
 
     def __init__(self, folder: epath.Path, images: np.ndarray):
@@ -212,17 +211,17 @@ class Pictures(keras.callbacks.Callback):
         self.epoch = 0
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Notes the epoch."""
+        """Stores the epoch number."""
         self.epoch = epoch
 
     def on_test_begin(self, logs=None):
-        """Writes the images: where validation begins, the weights are those that would be kept."""
+        """Writes the images here, since validation uses the weights that would be saved."""
         figure = reconstruction_figure(self.images, reconstruct(self.model, self.images))
         with self.writer.as_default():
             tf.summary.image("reconstructions", np.asarray(figure)[None], step=self.epoch)
 
     def on_epoch_end(self, epoch, logs=None):
-        """Writes the counts, which are those of the validation that has just ended."""
+        """Writes the code counts of the validation that has just ended."""
         counts = keras.ops.convert_to_numpy(self.model.codebook_use.counts)
         with self.writer.as_default():
             for level, of_level in enumerate(counts):

@@ -1,8 +1,8 @@
-"""Fashion-MNIST: 70,000 grayscale pictures of clothes, 28×28, in 10 classes; for a 2-core CPU.
+"""Fashion-MNIST: 70,000 grayscale images of clothes at 28×28 in 10 classes; for a 2-core CPU.
 
-TFDS downloads it (30 MB). On two cores of an AMD EPYC with bfloat16 it took 23 minutes:
-reconstructions at a PSNR of 23.01 dB, all codes used with a perplexity of 169, and a prior of 2.068
-nats per code (0.1864 bits per dimension), all on the test split.
+TFDS downloads the dataset (30 MB). A full run takes 23 minutes on two AMD EPYC cores (bfloat16).
+Test results: reconstruction PSNR 23.01 dB, all codes used, perplexity 169, and 2.068 nats per code
+for the prior (0.1864 bits per dimension).
 """
 
 from vqbeam.configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig
@@ -11,10 +11,10 @@ CONFIG = Config(
     name="fashion_mnist",
     data=DataConfig(source="tfds:fashion_mnist", height=28, width=28, channels=1),
     vqvae=VQVAEConfig(
-        num_codes=256,  # gray patches of 4×4 pixels vary little
+        num_codes=256,  # 4×4 grayscale patches vary little
         code_dim=32,
         downsampling=4,  # a 7×7 grid: 49 codes for the prior to learn
-        width=64,  # half the classic width: grayscale needs less
+        width=64,  # half the usual width: grayscale needs less
         residual_layers=2,
         residual_width=32,
         batch_size=64,

@@ -1,6 +1,6 @@
 """ImageNet at 64×64: 1.28 million photographs in 1,000 classes; for one large GPU.
 
-TFDS knows it as imagenet_resized/64x64 and downloads it (13 GB). Not yet measured.
+TFDS downloads the dataset (imagenet_resized/64x64, 13 GB). Results have not been measured yet.
 """
 
 from vqbeam.configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig

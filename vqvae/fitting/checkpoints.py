@@ -1,4 +1,4 @@
-"""What training keeps after each epoch, to go on from and to go back to."""
+"""Checkpoints that are saved after each epoch, to resume from and to restore the best epoch."""
 
 import pathlib
 import sys
@@ -13,19 +13,20 @@ from vqbeam.vqvae.storage.run_folder import epoch_files
 
 
 class Checkpoints(keras.callbacks.Callback):
-    """Keeps the state after each epoch, in files that are either whole or absent.
+    """Saves a checkpoint after each epoch; files are written atomically.
 
-    Keras's own BackupAndRestore writes the weights and the epoch one after the other, so that a
-    kill between the two trains an epoch twice; here the epoch is in the file's name.
+    Keras's BackupAndRestore writes the weights and the epoch separately, so a kill between the two
+    repeats an epoch. Here, the epoch is part of the file name.
 
     Args:
-        folder: Gets `checkpoints/FINGERPRINT/epoch-NNNNN.weights.h5` and, with the measures of all
-            epochs so far, `epoch-NNNNN.json`.
-        fingerprint: Checkpoints made under another one are not restored.
-        patience: Epochs without a better validation loss after which training ends; 0 for never.
+        folder: Output folder for `checkpoints/FINGERPRINT/epoch-NNNNN.weights.h5` and
+            `epoch-NNNNN.json`, which has the metrics of all epochs so far.
+        fingerprint: Checkpoints with another fingerprint are removed.
+        patience: Epochs without a better validation loss after which training ends; 0 disables
+            early stopping.
 
     Attributes:
-        history: One dictionary of measures an epoch.
+        history: A dictionary of metrics for each epoch.
     """
 
     kept = 2
@@ -37,17 +38,17 @@ class Checkpoints(keras.callbacks.Callback):
         self.history: list[dict[str, float]] = []
 
     def restore(self, model: keras.Model) -> int:
-        """Loads the last whole checkpoint into `model`; returns the number of epochs behind it.
+        """Loads the last readable checkpoint into `model` and returns its number of epochs.
 
         Raises:
-            VqbeamError: There are checkpoints, and none of them can be loaded.
+            VqbeamError: There are checkpoints, but none of them can be loaded.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in self.folder.parent.iterdir():
             if stale != self.folder:
                 print(f"{stale} is of other settings or inputs: removed", file=sys.stderr)
                 stale.rmtree()
-        for unfinished in matching(self.folder, ".*"):  # of an attempt that was killed
+        for unfinished in matching(self.folder, ".*"):  # from an attempt that was killed
             unfinished.unlink(missing_ok=True)
         damaged = None
         for epoch, file in reversed(epoch_files(self.folder).items()):
@@ -56,7 +57,7 @@ class Checkpoints(keras.callbacks.Callback):
                 self.history = read_json(self._measures(epoch))
                 return epoch
             except (VqbeamError, FileNotFoundError) as error:
-                # A machine that lost its power may have kept the name of a file, and no content.
+                # A power failure can leave a file with a name but no content.
                 damaged = damaged or error
                 print(f"{file} cannot be read: going back an epoch", file=sys.stderr)
         if damaged:
@@ -69,13 +70,13 @@ class Checkpoints(keras.callbacks.Callback):
 
     @property
     def best_epoch(self) -> int:
-        """The number, from 1 up, of the first epoch with the lowest validation loss."""
+        """Number, counted from 1, of the first epoch with the lowest validation loss."""
         losses = [epoch["val_loss"] for epoch in self.history]
         return losses.index(min(losses)) + 1
 
     @property
     def stalled(self) -> bool:
-        """Whether `patience` is over; it follows from the history alone."""
+        """Whether the last `patience` epochs brought no better validation loss."""
         if not (self.patience and self.history):
             return False
         return len(self.history) - self.best_epoch >= self.patience
@@ -100,9 +101,9 @@ class Checkpoints(keras.callbacks.Callback):
                 ) from error
 
     def on_epoch_end(self, epoch, logs=None):
-        """Saves model, optimizer and history; ends training where it has stalled."""
+        """Saves model, optimizer and history; stops training if it has stalled."""
         self.history.append({name: float(value) for name, value in logs.items()})
-        # First, since the weights are what tells that the epoch is whole.
+        # Written first, since the weights file marks the epoch as complete.
         write_json(self._measures(epoch + 1), self.history)
         with tempfile.TemporaryDirectory() as local:
             weights = pathlib.Path(local) / "model.weights.h5"
@@ -119,4 +120,4 @@ class Checkpoints(keras.callbacks.Callback):
         names = {path.name.split(".")[0] for path in kept}
         for path in matching(self.folder, "epoch-*"):
             if path.name.split(".")[0] not in names:
-                path.unlink(missing_ok=True)  # another attempt at the same time may be here as well
+                path.unlink(missing_ok=True)  # a concurrent attempt may remove it as well

@@ -1,4 +1,4 @@
-"""Compiles functions that read model weights, alike on TensorFlow and JAX."""
+"""Compiles functions that read model weights, on TensorFlow or JAX."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -13,22 +13,22 @@ from vqbeam.configs import VqbeamError
 def compile_function(
     function: Callable[..., Any], variables: Sequence[keras.Variable], *, jit: bool
 ) -> Callable[..., Any]:
-    """Returns a compiled form of a function that reads Keras variables and changes none.
+    """Returns a compiled version of a function that reads Keras variables but assigns none.
 
-    The weights stay inputs of the compiled program: a value assigned to one of `variables` later
-    on is seen by the next call, and nothing is compiled anew.
+    The weights are inputs of the compiled program, so later assignments to `variables` take effect
+    without recompilation.
 
     Args:
-        function: Takes tensors, and returns a tensor or a nest of tensors. It is traced once for
-            each combination of shapes and dtypes.
-        variables: Every variable that `function` reads.
-        jit: Whether TensorFlow compiles the graph with XLA, which pays where a function is called
-            often or holds a loop. JAX always does.
+        function: Takes tensors and returns a tensor or a nested structure of tensors. It is traced
+            once for each combination of shapes and dtypes.
+        variables: All variables that `function` reads.
+        jit: Whether TensorFlow compiles the graph with XLA, which is worthwhile for functions that
+            are called often or contain a loop. JAX always uses XLA.
 
     Returns:
-        A function of the same tensors. Give it NumPy arrays or tensors, not Python numbers: on
-        TensorFlow each new Python number is compiled anew. `keras.ops.convert_to_numpy` takes
-        what it returns.
+        A function of the same tensors. Pass NumPy arrays or tensors, not Python numbers, since
+        TensorFlow retraces for each new Python number. Results can be passed to
+        `keras.ops.convert_to_numpy`.
 
     Raises:
         VqbeamError: The Keras backend is neither TensorFlow nor JAX.
@@ -45,12 +45,11 @@ def compile_function(
 
 
 def full_precision():
-    """Returns a context in which GPUs multiply float32 without dropping digits (TF32).
+    """Returns a context manager that disables TF32, so GPUs multiply float32 in full precision.
 
-    With fewer digits the nearest code is another one for some vectors, and the images of a seed
-    depend on the batch. TensorFlow has one switch for the whole process, and none for a single
-    product: there the context sets it for good, and what else the process computes in float32,
-    training included, keeps its digits too.
+    TF32 would change the nearest code of some vectors and make the samples of a seed depend on
+    the batch. TensorFlow has only a process-wide switch: there, TF32 stays off after the context
+    ends, for training as well.
     """
     if keras.backend.backend() == "jax":
         import jax
@@ -63,19 +62,19 @@ def full_precision():
 
 
 def compiled_encoder(model: keras.Model) -> Callable[[Any], Any]:
-    """Returns the compiled `encode` of a VQ-VAE: uint8 [B, H, W, C] to codes int32 [B, *shape]."""
+    """Returns a VQ-VAE's compiled `encode`: images uint8 [B, H, W, C] to int32 [B, *shape]."""
     return compile_function(model.encode, model.variables, jit=False)
 
 
 def compiled_decoder(model: keras.Model) -> Callable[[Any], Any]:
-    """Returns the compiled `decode` of a VQ-VAE: codes [B, *shape] to uint8 [B, H, W, C]."""
+    """Returns a VQ-VAE's compiled `decode`: codes [B, *shape] to images uint8 [B, H, W, C]."""
     return compile_function(model.decode, model.variables, jit=False)
 
 
 def in_batches(function: Callable[[Any], Any], rows: np.ndarray, batch_size: int) -> np.ndarray:
-    """Returns what a compiled function makes of rows, [N, ...] both, in padded batches of one size.
+    """Returns the results, [N, ...], of a compiled function for rows [N, ...], batch by batch.
 
-    So there is one shape to compile, and one result for a row, however many are left for it.
+    The last batch is padded, so only one shape is compiled, and results do not depend on N.
     """
     made = []
     for first in range(0, len(rows), batch_size):
@@ -90,7 +89,7 @@ def _jit_with_weights(
 ) -> Callable[..., Any]:
     import jax
 
-    # `jax.jit` copies what a function closes over into the program: weights go in as an argument.
+    # Weights are arguments because `jax.jit` would embed captured values as constants.
     @jax.jit
     def pure(values, *tensors):
         state = zip(variables, values, strict=True)

@@ -1,4 +1,4 @@
-"""Data-parallel training over all devices that there are."""
+"""Data-parallel training on all available devices."""
 
 import contextlib
 import functools
@@ -9,30 +9,30 @@ from vqbeam.configs import VqbeamError
 
 
 def device_count() -> int:
-    """Returns how many devices train together: all accelerators, or else the CPU."""
+    """Returns the number of devices used for training: all accelerators, or else the CPU."""
     return len(keras.distribution.list_devices())
 
 
 def evenly_shared(size: int) -> int:
-    """Returns the largest number up to `size` that all devices can share, or else `size`."""
+    """Returns the largest multiple of the device count up to `size`, or `size` if that is 0."""
     return size - size % device_count() or size
 
 
 @contextlib.contextmanager
 def data_parallel(batch_size: int, dtype: str = "float32"):
-    """Lets a model that is built and trained in the block use all devices.
+    """A context in which a model is built and trained on all devices.
 
-    Each device computes its share of every batch, and they agree on gradients and statistics
-    before the step ends: the model is that of one device on the whole batch, up to rounding and
-    to what is drawn at random (dropout, and the vectors on which dead codes are restarted).
-    CUDA_VISIBLE_DEVICES chooses among GPUs.
+    Each device processes its share of every batch, and gradients and statistics are combined at
+    each step. The result is the same as on one device, except for rounding and random numbers
+    (dropout, and the vectors that replace dead codes). CUDA_VISIBLE_DEVICES selects GPUs.
 
     Args:
         batch_size: Images in a batch, over all devices.
-        dtype: The policy that is trained in.
+        dtype: Keras dtype policy of the training.
 
     Raises:
-        VqbeamError: The devices cannot share a batch evenly, or not in this precision.
+        VqbeamError: The batch cannot be split evenly over the devices, or the dtype policy does
+            not support several devices.
     """
     devices = keras.distribution.list_devices()
     if batch_size % len(devices):
@@ -42,7 +42,7 @@ def data_parallel(batch_size: int, dtype: str = "float32"):
         )
     on_tensorflow = keras.backend.backend() == "tensorflow"
     if len(devices) > 1 and dtype == "mixed_float16" and on_tensorflow:
-        # Keras looks for an overflow on the first of them alone, and takes the others' for numbers.
+        # Keras checks for overflow on the first device only.
         raise VqbeamError(
             f"mixed_float16 does not train on {len(devices)} devices with TensorFlow; use "
             "mixed_bfloat16, or choose one device with CUDA_VISIBLE_DEVICES"
@@ -59,15 +59,15 @@ def data_parallel(batch_size: int, dtype: str = "float32"):
 
 @functools.cache
 def _mirrored_strategy(devices: tuple[str, ...]):
-    # Once in a process: a second strategy would number its reductions as the first did, which
-    # TensorFlow takes for the same ones, and ends with an error.
+    # Only one per process: a second strategy would reuse the reduction keys of the first, which is
+    # an error in TensorFlow.
     import tensorflow as tf
 
     return tf.distribute.MirroredStrategy([name.upper() for name in devices])
 
 
 def sum_over_replicas(*tensors):
-    """Returns each tensor added up over the replicas."""
+    """Returns each tensor summed over the replicas."""
     context = _replica_context()
     if context is None:
         return tensors
@@ -77,7 +77,7 @@ def sum_over_replicas(*tensors):
 
 
 def mean_over_replicas(tensor):
-    """Returns the mean of a tensor over the replicas; its gradient reaches all of them."""
+    """Returns the mean of a tensor over the replicas; the gradient flows back to all of them."""
     context = _replica_context()
     if context is None:
         return tensor
@@ -87,7 +87,7 @@ def mean_over_replicas(tensor):
 
 
 def from_first_replica(tensor):
-    """Returns the tensor of replica 0 on all of them."""
+    """Returns the tensor of replica 0 on every replica."""
     context = _replica_context()
     if context is None:
         return tensor
@@ -98,13 +98,13 @@ def from_first_replica(tensor):
 
 
 def share_of_replica(tensor):
-    """Returns what a replica must give for the sum over replicas to be their mean."""
+    """Returns the tensor divided by the number of replicas, so that the sum is their mean."""
     context = _replica_context()
     return tensor if context is None else tensor / context.num_replicas_in_sync
 
 
 def _replica_context():
-    """Returns TensorFlow's replica context where there are several replicas."""
+    """Returns TensorFlow's replica context, or None unless there are several replicas."""
     if keras.backend.backend() != "tensorflow":
         return None
     import tensorflow as tf

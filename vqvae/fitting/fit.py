@@ -1,4 +1,4 @@
-"""The training loop that both stages share: Keras `fit`, with checkpoints that resume."""
+"""The training loop of both stages: Keras `fit` with resumable checkpoints."""
 
 import contextlib
 import dataclasses
@@ -20,8 +20,8 @@ from vqbeam.vqvae.storage.files import write_bytes
 
 
 def set_seed(seed: int) -> None:
-    """Sets the seeds of Python, NumPy and the backend to one that follows from a run's."""
-    # One up, since Dataset.shuffle takes no tensor as its seed where the global seed is zero.
+    """Seeds Python, NumPy and the backend from the seed of a run."""
+    # Plus 1, since Dataset.shuffle does not accept a tensor seed if the global seed is zero.
     keras.utils.set_random_seed(seed + 1)
 
 
@@ -56,32 +56,32 @@ def fit(
     fingerprint: str,
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> list[dict[str, float]]:
-    """Trains a compiled model, from its last checkpoint if it has one; returns its history.
+    """Trains a compiled model, resuming from its last checkpoint if there is one.
 
-    A training that was killed and started again ends with the weights of an unbroken one (on a GPU
-    up to the order of additions): the state of the model and the optimizer comes from the
-    checkpoint, and the batches continue where they were.
+    A run that is killed and restarted ends with the same weights as an uninterrupted run (on a GPU,
+    up to the order of summation): model and optimizer state are restored from the checkpoint, and
+    the data continues from the same batch.
 
     Args:
-        model: Compiled and built.
+        model: A compiled and built model.
         schedule: How long to train.
-        batches: Function from a step number to the endless dataset that begins with its batch.
+        batches: Function from a step number to an endless dataset that starts at that step.
         validation: Dataset evaluated after each epoch.
-        folder: Gets `checkpoints/` and TensorBoard's `logs/`.
-        fingerprint: Hash of everything the training reads; checkpoints with another are removed.
-        callbacks: Further callbacks. Metrics that they add to an epoch are shown and kept.
+        folder: Output folder for `checkpoints/` and TensorBoard's `logs/`.
+        fingerprint: Hash of the training inputs; checkpoints with another fingerprint are removed.
+        callbacks: Additional callbacks. Metrics that they add to an epoch's logs are stored.
 
     Returns:
-        A dictionary of metrics for each epoch, including those before the last start.
+        A dictionary of metrics for each epoch, including those before a restart.
 
     Raises:
-        VqbeamError: The loss is no longer a finite number.
+        VqbeamError: The loss is not finite, or no existing checkpoint can be loaded.
     """
     checkpoints = Checkpoints(folder, fingerprint, schedule.patience)
     first_epoch = checkpoints.restore(model)
     steps, title = schedule.steps, schedule.title
     epochs = math.ceil(steps / schedule.steps_per_epoch)
-    # float16 wraps the optimizer, for the scale of the loss.
+    # With float16, the optimizer is wrapped for loss scaling.
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     if first_epoch < epochs and not checkpoints.stalled:
         first_step = first_epoch * schedule.steps_per_epoch
@@ -90,14 +90,14 @@ def fit(
         progress = FitProgress(
             title, steps=steps, first_step=first_step, batch_size=schedule.batch_size
         )
-        with contextlib.closing(progress.bar):  # an error would be written behind the bar
+        with contextlib.closing(progress.bar):  # so that error messages start on a new line
             model.fit(
                 batches(first_step),
                 initial_epoch=first_epoch,
                 epochs=epochs,
                 steps_per_epoch=min(steps, schedule.steps_per_epoch),
                 validation_data=validation,
-                shuffle=False,  # the batches come shuffled
+                shuffle=False,  # the batches are already shuffled
                 verbose=0,
                 callbacks=[
                     StopOnNaN(),
@@ -111,28 +111,28 @@ def fit(
             )
     if schedule.patience:
         checkpoints.restore_best(model)
-    # What Keras does at the end of training, for weights that come from a checkpoint.
+    # Keras does this at the end of `fit`, but not for weights restored from a checkpoint.
     optimizer.finalize_variable_values(model.trainable_variables)
     return checkpoints.history
 
 
 class AveragedWeights(keras.callbacks.SwapEMAWeights):
-    """Validates with the optimizer's average of the weights, and puts the weights back."""
+    """Validates with the EMA of the weights, then swaps the weights back."""
 
     def _tf_swap_variables(self, optimizer):
-        # Keras swaps by additions on TensorFlow, which round.
+        # On TensorFlow, Keras swaps by adding and subtracting, which causes rounding errors.
         self._backend_swap_variables(optimizer)
 
 
 class StopOnNaN(keras.callbacks.Callback):
-    """Ends training with one clear line when the loss is no longer finite."""
+    """Stops training with a one-line error message if the loss is not finite."""
 
     def on_train_batch_end(self, batch, logs=None):
-        """Checks the loss."""
+        """Checks the training loss."""
         self._check(logs["loss"], f"loss became {logs['loss']} at batch {batch} of this epoch")
 
     def on_epoch_end(self, epoch, logs=None):
-        """Checks the validation loss: the last update of the epoch may have broken the weights."""
+        """Checks the validation loss, since the epoch's last update may have broken the weights."""
         loss = logs.get("val_loss", 0.0)
         self._check(loss, f"validation loss became {loss} in epoch {epoch + 1}")
 
@@ -144,13 +144,13 @@ class StopOnNaN(keras.callbacks.Callback):
 
 
 class Reseed(keras.callbacks.Callback):
-    """Gives the model's layers random numbers that depend on the seed and the epoch alone.
+    """Reseeds the model's layers in each epoch from the seed and the epoch number.
 
-    Keras does not save the state of its random generators with the weights; without this, a
-    resumed run would drop other units than an unbroken one.
+    Keras does not save the state of random generators with the weights. Without this callback,
+    dropout in a resumed run would differ from that in an uninterrupted one.
 
     Args:
-        seed: Any integer.
+        seed: Any non-negative integer.
     """
 
     def __init__(self, seed: int):
@@ -158,7 +158,7 @@ class Reseed(keras.callbacks.Callback):
         self.seed = seed
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Sets the state of every generator in the model."""
+        """Sets the state of all random generators in the model."""
         states = [v for v in self.model.non_trainable_variables if "seed_generator" in v.path]
         for index, state in enumerate(states):
             numbers = np.random.SeedSequence([self.seed, epoch, index]).generate_state(2)
@@ -166,7 +166,7 @@ class Reseed(keras.callbacks.Callback):
 
 
 def save_model(model: keras.Model, path: epath.Path) -> None:
-    """Writes a model as one .keras file, whole or not at all."""
+    """Writes a model to a .keras file atomically."""
     with tempfile.TemporaryDirectory() as local:
         file = pathlib.Path(local) / "model.keras"
         model.save(file)
@@ -174,10 +174,10 @@ def save_model(model: keras.Model, path: epath.Path) -> None:
 
 
 def load_model(path: epath.Path) -> keras.Model:
-    """Reads a model that `save_model` wrote; no code stored in the file is ever run.
+    """Returns a model written by `save_model`, without running any code stored in the file.
 
     Raises:
-        VqbeamError: The file is damaged.
+        VqbeamError: The file is damaged or from an incompatible version.
     """
     with tempfile.TemporaryDirectory() as local:
         file = pathlib.Path(local) / path.name

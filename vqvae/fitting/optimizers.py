@@ -1,4 +1,4 @@
-"""The optimizers: Adam, AdamW, and Muon for the kernels of convolutions."""
+"""Optimizers (Adam, AdamW, and Muon for convolution kernels) and learning-rate schedules."""
 
 import math
 from typing import Any
@@ -11,16 +11,16 @@ from vqbeam.vqvae.fitting.devices import share_of_replica, sum_over_replicas
 
 
 def build_optimizer(settings: VQVAEConfig) -> keras.Optimizer:
-    """Returns the optimizer of stage 1 that the settings name, with its schedule."""
+    """Returns the optimizer of stage 1, including its schedule."""
     options = optimizer_options(settings)
     if settings.optimizer == "adam":
         return Adam(**options)
-    # Half the rate for Adam's share: biases, norms, a learned codebook, and the smallest kernels.
+    # Half the learning rate for Adam: biases, norms, a learned codebook and the smallest kernels.
     return ConvolutionMuon(weight_decay=0.0, adam_weight_decay=0.0, adam_lr_ratio=0.5, **options)
 
 
 def optimizer_options(settings: VQVAEConfig | PriorConfig) -> dict[str, Any]:
-    """Returns what the optimizers of both stages are given: schedule, clipping and average."""
+    """Returns the optimizer arguments of both stages: schedule, clipping and weight EMA."""
     schedule = learning_rate(
         settings.learning_rate,
         steps=settings.steps,
@@ -36,25 +36,26 @@ def optimizer_options(settings: VQVAEConfig | PriorConfig) -> dict[str, Any]:
 
 
 class WholeBatchClipping:
-    """Clips the gradient of the whole batch on several devices too.
+    """An optimizer mixin that clips the gradient of the complete batch on several devices.
 
-    Keras clips the share of each device on TensorFlow, before they add up.
+    On TensorFlow, Keras clips the gradient of each device before summing them.
     """
 
     def _clip_gradients(self, grads):
         if not self.global_clipnorm:
             return grads
         whole = sum_over_replicas(*[ops.convert_to_tensor(gradient) for gradient in grads])
-        # Keras then adds up over the replicas.
+        # Keras then sums over the replicas.
         return [share_of_replica(gradient) for gradient in super()._clip_gradients(list(whole))]
 
 
 class WarmAverage:
-    """Averages the weights over a tenth of the steps so far, until the decay is reached.
+    """An optimizer mixin that warms up the decay of the weight EMA.
 
-    At step t, from 0 up, the decay is min(`ema_momentum`, t / (t + 9)). Keras's average starts with
-    the weights of the first step, of which it keeps a share of decay^(t - 1): after 1,000 steps
-    with 0.999 more than a third of it would be an untrained model.
+    At step t, counted from 0, the decay is min(`ema_momentum`, t / (t + 9)), so the average covers
+    about a tenth of the steps so far. Keras's EMA starts from the weights after the first step,
+    which keep a weight of decay^(t - 1): after 1,000 steps with a decay of 0.999, more than a third
+    of the average would come from an untrained model.
     """
 
     def _update_model_variables_moving_average(self, trainable_variables):
@@ -71,23 +72,23 @@ class WarmAverage:
 
 @keras.saving.register_keras_serializable("vqbeam")
 class Adam(WholeBatchClipping, WarmAverage, keras.optimizers.Adam):
-    """Keras's Adam, for several devices as well."""
+    """Keras's Adam with batch-level clipping and a warmed-up weight EMA."""
 
 
 @keras.saving.register_keras_serializable("vqbeam")
 class AdamW(WholeBatchClipping, WarmAverage, keras.optimizers.AdamW):
-    """Keras's AdamW, for several devices as well."""
+    """Keras's AdamW with batch-level clipping and a warmed-up weight EMA."""
 
 
 @keras.saving.register_keras_serializable("vqbeam")
 class ConvolutionMuon(WholeBatchClipping, WarmAverage, keras.optimizers.Muon):
-    """Keras's Muon, which leaves all but matrices to Adam, for kernels of convolutions as well.
+    """Keras's Muon, applied to convolution kernels; Adam updates all other weights.
 
-    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) turns the momentum of a
-    weight matrix into the nearest orthogonal one, so that a step is as long in every direction. A
-    kernel is taken as the matrix from its patches to its last axis: the output channels, or of a
-    transposed convolution the input channels. Kernels with fewer than `smallest` rows or columns
-    are left to Adam.
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum of a
+    weight matrix with the nearest orthogonal matrix, so that a step has equal length in every
+    direction. A kernel is flattened to a matrix whose columns are its last axis: the output
+    channels, or the input channels of a transposed convolution. Kernels with fewer than `smallest`
+    rows or columns are updated by Adam.
     """
 
     smallest = 16
@@ -112,14 +113,14 @@ _FLOOR = 0.01
 
 
 def learning_rate(peak: float, *, steps: int, warmup_steps: int, kind: str = "cosine"):
-    """Returns a learning rate that warms up linearly and then falls as a half cosine, or stays.
+    """Returns a learning-rate schedule: linear warm-up, then cosine decay or a constant rate.
 
     Args:
-        peak: The highest value.
-        steps: Training steps in all.
-        warmup_steps: Steps in which it rises from 0.
-        kind: "cosine" falls to a hundredth of the peak (Loshchilov and Hutter 2016,
-            https://arxiv.org/abs/1608.03983, eq. 5, one cycle); "constant" stays.
+        peak: The highest learning rate.
+        steps: Total number of training steps.
+        warmup_steps: Number of steps in which the rate rises from 0.
+        kind: "cosine" decays to 1% of the peak (Loshchilov and Hutter 2016,
+            https://arxiv.org/abs/1608.03983, eq. 5, one cycle); "constant" stays at the peak.
     """
     warmup = {"warmup_target": peak, "warmup_steps": warmup_steps} if warmup_steps else {}
     return keras.optimizers.schedules.CosineDecay(

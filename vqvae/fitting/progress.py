@@ -1,4 +1,4 @@
-"""Progress that a person sees: a bar with images per second and, in training, the loss."""
+"""Progress bars with images per second and, in training, the loss."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ import tqdm
 
 
 def progress_bar(title: str, total: int, *, initial: int = 0) -> tqdm.tqdm:
-    """Returns a bar that counts images; on a terminal it moves, in a log file it says little."""
+    """Returns a progress bar that counts images; it is updated less often in a log file."""
     return tqdm.tqdm(
         desc=f"{title:<12}",
         total=total,
@@ -23,21 +23,21 @@ def progress_bar(title: str, total: int, *, initial: int = 0) -> tqdm.tqdm:
 
 
 def _columns() -> int:
-    """Returns the width of the terminal; where one gives 0, tqdm would show nothing at all."""
+    """Returns the terminal width: 0 if unreported (tqdm would show nothing), 100 if no terminal."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns
     except (OSError, ValueError, AttributeError):
-        return 100  # no terminal
+        return 100
 
 
 class FitProgress(keras.callbacks.Callback):
-    """Shows one bar over the whole of `fit`, with the loss in training and held out.
+    """Shows one progress bar for all of `fit`, with the training and validation losses.
 
     Args:
-        title: What is trained.
-        steps: Steps in all.
-        first_step: Step at which this call of `fit` begins.
-        batch_size: Images in a step.
+        title: Label of the bar.
+        steps: Total number of training steps.
+        first_step: Step at which this call of `fit` starts.
+        batch_size: Images per step.
     """
 
     def __init__(self, title: str, *, steps: int, first_step: int, batch_size: int):
@@ -47,13 +47,13 @@ class FitProgress(keras.callbacks.Callback):
         self.bar = progress_bar(title, steps * batch_size, initial=first_step * batch_size)
 
     def on_train_batch_end(self, batch, logs=None):
-        """Moves the bar by one batch."""
+        """Advances the bar by one batch and, every ten batches, updates the loss."""
         self.bar.update(self.batch_size)
         if batch % 10 == 0:
             self.bar.set_postfix(loss=f"{logs['loss']:.4f}", **self.held_out, refresh=False)
 
     def on_epoch_end(self, epoch, logs=None):
-        """Shows from now on what was measured on the validation images."""
+        """Stores the validation metrics, which the bar shows from now on."""
         shown = [name for name in ("val_loss", "val_bits_per_dim") if name in logs]
         self.held_out = {name: f"{logs[name]:.4f}" for name in shown}
 

@@ -1,1 +1,1 @@
-"""Quantizers: each replaces the vectors of a grid by the nearest of a finite set."""
+"""Quantizers: layers that replace each vector of a grid with one from a finite set."""

@@ -1,4 +1,4 @@
-"""What every quantizer has in common: its result, its interface, and its place in training."""
+"""The interface and result type shared by all quantizers, and the entropy loss."""
 
 from typing import Any, NamedTuple
 
@@ -9,16 +9,16 @@ from vqbeam.vqvae.fitting.devices import mean_over_replicas
 
 
 class Quantized(NamedTuple):
-    """What a quantizer makes of its input `z`.
+    """The output of a quantizer for an input `z`.
 
     Attributes:
-        quantized: [..., D] float32. Its value is that of the chosen vectors; its gradient goes to
-            `z`, as the quantizer's estimator lets it.
-        codes: [...] int32 in [0, num_codes), with a last axis of `levels` where there are several.
-        losses: Scalars by name, each already times its weight: `codebook`, which moves the
-            codebook alone; `commitment` and others, which move the encoder.
-        statistics: Scalars by name that are worth a look and have no gradient:
-            `quantization_error`, ‖z − e‖² as a mean over all elements.
+        quantized: [..., D] float32. The chosen vectors in the forward pass; in the backward pass,
+            the gradient goes to `z` through the quantizer's estimator.
+        codes: [...] int32 in [0, num_codes), with a last axis of size `levels` if that is above 1.
+        losses: Weighted scalar losses by name: `codebook`, which trains only the codebook, and
+            `commitment` and others, which train the encoder.
+        statistics: Scalar metrics by name, without gradient: `quantization_error`, the mean of
+            (z − e)² over all elements.
     """
 
     quantized: Any
@@ -28,15 +28,15 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(keras.layers.Layer):
-    """The interface of all quantizers.
+    """The base class of all quantizers.
 
-    Quantizers compute in float32 whatever the dtype of the input: bfloat16 has too few digits to
-    tell near codes apart.
+    Quantizers compute in float32 for any input dtype, since bfloat16 is not precise enough to
+    separate nearby codes.
 
     Attributes:
         dim: Channels D of the input and of the quantized vectors.
-        num_codes: Number of codes K of one level.
-        levels: Codes that stand for one vector.
+        num_codes: Number of codes K per level.
+        levels: Number of codes per vector.
         loss_names: The keys of `Quantized.losses`.
     """
 
@@ -49,7 +49,7 @@ class Quantizer(keras.layers.Layer):
         super().__init__(**{**kwargs, "dtype": "float32"})
 
     def build(self, input_shape):
-        """Checks the input's channels; families with weights create them."""
+        """Checks that the input has `dim` channels; subclasses with weights create them here."""
         if input_shape[-1] != self.dim:
             raise ValueError(
                 f"the quantizer takes {self.dim} channels, its input has {input_shape[-1]}; "
@@ -57,34 +57,34 @@ class Quantizer(keras.layers.Layer):
             )
 
     def call(self, z, training=False) -> Quantized:
-        """Quantizes z [..., D]; in training the statistics move, after the assignment."""
+        """Quantizes z [..., D]; in training, statistics are updated after codes are assigned."""
         raise NotImplementedError
 
     def encode(self, z):
-        """Returns the codes [...] (with `levels`, [..., levels]) of z [..., D]; no gradient."""
+        """Returns the int32 codes [...], or [..., levels], of z [..., D]."""
         return self(z).codes
 
     def decode_codes(self, codes):
-        """Returns the vectors [..., D] float32 that the codes stand for."""
+        """Returns the float32 vectors [..., D] for codes [...] or [..., levels]."""
         raise NotImplementedError
 
     def initialize(self, vectors, method: str, seed: int) -> None:
-        """Places the codebook among encoder outputs before the first step, where there is one.
+        """Initializes the codebook, if any, from encoder outputs before the first step.
 
         Args:
-            vectors: float32 [N, D].
-            method: "random" leaves the codebook as it is; "data" takes vectors; "kmeans" their
-                cluster centres.
-            seed: Of the random choices.
+            vectors: Encoder outputs, float32 [N, D].
+            method: "random" keeps the codebook unchanged, "data" samples from the vectors, and
+                "kmeans" uses their cluster centres.
+            seed: Random seed.
         """
 
     def as_vectors(self, z):
-        """Returns z [..., D] as float32 [N, D]."""
+        """Returns z [..., D] reshaped to float32 [N, D]."""
         return ops.reshape(ops.cast(z, "float32"), (-1, self.dim))
 
 
 def assign_where(variable, condition, values) -> None:
-    """Sets a variable to `values` where the condition holds."""
+    """Assigns `values` to the elements of a variable where `condition` is true."""
     variable.assign(ops.where(condition, values, ops.convert_to_tensor(variable)))
 
 
@@ -92,15 +92,15 @@ _SMALL = 1e-5
 
 
 def entropy_loss(vectors, chosen, codebook):
-    """Returns E[H(p)] − H(E[p]) in nats, where p is the soft assignment of a vector.
+    """Returns E[H(p)] − H(E[p]) in nats, where p is the soft code assignment of a vector.
 
-    As in section 3.1 of Yu et al. 2023 (https://arxiv.org/abs/2310.05737), with p the softmax of
-    −‖z − e‖² in units of the mean squared distance to the code chosen, so that it is the same at
-    any scale of z. The gradient reaches the vectors alone.
+    See Yu et al. 2023 (https://arxiv.org/abs/2310.05737), section 3.1. Here, p is the softmax of
+    −‖z − e‖² divided by the mean squared distance to the chosen code, which makes the loss
+    independent of the scale of z. Only the vectors receive a gradient.
 
     Args:
         vectors: float32 [N, D].
-        chosen: float32 [N, D], the code vector of each.
+        chosen: float32 [N, D], the codebook vector chosen for each.
         codebook: float32 [K, D].
     """
     codebook = ops.stop_gradient(codebook)

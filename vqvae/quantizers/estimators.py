@@ -1,4 +1,4 @@
-"""How a gradient passes the quantizer, which has none: from the quantized vector to z."""
+"""Gradient estimators: they pass the gradient of the quantized vectors on to the input z."""
 
 from keras import ops
 
@@ -6,21 +6,22 @@ _SMALL = 1e-6
 
 
 def straight_through(z, quantized):
-    """Returns `quantized` in value, with the gradient of the identity on `z`.
+    """Returns the value of `quantized`, with an identity gradient to `z`.
 
-    The estimator of Bengio et al. 2013 (https://arxiv.org/abs/1308.3432), as used in section 3.2
-    of van den Oord et al. 2017: z + sg(e − z).
+    The straight-through estimator of Bengio et al. 2013 (https://arxiv.org/abs/1308.3432), as used
+    in section 3.2 of van den Oord et al. 2017: z + sg(e − z).
     """
     return z + ops.stop_gradient(quantized - z)
 
 
 def rotation_trick(z, quantized):
-    """Returns `quantized` in value, with the gradient of the rotation that takes z to it.
+    """Returns the value of `quantized`, with the gradient of the rotation that maps z to it.
 
-    From Fifty et al. 2024 (https://arxiv.org/abs/2410.06424), section 4.2: with û, q̂ the
-    directions of z and e, and w that of their sum, e = ‖e‖/‖z‖ · (z − 2 (z·w) w + 2 (z·û) q̂),
-    where all but z are constants. The angle between gradient and vector stays as it was, where
-    the straight-through estimator keeps the gradient's direction.
+    From Fifty et al. 2024 (https://arxiv.org/abs/2410.06424), section 4.2. Let û and q̂ be the
+    directions of z and e, and w the direction of û + q̂. Then
+    e = ‖e‖/‖z‖ · (z − 2 (z·w) w + 2 (z·û) q̂), where everything but z is held constant. This
+    preserves the angle between gradient and vector; straight-through preserves the gradient's
+    direction.
 
     Args:
         z: float32 [..., D].
@@ -32,17 +33,17 @@ def rotation_trick(z, quantized):
     w = (u + q) / _length(u + q)
     rotated = z - 2 * _dot(z, w) * w + 2 * _dot(z, u) * q
     rotated = rotated * (e_length / z_length)
-    # Where a length is next to nothing, the rotation is not whole; the value is e in any case.
+    # The rotation is inexact where a length is below _SMALL; this makes the value exactly e.
     return rotated + ops.stop_gradient(quantized - rotated)
 
 
 def diveq(z, quantized):
-    """Returns `quantized` in value, with the gradient on `z` across the error alone.
+    """Returns the value of `quantized`, with a gradient to `z` orthogonal to the error.
 
     From Vali et al. 2025 (https://arxiv.org/abs/2509.26469), without the noise: e = z + ‖e − z‖ u,
-    where the direction u of the error and, unlike there, e are constants. The gradient at z is that
-    at e less its part along u: a step of z that way makes the error longer or shorter, but e is
-    as it was, and so is what the decoder makes of it.
+    where the error direction u and, unlike in the paper, e are held constant. The gradient for z
+    is that for e without its component along u: moving z along u changes the length of the error,
+    but neither e nor the reconstruction.
 
     Args:
         z: float32 [..., D].
@@ -55,10 +56,9 @@ def diveq(z, quantized):
 
 
 def no_estimator(z, quantized):
-    """Returns `quantized` in value, with no gradient to anything.
+    """Returns the value of `quantized`, without any gradient.
 
-    No model trains with it: it is what `vqbeam gradients` sets beside the others. It closes the
-    one path that they open, and opens none to the codebook, which they have not either.
+    A baseline for `vqbeam gradients`, not available as a training setting.
     """
     del z
     return ops.stop_gradient(quantized)

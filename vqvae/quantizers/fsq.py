@@ -1,4 +1,4 @@
-"""Finite scalar quantization: each number is rounded to one of a few; no codebook learns."""
+"""Finite scalar quantization (FSQ): rounds each channel; there is no learned codebook."""
 
 import math
 
@@ -12,19 +12,23 @@ from vqbeam.vqvae.quantizers.estimators import straight_through
 
 @keras.saving.register_keras_serializable("vqbeam")
 class FiniteScalarQuantizer(Quantizer):
-    """Rounds each of a few channels to a small number of values, of which the grid is the codebook.
+    """Rounds each channel to a few values; all their combinations form an implicit codebook.
 
     From "Finite Scalar Quantization: VQ-VAE Made Simple", Mentzer et al. 2023
-    (https://arxiv.org/abs/2309.15505), appendix A.1: channel i is bounded by a tanh to L_i values
-    around 0 and rounded, with the straight-through gradient of the rounding. The values are given
-    to the decoder on [−1, 1]. Where L_i is 2, the sign of the channel is taken: the paper's shift
-    would have it begin where the slope is a thousandth.
+    (https://arxiv.org/abs/2309.15505), appendix A.1: a tanh bounds channel i to the range of L_i
+    values around 0, then the channel is rounded with a straight-through gradient. The output is
+    scaled to [−1, 1]. For L_i = 2, the output is the sign of the channel: with the paper's shift,
+    training would start where the slope is 0.001.
 
     Args:
-        levels_per_channel: Values of each channel, each at least 2, such as (8, 8, 8) for K = 512.
+        levels_per_channel: Number of values per channel, each at least 2, such as (8, 8, 8) for
+            K = 512.
+
+    Raises:
+        ValueError: `levels_per_channel` is empty or has a number below 2.
     """
 
-    # Keeps the outermost values in reach of the tanh.
+    # Extends the range of the tanh so that it reaches the outermost values.
     margin = 1e-3
 
     def __init__(self, levels_per_channel, **kwargs):
@@ -35,13 +39,13 @@ class FiniteScalarQuantizer(Quantizer):
         self.dim = len(levels_per_channel)
         self.num_codes = math.prod(levels_per_channel)
         sizes = np.asarray(levels_per_channel, "int32")
-        # Where the number of values is even, they lie at −L/2, ..., L/2 − 1.
+        # An even number of values L means the values −L/2, ..., L/2 − 1.
         self._half = sizes // 2
-        # Place of each channel in the number of a code: the first changes fastest.
+        # Place value of each channel in a code; the first channel changes fastest.
         self._basis = np.cumprod([1, *sizes[:-1]], dtype="int32")
 
     def call(self, z, training=False):
-        """Quantizes z of [..., D]."""
+        """Quantizes z [..., D]."""
         del training
         bounded = self._bounded(ops.cast(z, "float32"))
         rounded = ops.round(bounded)
@@ -55,7 +59,7 @@ class FiniteScalarQuantizer(Quantizer):
         )
 
     def decode_codes(self, codes):
-        """Returns the grid points [..., D] float32 on [−1, 1] of codes [...] in [0, num_codes)."""
+        """Returns the float32 vectors [..., D] in [−1, 1] for codes [...] in [0, num_codes)."""
         digits = codes[..., None] // self._basis % np.asarray(self.levels_per_channel, "int32")
         return ops.cast(digits - self._half, "float32") / self._half.astype("float32")
 
@@ -63,7 +67,7 @@ class FiniteScalarQuantizer(Quantizer):
         sizes = np.asarray(self.levels_per_channel, "float32")
         reach = (sizes - 1) * (1 + self.margin) / 2
         offset = np.where(sizes % 2 == 0, 0.5, 0.0)
-        # Of two values 0 is the border: the shift would put it where the tanh is flat.
+        # No shift for L = 2, whose boundary is 0: the shift would move it to where tanh is flat.
         shift = np.arctanh(np.where(sizes == 2, 0.0, offset) / reach).astype("float32")
         return ops.tanh(z + shift) * reach - offset.astype("float32")
 

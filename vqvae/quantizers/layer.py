@@ -1,4 +1,4 @@
-"""The vector quantizer as a layer for any Keras model: tensor in, tensor out."""
+"""The vector quantizer as a layer for any Keras model."""
 
 import keras
 
@@ -7,22 +7,22 @@ from vqbeam.vqvae.quantizers import vector
 
 @keras.saving.register_keras_serializable("vqbeam.layers")
 class VectorQuantizer(vector.VectorQuantizer):
-    """Replaces each vector of a tensor by the nearest one of a learned codebook.
+    """A layer that replaces each vector with the nearest one in a learned codebook.
 
-    It works in any Keras model, on TensorFlow and JAX. The output has the input's shape and the
-    gradient passes through, so the layers before it learn. The layer adds its own losses, so
-    `model.fit` needs nothing else. Models with it are saved and loaded as any other.
+    It works in any Keras model, on TensorFlow and JAX. The output has the shape of the input, and
+    gradients pass through to the preceding layers. The layer adds its own losses, so `model.fit`
+    needs no changes. Models with this layer are saved and loaded like any other.
 
     Args:
-        num_codes: Number K of vectors in the codebook.
-        code_dim: Length D of a vector, which must be the size of the input's last axis.
-        **settings: What else `vqbeam.vqvae.quantizers.vector.VectorQuantizer` takes, such as
-            `commitment=0.25`, `update="gradient"` for a codebook that the optimizer trains, and
-            `restart_below=0.1`, which keeps all codes in use.
+        num_codes: Codebook size K.
+        code_dim: Length D of a vector, equal to the size of the input's last axis.
+        **settings: Other arguments of `vqbeam.vqvae.quantizers.vector.VectorQuantizer`, such as
+            `commitment=0.25`, `update="gradient"` to train the codebook with the optimizer, and
+            `restart_below=0.1` to keep all codes in use.
 
     Attributes:
-        codebook: Keras variable, float32 [K, D]. After restarts with `update="gradient"`, and
-            with `lookup="cosine"`, `vectors()` has what the codes stand for.
+        codebook: Keras variable, float32 [K, D]. With `update="gradient"` and restarts, or with
+            `lookup="cosine"`, use `vectors()` for the vectors of the codes.
 
     Raises:
         ValueError: A setting is out of range, or the input's last axis is not `code_dim`.
@@ -36,7 +36,7 @@ class VectorQuantizer(vector.VectorQuantizer):
     """
 
     def call(self, z, training=False):
-        """Returns the nearest codebook vectors, float32 [..., D], for z of [..., D]."""
+        """Returns the nearest codebook vectors, float32 [..., D], for z [..., D]."""
         result = super().call(z, training=training)
         self.add_loss(sum(result.losses.values()))
         return result.quantized

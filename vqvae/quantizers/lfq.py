@@ -1,4 +1,4 @@
-"""Lookup-free quantization: the code is the signs of the channels, read as a binary number."""
+"""Lookup-free quantization (LFQ): a code is the binary number given by the channels' signs."""
 
 import keras
 import numpy as np
@@ -11,25 +11,28 @@ from vqbeam.vqvae.quantizers.estimators import straight_through
 
 @keras.saving.register_keras_serializable("vqbeam")
 class LookupFreeQuantizer(Quantizer):
-    """Replaces each channel by its sign.
+    """Replaces each channel with its sign.
 
     From "Language Model Beats Diffusion: Tokenizer is Key to Visual Generation", Yu et al. 2023
-    (https://arxiv.org/abs/2310.05737), section 3.1 and equation 5: the K = 2^D codes are the
-    corners of a cube, so nothing is looked up, and an entropy loss keeps all of them in use:
+    (https://arxiv.org/abs/2310.05737), section 3.1 and equation 5. The K = 2^D codes are the
+    corners of a cube, so no codebook lookup is needed. An entropy loss keeps all codes in use:
     E[H(p)] − H(E[p]) over soft assignments p, in which the channels are independent given z.
 
-    The second entropy would take N×K numbers. The channels are taken in groups of at most
-    `group` for it, and the groups as independent, as in section 3.2 of Zhao et al. 2024
-    (https://arxiv.org/abs/2406.07548); for K up to 2^`group` it is exact.
+    Computing H(E[p]) exactly would take N×K numbers. Instead, the channels are split into groups
+    of at most `group`, which are treated as independent, as in section 3.2 of Zhao et al. 2024
+    (https://arxiv.org/abs/2406.07548). The result is exact for K up to 2^`group`.
 
     Args:
-        num_bits: Channels D; K = 2^D.
-        commitment: The weight β of ‖z − sg(e)‖².
+        num_bits: Channels D, from 1 to 30; K = 2^D.
+        commitment: Weight β of ‖z − sg(e)‖².
         entropy: Weight of the entropy loss, which is in nats per code.
+
+    Raises:
+        ValueError: `num_bits` is out of range.
     """
 
     group = 9
-    # p(bit = 1) = σ(4 z), the softmax over the distances −(z ∓ 1)² to both values.
+    # p(bit = 1) = σ(4 z): the softmax over −(z ∓ 1)², the negative distances to both values.
     sharpness = 4.0
 
     def __init__(self, num_bits, commitment=0.25, entropy=0.1, **kwargs):
@@ -44,7 +47,7 @@ class LookupFreeQuantizer(Quantizer):
         self._powers = 2 ** np.arange(num_bits, dtype="int32")
 
     def call(self, z, training=False):
-        """Quantizes z of [..., D]."""
+        """Quantizes z [..., D]."""
         del training
         z = ops.cast(z, "float32")
         signs = ops.where(ops.stop_gradient(z) > 0, 1.0, -1.0)
@@ -60,12 +63,12 @@ class LookupFreeQuantizer(Quantizer):
         )
 
     def encode(self, z):
-        """Returns the codes [...] int32 of z [..., D]; no gradient."""
+        """Returns the int32 codes [...] of z [..., D]."""
         bits = ops.cast(ops.stop_gradient(z) > 0, "int32")
         return ops.sum(bits * self._powers, axis=-1)
 
     def decode_codes(self, codes):
-        """Returns the corners [..., D] float32 of codes [...] in [0, num_codes)."""
+        """Returns the float32 vectors [..., D] of ±1 for codes [...] in [0, num_codes)."""
         bits = codes[..., None] // self._powers % 2
         return ops.cast(2 * bits - 1, "float32")
 
@@ -80,7 +83,7 @@ class LookupFreeQuantizer(Quantizer):
         return of_each - of_mean
 
     def _group_entropy(self, ones):
-        """Returns the entropy of the mean distribution over the codes of a group of bits."""
+        """Returns H(E[p]) for a group of bits, given their probabilities of 1, [N, bits]."""
         p = ops.ones_like(ones[:, :1])
         for bit in range(ones.shape[1]):
             one = ones[:, bit : bit + 1]

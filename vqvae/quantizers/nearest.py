@@ -1,34 +1,34 @@
-"""The nearest code of every vector, without ever holding all their distances."""
+"""Blockwise nearest-code search and codebook initialization."""
 
 import numpy as np
 from keras import ops
 
 from vqbeam.vqvae.fitting.compilation import full_precision
 
-# Numbers of a block of scores: 4 MB, which a processor core's cache holds.
+# Scores per block: 4 MB, which fits in a core's cache.
 BLOCK_SIZE = 2**20
-# More codes than this are taken in several blocks.
+# Maximum number of codes per block.
 _MAX_CODES = 4096
-# Codes whose scores are first reduced to their maximum: a maximum over a short, fixed number of
-# neighbours runs in vector instructions, and argmax over all codes does not.
+# Scores are first reduced to their maximum per group of this many codes: a maximum over a small,
+# fixed number of elements uses vector instructions; argmax over all codes does not.
 _GROUP = 64
 
 
 def nearest_codes(vectors, codebook, penalties=None, block_size=BLOCK_SIZE):
-    """Returns the index of the nearest code of each vector by squared L2 distance.
+    """Returns the index of the nearest code by squared L2 distance for each vector.
 
-    Of codes that are equally near, the first is taken. The nearest code is that of the largest
-    z·e − ‖e‖²/2, half of what ‖z‖² − ‖z − e‖² is; these scores are computed in float32, in blocks
-    of rows and codes, so that memory does not grow with N times K. No gradient flows.
+    Ties go to the lowest index. The nearest code maximizes z·e − ‖e‖²/2 = (‖z‖² − ‖z − e‖²)/2.
+    These scores are computed in float32, in blocks of vectors and codes, so memory use does not
+    grow with N·K. No gradient flows.
 
     Args:
-        vectors: [N, D] float32. N may be 0, or not known until the graph runs.
-        codebook: [K, D] float32.
-        penalties: [K] float32, added to the squared distances to each code; None for none.
-        block_size: About how many scores are held at once.
+        vectors: float32 [N, D]. N may be 0 or unknown at trace time.
+        codebook: float32 [K, D].
+        penalties: float32 [K], added to the squared distances to each code; None for none.
+        block_size: Approximate number of scores in memory at once.
 
     Returns:
-        [N] int32 in [0, K).
+        int32 [N] in [0, K).
     """
     codes = _code_blocks(ops.stop_gradient(codebook), penalties, block_size)  # [G, D + 1, k]
     size = ops.shape(vectors)[0]
@@ -42,7 +42,7 @@ def nearest_codes(vectors, codebook, penalties=None, block_size=BLOCK_SIZE):
 
 
 def _code_blocks(codebook, penalties, block_size):
-    """Lays codes out as [G, D + 1, k]: columns e, under each −‖e‖²/2, for codes added −inf."""
+    """Returns the codes as [G, D + 1, k]: columns e above −‖e‖²/2, or −inf for padding."""
     num_codes = codebook.shape[0]
     count = -(-num_codes // min(_MAX_CODES, max(_GROUP, block_size)))
     width = _GROUP * -(-num_codes // (count * _GROUP))
@@ -61,24 +61,24 @@ def _code_blocks(codebook, penalties, block_size):
 
 
 def _row_blocks(vectors, most):
-    """Lays vectors out as [B, R, D + 1], with a last column of ones, R at most `most`."""
+    """Returns the vectors as [B, R, D + 1], with a last column of ones and R at most `most`."""
     size, dim = ops.shape(vectors)
     filled = ops.maximum(size, 1) if ops.is_tensor(size) else max(size, 1)
     count = -(-filled // most)
     length = -(-filled // count)
     rows = ops.concatenate([vectors, ops.ones_like(vectors[:, :1])], axis=1)
-    # Not ops.pad, which takes no widths that are known only when the graph runs.
+    # Not ops.pad, which does not accept widths that are unknown at trace time.
     rows = ops.concatenate([rows, ops.zeros((count * length - size, dim + 1))], axis=0)
     return ops.reshape(rows, (count, length, dim + 1))
 
 
 def _nearest_of_block(rows, codes):
-    """Maps rows [R, D + 1] and codes [G, D + 1, k] to indices [R], one code block at a time."""
+    """Returns the indices [R] for rows [R, D + 1] and codes [G, D + 1, k], block by block."""
     count, _, width = codes.shape
 
     def step(i, found):
         best, index = _best_of_block(rows, codes[i])
-        better = best > found[0]  # not ≥: the first of equal codes stays
+        better = best > found[0]  # not ≥: ties go to the lowest index
         return ops.where(better, best, found[0]), ops.where(better, index + i * width, found[1])
 
     first = _best_of_block(rows, codes[0])
@@ -86,7 +86,7 @@ def _nearest_of_block(rows, codes):
 
 
 def _best_of_block(rows, codes):
-    """Returns the highest score of each row [R] and the index [R] of the code that has it."""
+    """Returns the highest score of each row [R] and the index of its code [R]."""
     groups = codes.shape[1] // _GROUP
     scores = ops.reshape(ops.matmul(rows, codes), (-1, groups, _GROUP))
     highest = ops.max(scores, axis=2)  # [R, groups]
@@ -98,8 +98,8 @@ def _best_of_block(rows, codes):
 
 
 def _first(mask):
-    """Returns the place of the first True of each row; 0 where there is none, as with NaN."""
-    # Over integers, since Keras's argmax of floats makes several passes for the sake of −0.0.
+    """Returns the index of the first True in each row, or 0 if there is none, as with NaN."""
+    # Cast to integers, since Keras's argmax over floats makes several passes to handle −0.0.
     return ops.argmax(ops.cast(mask, "int32"), axis=1)
 
 
@@ -107,14 +107,17 @@ _ITERATIONS = 10
 
 
 def initial_codebook(vectors, num_codes: int, method: str, seed: int):
-    """Returns a codebook float32 [K, D] and how many vectors choose each code, float32 [K].
+    """Returns a codebook, float32 [K, D], and the number of vectors per code, float32 [K].
 
     Args:
         vectors: float32 tensor [N, D].
-        num_codes: K. Where there are fewer vectors than codes, some are taken twice.
-        method: "data" for K of the vectors, "kmeans" for the centres after some rounds of Lloyd's
-            algorithm (1982, https://doi.org/10.1109/TIT.1982.1056489) from there.
-        seed: Of the choice of vectors.
+        num_codes: Codebook size K. If N < K, vectors are sampled with replacement.
+        method: "data" samples K of the vectors; "kmeans" then runs ten iterations of Lloyd's
+            algorithm (1982, https://doi.org/10.1109/TIT.1982.1056489) from them.
+        seed: Random seed.
+
+    Raises:
+        ValueError: `method` is neither.
     """
     if method not in ("data", "kmeans"):
         raise ValueError(f"method is {method!r}; choose 'data' or 'kmeans'")
@@ -122,7 +125,7 @@ def initial_codebook(vectors, num_codes: int, method: str, seed: int):
     codebook = _draw(vectors, num_codes, numbers)
     for _ in range(_ITERATIONS if method == "kmeans" else 0):
         counts, sums = _assigned(vectors, codebook)
-        # An empty cluster starts again at another vector.
+        # Empty clusters restart at random vectors.
         centres = sums / ops.maximum(counts, 1.0)[:, None]
         codebook = ops.where(counts[:, None] > 0, centres, _draw(vectors, num_codes, numbers))
     return codebook, _assigned(vectors, codebook)[0]

@@ -1,4 +1,4 @@
-"""The residual quantizer: several codes for one vector, each refining those before it."""
+"""Residual quantization: several codes per vector, each of which refines the previous ones."""
 
 import keras
 from keras import ops
@@ -10,19 +10,22 @@ from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 @keras.saving.register_keras_serializable("vqbeam")
 class ResidualQuantizer(Quantizer):
-    """Replaces a vector by the sum of one vector from each of several codebooks.
+    """Replaces each vector with a sum of vectors, one from each of several codebooks.
 
     From "Autoregressive Image Generation using Residual Quantization", Lee et al. 2022
-    (https://arxiv.org/abs/2203.01941), equations 2 to 4: each level quantizes what the levels
-    before it have left, so that the commitment losses, summed over the levels, draw z to every
-    partial sum. Each level has a codebook of its own, as in SoundStream
+    (https://arxiv.org/abs/2203.01941), equations 2 to 4: each level quantizes the residual of the
+    previous levels, and the commitment losses, summed over the levels, pull z towards every
+    partial sum. Each level has its own codebook, as in SoundStream
     (https://arxiv.org/abs/2107.03312).
 
     Args:
         levels: Number of codebooks.
         num_codes: Size K of each codebook.
-        code_dim: Length D of a vector; the last axis of the input.
-        **settings: What else `VectorQuantizer` takes, for each level.
+        code_dim: Length D of a vector; the size of the input's last axis.
+        **settings: Other arguments of `VectorQuantizer`, the same for all levels.
+
+    Raises:
+        ValueError: `lookup` is "cosine".
     """
 
     def __init__(self, levels, num_codes, code_dim, **settings):
@@ -39,13 +42,13 @@ class ResidualQuantizer(Quantizer):
         self.loss_names = self.quantizers[0].loss_names
 
     def build(self, input_shape):
-        """Creates the codebooks; the last axis must be `code_dim`."""
+        """Creates the codebooks; the input's last axis must be `code_dim`."""
         super().build(input_shape)
         for quantizer in self.quantizers:
             quantizer.build(input_shape)
 
     def call(self, z, training=False):
-        """Quantizes z of [..., D]; in training the statistics move, after the assignment."""
+        """Quantizes z [..., D]; in training, statistics are updated after all levels."""
         z = ops.cast(z, "float32")
         residual, inputs, results = z, [], []
         for quantizer in self.quantizers:
@@ -53,7 +56,7 @@ class ResidualQuantizer(Quantizer):
             results.append(quantizer(residual, training=False))
             chosen = quantizer.decode_codes(results[-1].codes)
             residual = residual - ops.stop_gradient(chosen)
-        if training:  # after all levels have chosen: what one leaves is by the old codebook
+        if training:  # at the end, so that all residuals come from the old codebooks
             for quantizer, left, result in zip(self.quantizers, inputs, results, strict=True):
                 quantizer.update_statistics(left, result.codes)
         codes = ops.stack([result.codes for result in results], axis=-1)
@@ -65,12 +68,12 @@ class ResidualQuantizer(Quantizer):
         )
 
     def decode_codes(self, codes):
-        """Returns the sums [..., D] float32 of the vectors of codes [..., levels]."""
+        """Returns the float32 sums [..., D] of the codebook vectors for codes [..., levels]."""
         levels = ops.unstack(codes, self.levels, axis=-1)
         return sum(q.decode_codes(code) for q, code in zip(self.quantizers, levels, strict=True))
 
     def initialize(self, vectors, method, seed):
-        """Places each codebook among what the levels before it leave; see `Quantizer`."""
+        """Initializes each codebook from the residuals of the previous levels."""
         for level, quantizer in enumerate(self.quantizers):
             quantizer.initialize(vectors, method, seed + level)
             vectors = vectors - quantizer.decode_codes(quantizer.encode(vectors))

@@ -6,22 +6,22 @@ from keras import ops
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 
-# Saved models have the name that the class had in earlier versions.
+# The name of the class in earlier versions, which saved models have.
 @keras.saving.register_keras_serializable("vqbeam", name="LinearVectorQuantizer")
 class SimVQ(VectorQuantizer):
-    """A vector quantizer whose codes all move together.
+    """A vector quantizer whose codebook is a fixed random matrix times a learned one.
 
     From "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer", Zhu
-    et al. 2024 (https://arxiv.org/abs/2411.02038), section 4: the code vectors are C·W with C
-    [K, D] random and never changed, and W [D, D] learned by the codebook loss. A gradient at one
-    code moves them all, so none is left behind.
+    et al. 2024 (https://arxiv.org/abs/2411.02038), section 4: the codebook vectors are C·W, where
+    C [K, D] is random and fixed, and W [D, D] is trained by the codebook loss. The gradient for
+    any code moves all codes, which prevents dead codes.
 
     Args:
         num_codes: Codebook size K.
-        code_dim: Length D of a vector; the last axis of the input.
-        lookup: See `VectorQuantizer`, as for the rest.
+        code_dim: Length D of a vector; the size of the input's last axis.
+        lookup: "l2" or "cosine"; see `VectorQuantizer`, also for the other arguments.
         estimator: "straight_through", "rotation" or "diveq".
-        commitment: The weight β.
+        commitment: Weight β of the commitment loss.
         entropy: Weight of the entropy loss.
     """
 
@@ -56,16 +56,16 @@ class SimVQ(VectorQuantizer):
         )
 
     def decode_codes(self, codes):
-        """Returns the vectors [..., D] float32 of codes [...] in [0, num_codes)."""
+        """Returns the float32 codebook vectors [..., D] for codes [...] in [0, num_codes)."""
         fixed = ops.take(self.codebook, codes, axis=0)
         return self._on_sphere(ops.matmul(fixed, self.projection))
 
     def vectors(self):
-        """Returns what the codes stand for, [K, D]."""
+        """Returns the vectors of all codes, float32 [K, D]."""
         return self._on_sphere(ops.matmul(self.codebook, self.projection))
 
     def initialize(self, vectors, method, seed):
-        """Scales the codes to the size of encoder outputs; "data" and "kmeans" alike."""
+        """Scales the codebook to the RMS of encoder outputs, for both "data" and "kmeans"."""
         del seed
         if method != "random":
             sizes = [ops.sqrt(ops.mean(ops.square(x))) for x in (vectors, self.codebook)]

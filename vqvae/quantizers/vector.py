@@ -1,4 +1,4 @@
-"""The vector quantizer: nearest codebook vector, straight-through gradient, moving averages."""
+"""The vector quantizer: nearest-neighbour lookup in a learned codebook."""
 
 import keras
 from keras import ops
@@ -11,57 +11,61 @@ from vqbeam.vqvae.quantizers.nearest import initial_codebook, nearest_codes
 
 @keras.saving.register_keras_serializable("vqbeam")
 class VectorQuantizer(Quantizer):
-    """Replaces each vector of a grid by the nearest one of a learned codebook.
+    """Replaces each vector of a grid with the nearest one in a learned codebook.
 
     From "Neural Discrete Representation Learning", van den Oord et al. 2017
-    (https://arxiv.org/abs/1711.00937), equations 1 to 3. A grid z of [32, 8, 8, 64] is taken as
-    2,048 vectors of 64 numbers; each gets the index of its nearest codebook vector, so that the
-    codes are [32, 8, 8] and the quantized grid is again [32, 8, 8, 64].
+    (https://arxiv.org/abs/1711.00937), equations 1 to 3. For example, a grid z of shape
+    [32, 8, 8, 64] is treated as 2,048 vectors of length 64. Each vector gets the index of its
+    nearest codebook vector, so the codes have shape [32, 8, 8] and the quantized grid has shape
+    [32, 8, 8, 64].
 
-    The codebook moves in one of two ways, never both:
+    The codebook is trained in one of two ways:
 
-    - `update="gradient"`: it is trainable, and the codebook loss ‖sg(z) − e‖² draws it to the
-      encoder.
-    - `update="ema"`: appendix A.1. Per code, moving averages of how many vectors chose it and of
-      their sum; the code becomes the ratio. Both start at zero, so the factor by which a moving
-      average is biased cancels (up to the smoothing: by less than 1% where decay ≤ 0.999), and a
-      code that no vector of the batch chose stays where it is.
+    - `update="gradient"`: the codebook is trainable, and the codebook loss ‖sg(z) − e‖² pulls it
+      towards the encoder outputs.
+    - `update="ema"`: the codebook follows exponential moving averages (appendix A.1). Each codebook
+      vector is the ratio of the EMA of the sum of the vectors that chose it and the EMA of their
+      count. Both start at zero, so their bias cancels (except for the smoothing: less than 1% for
+      decay ≤ 0.999). Codes that no vector in the batch chose are unchanged.
 
-    In either way, codes that hardly any vector chooses are moved onto vectors of the batch
-    (Dhariwal et al. 2020, https://arxiv.org/abs/2005.00341).
+    In both cases, rarely used codes are moved to vectors of the batch (Dhariwal et al. 2020,
+    https://arxiv.org/abs/2005.00341).
 
     Args:
         num_codes: Codebook size K.
-        code_dim: Length D of a vector; the last axis of the input.
-        lookup: "l2" takes the nearest vector. "cosine" first divides z and the codebook by their
-            lengths (Yu et al. 2021, https://arxiv.org/abs/2110.04627), so that the direction
-            alone counts and the quantized vectors have length 1.
+        code_dim: Length D of a vector; the size of the input's last axis.
+        lookup: "l2" for the nearest vector by distance. "cosine" first normalizes z and the
+            codebook to length 1 (Yu et al. 2021, https://arxiv.org/abs/2110.04627); the quantized
+            vectors then also have length 1.
         update: "ema" or "gradient".
         decay: Decay of the moving averages, in [0, 1).
-        restart_below: A code is moved when its usage is below this share of the mean usage, in
-            [0, 1); 0 for never.
-        estimator: Through what the gradient reaches z: "straight_through", "rotation" or
-            "diveq".
-        commitment: The weight β of ‖z − sg(e)‖².
-        entropy: Weight of E[H(p)] − H(E[p]), in nats, where p are soft assignments: each vector
-            should be sure of its code, and all codes used alike. It takes the N×K distances whole.
-        balance: How strongly codes in much use are avoided: `balance` · m · log(usage / mean usage)
-            is added to the squared distance to each code, where m is a moving average of the
-            squared distance to the code chosen; 0 always takes the nearest. It keeps all codes in
-            use without a loss, as Wang et al. 2024 (https://arxiv.org/abs/2408.15664) do for
-            experts, and reverses entropy-constrained quantization (Chou et al. 1989,
-            https://doi.org/10.1109/29.17498), which prefers codes in much use.
+        restart_below: Codes with a usage below this fraction of the mean usage are restarted, in
+            [0, 1); 0 disables restarts.
+        estimator: Gradient estimator: "straight_through", "rotation" or "diveq".
+        commitment: Weight β of ‖z − sg(e)‖².
+        entropy: Weight of the entropy loss E[H(p)] − H(E[p]) in nats, where p are soft assignments.
+            It favours confident assignments and uniform code usage. It needs the full N×K distance
+            matrix in memory.
+        balance: Strength of the usage penalty: `balance` · m · log(usage / mean usage) is added to
+            the squared distance to each code, where m is a moving average of the squared distance
+            to the chosen code; 0 disables it. It keeps all codes in use without an extra loss, as
+            Wang et al. 2024 (https://arxiv.org/abs/2408.15664) do for experts. It is the opposite
+            of entropy-constrained quantization (Chou et al. 1989,
+            https://doi.org/10.1109/29.17498), which favours frequent codes.
 
     Attributes:
-        codebook: [K, D] float32; `vectors()` is what its rows stand for.
-        usage: [K] float32. At each training step usage ← 0.99 · usage + counts of the batch;
-            unchanged in evaluation.
+        codebook: float32 [K, D]; `vectors()` returns the vectors of the codes.
+        usage: float32 [K]. Each training step sets usage ← 0.99 · usage + counts of the batch;
+            evaluation does not change it.
+
+    Raises:
+        ValueError: `lookup`, `update` or `estimator` is none of the above.
     """
 
-    # Keeps a code that was chosen by next to nothing from dividing by next to nothing.
+    # Avoids division by near-zero counts.
     epsilon = 1e-5
     usage_decay = 0.99
-    # A code that nothing chooses is favoured no more than this share of the mean usage would be.
+    # Lower limit of usage / mean usage in the usage penalty.
     smallest_share = 0.01
 
     def __init__(
@@ -97,12 +101,12 @@ class VectorQuantizer(Quantizer):
 
     @property
     def loss_names(self):
-        """The parts of the loss that the settings give weight."""
+        """Names of the losses in use."""
         names = ("codebook",) if self.update == "gradient" else ()
         return (*names, "commitment", *(("entropy",) if self.entropy else ()))
 
     def build(self, input_shape):
-        """Creates the codebook and the averages; the last axis must be `code_dim`."""
+        """Creates the codebook and the averages; the input's last axis must be `code_dim`."""
         super().build(input_shape)
         shape = (self.num_codes, self.dim)
         self._build_codebook(shape)
@@ -113,8 +117,8 @@ class VectorQuantizer(Quantizer):
             self.ema_counts = self._statistic("ema_counts", shape[:1])
             self.ema_sums = self._statistic("ema_sums", shape)
         elif self._has_moves:
-            # On JAX a trainable variable cannot be assigned in a training step: what restarts
-            # have moved is added to it.
+            # On JAX, a training step cannot assign trainable variables, so restarts are stored as
+            # offsets to the codebook.
             self.moves = self._statistic("moves", shape)
 
     def _build_codebook(self, shape):
@@ -129,7 +133,7 @@ class VectorQuantizer(Quantizer):
         return self.add_weight(name=name, shape=shape, initializer="zeros", trainable=False)
 
     def call(self, z, training=False):
-        """Quantizes z of [..., D]; in training the statistics move, after the assignment."""
+        """Quantizes z [..., D]; in training, statistics are updated after codes are assigned."""
         z = self._on_sphere(ops.cast(z, "float32"))
         codes = self._nearest(z)
         quantized = self.decode_codes(codes)
@@ -144,18 +148,18 @@ class VectorQuantizer(Quantizer):
         return result
 
     def encode(self, z):
-        """Returns the codes [...] int32 nearest to the vectors of z [..., D]; no gradient."""
+        """Returns the int32 codes [...] nearest to the vectors of z [..., D]."""
         return self._nearest(self._on_sphere(ops.cast(z, "float32")))
 
     def decode_codes(self, codes):
-        """Returns the codebook vectors [..., D] float32 of codes [...] in [0, num_codes)."""
+        """Returns the float32 codebook vectors [..., D] for codes [...] in [0, num_codes)."""
         vectors = ops.take(self.codebook, codes, axis=0)
         if self._has_moves:
             vectors = vectors + ops.take(self.moves, codes, axis=0)
         return self._on_sphere(vectors)
 
     def vectors(self):
-        """Returns what the codes stand for, [K, D]."""
+        """Returns the vectors of all codes, float32 [K, D]."""
         vectors = ops.convert_to_tensor(self.codebook)
         return self._on_sphere(vectors + self.moves if self._has_moves else vectors)
 
@@ -166,7 +170,7 @@ class VectorQuantizer(Quantizer):
     def _on_sphere(self, vectors):
         if self.lookup == "l2":
             return vectors
-        # Not ops.normalize, whose gradient on JAX is NaN at a vector of zeros.
+        # Not ops.normalize, whose gradient on JAX is NaN for a zero vector.
         squares = ops.sum(ops.square(vectors), axis=-1, keepdims=True)
         return vectors * ops.rsqrt(ops.maximum(squares, 1e-12))
 
@@ -175,7 +179,7 @@ class VectorQuantizer(Quantizer):
         return ops.reshape(codes, ops.shape(z)[:-1])
 
     def _penalties(self):
-        """Returns what is added to the squared distance to each code, [K], or None."""
+        """Returns the usage penalties added to the squared distances, [K], or None."""
         if not self.balance:
             return None
         share = self.usage / ops.maximum(ops.mean(self.usage), self.epsilon)
@@ -193,7 +197,7 @@ class VectorQuantizer(Quantizer):
         return losses
 
     def update_statistics(self, z, codes):
-        """Moves codebook and usage by vectors z [..., D] and the codes [...] that they chose."""
+        """Updates codebook and usage from vectors z [..., D] and their codes [...]."""
         vectors = ops.stop_gradient(self.as_vectors(z))
         codes = ops.reshape(codes, (-1,))
         if self.balance:
@@ -223,14 +227,14 @@ class VectorQuantizer(Quantizer):
         total = ops.sum(ema_counts)
         smoothed = (ema_counts + self.epsilon) / (total + self.num_codes * self.epsilon) * total
         chosen = counts[:, None] > 0
-        # Codes that no vector chose have a ratio of two fading numbers: they keep their place.
+        # Unused codes are left unchanged: their ratio is of two averages decaying to zero.
         moved = ema_sums / ops.where(chosen, smoothed[:, None], 1.0)
         assign_where(self.codebook, chosen, moved)
         self.ema_counts.assign(ema_counts)
         self.ema_sums.assign(ema_sums)
 
     def _restart_codes(self, vectors):
-        """Moves neglected codes onto vectors of the batch: place, averages and usage together."""
+        """Moves rarely used codes to vectors of the batch and resets their averages and usage."""
         mean_usage = ops.mean(self.usage)
         neglected = self.usage < self.restart_below * mean_usage
         rows = neglected[:, None]
@@ -251,7 +255,7 @@ class VectorQuantizer(Quantizer):
         return ops.take(vectors, places, axis=0)
 
     def initialize(self, vectors, method, seed):
-        """Places the codebook among encoder outputs; see `Quantizer.initialize`."""
+        """Initializes the codebook from encoder outputs; see `Quantizer.initialize`."""
         if method == "random":
             return
         vectors = self._on_sphere(ops.cast(vectors, "float32"))
@@ -259,7 +263,7 @@ class VectorQuantizer(Quantizer):
         self.codebook.assign(codebook)
         self.usage.assign(counts)
         if self.update == "ema":
-            self.ema_counts.assign(ops.copy(counts))  # JAX gives away the buffers of variables
+            self.ema_counts.assign(ops.copy(counts))  # JAX donates the buffers of variables
             self.ema_sums.assign(codebook * counts[:, None])
 
     def get_config(self):

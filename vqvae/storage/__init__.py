@@ -1,1 +1,1 @@
-"""What lies on disk: run folders, records of images and codes, and their labels."""
+"""On-disk formats: run folders, image and code records, and labels."""

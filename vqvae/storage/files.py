@@ -1,4 +1,4 @@
-"""Files on this machine or in a bucket: written whole or not at all, and looked at."""
+"""Atomic writes, reads and listings of files, local or in a bucket."""
 
 import fnmatch
 import json
@@ -14,7 +14,7 @@ from vqbeam.configs import VqbeamError
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
-    """Writes a file to a temporary name and renames it, so that no reader sees half of it."""
+    """Writes a file atomically: to a temporary name, which is then renamed."""
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
         temporary.write_bytes(data)
@@ -25,15 +25,15 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-    """Writes JSON to a temporary name and renames it, so that no reader sees half a file."""
+    """Writes a value as JSON atomically."""
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: epath.Path) -> Any:
-    """Returns what a file holds that is vqbeam's own.
+    """Returns the contents of a JSON file written by vqbeam.
 
     Raises:
-        VqbeamError: It is not JSON.
+        VqbeamError: The file is not valid JSON.
     """
     try:
         return json.loads(path.read_text())
@@ -45,29 +45,30 @@ def read_json(path: epath.Path) -> Any:
 
 
 def size(path: epath.Path) -> int | None:
-    """Returns the bytes of a file, or None where it is missing."""
+    """Returns the size of a file in bytes, or None if it is missing."""
     try:
-        # What epath asks of a local file has its owner's name in it, which may not be there.
+        # For local files, epath's stat also looks up the owner's name, which may not exist.
         return os.stat(path).st_size if is_local(path) else path.stat().length
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
 def sizes(paths: Sequence[epath.Path]) -> list[int | None]:
-    """Returns the bytes of each file, asked of many at once: in a bucket each takes a while."""
+    """Returns the size of each file in bytes (see `size`), in parallel since buckets are slow."""
     with ThreadPoolExecutor(32) as pool:
         return list(pool.map(size, paths))
 
 
 def modified(path: epath.Path) -> float:
-    """Returns when a file was changed, in seconds, by the clock of its file system."""
+    """Returns a file's modification time in seconds, by the clock of its file system."""
     return os.stat(path).st_mtime if is_local(path) else path.stat().mtime
 
 
 def matching(folder: epath.Path, pattern: str) -> list[epath.Path]:
-    """Returns what lies in a folder and has a name like `*.json`, sorted; nothing, of no folder.
+    """Returns the sorted paths in a folder whose names match a pattern such as `*.json`.
 
-    The pattern is of names alone: `glob` would take `[1]` in the folder's own for one.
+    Returns an empty list if there is no such folder. Unlike `glob`, special characters such as
+    `[1]` in the folder's own name have no effect.
     """
     if not folder.is_dir():
         return []
@@ -75,5 +76,5 @@ def matching(folder: epath.Path, pattern: str) -> list[epath.Path]:
 
 
 def is_local(path: epath.Path) -> bool:
-    """Tells whether a path is of this machine, and not of a bucket."""
+    """Returns whether a path is local, that is, not in a bucket."""
     return "://" not in os.fspath(path)

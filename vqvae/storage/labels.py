@@ -1,4 +1,4 @@
-"""What images are labelled with: classes or attributes."""
+"""Labels of a dataset: classes or attributes."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,16 +7,16 @@ import numpy as np
 
 from vqbeam.configs import VqbeamError
 
-# The label of an image that has no class.
+# The label of an image without a class.
 NO_CLASS = -1
 
 
 class Labels(NamedTuple):
-    """What the images of a dataset are labelled with.
+    """The names and the kind of a dataset's labels.
 
     Attributes:
-        names: Of the classes or of the attributes; empty where there are neither.
-        kind: "classes", of which each image has one, or "attributes", of which it has any number.
+        names: Names of the classes or attributes; empty if the dataset has no labels.
+        kind: "classes" (exactly one per image) or "attributes" (any number per image).
     """
 
     names: tuple[str, ...] = ()
@@ -24,8 +24,8 @@ class Labels(NamedTuple):
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> "Labels":
-        """Returns what the images of a stage are labelled with, by its manifest."""
-        # Manifests from before there were attributes do not say which kind it is.
+        """Returns the labels of a stage's images, from its manifest."""
+        # Manifests written before attributes were supported have no "label_kind".
         return cls(tuple(manifest["label_names"]), manifest.get("label_kind", "classes"))
 
 

@@ -1,18 +1,18 @@
-"""One run, one folder: where each stage writes, and how it is known to be done.
+"""The folder of a run: the outputs of each stage, and whether a stage is done.
 
     DIR/config.json   the run's config
-    DIR/sample.json   how images are drawn, where that was chosen after training
-    DIR/.lock.json    (no stage)    the command that is at work
+    DIR/sample.json   sampling settings chosen after training, if any
+    DIR/.lock.json    (no stage)    the running command
     DIR/images/       prepare       TFDS dataset of uint8 images
     DIR/vqvae/        train-vqvae   model, checkpoints, logs
     DIR/codes/        encode        TFDS dataset of code grids
     DIR/prior/        train-prior   model, checkpoints, logs
     DIR/samples/      sample        new images
-    DIR/evaluation/   (no stage)    what vqbeam evaluate measured, and its classifier
+    DIR/evaluation/   (no stage)    metrics and classifier of vqbeam evaluate
 
-A stage writes its manifest last: what it read (by hash), what it wrote (by size), and what it
-measured. A stage whose manifest fits its inputs is done; anything else is not, whatever files lie
-in its folder.
+Each stage writes its manifest last, with the hashes of its inputs, the sizes of its outputs, and
+its metrics. A stage is done if it has a manifest that matches its current inputs; other files in
+its folder do not matter.
 """
 
 import functools
@@ -27,7 +27,7 @@ from etils import epath
 from vqbeam.configs import Config, VqbeamError, differences, from_dict, to_dict
 from vqbeam.vqvae.storage.files import matching, read_json, sizes, write_json
 
-# Each stage's folder and the stages that it reads, in the order in which they run.
+# The folder and the input stages of each stage, in the order in which the stages run.
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "prepare": ("images", ()),
     "train-vqvae": ("vqvae", ("prepare",)),
@@ -35,7 +35,7 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "train-prior": ("prior", ("encode",)),
     "sample": ("samples", ("train-vqvae", "train-prior")),
 }
-# The section of the config that each stage goes by.
+# The config section used by each stage.
 _SECTIONS = {
     "prepare": "data",
     "train-vqvae": "vqvae",
@@ -53,7 +53,7 @@ class RunFolder:
     """The folder of one run.
 
     Args:
-        path: A local path or another that etils.epath supports, such as gs://BUCKET/NAME.
+        path: A local path or any other path that etils.epath supports, such as gs://BUCKET/NAME.
         remember: Whether to read each manifest only once, for a reader of stages that do not
             change meanwhile.
     """
@@ -64,31 +64,31 @@ class RunFolder:
             self.manifest = functools.cache(self.manifest)
 
     def folder(self, stage: str) -> epath.Path:
-        """Returns the folder that a stage writes."""
+        """Returns the output folder of a stage."""
         return self.root / STAGES[stage][0]
 
     def epochs(self, stage: str) -> int:
-        """Returns how many epochs of a training its last checkpoint has behind it, 0 of none."""
+        """Returns the number of completed epochs of a training stage, by its last checkpoint."""
         kept = matching(self.folder(stage) / "checkpoints", "*")
         return max((epoch for folder in kept for epoch in epoch_files(folder)), default=0)
 
     @property
     def evaluation(self) -> epath.Path:
-        """The folder of what was measured of the run, apart from its stages."""
+        """The folder with the results of `vqbeam evaluate`."""
         return self.root / "evaluation"
 
     def exists(self) -> bool:
-        """Tells whether a run was ever started in the folder."""
+        """Returns whether a run has been started in the folder."""
         return (self.root / _CONFIG).exists()
 
     def start(self, config: Config) -> None:
-        """Makes the folder and stores the config.
+        """Creates the folder and stores the config.
 
-        A setting may change until the stage that it belongs to has something to lose: a result, or
-        a checkpoint. After that, a folder of another config is refused.
+        A setting can be changed until its stage has a result or a checkpoint.
 
         Raises:
-            VqbeamError: The folder holds a run with another config.
+            VqbeamError: The folder has a run with a different config, and a stage that depends on
+                a changed setting has a result or a checkpoint.
         """
         if self.exists():
             changed = differences(self.load_config(), config)
@@ -103,7 +103,7 @@ class RunFolder:
         write_json(self.root / _CONFIG, to_dict(config))
 
     def _is_bound(self, change: str) -> bool:
-        """Tells whether a changed setting, such as `vqvae.num_codes: 256 → 512`, comes too late."""
+        """Returns whether a change such as `vqvae.num_codes: 256 → 512` comes too late."""
         section, dot, _ = change.partition(":")[0].partition(".")
         return any(
             (self.folder(stage) / MANIFEST).exists() or self.epochs(stage)
@@ -115,7 +115,7 @@ class RunFolder:
         """Returns the run's config.
 
         Raises:
-            VqbeamError: There is no run in the folder.
+            VqbeamError: The folder has no run, or its config cannot be read by this version.
         """
         path = self.root / _CONFIG
         if not path.exists():
@@ -125,10 +125,10 @@ class RunFolder:
         return from_dict(read_json(path))
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
-        """Returns what a stage has written of itself, or None where it has not ended.
+        """Returns a stage's manifest, or None if the stage has not finished.
 
         Raises:
-            VqbeamError: It is not as the stage has written it.
+            VqbeamError: The manifest was modified or damaged.
         """
         path = self.folder(stage) / MANIFEST
         if not path.exists():
@@ -142,15 +142,15 @@ class RunFolder:
         return manifest
 
     def is_done(self, stage: str) -> bool:
-        """Tells whether a stage has ended, on the inputs that are there now.
+        """Returns whether a stage has finished with the current inputs.
 
         Raises:
-            VqbeamError: It has ended, but one of its files is missing or has another size.
+            VqbeamError: It has finished, but an output is missing or has a different size.
         """
         return stage in self.done([stage])
 
     def done(self, stages: Iterable[str]) -> set[str]:
-        """Returns those stages for which `is_done` holds; every file is looked at but once."""
+        """Returns the stages that are done (see `is_done`); each stage is checked only once."""
         found: dict[str, bool] = {}
 
         def look(stage):
@@ -200,33 +200,33 @@ class RunFolder:
             )
 
     def fingerprint(self, stage: str) -> str:
-        """Returns a hash of all that a stage reads, to tell stale partial work from good."""
+        """Returns a hash of a stage's settings and inputs, to detect stale partial work."""
         config = to_dict(self.load_config())
         settings = config[_SECTIONS[stage]]
-        # It decides whether the result is taken, and not what it is.
+        # It decides whether the result is accepted, but does not affect it.
         settings.pop("max_failed", None)
         own = [config["seed"], settings]
         inputs = json.dumps([stage, own, self._input_hashes(stage)])
         return hashlib.sha256(inputs.encode()).hexdigest()[:16]
 
     def begin(self, stage: str) -> None:
-        """Makes a stage's folder, declares the stage not done, and notes the time."""
+        """Creates a stage's folder, removes its manifest and stores the start time."""
         self.folder(stage).mkdir(parents=True, exist_ok=True)
         (self.folder(stage) / MANIFEST).unlink(missing_ok=True)
         write_json(self._begun_file(stage), time.time())
 
     def finish(self, stage: str, outputs: list[epath.Path], **facts: Any) -> dict[str, Any]:
-        """Writes a stage's manifest, which declares it done.
+        """Writes a stage's manifest, which marks the stage as done, and returns it.
 
         Args:
-            stage: The stage.
-            outputs: The files that belong to the result; each must lie in the stage's folder.
-            **facts: What else is worth keeping, such as counts and measures. `seconds` is added:
-                the time since `begin`, which is the last start of a stage that was interrupted.
+            stage: Name of the stage.
+            outputs: The output files, which must be in the stage's folder.
+            **facts: Other manifest entries, such as counts and metrics. `seconds` is added: the
+                time since `begin`, that is, since the last start of an interrupted stage.
         """
         folder = self.folder(stage)
         begun = self._begun_file(stage)
-        # Of two attempts at the same time, the other one may have ended the stage already.
+        # A concurrent attempt may already have finished the stage.
         start = read_json(begun) if begun.exists() else time.time()
         inputs = self._input_hashes(stage)
         made_from = {}
@@ -241,7 +241,7 @@ class RunFolder:
                 str(path.relative_to(folder)): found
                 for path, found in zip(outputs, sizes(outputs), strict=True)
             },
-            # A clock may have been set back meanwhile.
+            # The clock may have been set back.
             "seconds": max(0.0, round(time.time() - start, 1)),
             **facts,
         }
@@ -257,7 +257,7 @@ class RunFolder:
         return {source: self.result_hash(source) for source in STAGES[stage][1]}
 
     def result_hash(self, stage: str) -> str | None:
-        """Returns a hash of what a stage has made, or None where it has not ended."""
+        """Returns the hash of a stage's result, or None if the stage has not finished."""
         manifest = self.manifest(stage)
         return manifest and manifest["sha256"]
 
@@ -294,12 +294,12 @@ class RunFolder:
                 )
 
     def _again(self, stage: str) -> str:
-        verb = "run" if stage == "sample" else stage  # `vqbeam sample` writes elsewhere
+        verb = "run" if stage == "sample" else stage  # `vqbeam sample` does not write the stage
         return f"run vqbeam {verb} PRESET --run-dir {self.root} again"
 
 
 def epoch_files(folder: epath.Path) -> dict[int, epath.Path]:
-    """Returns the checkpoints in a folder by the epochs behind each, the last one last."""
+    """Returns the checkpoints in a folder by their number of epochs, in ascending order."""
     found = {
         int(path.name.removeprefix("epoch-").split(".")[0]): path
         for path in matching(folder, "epoch-*.weights.h5")
@@ -308,9 +308,6 @@ def epoch_files(folder: epath.Path) -> dict[int, epath.Path]:
 
 
 def _hash_of(manifest: dict[str, Any]) -> str:
-    """Returns a hash of what a manifest says.
-
-    The same result made a second time has the same, however long it took.
-    """
+    """Returns a hash of a manifest without its `seconds`, which vary between identical results."""
     said = {name: value for name, value in manifest.items() if name not in ("sha256", "seconds")}
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()

@@ -74,7 +74,7 @@ def check_epochs(prefix: str, steps: int, steps_per_epoch: int) -> None:
     """Raises a VqbeamError if the last step would not fall on a checkpoint."""
     if steps > steps_per_epoch and steps % steps_per_epoch:
         raise VqbeamError(
-            f"{prefix}.steps is {steps}; make it a whole multiple of {prefix}.steps_per_epoch "
+            f"{prefix}.steps is {steps}; make it a multiple of {prefix}.steps_per_epoch "
             f"({steps_per_epoch})"
         )
 
@@ -84,7 +84,7 @@ def check_type(name: str, value: Any, kind: Any) -> None:
     kinds = typing.get_args(kind) or (kind,)
     fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
     if not fits or isinstance(value, bool):
-        wanted = {int: "a whole number", float: "a number", str: "a text", type(None): "None"}
+        wanted = {int: "an integer", float: "a number", str: "a text", type(None): "None"}
         raise VqbeamError(f"{name} is {value!r}; give {' or '.join(wanted[k] for k in kinds)}")
 
 

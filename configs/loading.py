@@ -165,7 +165,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
         return Config(**rest, **sections)
     except (KeyError, TypeError) as error:
         raise VqbeamError(
-            f"the stored config does not fit this version of vqbeam ({error}); "
+            f"the stored config is not compatible with this version of vqbeam ({error}); "
             "use the version that wrote it"
         ) from error
 

@@ -297,7 +297,7 @@ class VQVAEConfig(Section):
         codes = fsq_codes(self.fsq_levels)
         if codes is None or min(self.fsq_sizes) < 2:
             raise VqbeamError(
-                f"vqvae.fsq_levels is {self.fsq_levels!r}; give numbers from 2 up, such as 8,8,8"
+                f"vqvae.fsq_levels is {self.fsq_levels!r}; give integers from 2 up, such as 8,8,8"
             )
         if codes != self.num_codes:
             raise VqbeamError(

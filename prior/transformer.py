@@ -257,7 +257,7 @@ def check_labels(model: CodePrior, labels: np.ndarray) -> None:
     if model.conditioning == "attributes":
         if labels.shape[1:] != (count,) or not np.isin(labels, (-1, 0, 1)).all():
             raise VqbeamError(
-                f"labels of shape {labels.shape} are given, but the prior knows {count} "
+                f"labels of shape {labels.shape} do not match the prior's {count} "
                 "attributes; give each image a 0 or 1 for each of them, or −1 for none"
             )
         return

@@ -14,7 +14,7 @@ from vqbeam.pipelines.cli.parser import UsageError
         (["sample"], "vqbeam sample: missing DIR (see"),
         (["sample", "d", "--runner", "x"], "vqbeam: unknown flag --runner; see vqbeam sample"),
         (["sample", "d", "--topk", "1"], "vqbeam: unknown flag --topk; did you mean --top-k?"),
-        (["sample", "d", "--top-k", "x"], "vqbeam sample: --top-k: 'x' is not a whole number"),
+        (["sample", "d", "--top-k", "x"], "vqbeam sample: --top-k: 'x' is not an integer"),
         (["sample", "d", "--label"], "vqbeam sample: --label: needs a value"),
         (["reconstruct", "d"], "vqbeam reconstruct: missing --output"),
         (

@@ -230,10 +230,10 @@ FSQ = {"vqvae.quantizer": "fsq"}
             "vqvae.num_codes is 500; lfq takes a power of two",
         ),
         ({**FSQ, "vqvae.fsq_levels": "8,8"}, "8,8 make 64 codes, .* is 512; set it to 64"),
-        ({**FSQ, "vqvae.fsq_levels": "512,1"}, "fsq_levels is '512,1'; give numbers from 2 up"),
-        ({**FSQ, "vqvae.fsq_levels": "8, 8,8"}, "fsq_levels is '8, 8,8'; give numbers"),
-        ({**FSQ, "vqvae.fsq_levels": "8,8,"}, "fsq_levels is '8,8,'; give numbers"),
-        ({**FSQ, "vqvae.fsq_levels": ""}, "fsq_levels is ''; give numbers"),
+        ({**FSQ, "vqvae.fsq_levels": "512,1"}, "fsq_levels is '512,1'; give integers from 2 up"),
+        ({**FSQ, "vqvae.fsq_levels": "8, 8,8"}, "fsq_levels is '8, 8,8'; give integers"),
+        ({**FSQ, "vqvae.fsq_levels": "8,8,"}, "fsq_levels is '8,8,'; give integers"),
+        ({**FSQ, "vqvae.fsq_levels": ""}, "fsq_levels is ''; give integers"),
         ({**FSQ, "vqvae.num_codes": 500}, "8,8,8 make 512 codes, .* is 500; set it to 512"),
         (
             {"vqvae.grids": 2, "data.height": 36},
@@ -354,7 +354,7 @@ def test_a_stored_config_of_another_version(config, damage):
         values["vqvae"]["gone"] = 1
     else:
         values = []
-    with pytest.raises(VqbeamError, match="does not fit this version of vqbeam"):
+    with pytest.raises(VqbeamError, match="is not compatible with this version of vqbeam"):
         from_dict(values)
 
 
@@ -364,7 +364,7 @@ def test_a_stored_config_with_fields_of_before(config):
         del values["vqvae"][name]
     values["vqvae"]["dead_code_steps"] = 100
     with pytest.raises(
-        VqbeamError, match="fit this version of vqbeam .*dead_code_steps.*; use the"
+        VqbeamError, match="compatible with this version of vqbeam .*dead_code_steps.*; use the"
     ):
         from_dict(values)
 
@@ -399,12 +399,12 @@ def test_sections_are_those_of_a_config():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("vqvae.steps", 1e3, "vqvae.steps is 1000.0; give a whole number"),
+        ("vqvae.steps", 1e3, "vqvae.steps is 1000.0; give an integer"),
         ("vqvae.commitment", "much", "vqvae.commitment is 'much'; give a number"),
-        ("data.max_images", "x", "data.max_images is 'x'; give a whole number or None"),
+        ("data.max_images", "x", "data.max_images is 'x'; give an integer or None"),
         ("data.data_dir", 3, "data.data_dir is 3; give a text or None"),
-        ("prior.layers", True, "prior.layers is True; give a whole number"),
-        ("seed", 0.5, "seed is 0.5; give a whole number"),
+        ("prior.layers", True, "prior.layers is True; give an integer"),
+        ("seed", 0.5, "seed is 0.5; give an integer"),
     ],
 )
 def test_a_value_of_another_type(config, name, value, message):

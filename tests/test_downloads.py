@@ -8,6 +8,7 @@ from pipeline_fixtures import small_config
 
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sources import open_source
+from vqbeam.pipelines.sources.glyphs import Glyphs
 
 BEAM = ["--runner=FnApiRunner"]
 
@@ -35,6 +36,21 @@ def test_a_host_that_cannot_be_reached(tmp_path, monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
+def test_another_command_prepares_it_at_the_same_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(Glyphs, "COUNTS", {"train": 10, "test": 4})
+    prepare = tfds.core.DatasetBuilder.download_and_prepare
+
+    def twice(self, **options):
+        prepare(self, **options)
+        raise OSError("Cannot rename incomplete. Destination already exists.")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", twice)
+    source = open_source(data("glyphs", data_dir=str(tmp_path)))
+    source.download(BEAM)
+    assert source.builder().is_prepared()
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -57,6 +73,7 @@ INTERRUPTED = """
 import os, signal, sys, threading, time
 import tensorflow_datasets as tfds
 from vqbeam.pipelines.sources import open_source
+from vqbeam.pipelines.sources.glyphs import Glyphs
 from vqbeam.configs import DataConfig
 
 def download(self, **_):

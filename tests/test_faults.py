@@ -255,7 +255,7 @@ def test_a_run_of_another_config(failure, own_run):
     run, preset = own_run
     words = ("run", preset, "--run-dir", run.root, "--vqvae.num-codes", 16, "--prior.layers", 2)
     message = failure(*words)
-    assert "another config (vqvae.num_codes: 12 → 16; prior.layers: 1 → 2)" in message
+    assert "a different config (vqvae.num_codes: 12 → 16; prior.layers: 1 → 2)" in message
     assert all(run.is_done(stage) for stage in STAGES)
 
 

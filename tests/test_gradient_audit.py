@@ -198,7 +198,9 @@ def test_families_without_a_codebook(make, quantizer):
     assert found.norms["reconstruction"]["encoder"] > 0
     assert "codebook" not in found.norms["reconstruction"]
     assert estimator_of(model) is None
-    with pytest.raises(VqbeamError, match="has no estimator to leave out; choose a model with"):
+    with pytest.raises(
+        VqbeamError, match="have no gradient estimator to leave out; choose a model with"
+    ):
         set_estimator(model, "none")
 
 

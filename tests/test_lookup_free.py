@@ -103,5 +103,5 @@ def test_the_entropy_loss_spreads_what_lies_together():
 
 @pytest.mark.parametrize("bits", [0, 31])
 def test_refuses_other_numbers_of_bits(bits):
-    with pytest.raises(ValueError, match=f"num_bits is {bits}; codes have from 1 to 30 bits"):
+    with pytest.raises(ValueError, match=f"num_bits is {bits}; it must be from 1 to 30"):
         LookupFreeQuantizer(bits)

@@ -47,8 +47,8 @@ def test_a_sweep():
         (["evaluate", "d", "--sweep"], "--sweep needs a value"),
         (["evaluate", "d", "--sweep", "top_k"], "--sweep: 'top_k' is not SETTING=VALUE,...; the"),
         (["evaluate", "d", "--sweep", "num=3"], "--sweep: 'num=3' is not SETTING=VALUE"),
-        (["evaluate", "d", "--sweep", "top_k=1.5"], "--sweep: top_k=1.5: '1.5' is not a whole num"),
-        (["evaluate", "d", "--sweep", "top_k="], "--sweep: top_k=: '' is not a whole number"),
+        (["evaluate", "d", "--sweep", "top_k=1.5"], "--sweep: top_k=1.5: '1.5' is not an integer"),
+        (["evaluate", "d", "--sweep", "top_k="], "--sweep: top_k=: '' is not an integer"),
         (
             ["evaluate", "d", "--stage=prior", "--sweep", "top_k=1"],
             "--stage and --sweep exclude each other",

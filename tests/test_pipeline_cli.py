@@ -88,8 +88,8 @@ def test_another_config_is_refused(place):
     done = vqbeam(folder, "run", "own.py", "--run-dir", "run")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        "vqbeam: run holds a run with another config (seed: 3 → 0); choose another --run-dir, or "
-        "repeat the settings of that run\n"
+        "vqbeam: run contains a run with a different config (seed: 3 → 0); choose "
+        "another --run-dir, or repeat the settings of that run\n"
     )
 
 

@@ -195,7 +195,7 @@ def test_a_damaged_result_is_named(ran, tmp_path, source):
 
 def test_another_config_is_refused(ran, tmp_path, source):
     go(tmp_path / "run", source, ("prepare",))
-    with pytest.raises(VqbeamError, match="another config .data.max_failed: .*; choose"):
+    with pytest.raises(VqbeamError, match="a different config .data.max_failed: .*; choose"):
         go(tmp_path / "run", source, data__max_failed=0.5)
     assert ran.names() == ["prepare"]
 

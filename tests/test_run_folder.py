@@ -35,7 +35,9 @@ def test_stores_the_config(run, tiny_config):
 def test_refuses_another_config_and_names_the_fields(run, tiny_config):
     finish(run, "train-vqvae")
     other = tiny_config(vqvae__num_codes=16, seed=3)
-    message = r"run holds .*\((seed: 0 → 3; vqvae.num_codes: 12 → 16|.*16; seed: 0 → 3)\); choose"
+    message = (
+        r"run contains .*\((seed: 0 → 3; vqvae.num_codes: 12 → 16|.*16; seed: 0 → 3)\); choose"
+    )
     with pytest.raises(VqbeamError, match=message):
         run.start(other)
     assert run.load_config() == tiny_config()
@@ -47,9 +49,11 @@ def test_settings_of_stages_with_nothing_to_lose_may_change(run, tiny_config):
     run.start(tiny_config(seed=3, data__max_failed=0.5, prior__layers=2))
     assert run.load_config().prior.layers == 2
     assert run.is_done("prepare")
-    with pytest.raises(VqbeamError, match="another config .data.max_failed: 0.5 → 0.01.; choose"):
+    with pytest.raises(
+        VqbeamError, match="a different config .data.max_failed: 0.5 → 0.01.; choose"
+    ):
         run.start(tiny_config(seed=3, prior__layers=2))
-    with pytest.raises(VqbeamError, match="another config .seed: 3 → 0.; choose"):
+    with pytest.raises(VqbeamError, match="a different config .seed: 3 → 0.; choose"):
         run.start(tiny_config(data__max_failed=0.5, prior__layers=2))
 
 
@@ -58,7 +62,7 @@ def test_a_checkpoint_is_something_to_lose(run, tiny_config):
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_text("")
     run.start(tiny_config(prior__layers=2))
-    with pytest.raises(VqbeamError, match="another config .vqvae.num_codes: 12 → 16.; choose"):
+    with pytest.raises(VqbeamError, match="a different config .vqvae.num_codes: 12 → 16.; choose"):
         run.start(tiny_config(prior__layers=2, vqvae__num_codes=16))
 
 
@@ -250,7 +254,7 @@ def test_checkpoints_are_found_whatever_the_folder_is_called(tmp_path, tiny_conf
         (folder / f"epoch-{epoch}.weights.h5").write_text("")
     assert run.epochs("train-prior") == 100_000
     assert list(epoch_files(folder)) == [9, 10, 99_999, 100_000]
-    with pytest.raises(VqbeamError, match="another config .prior.layers: "):
+    with pytest.raises(VqbeamError, match="a different config .prior.layers: "):
         run.start(tiny_config(prior__layers=2))
 
 

@@ -83,7 +83,7 @@ def test_a_model_runs_no_code(failure, own_run, tmp_path, stage, attack):
     for each in ("train-vqvae", "encode", "train-prior", "sample"):
         finish_again(run, each)
     message = failure("sample", run.root, "--output", tmp_path / "samples.png", alone=False)
-    assert f"{file} is not a model that this version of vqbeam reads" in message
+    assert f"{file} cannot be read by this version of vqbeam" in message
     assert not sign.exists()
 
 

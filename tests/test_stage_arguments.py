@@ -87,7 +87,7 @@ def test_none_unsets_an_optional_field(tmp_path, preset):
     words += ["--data.max-images", "none", "--data.data-dir", "none"]
     data = parse(words)[1]["config"].data
     assert data.max_images is None and data.data_dir is None
-    assert "'none' is not a whole number" in refusal(*words, "--data.height", "none")
+    assert "'none' is not an integer" in refusal(*words, "--data.height", "none")
 
 
 def test_smoke_comes_before_explicit_flags(parse_run, preset):
@@ -209,8 +209,8 @@ def test_an_unknown_flag_is_named_before_anything_else_is_missed():
         (["--runner"], "--runner: needs a value"),
         (["--direct_num_workers=a"], "--direct_num_workers: Beam does not take 'a' here"),
         (["--direct_running_mode=a"], "--direct_running_mode: invalid choice: 'a' (choose from"),
-        (["--vqvae.num-codes", "abc"], "--vqvae.num-codes: 'abc' is not a whole number"),
-        (["--vqvae.num-codes", "1.5"], "--vqvae.num-codes: '1.5' is not a whole number"),
+        (["--vqvae.num-codes", "abc"], "--vqvae.num-codes: 'abc' is not an integer"),
+        (["--vqvae.num-codes", "1.5"], "--vqvae.num-codes: '1.5' is not an integer"),
         (["--vqvae.num-codes"], "--vqvae.num-codes: needs a value"),
         (["--vqvae.learning-rate", "fast"], "--vqvae.learning-rate: 'fast' is not a number"),
         (["--vqvae.learning-rate", "nan"], "--vqvae.learning-rate: 'nan' is not a number"),
@@ -318,5 +318,7 @@ def test_the_levels_of_fsq_say_how_many_codes_there_are(parse_run):
         parse_run(*wrong)
     with pytest.raises(configs.VqbeamError, match="-levels is for fsq; add --vqvae.quantizer fsq"):
         parse_run("--vqvae.fsq-levels=8,5,5")
-    with pytest.raises(configs.VqbeamError, match="--vqvae.fsq-levels is '8;5'; give numbers from"):
+    with pytest.raises(
+        configs.VqbeamError, match="--vqvae.fsq-levels is '8;5'; give integers from"
+    ):
         parse_run("--vqvae.quantizer=fsq", "--vqvae.fsq-levels=8;5")

@@ -119,7 +119,7 @@ def check_a_whole_stage(folder):
     try:
         train_vqvae(str(run.root))
     except VqbeamError as error:
-        assert "a batch of 7 cannot be shared evenly by 2 devices" in str(error)
+        assert "a batch of 7 cannot be divided among 2 devices" in str(error)
     else:
         raise AssertionError("a batch of 7 was shared by 2 devices")
 

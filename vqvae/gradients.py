@@ -198,7 +198,7 @@ def set_estimator(model: VQVAE, name: str) -> None:
     """
     if not codebooks(model):
         raise VqbeamError(
-            "the quantizer of this model rounds (fsq, lfq), and has no estimator to leave out; "
+            "fsq and lfq round, and have no gradient estimator to leave out; "
             "choose a model with --vqvae.quantizer vector, predictive, residual or simvq"
         )
     for quantizer in codebooks(model):

@@ -73,6 +73,8 @@ class TfdsSource(Source):
         except Exception as error:
             if is_interrupt(error) or user_message(error):
                 raise
+            if self.builder().is_prepared():  # by another command, at the same time
+                return
             raise VqbeamError(
                 f"TFDS could not prepare {builder.info.full_name} ({first_line(error)}); where its "
                 "host cannot be reached, prepare it elsewhere and give its folder by "

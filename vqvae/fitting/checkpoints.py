@@ -96,7 +96,7 @@ class Checkpoints(keras.callbacks.Callback):
                 model.load_weights(copy)
             except (ValueError, OSError, KeyError) as error:
                 raise VqbeamError(
-                    f"{file} does not fit the model of this run; delete "
+                    f"{file} does not match this run's model; delete "
                     f"{self.folder.parent} to train anew"
                 ) from error
 

@@ -37,7 +37,7 @@ def data_parallel(batch_size: int, dtype: str = "float32"):
     devices = keras.distribution.list_devices()
     if batch_size % len(devices):
         raise VqbeamError(
-            f"a batch of {batch_size} cannot be shared evenly by {len(devices)} devices; make it "
+            f"a batch of {batch_size} cannot be divided among {len(devices)} devices; make it "
             "a multiple, or choose devices with CUDA_VISIBLE_DEVICES"
         )
     on_tensorflow = keras.backend.backend() == "tensorflow"

@@ -186,6 +186,6 @@ def load_model(path: epath.Path) -> keras.Model:
             return keras.saving.load_model(file, compile=False, safe_mode=True)
         except (ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:
             raise VqbeamError(
-                f"{path} is not a model that this version of vqbeam reads; delete "
+                f"{path} cannot be read by this version of vqbeam; delete "
                 f"{path.parent} and train again"
             ) from error

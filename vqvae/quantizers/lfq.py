@@ -38,7 +38,7 @@ class LookupFreeQuantizer(Quantizer):
     def __init__(self, num_bits, commitment=0.25, entropy=0.1, **kwargs):
         super().__init__(**kwargs)
         if not 1 <= num_bits <= 30:
-            raise ValueError(f"num_bits is {num_bits}; codes have from 1 to 30 bits")
+            raise ValueError(f"num_bits is {num_bits}; it must be from 1 to 30")
         self.dim = num_bits
         self.num_codes = 2**num_bits
         self.commitment = commitment

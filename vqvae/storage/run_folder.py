@@ -94,8 +94,8 @@ class RunFolder:
             changed = differences(self.load_config(), config)
             if any(self._is_bound(change) for change in changed):
                 raise VqbeamError(
-                    f"{self.root} holds a run with another config ({'; '.join(changed)}); choose "
-                    "another --run-dir, or repeat the settings of that run"
+                    f"{self.root} contains a run with a different config ({'; '.join(changed)}); "
+                    "choose another --run-dir, or repeat the settings of that run"
                 )
             if not changed:
                 return
@@ -137,7 +137,7 @@ class RunFolder:
         if not isinstance(manifest, dict) or manifest.get("sha256") != _hash_of(manifest):
             raise VqbeamError(
                 f"{path} is not as vqbeam writes it: it was changed by hand, is damaged, or is of "
-                f"an earlier version; put it back, or delete it and {self._again(stage)}"
+                f"an earlier version; restore it, or delete it and {self._again(stage)}"
             )
         return manifest
 

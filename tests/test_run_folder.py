@@ -72,8 +72,14 @@ def test_a_folder_without_a_run(tmp_path):
 
 
 def test_a_config_changed_by_hand(run):
-    (run.root / "config.json").write_text("{")
+    path = run.root / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text("{")
     with pytest.raises(VqbeamError, match="config.json is not valid JSON"):
+        run.load_config()
+    values["vqvae"]["code_dim"] = 0
+    path.write_text(json.dumps(values))
+    with pytest.raises(VqbeamError, match="config.json: vqvae.code_dim is 0; it must be at least"):
         run.load_config()
 
 

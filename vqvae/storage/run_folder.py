@@ -122,7 +122,11 @@ class RunFolder:
             raise VqbeamError(
                 f"{self.root} is not a run folder: it has no {_CONFIG}; check the path"
             )
-        return from_dict(read_json(path))
+        values = read_json(path)
+        try:
+            return from_dict(values)
+        except VqbeamError as error:
+            raise VqbeamError(f"{path}: {error}") from None
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
         """Returns a stage's manifest, or None if the stage has not finished.

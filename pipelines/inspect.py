@@ -41,7 +41,7 @@ def describe(run_dir: str) -> str:
 def _quantizer(settings: VQVAEConfig) -> str:
     """Returns the kind of quantizer, with those settings that it uses."""
     parts = [f"{settings.quantizer} quantizer"]
-    if settings.quantizer in ("vector", "predictive", "residual", "simvq"):
+    if settings.quantizer not in ("fsq", "lfq"):
         parts.append(f"D = {settings.code_dim}")
     if settings.quantizer in ("vector", "predictive", "residual"):
         parts.append(f"codebook by {settings.codebook_update}")

@@ -30,8 +30,8 @@ class SamplerSettings(Section):
 
     prefix = "sample"
 
-    temperature: float = field("divides the logits; 0 takes the likeliest code", 1.0, minimum=0)
-    top_k: int = field("keep the K likeliest codes; 0 keeps all", 0, minimum=0)
+    temperature: float = field("divides the logits; 0 takes the most likely code", 1.0, minimum=0)
+    top_k: int = field("keep the K most likely codes; 0 keeps all", 0, minimum=0)
     top_p: float = field(
         "keep the smallest set of codes with this probability; 1 keeps all",
         1.0,
@@ -39,7 +39,7 @@ class SamplerSettings(Section):
         maximum=1,
     )
     min_p: float = field(
-        "keep codes at least this fraction as probable as the likeliest; 0 keeps all",
+        "keep codes at least this fraction as probable as the most likely; 0 keeps all",
         0.0,
         minimum=0,
         maximum=1,

@@ -18,7 +18,7 @@ def sample_code(logits, uniform, settings, *, filtered: bool):
     Args:
         logits: float32 tensor [B, K].
         uniform: float32 tensor [B, 1] in [0, 1).
-        settings: float32 scalars by name: `temperature`, from 0 up, where 0 takes the likeliest
+        settings: float32 scalars by name: `temperature`, from 0 up, where 0 takes the most likely
             code; and one for each filter.
         filtered: Whether to apply the filters.
 
@@ -43,7 +43,7 @@ def sample_code(logits, uniform, settings, *, filtered: bool):
 
 
 def top_k(weights, logits, k):
-    """Keeps the k likeliest codes, all of them if k is 0.
+    """Keeps the k most likely codes, all of them if k is 0.
 
     Like the other filters it takes unnormalized probabilities [B, K], of which the largest is 1,
     the logits [B, K], of which the largest is 0, and its setting, a float32 scalar; it returns the
@@ -54,7 +54,7 @@ def top_k(weights, logits, k):
 
 
 def top_p(weights, logits, p):
-    """Keeps the fewest of the likeliest codes whose probability is at least p, in (0, 1].
+    """Keeps the smallest set of most likely codes whose probability is at least p, in (0, 1].
 
     Holtzman et al., "The Curious Case of Neural Text Degeneration",
     https://arxiv.org/abs/1904.09751.
@@ -64,7 +64,7 @@ def top_p(weights, logits, p):
 
 
 def min_p(weights, logits, p):
-    """Keeps the codes with at least p times the probability of the likeliest one, p in [0, 1).
+    """Keeps the codes with at least p times the probability of the most likely one, p in [0, 1).
 
     Nguyen et al., "Min-p Sampling", https://arxiv.org/abs/2407.01082.
     """

@@ -17,8 +17,9 @@ from vqbeam.prior.transformer import CodePrior, check_labels
 from vqbeam.prior.uniforms import uniforms
 from vqbeam.vqvae.fitting.compilation import compile_function
 
-# Attention reads the whole cache, so the cache starts short and grows.
+# Attention reads the complete cache, so the cache starts short and grows in this many steps.
 SEGMENTS = 4
+# The fewest images that a core of a CPU samples at once.
 LEAST_SHARE = 8
 _DEFAULTS = SamplerSettings()
 
@@ -81,7 +82,7 @@ class Sampler:
             known: Codes [N, *layout.shape] and a bool mask of the same shape, or of one image's.
                 Codes are kept where the mask is True. The others are sampled, each conditioned on
                 all codes before it in the sequence, but not on codes kept after it.
-            on_batch: Called after each batch with the number of images sampled so far.
+            on_batch: Called at least once per batch, with the number of images sampled so far.
 
         Returns:
             An int32 array [N, *layout.shape] of codes in [0, K).

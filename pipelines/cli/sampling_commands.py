@@ -13,7 +13,7 @@ _ORDER = """\
 Codes are sampled in raster order, each conditioned on those before it, so the kept part has no
 influence on codes before it: with --keep bottom-half the upper half may not fit the lower one.
 A coarse grid comes before a fine one. --candidates 16 samples 16 images for each completion and
-chooses the one under which the kept part is likeliest.
+chooses the one under which the kept part is most likely.
 
 example:
   vqbeam complete runs/fashion --input shoe.png --keep top-half --output shoes.png"""
@@ -108,7 +108,7 @@ def parse_complete(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     parser.add(
         "--candidates",
         count,
-        "candidates for each completion; the likeliest is kept (default: 1)",
+        "candidates for each completion; the most likely is kept (default: 1)",
         metavar="M",
     )
     parser.add("--label", nonempty, "class of the images (default: unknown)", metavar="NAME-OR-ID")

@@ -206,14 +206,14 @@ class Run:
         The codes of the kept part stay, so it looks as in the reconstruction. The other codes are
         sampled in the order of the sequence, each conditioned on those before it, so the kept part
         has no influence on codes before it. With several candidates it has: those are chosen
-        under which the kept codes are likeliest.
+        under which the kept codes are most likely.
 
         Args:
             images: uint8 [N, H, W, C].
             keep: "top-half", "bottom-half", "left-half", "right-half", the path of a mask (white
                 is kept), or a bool array [H, W], True where the images are kept.
             num: Completions of each image.
-            candidates: Candidates sampled for each completion; the likeliest are returned.
+            candidates: Candidates sampled for each completion; the most likely are returned.
             label: Name or number of the class of the images; None for unknown.
             seed: Seed of the random numbers; by default the run's own.
             **settings: See `sample`.
@@ -444,7 +444,7 @@ class Run:
 
 
 def _likeliest(score: Score, codes: np.ndarray, labels: np.ndarray, num: int) -> np.ndarray:
-    """Returns the `num` likeliest of the candidates of each image, the likeliest first.
+    """Returns the `num` most likely candidates of each image, the best first.
 
     Args:
         score: From `code_scorer`; `labels` are those of one batch, which all have the same.

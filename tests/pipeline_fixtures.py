@@ -203,7 +203,8 @@ def drawn_pixels(run):
 def finish_again(run, stage, **changes):
     """Writes a stage's manifest anew, with some facts changed, as if it had run a second time."""
     told = run.manifest(stage)
-    facts = {name: told[name] for name in told if name not in ("stage", "inputs", "sha256")}
+    made = ("stage", "inputs", "made_from", "sha256")
+    facts = {name: told[name] for name in told if name not in made}
     outputs = [run.folder(stage) / name for name in facts.pop("outputs")]
     run.begin(stage)
     del facts["seconds"]

@@ -82,7 +82,7 @@ def test_a_dataset(finished_run, expected, tmp_path, capsys):
         assert example["label"] == expected["labels"][index]
         assert example["key"].decode() == f"{index:05d}"
     assert index == 7
-    assert not list(folder.glob(".*"))
+    assert [path.name.split("-")[0] for path in folder.glob(".*")] == [".reports"]
 
 
 def test_the_workers_do_not_matter(finished_run, pngs, tmp_path):
@@ -124,6 +124,29 @@ def test_what_is_done_is_not_done_again(finished_run, pngs, monkeypatch):
     monkeypatch.setattr(generate_module, "run_pipeline", None)
     said = generate(str(finished_run.root), output=str(pngs), **ORDER)
     assert said == f"8 images (done already), PNGs by shard: {pngs}"
+
+
+@pytest.mark.parametrize("form", ["png", "tfrecord"])
+def test_a_lost_shard_is_sampled_again_and_no_other(finished_run, tmp_path, monkeypatch, form):
+    order = ORDER | {"form": form, "output": str(tmp_path / "new")}
+    generate(str(finished_run.root), **order)
+    before = contents(tmp_path / "new")
+    if form == "png":
+        (tmp_path / "new" / SHARDS[1] / "00004.png").unlink()
+        (tmp_path / "new" / SHARDS[2] / "samples.jsonl").write_text("{")
+    else:
+        (tmp_path / "new" / "samples-train.tfrecord-00001-of-00003").write_bytes(b"x")
+    sample_rows, sampled = Run.sample_rows, []
+
+    def watched(run, labels, seed, settings, first, on_batch):
+        sampled.append(first)
+        return sample_rows(run, labels, seed, settings, first, on_batch)
+
+    monkeypatch.setattr(Run, "sample_rows", watched)
+    assert "done already" not in generate(str(finished_run.root), **order)
+    assert sorted(sampled) == ([3, 6] if form == "png" else [3])
+    assert contents(tmp_path / "new") == before
+    assert "done already" in generate(str(finished_run.root), **order)
 
 
 def test_another_order_in_the_same_folder(finished_run, pngs):

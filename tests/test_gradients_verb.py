@@ -137,7 +137,7 @@ def test_refusals(preset, tmp_path, capsys):
         said = refusal(
             capsys, preset, *words, "--no-straight-through", "--output", tmp_path / "a.png"
         )
-        assert said.startswith("vqbeam: the quantizer of this model rounds (fsq, lfq), and has no")
+        assert said.startswith("vqbeam: fsq and lfq round, and have no")
     assert not (tmp_path / "a.png").exists()
 
 

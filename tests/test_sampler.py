@@ -177,7 +177,7 @@ def test_attributes_are_guided_towards():
     # The last batch is padded.
     np.testing.assert_array_equal(sampler(attributes[:3], 1, guided), codes[:3])
     for wrong in ([0], [[0, 1]], [[0, 1, 2]]):
-        with pytest.raises(VqbeamError, match="the prior knows 3 attributes; give each image a 0"):
+        with pytest.raises(VqbeamError, match="the prior's 3 attributes; give each image a 0"):
             sampler(wrong, seed=1)
 
 

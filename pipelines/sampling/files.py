@@ -12,7 +12,7 @@ from PIL import Image
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.api import Run, Samples
 from vqbeam.vqvae.figures import label_figure, picture, save_png
-from vqbeam.vqvae.storage.files import write_bytes
+from vqbeam.vqvae.storage.files import sizes, write_bytes
 
 SAMPLES_LIST = "samples.jsonl"
 # The name of the text chunk in a PNG, and of the array in an .npz, with the provenance.
@@ -54,6 +54,15 @@ def _write_folder(samples: Samples, folder: epath.Path) -> None:
         line = {"file": name, **own, **samples.settings}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_bytes(folder / SAMPLES_LIST, "".join(lines).encode())
+
+
+def is_complete(folder: epath.Path) -> bool:
+    """Returns whether a folder of samples has its list and every picture that the list names."""
+    listing = folder / SAMPLES_LIST
+    try:
+        return listing.exists() and all(sizes([folder / name for name in _listed(listing)]))
+    except VqbeamError:  # a damaged list
+        return False
 
 
 def remove_listed(folder: epath.Path, name: str) -> None:

@@ -17,7 +17,7 @@ from vqbeam.pipelines.beam import advance, run_pipeline
 from vqbeam.pipelines.lock import LOCK_FILE, locked
 from vqbeam.pipelines.paths import absolute, check_shared, is_dataflow
 from vqbeam.pipelines.sampling.api import Run, Samples
-from vqbeam.pipelines.sampling.files import SAMPLES_LIST, write_samples
+from vqbeam.pipelines.sampling.files import is_complete, write_samples
 from vqbeam.pipelines.sources.images import encode_png
 from vqbeam.pipelines.stages.shards import (
     ShardReport,
@@ -30,6 +30,8 @@ from vqbeam.vqvae.storage.labels import labels_for
 from vqbeam.vqvae.storage.records import IMAGES_VERSION, Shard, image_features, serialize
 
 _FILE = "generate.json"
+DATASET = "samples"
+SPLIT = "train"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,20 +106,32 @@ class GenerateJob:
             write_json(self._file, {"order": self.facts, "done": False})
 
     def is_done(self) -> bool:
-        """Tells whether all images of the job are in its folder, which it has claimed."""
+        """Returns whether the job was finished."""
         return read_json(self._file)["done"]
 
-    def finish(self) -> None:
-        """Declares that they are."""
-        write_json(self._file, {"order": self.facts, "done": True})
+    def finish(self, done: bool = True) -> None:
+        """Declares the job finished, or not."""
+        write_json(self._file, {"order": self.facts, "done": done})
+
+    def shard_folder(self, index: int) -> epath.Path:
+        """Returns the folder of a shard of PNGs."""
+        return self.folder / f"{index:05d}-of-{self.shards:05d}"
+
+    def shard_writer(self, index: int) -> ShardWriter:
+        """Returns the writer of a shard of TFRecords."""
+        return ShardWriter(self.folder, self.fingerprint, Shard(DATASET, SPLIT, index, self.shards))
+
+    def has_shard(self, index: int) -> bool:
+        """Returns whether all files of a shard are there."""
+        if self.form == "png":
+            return is_complete(self.shard_folder(index))
+        return self.shard_writer(index).report is not None
 
     @property
     def _file(self) -> epath.Path:
         return self.folder / _FILE
 
 
-DATASET = "samples"
-SPLIT = "train"
 _TITLE = "generate"
 _run = Shared()
 
@@ -182,8 +196,9 @@ def generate(
     )
     with locked(job.folder, "--output"):
         job.bind_folder()
-        done = job.is_done()
+        done = job.is_done() and all(map(job.has_shard, range(job.shards)))
         if not done:
+            job.finish(False)
             run_pipeline(beam_args, lambda pipeline: pipeline | GenerateImages(job))
     kind = "a TFDS dataset" if form == "tfrecord" else "PNGs by shard"
     return f"{chosen.num:,} images{' (done already)' if done else ''}, {kind}: {output}"
@@ -218,7 +233,6 @@ def generate_shard(job: GenerateJob, index: int) -> GeneratedShard:
     """Draws the images of one shard and writes them, unless an earlier attempt has."""
     first = index * job.shard_images
     num = min(job.shard_images, job.settings.num - first)
-    folder = job.folder / f"{index:05d}-of-{job.shards:05d}"
     report, drawn = None, 0
 
     def moved(count):
@@ -232,15 +246,15 @@ def generate_shard(job: GenerateJob, index: int) -> GeneratedShard:
         return run.sample_rows(rows, job.seed, job.settings, first, moved)
 
     if job.form == "tfrecord":
-        shard = Shard(DATASET, SPLIT, index, job.shards)
-        writer = ShardWriter(job.folder, job.fingerprint, shard)
+        writer = job.shard_writer(index)
         if writer.report is None:
             with writer:
                 for record in _records(draw()):
                     writer.write(record)
         report = writer.report
-    elif not (folder / SAMPLES_LIST).exists():
-        folder.rmtree(missing_ok=True)  # what was killed may have left half a picture
+    elif not job.has_shard(index):
+        folder = job.shard_folder(index)
+        folder.rmtree(missing_ok=True)  # a killed attempt may have left half a picture
         write_samples(draw(), folder)
     moved(num)  # where an earlier attempt has drawn them
     Metrics.counter("vqbeam", "images_generated").inc(num)
@@ -272,8 +286,10 @@ def finish_images(shards: Sequence[GeneratedShard]) -> str:
             description=f"Images sampled by vqbeam: {json.dumps(job.facts)}",
         )
     job.finish()
-    shards_and_lock = [*matching(job.folder, "[!.]*"), job.folder / LOCK_FILE]
-    remove_leftovers(job.folder, shards_and_lock)
+    # With the reports, a shard that is lost later can be sampled again alone.
+    reports = matching(job.folder, f".reports-{job.fingerprint}")
+    keep = [*matching(job.folder, "[!.]*"), *reports, job.folder / LOCK_FILE]
+    remove_leftovers(job.folder, keep)
     return job.output
 
 

@@ -1,4 +1,4 @@
-"""How good a run is, in figures."""
+"""The command that measures a trained run."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -30,21 +30,21 @@ def evaluate(
     sweep: Mapping[str, Sequence[Any]] | None = None,
     store: bool = False,
 ) -> None:
-    """Measures a run by its validation split, and prints tables of what it found.
+    """Measures a run on its validation split, and prints and writes the metrics.
 
     Args:
         run_dir: Folder of the run.
         features: What the Fréchet distance compares: "classifier" or "inception".
         stage: "vqvae", "prior", or "all" that are trained.
-        num: Images to draw, 10,000 by default or 2,000 in a sweep; fewer where the run has not as
-            many real images in either split.
-        seed: Of the images drawn and of the choice of real ones; the run's own by default.
-        sweep: Values by setting, to be measured in the place of all else; see
+        num: Number of samples, by default 10,000, or 2,000 in a sweep; fewer if a split of the run
+            has fewer images.
+        seed: Seed of the samples and of the choice of real images; by default the run's own.
+        sweep: Values by setting, which are measured instead of everything else; see
             `vqbeam.pipelines.evaluation.sweep`.
-        store: Whether the best settings of the sweep are stored.
+        store: Whether to make the best settings of the sweep the run's defaults.
 
     Raises:
-        VqbeamError: The run lacks a stage, or the features cannot be had.
+        VqbeamError: The run lacks a stage, or the features are not available.
     """
     run = RunFolder(run_dir)
     seed = run.load_config().seed if seed is None else seed
@@ -76,13 +76,13 @@ def _print_vqvae(run: RunFolder, features: str) -> None:
 
 
 def measure_prior(run: RunFolder, features: str, num: int, seed: int) -> dict:
-    """Measures what a run draws, and writes what it found to `evaluation/prior.json`.
+    """Returns the metrics of samples of a run, and writes them to `evaluation/prior.json`.
 
     Returns:
-        `images` of each set; for each of `real`, `reconstructions` and `samples` the figures of
-        `ReferenceSet.measure`, with `left_out` saying why one is None; the prior's
-        `nats_per_code` and `bits_per_dim` on the whole validation split; and what it was measured
-        with: `features`, `neighbours`, `seed` and the sampler's `settings`.
+        `images`, the size of a set; for each of `real`, `reconstructions` and `samples` the metrics
+        of `ReferenceSet.measure`, and `left_out`, why one is None; the prior's `nats_per_code` and
+        `bits_per_dim` on the complete validation split; and the settings of the measurement:
+        `features`, `neighbours`, `seed` and the sampler's `settings`.
     """
     likelihood = run.require(TRAIN_PRIOR)["measures"]
     settings = Run(run.root).default_settings()
@@ -106,7 +106,7 @@ def measure_prior(run: RunFolder, features: str, num: int, seed: int) -> dict:
 
 
 def prior_lines(measures: dict) -> list[str]:
-    """Returns what `measure_prior` found as lines, the first of which says by how many images."""
+    """Returns the metrics of `measure_prior` as lines of text; the first is a heading."""
     table = [["", *_KINDS]]
     left_out: dict[str, list[str]] = {}
     for name, (title, form) in FIGURES.items():
@@ -138,7 +138,7 @@ def prior_lines(measures: dict) -> list[str]:
 
 
 def vqvae_rows(measures: dict) -> list[tuple[str, str]]:
-    """Returns name and value, with its unit, of each figure that `evaluate_vqvae` returns."""
+    """Returns the name and the value with its unit of each metric of `evaluate_vqvae`."""
     codes = f"of {measures['num_codes']:,}"
     return [
         ("MSE", f"{measures['mse']:.1f} of 255²"),
@@ -164,5 +164,5 @@ def _frechet_row(measures: dict) -> tuple[str, str]:
 
 
 def _listed(values) -> str:
-    """Returns the figure of each level, or the only one."""
+    """Returns the value of each level as text."""
     return ", ".join(f"{value:,.0f}" for value in np.atleast_1d(values))

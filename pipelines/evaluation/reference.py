@@ -1,4 +1,4 @@
-"""Measures a set of images by held-out ones: how far, how true, how varied, of which class."""
+"""Metrics of a set of images: Fréchet distance, precision, recall and label agreement."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -33,18 +33,19 @@ from vqbeam.vqvae.training import load_vqvae
 
 _BATCH_SIZE = 256
 
-# Images uint8 [B, H, W, C] and the labels int [B] that they have, or were asked for; −1 for none.
+# Images uint8 [B, H, W, C] and their labels int [B], −1 for none.
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureStats:
-    """What is kept of a set of images.
+    """The statistics of a set of images that its metrics are computed from.
 
     Attributes:
-        gaussian: Of the features; None where there are none.
-        manifold: Of the features; None where there are none.
-        agreement: Share of the images with a class that the classifier gives it; None without it.
+        gaussian: Mean and covariance of the features; None without features.
+        manifold: The features, for precision and recall; None without features.
+        agreement: Fraction of the labelled images that the classifier assigns to their class; None
+            without a classifier.
     """
 
     gaussian: Gaussian | None
@@ -53,23 +54,23 @@ class FeatureStats:
 
 
 class ReferenceSet:
-    """Held-out images of a run, by which sets of as many images are measured.
+    """Held-out images of a run, with which other sets of the same size are compared.
 
-    All sets have one size, since every figure but the agreement depends on it.
+    All sets have one size, since every metric but the agreement depends on it.
 
     Args:
-        run: Its images are prepared.
-        num: Images of a set; fewer where the run has not as many in either split.
+        run: A run with prepared images.
+        num: Images in a set; fewer if a split of the run has fewer.
         features: See `vqbeam.pipelines.evaluation.features.feature_extractor`.
-        seed: Of the choice of real images.
+        seed: Seed of the choice of real images.
 
     Attributes:
-        num: Images of a set.
+        num: Images in a set.
         features: As given.
-        left_out: By figure why it is not measured; nothing where it is.
+        left_out: By metric, why it cannot be measured; empty if all can.
 
     Raises:
-        VqbeamError: The images are not prepared or damaged, or the features cannot be had.
+        VqbeamError: The images are not prepared or are damaged, or the features are not available.
     """
 
     def __init__(self, run: RunFolder, num: int, features: str, seed: int):
@@ -85,7 +86,7 @@ class ReferenceSet:
         self.held_out = self.observe(self.real("validation"))
 
     def real(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields `num` images of a split, drawn at random without replacement, and their labels."""
+        """Yields `num` random images of a split, without replacement, and their labels."""
         builder = open_dataset(self.run.folder("prepare"))
         size = builder.info.splits[split].num_examples
         chosen = np.zeros(size, bool)
@@ -100,7 +101,7 @@ class ReferenceSet:
             yield from examples.batch(_BATCH_SIZE).as_numpy_iterator()
 
     def observe(self, batches: Batches) -> FeatureStats:
-        """Returns what is to be kept of a set of images."""
+        """Returns the statistics of a set of images."""
         features, moments, agreed, labelled = [], Moments(), 0, 0
         for images, labels in batches:
             if self._extract:
@@ -116,7 +117,7 @@ class ReferenceSet:
         )
 
     def measure(self, batches: Batches) -> dict[str, float | None]:
-        """Compares a set of `num` images with the held-out ones.
+        """Returns the metrics of a set of `num` images, compared with the held-out ones.
 
         Returns:
             `frechet`, `precision`, `recall` and `agreement`; None for those in `left_out`.
@@ -136,12 +137,12 @@ class ReferenceSet:
 
 
 def set_size(prepared: dict, num: int) -> int:
-    """Returns how many images a set has of which `num` are asked for, by the prepare manifest."""
+    """Returns the size of a set: `num`, or the size of the smallest split in the manifest."""
     return min(num, *prepared["counts"].values())
 
 
 def _left_out(prepared: dict, features: str, num: int) -> dict[str, str]:
-    """Returns by figure why it cannot be measured."""
+    """Returns by metric the reason why it cannot be measured."""
     without_labels = label_obstacle(prepared)
     reasons = {"agreement": without_labels} if without_labels else {}
     reason = None
@@ -152,7 +153,7 @@ def _left_out(prepared: dict, features: str, num: int) -> dict[str, str]:
     return reasons | (dict.fromkeys(("frechet", "precision", "recall"), reason) if reason else {})
 
 
-# Title and form of each figure of a set of images.
+# Title and format of each metric.
 FIGURES = {
     "frechet": ("Fréchet distance", "{:.3f}"),
     "precision": ("precision", "{:.3f}"),
@@ -162,16 +163,16 @@ FIGURES = {
 
 
 class SampleEvaluator:
-    """Draws images from a run with any settings, and measures them by held-out ones.
+    """Samples images from a run with any settings, and measures them.
 
-    Their labels are those of as many training images, so that the classes have the shares that
-    they have in the data, and are the same at any settings.
+    The labels are those of random training images, so that classes are as frequent as in the data,
+    and the same for all settings.
 
     Args:
-        run: Its VQ-VAE and its prior are trained.
-        reference: Of the run's images.
-        batch_size: Images drawn at once.
-        seed: Of the images drawn.
+        run: A run with a trained VQ-VAE and prior.
+        reference: The run's held-out images.
+        batch_size: Images sampled at once.
+        seed: Seed of the samples.
     """
 
     def __init__(self, run: RunFolder, reference: ReferenceSet, batch_size: int, seed: int):
@@ -184,15 +185,16 @@ class SampleEvaluator:
         self._labels = np.concatenate([labels for _, labels in reference.real("train")])
 
     def real(self) -> dict[str, float | None]:
-        """Measures training images; the agreement is that of the held-out ones.
+        """Returns the metrics of training images.
 
-        The classifier has learned the training images, and agrees too well with them.
+        The agreement is that of the held-out images, since the classifier was trained on the
+        training images.
         """
         measures = self.reference.measure(self.reference.real("train"))
         return measures | {"agreement": self.reference.held_out.agreement}
 
     def reconstructions(self) -> dict[str, float | None]:
-        """Measures the held-out images as the VQ-VAE gives them back."""
+        """Returns the metrics of the reconstructions of the held-out images."""
         return self.reference.measure(self._reconstructed())
 
     def samples(self, settings: SamplerSettings) -> dict[str, float | None]:

@@ -1,4 +1,4 @@
-"""The best settings for a run's sampler, found by measuring all combinations of some."""
+"""A grid search over sampler settings, by the Fréchet distance of the samples."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,7 @@ from vqbeam.vqvae.storage.files import read_json, write_json
 from vqbeam.vqvae.storage.run_folder import RunFolder
 from vqbeam.vqvae.training import STAGE as TRAIN_VQVAE
 
-# Fewer images than this tell settings apart by chance.
+# With fewer images, differences between settings are mostly chance.
 _FEW = 500
 
 
@@ -38,22 +38,22 @@ def sweep(
     seed: int,
     store: bool,
 ) -> None:
-    """Measures all combinations of settings, and prints, draws and writes what it found.
+    """Measures all combinations of settings; prints, plots and writes the metrics.
 
-    `evaluation/sweep.json` is written after each combination; those that it has are not measured
-    again, as long as the models and all else that they were measured with are the same.
+    `evaluation/sweep.json` is written after each combination. Combinations in it are not measured
+    again while the models and the settings of the measurement are the same.
 
     Args:
-        run: Both of its models are trained.
-        values: By field of `SampleConfig` its values; the other fields are as in the run.
+        run: A run with both models trained.
+        values: The values of each field of `SampleConfig`; the other fields are those of the run.
         features: See `vqbeam.pipelines.evaluation.features.feature_extractor`.
-        num: Images drawn for each combination; fewer where the run has not as many in a split.
-        seed: Of the images drawn and of the choice of real ones.
-        store: Whether the run draws with the best settings from now on.
+        num: Samples for each combination; fewer if a split of the run has fewer images.
+        seed: Seed of the samples and of the choice of real images.
+        store: Whether to make the best settings the run's defaults.
 
     Raises:
-        VqbeamError: A setting is out of range, a model is missing, or there is no Fréchet
-            distance to go by.
+        VqbeamError: A setting is out of range, a model is missing, or the Fréchet distance cannot
+            be measured.
     """
     run.require(TRAIN_PRIOR)
     num = set_size(run.require("prepare"), num)
@@ -79,7 +79,7 @@ def sweep(
 
 
 def sweep_lines(names: Sequence[str], results: Sequence[dict], best: int) -> list[str]:
-    """Returns a table of settings and figures, in which a star marks the best row."""
+    """Returns a table of settings and metrics, in which a star marks the best row."""
     figures = {name: form for name, form in FIGURES.items() if results[0][name] is not None}
     rows = [[*names, *(title for title, _ in figures.values())]]
     for result in results:
@@ -95,7 +95,7 @@ def sweep_lines(names: Sequence[str], results: Sequence[dict], best: int) -> lis
 def _measured(
     run: RunFolder, grid: Sequence[SampleConfig], features: str, num: int, seed: int
 ) -> list[dict]:
-    """Returns the figures of each of the settings, measured now or earlier."""
+    """Returns the metrics of each combination of settings, measured now or earlier."""
     identity = {
         "images": num,
         "features": features,
@@ -133,12 +133,12 @@ def _earlier(path, identity: dict) -> list[dict]:
 def sweep_figure(
     values: Mapping[str, Sequence[Any]], results: Sequence[dict], best: int
 ) -> Image.Image:
-    """Draws a line over the setting with the most values for each combination of the others.
+    """Returns a plot of the metrics over the setting with the most values.
 
     Args:
-        values: By setting its values.
-        results: Settings and figures of each combination.
-        best: Which of them a star marks.
+        values: The values of each setting.
+        results: Settings and metrics of each combination.
+        best: The index of the best combination, which a star marks.
     """
     across = max(values, key=lambda name: len(values[name]))
     figure = Figure(figsize=(9.5, 4.2), layout="constrained", facecolor="white")

@@ -1,4 +1,4 @@
-"""Where the work is done and where the files lie: the runner, and paths that every worker knows."""
+"""Checks of paths, absolute paths, and Beam's runner."""
 
 import dataclasses
 import os
@@ -10,30 +10,30 @@ from vqbeam.configs import DataConfig, VqbeamError
 SUPPORTED_PATHS = "paths are those of this machine, or begin with gs://"
 _BUCKET = "gs://"
 _FOLDER = "folder:"
-# Endings by which a file is meant, and never a folder.
+# Endings of files, which a folder never has.
 _FILES = {".bmp", ".csv", ".gif", ".jpeg", ".jpg", ".json", ".jsonl", ".npy", ".npz", ".pdf"}
 _FILES |= {".png", ".svg", ".tfrecord", ".tif", ".tiff", ".txt", ".webp", ".zip"}
 
 
 def is_supported(path: str) -> bool:
-    """Tells whether a path is one of this machine or of a bucket, and not `s3://` or `gs:/x`."""
+    """Returns whether a path is local or begins with gs://."""
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", path)
     return scheme is None or path.startswith(_BUCKET)
 
 
 def absolute(path: str) -> str:
-    """Returns a path that names the same place from everywhere; a URL does so already."""
+    """Returns the absolute path; a URL is returned as it is."""
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def check_shared(places: Mapping[str, str]) -> None:
-    """Checks the paths that workers on other machines are to read and write.
+    """Checks that workers on other machines can read and write paths.
 
     Args:
-        places: The path behind each flag.
+        places: The path of each flag.
 
     Raises:
-        VqbeamError: One of them is of this machine alone.
+        VqbeamError: A path is local.
     """
     for flag, place in places.items():
         if "://" not in place:
@@ -43,14 +43,14 @@ def check_shared(places: Mapping[str, str]) -> None:
 
 
 def check_output(output: str, endings: Sequence[str]) -> None:
-    """Checks the name of a file that is to be written.
+    """Checks the ending of an output path.
 
     Args:
         output: The path.
-        endings: Those that it may have, such as ".png"; "" stands for a folder.
+        endings: The allowed endings, such as ".png"; "" stands for a folder.
 
     Raises:
-        VqbeamError: It has another.
+        VqbeamError: The path has another ending.
     """
     ending = os.path.splitext(output)[1]
     # A folder may have a dot in its name, such as runs/v1.2.
@@ -61,17 +61,17 @@ def check_output(output: str, endings: Sequence[str]) -> None:
 
 
 def source_paths(data: DataConfig) -> dict[str, str]:
-    """Returns the path that a section reads its images from, behind the flag that sets it."""
+    """Returns the path that the images are read from, by the flag that sets it."""
     if data.source.startswith(_FOLDER):
         return {"--data.source": data.source.removeprefix(_FOLDER)}
     return {"--data.data-dir": data.data_dir or "the datasets of TFDS on this machine"}
 
 
 def with_absolute_paths(data: DataConfig) -> DataConfig:
-    """Returns the section with the paths in it absolute.
+    """Returns the section with absolute paths.
 
     Raises:
-        VqbeamError: One is neither of this machine nor of a bucket.
+        VqbeamError: A path is neither local nor begins with gs://.
     """
     places = source_paths(data) | (
         {"--data.manual-dir": data.manual_dir} if data.manual_dir else {}
@@ -91,13 +91,13 @@ def with_absolute_paths(data: DataConfig) -> DataConfig:
 
 
 def is_dataflow(beam_args: Sequence[str]) -> bool:
-    """Tells whether Beam's words ask for Google's Dataflow, whose workers are other machines."""
+    """Returns whether Beam's arguments choose Dataflow, whose workers are other machines."""
     runners = [word for word in beam_args if word.startswith("--runner=")]
     return bool(runners) and "dataflow" in runners[-1].lower()
 
 
 def with_runner(beam_args: Sequence[str]) -> list[str]:
-    """Returns Beam's words with a runner; Beam's own default may download one."""
+    """Returns Beam's arguments with a runner, since Beam's default may download one."""
     if any(word.startswith("--runner=") for word in beam_args):
         return list(beam_args)
     return ["--runner=FnApiRunner", *beam_args]

@@ -1,4 +1,4 @@
-"""The stages of a run as one Beam pipeline; what is done already is not done again."""
+"""The command that runs the stages of a run as one Beam pipeline, except finished ones."""
 
 import dataclasses
 import time
@@ -45,7 +45,7 @@ def run_stages(
         if "prepare" in stages and not run.is_done("prepare"):
             check_shared(source_paths(config.data))
     if "prepare" in stages and not run.exists():
-        # First, so that no folder is bound to a dataset whose name was mistyped.
+        # First, so that a mistyped dataset does not create a folder.
         from vqbeam.pipelines.sources import open_source
 
         open_source(config.data).check()
@@ -53,7 +53,7 @@ def run_stages(
     if is_done and not retrain:
         _tell_what_is_done(run, stages)
     else:
-        # Even the config is stored only where no other command goes by the one that is there.
+        # The config is written only while holding the lock.
         with locked(run.root, "--run-dir"):
             run.start(config)
             for stage in retrain:
@@ -115,7 +115,7 @@ def _run_pipeline(
 
 
 def _closing_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:
-    """Returns what was written where, and what to type next."""
+    """Returns lines about the results, and the next command."""
     lines = []
     if "prepare" in stages:
         images = run.require("prepare")

@@ -1,4 +1,4 @@
-"""Many new images from a trained run, as one Beam pipeline: any number of workers, one result."""
+"""The command that samples many images from a trained run, as one Beam pipeline."""
 
 import dataclasses
 import hashlib
@@ -36,18 +36,18 @@ SPLIT = "train"
 
 @dataclasses.dataclass(frozen=True)
 class GenerateJob:
-    """What is to be drawn, and into which folder.
+    """The images to sample, and the folder to write them to.
 
     Attributes:
         run: The run's folder.
         output: The folder of the images.
         form: "png" or "tfrecord".
-        labels: As `labels_for` takes them.
-        seed: Of the random numbers; image i of a seed is always the same image.
-        shard_images: Images of one shard: whole batches.
-        settings: How they are drawn; its `num` is the number of all images.
-        preset: That of the run.
-        checkpoint: That of the run's models.
+        labels: See `labels_for`.
+        seed: Seed of the random numbers; image i of a seed is always the same image.
+        shard_images: Images in a shard, a multiple of the batch size.
+        settings: Sampler settings; `num` is the number of all images.
+        preset: The run's preset.
+        checkpoint: The fingerprint of the run's models.
     """
 
     run: str
@@ -67,7 +67,7 @@ class GenerateJob:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """All that decides what is drawn and how it lies on disk, as JSON has it."""
+        """Everything that the contents of the folder depend on, as JSON values."""
         values = dataclasses.asdict(self)
         facts = values.pop("settings") | values
         del facts["run"], facts["output"]
@@ -75,19 +75,19 @@ class GenerateJob:
 
     @property
     def shards(self) -> int:
-        """How many there are."""
+        """The number of shards."""
         return -(-self.settings.num // self.shard_images)
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the facts."""
+        """A hash of `facts`."""
         return hashlib.sha256(json.dumps(self.facts).encode()).hexdigest()[:16]
 
     def bind_folder(self) -> None:
-        """Binds the folder to the job: from now on it takes no images of another.
+        """Creates the folder, and reserves it for the images of this job.
 
         Raises:
-            VqbeamError: It holds something else.
+            VqbeamError: The folder has other contents.
         """
         if self._file.exists():
             found, facts = read_json(self._file)["order"], self.facts
@@ -137,7 +137,7 @@ _run = Shared()
 
 
 class GeneratedShard(NamedTuple):
-    """A shard that is whole: its job, where it stands, and for TFRecords its report."""
+    """A complete shard: its job, its index, and for TFRecords its report."""
 
     job: GenerateJob
     index: int
@@ -154,22 +154,22 @@ def generate(
     beam_args: Sequence[str],
     **settings: Any,
 ) -> str:
-    """Draws images shard by shard; what is None is as the run says.
+    """Samples images shard by shard.
 
-    Killed at any moment, the same call goes on with the shards that are missing.
+    A call that was killed is resumed by the same call, which samples the missing shards.
 
     Args:
         run_dir: The run's folder.
         output: The folder to write: a folder of PNGs for each shard, or a TFDS dataset.
         form: "png" or "tfrecord".
-        labels: See `sample`.
-        shard_images: Images of one shard at least; rounded up to whole batches.
+        labels: See `Run.sample`.
+        shard_images: Images in a shard, rounded up to full batches.
         beam_args: Beam's own options.
         **settings: `num`, the number of images; `seed`, with which image i is that of `sample`;
             and other fields of SampleConfig.
 
     Returns:
-        What was written where.
+        A line about the result.
 
     Raises:
         VqbeamError: The run has no trained prior, a setting or label is out of range, the folder
@@ -230,7 +230,7 @@ def _shards(job: GenerateJob) -> Iterator[tuple[GenerateJob, int]]:
 
 
 def generate_shard(job: GenerateJob, index: int) -> GeneratedShard:
-    """Draws the images of one shard and writes them, unless an earlier attempt has."""
+    """Samples and writes one shard, unless an earlier attempt has; returns it."""
     first = index * job.shard_images
     num = min(job.shard_images, job.settings.num - first)
     report, drawn = None, 0
@@ -256,7 +256,7 @@ def generate_shard(job: GenerateJob, index: int) -> GeneratedShard:
         folder = job.shard_folder(index)
         folder.rmtree(missing_ok=True)  # a killed attempt may have left half a picture
         write_samples(draw(), folder)
-    moved(num)  # where an earlier attempt has drawn them
+    moved(num)  # if an earlier attempt has written them
     Metrics.counter("vqbeam", "images_generated").inc(num)
     return GeneratedShard(job, index, report)
 
@@ -272,10 +272,10 @@ def _records(samples: Samples) -> Iterator[bytes]:
 
 
 def finish_images(shards: Sequence[GeneratedShard]) -> str:
-    """Makes a dataset of the shards where they are TFRecords; returns the folder's path."""
+    """Finishes the job, with the metadata of a TFDS dataset for TFRecords; returns its folder."""
     job = shards[0].job
     if job.is_done():
-        return job.output  # a runner that does the next step again may do this one as well
+        return job.output  # a runner may repeat a finished step
     if job.form == "tfrecord":
         run = Run(job.run)
         write_dataset_metadata(

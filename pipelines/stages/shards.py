@@ -1,4 +1,4 @@
-"""Datasets written shard by shard, by workers that may die, repeat themselves or start again."""
+"""Datasets written shard by shard, by workers that may be killed or may repeat their work."""
 
 import contextlib
 import ctypes
@@ -21,9 +21,9 @@ _M_ARENA_MAX = -8  # of malloc.h
 
 @dataclasses.dataclass(frozen=True)
 class ShardReport:
-    """What became of one shard: its records, its bytes, and what was seen while writing it.
+    """The report of one complete shard: its records, its size, and facts found while writing it.
 
-    `content` says what it was made of; the report is worth nothing for a shard of other content.
+    `content` is a hash of its inputs; the report is valid only for this content.
     """
 
     shard: Shard
@@ -47,14 +47,15 @@ class ShardWriter:
     moment leaves either a shard with its report or work to be done again.
 
     Args:
-        folder: Gets the shard.
-        fingerprint: Of all that the dataset is made from; shards of another are written anew.
-        shard: Which one.
-        content: Names what the shard is made of, where the fingerprint does not.
+        folder: The folder of the dataset.
+        fingerprint: A hash of the inputs of the dataset; shards of other inputs are written again.
+        shard: The shard.
+        content: A hash of the shard's own inputs, if the fingerprint does not cover them.
 
     Attributes:
-        report: Of the shard, once it is written; from the start where an earlier attempt wrote it.
-        facts: What was seen while writing; they become part of the report.
+        report: The report of the shard, once it is written; available from the start if an earlier
+            attempt wrote it.
+        facts: Facts found while writing, which become part of the report.
     """
 
     def __init__(self, folder: epath.Path, fingerprint: str, shard: Shard, content: str = ""):
@@ -90,10 +91,10 @@ class ShardWriter:
 
 @functools.cache
 def _keep_memory_flat() -> None:
-    """Has glibc keep free memory for as many threads as there are cores, not for eight times more.
+    """Limits glibc's memory arenas to the number of cores, instead of eight times as many.
 
-    TensorFlow reads each shard in new threads. Each finds another place of its own, which keeps
-    what it needed: 100 MB over a million images.
+    TensorFlow reads each shard in new threads, and each takes another arena, which keeps its
+    memory: 100 MB over a million images.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, max(2, os.cpu_count() or 1))
@@ -107,15 +108,15 @@ def write_dataset_metadata(
     version: str,
     description: str,
 ) -> tuple[list[epath.Path], dict[str, int]]:
-    """Makes a TFDS dataset of the shards that were reported.
+    """Writes the metadata that makes a TFDS dataset of complete shards.
 
     Returns:
-        Every file of the dataset, and the number of records in each split.
+        All files of the dataset, and the number of records in each split.
 
     Raises:
         VqbeamError: A shard was not reported.
     """
-    # Workers end in any order, and the result is the same.
+    # The result does not depend on the order in which workers end.
     reports = sorted(reports, key=lambda report: report.shard)
     splits: dict[str, list[ShardReport]] = {}
     for report in reports:
@@ -142,10 +143,9 @@ def write_dataset_metadata(
 
 
 def remove_leftovers(folder: epath.Path, keep: Sequence[epath.Path]) -> None:
-    """Removes from a folder of shards the reports, and all that killed or older attempts left.
+    """Removes from a folder of shards the reports, and the remains of earlier attempts.
 
-    After the manifest is written, and not before: until then the reports are what a worker that
-    is killed goes on from.
+    To be called after the manifest is written: until then, a restart needs the reports.
     """
     kept = {path.name for path in keep} | {MANIFEST}
     for path in folder.iterdir():
@@ -154,9 +154,9 @@ def remove_leftovers(folder: epath.Path, keep: Sequence[epath.Path]) -> None:
 
 
 def _earlier(path: epath.Path) -> ShardReport | None:
-    """Returns the report of an earlier attempt, or None where there is none that can be read."""
+    """Returns the report of an earlier attempt, or None if there is none or it is damaged."""
     try:
         values = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):  # emptied where the machine lost its power
+    except (FileNotFoundError, ValueError):  # emptied by a power failure
         return None
     return ShardReport(**{**values, "shard": Shard(*values["shard"])})

@@ -21,14 +21,14 @@ _DATAFLOW = "apache_beam.runners.dataflow"
 
 
 def run_pipeline(beam_args: Sequence[str], build: Callable[[beam.Pipeline], object]) -> None:
-    """Runs what `build` puts into a pipeline, to its end; an interrupted job is cancelled.
+    """Runs a pipeline to its end; a job that is interrupted is cancelled.
 
     Args:
         beam_args: Beam's own options, such as `["--runner=FnApiRunner"]`.
-        build: Gets the pipeline.
+        build: A function that adds the steps to the pipeline.
 
     Raises:
-        VqbeamError: Nothing answers where the job service is said to be.
+        VqbeamError: The job service does not answer.
     """
     if is_dataflow(beam_args):
         _tell_of_the_job()
@@ -48,7 +48,7 @@ def run_pipeline(beam_args: Sequence[str], build: Callable[[beam.Pipeline], obje
 
 
 def _check_service(endpoint: str | None) -> None:
-    """Finds out in a moment what takes Beam five minutes, and ends with a traceback there."""
+    """Checks that the job service answers; Beam would retry for minutes, with a traceback."""
     host, colon, port = (endpoint or "").rpartition(":")
     if not colon or not port.isdecimal():
         return
@@ -62,7 +62,7 @@ def _check_service(endpoint: str | None) -> None:
 
 
 def _tell_of_the_job() -> None:
-    """Shows what Beam logs of a job on Dataflow: its number, its page, and how it fares."""
+    """Shows Beam's log messages about a job on Dataflow: its number, its page and its state."""
     logger = logging.getLogger(_DATAFLOW)
     if not logger.handlers:
         shown = logging.StreamHandler()
@@ -83,11 +83,11 @@ def _is_of_the_job(record: logging.LogRecord) -> bool:
 
 
 class Gathered(NamedTuple):
-    """What became of some shards of a dataset, or of all.
+    """The combined reports of some shards of a dataset.
 
     Attributes:
-        reports: One of each shard, without what was seen in it, in any order.
-        facts: What was seen in all of them together; None of no shard.
+        reports: The report of each shard, without its facts, in any order.
+        facts: The combined facts of all the shards; None if there are none.
     """
 
     reports: list[ShardReport]
@@ -95,13 +95,13 @@ class Gathered(NamedTuple):
 
 
 class GatherReports(beam.CombineFn):
-    """From reports of shards to `Gathered`.
+    """Combines the reports of shards into one `Gathered`.
 
-    Each worker adds up what it has seen, so that what meets in one of them at the end grows with
-    the number of shards by a line each, however much is seen in a shard.
+    Each worker combines its own reports first, so the final worker holds only one short report per
+    shard, and a single dictionary of facts.
 
     Args:
-        add: Makes one dictionary of facts out of two, in whatever order they come.
+        add: Function that combines two dictionaries of facts, in any order.
     """
 
     def __init__(self, add: Callable[[dict, dict], dict]):
@@ -132,16 +132,16 @@ class GatherReports(beam.CombineFn):
 
 
 class ShardedStage(beam.PTransform):
-    """From the path of a run to the same path, once a stage has written all shards of its dataset.
+    """A stage that writes a dataset shard by shard; takes and returns the path of a run.
 
-    Shards are shuffled as units of work, never as pixels: each is read and written by one worker.
+    Beam shuffles units of work, never pixels: each shard is read and written by one worker.
 
     Args:
-        stage: Its name.
-        plan: From the path of a run to `(path, unit)` for each shard; it begins the stage.
-        write: From these two to `(path, report)`, once the shard is written.
+        stage: The name of the stage.
+        plan: Function from the path of a run to `(path, unit)` for each shard; starts the stage.
+        write: Function from `path, unit` to `(path, report)`; writes the shard.
         add: See `GatherReports`.
-        finish: From the path and what was gathered to the path, once the stage is finished.
+        finish: Function from the path and a `Gathered` to the path; finishes the stage.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class ShardedStage(beam.PTransform):
 
 
 def _is_done(run_path: str, parts: int, stage: str) -> int:
-    """Returns 1 for a run whose stage has ended: an engine may start a job anew, from its begin."""
+    """Returns 1 if the stage is finished, else 0: an engine may restart a job."""
     return int(RunFolder(run_path).is_done(stage))
 
 
@@ -174,7 +174,7 @@ _lock = threading.Lock()
 
 
 def advance(title: str, images: int, total: int) -> None:
-    """Moves the bar of this process called `title`; it opens itself, and closes at `total`."""
+    """Advances the progress bar of a title; opens it if needed, and closes it at `total`."""
     if not images:
         return
     with _lock:
@@ -187,7 +187,7 @@ def advance(title: str, images: int, total: int) -> None:
 
 
 def close_all() -> None:
-    """Closes what an error has left open, so that its message gets a line of its own."""
+    """Closes all progress bars, so that an error message starts on a new line."""
     with _lock:
         while _bars:
             _bars.popitem()[1].close()

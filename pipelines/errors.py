@@ -1,4 +1,4 @@
-"""What a user is told of an error: one line, or none where it is a bug."""
+"""The message of an error: one line for the user, or none if it is a bug."""
 
 import http
 import re
@@ -21,13 +21,13 @@ _PYTHON_FILE_ERROR = re.compile(
 )
 _TENSORFLOW_FILE_ERROR = re.compile(rf"(?P<path>.*); (?P<reason>{'|'.join(_MENDS)})")
 
-# What Beam says of options that are missing or do not fit together.
+# Beam's messages about options that are missing or incompatible.
 _BEAM_REFUSAL = re.compile(
     r"Pipeline has validations errors|please install apache_beam\[|You must specify a --"
     r"|Unable to parse jar URL"
 )
 
-# What other programs say of things that are no bug of anyone, and what a user can do then.
+# Known failures of other programs, and what a user can do about them.
 _KNOWN = {
     # Beam and Flink, where a worker was killed or had no memory left.
     r"Channel closed prematurely|StatusRuntimeException: CANCELLED: client cancelled": (
@@ -65,11 +65,11 @@ INTERRUPTED = "\nvqbeam: interrupted; run the same command to go on"
 
 
 def user_message(error: BaseException) -> str | None:
-    """Returns the one line that tells a user what to mend; None if the error is a bug.
+    """Returns a line that says how to fix an error; None if the error is a bug.
 
-    Beam's runners raise what a worker raised as it is, as a RuntimeError with the type and
-    the message, or as one with the worker's traceback, each with the name of the step. What
-    counts is the last exception of such a traceback: a bug may have started as a VqbeamError.
+    Beam's runners raise a worker's exception as it is, or as a RuntimeError with its type and
+    message, or with the worker's traceback, each with the name of the step. The last exception of
+    such a traceback counts: a bug may have started as a VqbeamError.
     """
     text = "".join(traceback.format_exception_only(error))
     name, message = _last_exception(text)
@@ -84,20 +84,20 @@ def user_message(error: BaseException) -> str | None:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Tells whether the user pressed Ctrl-C; Beam wraps that too, where a step was at work."""
+    """Returns whether the user pressed Ctrl-C, which Beam may wrap in another exception."""
     text = "".join(traceback.format_exception_only(error))
     return isinstance(error, KeyboardInterrupt) or _last_exception(text)[1] == "KeyboardInterrupt"
 
 
 def _last_exception(text: str) -> tuple[str, str]:
-    """Returns type and message of the last exception in a text, without Beam's step."""
+    """Returns the type and message of the last exception in a text, without Beam's step."""
     without_steps = re.sub(r" \[while running '.*", "", text)
     found = _EXCEPTION_LINE.findall(without_steps)
     return found[-1] if found else ("", "")
 
 
 def _of_storage(text: str) -> str | None:
-    """Returns what a user can do about a bucket that does not answer as it should."""
+    """Returns a line on how to fix the failed access to a bucket."""
     if found := _STORAGE_ERROR.search(text):
         place = re.search(r"gs://[^\s']*", text)
         said = found["reason"] or f"{found['code']} {_phrase(int(found['code']))}"
@@ -114,7 +114,7 @@ def _phrase(code: int) -> str:
 
 
 def _of_file(message: str) -> str | None:
-    """Returns what a user can do about a failed file operation; None if it is none."""
+    """Returns a line on how to fix a failed file operation; None for other errors."""
     found = _PYTHON_FILE_ERROR.match(message) or _TENSORFLOW_FILE_ERROR.match(message)
     if not found or not (found["path"] or found["reason"] in _MENDS):
         return None

@@ -1,4 +1,4 @@
-"""Where the gradients of a preset or of a run go, on real images."""
+"""The command that shows which losses reach which parameters, on real images."""
 
 import contextlib
 import itertools
@@ -39,13 +39,13 @@ _PARTS = ("encoder", "predictions", "codebook", "decoder", "discriminator")
 
 
 class _Subject(NamedTuple):
-    """What is audited: a model, and the batches that it is trained on.
+    """A model and the batches that it is trained on.
 
     Attributes:
-        title: What the user calls it.
-        config: Of the model.
-        model: Trained where it is a run's, else as it is before the first step.
-        batches: Returns endless batches in [−1, 1], float32 [B, H, W, C], from the first one on.
+        title: The user's name for it.
+        config: The config of the model.
+        model: The trained model of a run, or an untrained one of a preset.
+        batches: Function that returns endless batches, float32 [B, H, W, C] in [−1, 1].
     """
 
     title: str
@@ -57,14 +57,15 @@ class _Subject(NamedTuple):
 def gradients(
     *, config: Config | None, run_dir: str | None, output: str, straight_through: bool, steps: int
 ) -> None:
-    """Prints where the gradient of each loss goes, and draws it.
+    """Prints and plots the gradient of each loss at each part of a model.
 
     Args:
-        config: Of a fresh model, audited on images from their source; or None.
-        run_dir: The folder of a trained run; or None.
+        config: The config of an untrained model, or None for a run.
+        run_dir: The folder of a trained run, or None for a config.
         output: The .png file to write.
-        straight_through: False to set the model without an estimator beside it, and to train both.
-        steps: Training steps of each, where both are trained.
+        straight_through: False to compare with the model without a gradient estimator, training
+            both.
+        steps: Training steps of each of these models.
 
     Raises:
         VqbeamError: `output` does not end in .png, the run lacks a stage, the source cannot be
@@ -89,7 +90,7 @@ def gradients(
 
 
 def audit_lines(audits: Sequence[Audit], curves: dict[str, list[float]]) -> Iterator[str]:
-    """Yields the table of each audit, how a step moves the codebook, and how training ended."""
+    """Yields the table of each audit, the moves of the codebook, and the results of training."""
     for found in audits:
         yield f"estimator: {found.estimator or 'that of rounding'}"
         yield from _table(found)
@@ -102,7 +103,7 @@ def audit_lines(audits: Sequence[Audit], curves: dict[str, list[float]]) -> Iter
 
 
 def step_lines(step: CodebookStep | None) -> Iterator[str]:
-    """Yields which rows of the codebook a training step moves."""
+    """Yields lines on the rows of the codebook that a training step moves."""
     if step is None:
         yield "there is no codebook: the codes are numbers that are rounded"
         return
@@ -127,7 +128,7 @@ def step_lines(step: CodebookStep | None) -> Iterator[str]:
 
 
 def _table(found: Audit) -> Iterator[str]:
-    """Yields a line for each loss; a column is as wide as what stands in it."""
+    """Yields the lines of a table with a row for each loss."""
     known = {part for norms in found.norms.values() for part in norms}
     columns = [part for part in _PARTS if part in known or part == "codebook"]
     rows = [["", *columns]]
@@ -146,7 +147,7 @@ def _cell(norm: float | None, found: Audit) -> str:
 
 
 def _trained(subject: _Subject, estimators: list[str], steps: int) -> dict[str, list[float]]:
-    """Trains a fresh model with each estimator, both on the same batches."""
+    """Returns the errors of a model trained with and without the estimator on the same batches."""
     curves, size = {}, subject.config.vqvae.batch_size
     with contextlib.closing(progress_bar("gradients", 2 * (steps + 1) * size)) as bar:
         for estimator in estimators:
@@ -193,7 +194,7 @@ def _of_preset(config: Config) -> _Subject:
 
 
 def _endless_images(source: Source, units: Sequence[Unit]) -> Iterator[np.ndarray]:
-    """Yields the images of units over and over, uint8 [H, W, C]; what is damaged is left out."""
+    """Yields the images of units in an endless loop, uint8 [H, W, C], without damaged ones."""
     while True:
         found = False
         for raw in itertools.chain.from_iterable(source.read(unit) for unit in units):
@@ -207,7 +208,7 @@ def _endless_images(source: Source, units: Sequence[Unit]) -> Iterator[np.ndarra
 
 
 def _readable(run_dir: str | None):
-    """Returns a context in which damaged records of a run end in one line."""
+    """Returns a context in which damaged records of a run are a VqbeamError."""
     if run_dir is None:
         return contextlib.nullcontext()
     return damaged_records(RunFolder(run_dir).folder("prepare"))
@@ -229,7 +230,7 @@ _LANE = 0.85
 def gradient_figure(
     audits: Sequence[Audit], curves: Mapping[str, Sequence[float]] | None = None
 ) -> Image.Image:
-    """Draws a diagram of each audit, one below the other, and curves of training below them.
+    """Returns a figure with a diagram of each audit, and training curves below them.
 
     The boxes stand in the order in which an image passes them. Each loss has a line of its own
     under them, with an arrow up to each part that its gradient reaches, and the gradient's norm
@@ -252,7 +253,7 @@ def gradient_figure(
 
 
 def draw_paths(axes: Axes, audit: Audit) -> None:
-    """Draws the boxes of an audit and the path of each loss to each of them."""
+    """Draws the parts of a model as boxes, and the path of each loss to each of them."""
     parts = _parts(audit)
     lefts = {part: i * (_BOX_WIDTH + _BOX_GAP) for i, part in enumerate(parts)}
     for part, left in lefts.items():
@@ -276,7 +277,7 @@ def draw_paths(axes: Axes, audit: Audit) -> None:
 
 
 def draw_curves(axes: Axes, curves: Mapping[str, Sequence[float]]) -> None:
-    """Draws reconstruction errors over training steps, the last one written at its end."""
+    """Draws reconstruction errors over training steps, and labels each curve with the last one."""
     for name, errors in curves.items():
         (line,) = axes.plot(range(len(errors)), errors, label=name, lw=1.2)
         end = (len(errors) - 1, errors[-1])
@@ -293,7 +294,7 @@ def draw_curves(axes: Axes, curves: Mapping[str, Sequence[float]]) -> None:
 
 
 def _parts(audit: Audit) -> dict[str, str]:
-    """Returns what is written in each box, by part, in the order of the boxes."""
+    """Returns the text of each box by part, in the order of the boxes."""
     codebook = {
         "gradient": "quantizer\nand codebook",
         "moving average": "quantizer\n(codebook by\nmoving average)",
@@ -316,7 +317,7 @@ def _draw_box(axes, left, text, *, closed):
 
 
 def _draw_path(axes, across, height, norm, colour):
-    """Draws an arrow up to a box, with the norm beside it, or a crossed stub where it is 0."""
+    """Draws an arrow up to a box, with the norm beside it, or a crossed stub for a norm of 0."""
     if norm:
         arrow = {"arrowstyle": "-|>", "color": colour, "lw": 1.6, "shrinkA": 0, "shrinkB": 0}
         axes.annotate("", (across, -0.05), (across, height), arrowprops=arrow)

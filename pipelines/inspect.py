@@ -1,4 +1,4 @@
-"""What is in a run, as a page of text."""
+"""The command that shows the state of a run."""
 
 import datetime
 
@@ -12,7 +12,7 @@ from vqbeam.vqvae.storage.run_folder import MANIFEST, STAGES, RunFolder
 
 
 def describe(run_dir: str) -> str:
-    """Returns the stages of a run with their state, time, size and measures.
+    """Returns the stages of a run with their state, time, size and metrics, as text.
 
     Raises:
         VqbeamError: There is no run in the folder.
@@ -39,7 +39,7 @@ def describe(run_dir: str) -> str:
 
 
 def _quantizer(settings: VQVAEConfig) -> str:
-    """Returns the kind of quantizer, with those settings that it uses."""
+    """Returns the quantizer and the settings that it uses."""
     parts = [f"{settings.quantizer} quantizer"]
     if settings.quantizer not in ("fsq", "lfq"):
         parts.append(f"D = {settings.code_dim}")
@@ -105,7 +105,7 @@ def _losses(manifest: dict) -> str:
 
 
 def _codebook_use(manifest: dict, layout: CodeLayout) -> list[str]:
-    """Returns a line for each level; of a single level the manifest has numbers, not lists."""
+    """Returns a line for each level; for a single level the manifest has numbers, not lists."""
     if layout.levels == 1:
         uses = [("codebook use", manifest["perplexity"], manifest["codes_used"])]
     else:

@@ -17,29 +17,29 @@ from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.storage.files import is_local, modified, write_json
 
 LOCK_FILE = ".lock.json"
-# What the system says of a place where no folder can be made or written to.
+# Errors of folders that cannot be created or written to.
 _NOT_A_PLACE = {errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EROFS}
 _SECONDS_BETWEEN_SIGNS = 60
-# Of a command on another machine, of which nothing else is known.
+# For a command on another machine, about which nothing else is known.
 _SECONDS_TO_BE_DEAD = 600
-# Longer than it takes to write a lock: of two commands that find none at the same time, both have
-# written theirs before either looks whose it is.
+# Longer than it takes to write a lock: if two commands find none at the same time, both have
+# written theirs before either reads it again.
 _SECONDS_TO_SETTLE = {"local": 0.1, "remote": 3.0}
 
 
 @contextlib.contextmanager
 def locked(folder: epath.Path, flag: str) -> Iterator[None]:
-    """Makes a folder, and keeps other commands out of it while the block runs.
+    """Creates a folder, and keeps other commands out of it while the block runs.
 
-    A command that was killed keeps nobody out: whether it is alive is asked of the operating
-    system, or, where it ran on another machine, told by the age of its last sign of life.
+    The lock of a killed command does not count: the operating system knows whether a local process
+    is alive, and a command on another machine renews its lock.
 
     Args:
         folder: The folder.
-        flag: What the user chose it by.
+        flag: The flag by which the user chose it.
 
     Raises:
-        VqbeamError: Another command is at work in the folder, or nothing can be written there.
+        VqbeamError: Another command is running in the folder, or it cannot be written to.
     """
     path = folder / LOCK_FILE
     own = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
@@ -65,7 +65,7 @@ def locked(folder: epath.Path, flag: str) -> Iterator[None]:
 
 
 def _take(path: epath.Path, own: dict[str, Any], flag: str) -> None:
-    """Writes the lock; raises a VqbeamError where another command holds it."""
+    """Writes the lock; raises a VqbeamError if another command holds it."""
     holder = _read(path)
     if holder and _is_alive(path, holder, own):
         raise VqbeamError(
@@ -74,7 +74,7 @@ def _take(path: epath.Path, own: dict[str, Any], flag: str) -> None:
         )
     write_json(path, own)
     time.sleep(_SECONDS_TO_SETTLE["local" if is_local(path) else "remote"])
-    # Of two that found no lock at the same time, the one that wrote last has it.
+    # If two found no lock at the same time, the one that wrote last has it.
     holder = _read(path)
     if holder and holder != own:
         raise VqbeamError(
@@ -117,7 +117,7 @@ def _is_running(pid: int) -> bool:
 
 def _give_signs(path: epath.Path, own: dict[str, Any], stop: threading.Event) -> None:
     while not stop.wait(_SECONDS_BETWEEN_SIGNS):
-        # A folder that cannot be reached for a while is no reason to end what is at work in it;
-        # what a bucket raises then is TensorFlow's.
+        # A folder that is unreachable for a while is no reason to stop the command;
+        # for a bucket, the error is TensorFlow's.
         with contextlib.suppress(Exception):
             write_json(path, own)

@@ -1,4 +1,4 @@
-"""The Fréchet distance between two sets of images, by Gaussians fitted to their features."""
+"""Fréchet distance, precision and recall of two sets of images, from their features."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,8 +16,8 @@ class Gaussian(NamedTuple):
 class Moments:
     """Mean and covariance of features that come in batches, in float64.
 
-    Sums are of distances from the mean of the first batch: where features lie far from zero, the
-    sums of their squares would cancel out all digits of the covariance.
+    Sums are relative to the mean of the first batch: if features are far from zero, subtracting
+    their sums of squares would lose all digits of the covariance.
 
     Attributes:
         count: Features added so far.
@@ -79,7 +79,7 @@ _BLOCK = 2**24
 
 
 class Manifold:
-    """The union of balls around features, each as wide as the way to its k-th neighbour.
+    """The union of balls around features, each with the distance to its k-th neighbour as radius.
 
     Args:
         features: [N, D] of any float dtype, N above `neighbours`.
@@ -90,7 +90,7 @@ class Manifold:
         radii: The square of each ball's radius, float32 [N].
 
     Raises:
-        ValueError: There are no k neighbours.
+        ValueError: There are fewer than k neighbours.
     """
 
     def __init__(self, features: np.ndarray, neighbours: int = NEIGHBOURS):
@@ -106,18 +106,18 @@ class Manifold:
 
 
 def precision_recall(real: Manifold, other: Manifold) -> tuple[float, float]:
-    """Returns which share of each set lies within the manifold of the other one.
+    """Returns the fraction of each set that lies within the manifold of the other.
 
     From "Improved Precision and Recall Metric for Assessing Generative Models", Kynkäänniemi et
     al. 2019 (https://arxiv.org/abs/1904.06991), equations 1 and 2. Both grow with the number of
-    features: compare sets of one size only, and figures that were measured with as many.
+    features, so only values from sets of the same size are comparable.
 
     Args:
-        real: Of the data.
-        other: Of what is to be measured.
+        real: The manifold of real images.
+        other: The manifold of the images to measure.
 
     Returns:
-        Precision, the share of `other` that looks real; and recall, the share of `real` that
+        Precision, the fraction of `other` that looks real; and recall, the fraction of `real` that
         `other` covers.
     """
     looks_real = np.empty(len(other.features), bool)
@@ -129,7 +129,7 @@ def precision_recall(real: Manifold, other: Manifold) -> tuple[float, float]:
 
 
 def _blocks(ones: np.ndarray, others: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields the rows of a block of `ones`, and their squared distances to all of `others`."""
+    """Yields blocks of rows of `ones`, and their squared distances to all of `others`."""
     # Far from zero, the squares below would cancel out the digits of their difference.
     centre = others.mean(axis=0, dtype=np.float64).astype(np.float32)
     ones, others = ones - centre, others - centre

@@ -1,4 +1,4 @@
-"""What the Fréchet distance sees of images: features of the run's classifier, or of Inception."""
+"""Features of images for the Fréchet distance: of the run's classifier, or of InceptionV3."""
 
 import contextlib
 import math
@@ -34,10 +34,10 @@ def feature_extractor(run: RunFolder, name: str) -> Extract:
     """Returns a function from the images of a run to features of that name.
 
     Args:
-        run: Its images are prepared.
-        name: "classifier" is the one that vqbeam trains on the run's own images, and shows how
-            well the classes can still be told. "inception" is Keras's InceptionV3, trained on
-            ImageNet; published distances come from another copy of it, and differ somewhat.
+        run: A run with prepared images.
+        name: "classifier" is a classifier that vqbeam trains on the run's own images, so the
+            features show how well classes can be recognized. "inception" is Keras's InceptionV3,
+            trained on ImageNet; published distances use other weights of it, and differ a little.
 
     Raises:
         VqbeamError: The run has no classes for the classifier, or Inception's weights cannot be
@@ -49,7 +49,7 @@ def feature_extractor(run: RunFolder, name: str) -> Extract:
 
 
 def compiled(model: keras.Model) -> Extract:
-    """Returns what a model makes of uint8 images, float32 [B, D], as a function of NumPy arrays."""
+    """Returns the compiled function of a model from uint8 images to float32 [B, D], in NumPy."""
     extract = compile_function(
         lambda images: model(images, training=False), model.variables, jit=False
     )
@@ -105,7 +105,7 @@ _MOST_PASSES = 100
 
 
 def load_classifier(run: RunFolder) -> keras.Model:
-    """Returns the classifier of a run's images, and trains it where there is none of these images.
+    """Returns the classifier of a run's images, which is trained on first use.
 
     It is stored as `evaluation/classifier.keras`; `evaluation/classifier.json` is written last and
     holds the accuracy on the validation split.
@@ -138,7 +138,7 @@ def load_classifier(run: RunFolder) -> keras.Model:
 
 
 def label_obstacle(prepared: dict) -> str | None:
-    """Returns why a run's images cannot teach a classifier, or None where they can.
+    """Returns why no classifier can be trained on a run's images, or None if one can.
 
     Args:
         prepared: The manifest of the prepare stage.
@@ -150,7 +150,7 @@ def label_obstacle(prepared: dict) -> str | None:
 
 
 def classifier_accuracy(run: RunFolder) -> float:
-    """Returns the share of the validation split that the stored classifier classifies rightly."""
+    """Returns the accuracy of the stored classifier on the validation split."""
     return _read(run.evaluation / "classifier.json")["accuracy"]
 
 
@@ -210,7 +210,7 @@ def _accuracy(run: RunFolder, model: keras.Model) -> float:
 
 
 def _examples(run: RunFolder, split: str):
-    """Returns the images of a split that have a class, and it."""
+    """Returns the labelled images of a split and their classes."""
     examples = read_split(open_dataset(run.folder("prepare")), split).map(
         lambda example: (example["image"], example["label"]), num_parallel_calls=tf.data.AUTOTUNE
     )

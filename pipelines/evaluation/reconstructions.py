@@ -1,4 +1,4 @@
-"""Measures the VQ-VAE of a run on the whole of its validation split."""
+"""Metrics of a run's VQ-VAE on its complete validation split, and a figure of reconstructions."""
 
 from collections.abc import Iterable
 
@@ -31,13 +31,12 @@ from vqbeam.vqvae.training import reconstruct as reconstruct_images
 
 
 def evaluate_vqvae(run: RunFolder, features: str = "classifier") -> dict:
-    """Measures a run's VQ-VAE, and writes what it found to `evaluation/vqvae.json`.
+    """Returns the metrics of a run's VQ-VAE, and writes them to `evaluation/vqvae.json`.
 
-    Reconstructions are measured as they are drawn: as uint8 images. The Fréchet distance is
-    between them and their originals.
+    Reconstructions are measured as uint8 images. The Fréchet distance is that to their originals.
 
     Args:
-        run: Its images are prepared and its VQ-VAE is trained.
+        run: A run with prepared images and a trained VQ-VAE.
         features: See `vqbeam.pipelines.evaluation.features.feature_extractor`.
 
     Returns:
@@ -49,7 +48,7 @@ def evaluate_vqvae(run: RunFolder, features: str = "classifier") -> dict:
         `compression_ratio` to 8 bits a number. `features` and `seed` as they were given.
 
     Raises:
-        VqbeamError: The run lacks a stage, or the features cannot be had.
+        VqbeamError: The run lacks a stage, or the features are not available.
     """
     config = run.load_config()
     model = load_vqvae(run)
@@ -78,7 +77,7 @@ def evaluate_vqvae(run: RunFolder, features: str = "classifier") -> dict:
 
 
 def _frechet_obstacle(prepared: dict, features: str) -> str | None:
-    """Returns why there is no Fréchet distance for a run, or None where there is one."""
+    """Returns why the Fréchet distance cannot be measured, or None if it can."""
     if features == "classifier" and label_obstacle(prepared):
         return f"{label_obstacle(prepared)}; --features inception needs none"
     if prepared["counts"]["validation"] < 2:
@@ -95,11 +94,11 @@ def _passed_through(model: VQVAE, batches: Iterable[np.ndarray]):
 
 
 class _Sums:
-    """What one pass over images and their reconstructions adds up.
+    """The sums of one pass over images and their reconstructions.
 
     Args:
-        layout: Of the codes.
-        extract: Of the features, or None to leave out the Fréchet distance.
+        layout: The layout of the codes.
+        extract: Function from images to features, or None to omit the Fréchet distance.
     """
 
     def __init__(self, layout: CodeLayout, extract: Extract | None):
@@ -111,7 +110,7 @@ class _Sums:
         self.moments = (Moments(), Moments())
 
     def add(self, originals: np.ndarray, codes: np.ndarray, copies: np.ndarray) -> None:
-        """Adds uint8 images [B, H, W, C], their codes int32 [B, *layout.shape] and their copies."""
+        """Adds uint8 images [B, H, W, C], their codes [B, *layout.shape] and reconstructions."""
         self.images += len(originals)
         errors = originals.astype(np.float64) - copies
         self.squared_error += np.square(errors).sum()
@@ -122,7 +121,7 @@ class _Sums:
                 moments.add(self.extract(images))
 
     def measures(self, image_shape: tuple[int, int, int], variance: float) -> dict:
-        """Returns the measures; `variance` is that of the training pixels on [0, 255]."""
+        """Returns the metrics; `variance` is that of the training pixels in [0, 255]."""
         mse = float(self.squared_error / self.images / np.prod(image_shape))
         bits = bits_per_image(self.layout.length, self.layout.num_codes)
         return {
@@ -150,7 +149,7 @@ class _Sums:
 
 
 def reconstruct(run_dir: str, output: str, num: int = 16) -> None:
-    """Draws the first `num` images of the validation split above their reconstructions.
+    """Writes a figure of the first `num` validation images above their reconstructions.
 
     Raises:
         VqbeamError: The run has no trained VQ-VAE, or `output` does not end in .png.

@@ -1,4 +1,4 @@
-"""Where images come from. A new kind of source is a file with a `Source`, and a line here."""
+"""Sources of images. A new kind is a file with a subclass of `Source`, and a line here."""
 
 from vqbeam.configs import DataConfig
 from vqbeam.pipelines.sources.source import RawImage, Source, Unit
@@ -7,7 +7,7 @@ __all__ = ["RawImage", "Source", "Unit", "open_source"]
 
 
 def open_source(data: DataConfig) -> Source:
-    """Returns the source that `data.source` names; its libraries load only now."""
+    """Returns the source that `data.source` names; imports its libraries."""
     match data.source.partition(":")[0]:
         case "folder":
             from vqbeam.pipelines.sources.folder import FolderSource

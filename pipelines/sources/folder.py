@@ -1,4 +1,4 @@
-"""A folder of image files as a dataset: which files it holds, their classes and splits."""
+"""A folder of image files as a dataset: its files, their classes and their splits."""
 
 import csv
 import dataclasses
@@ -18,7 +18,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
 class FolderSource(Source):
-    """`folder:PATH`: image files in a folder, one subfolder a class."""
+    """`folder:PATH`: image files in a folder, whose subfolders are classes."""
 
     may_change = True
 
@@ -28,7 +28,7 @@ class FolderSource(Source):
         return self.data.source.removeprefix("folder:")
 
     def listing(self) -> tuple[dict[str, Sequence[Any]], Labels]:
-        """Returns `(key, label)` of the images; see `Source.listing` and `list_folder`."""
+        """Returns the `(key, label)` pairs of the images; see `Source.listing` and `list_folder`."""
         found = list_folder(
             self.path,
             validation_share=self.data.validation_share,
@@ -51,7 +51,7 @@ class FolderSource(Source):
 def _bytes_of(file: epath.Path) -> bytes | OSError:
     try:
         return file.read_bytes()
-    # One of a million files that may not be read, or is gone by now, is no reason to end.
+    # One of a million files that cannot be read, or is gone by now, must not stop the run.
     except (PermissionError, FileNotFoundError) as error:
         return error
 
@@ -73,18 +73,18 @@ class FolderListing:
 
 
 def list_folder(path: str, *, validation_share: float, max_images: int | None) -> FolderListing:
-    """Lists the images of a folder, in which each subfolder is a class, if it has any.
+    """Returns the images of a folder, whose subfolders, if any, are classes.
 
-    A folder with a table `attributes.csv` has attributes (see `sources.attributes`), and its
-    subfolders are no classes.
+    A folder with a table `attributes.csv` has attributes (see `read_attributes`), and its subfolders
+    are not classes.
 
     An image is a file with one of `SUFFIXES`, in upper or lower case. Files and folders whose
     name starts with "." do not count, and links to folders are not followed. A class may have
     subfolders of its own.
 
-    The split of an image follows from its key alone, so that it stays when others are added,
-    with one exception: a split that would get no image, though there are two or more and
-    `validation_share` is above 0, gets the one whose hash is nearest to it.
+    The split of an image depends only on its key, so it does not change when others are added. The
+    only exception: an empty split, if there are two or more images and `validation_share` is above
+    0, gets the image whose hash is nearest to it.
 
     Args:
         path: The folder; local, or any that `etils.epath` can read, such as gs://.
@@ -112,7 +112,7 @@ def list_folder(path: str, *, validation_share: float, max_images: int | None) -
 
 
 def check_folder(path: str) -> epath.Path:
-    """Returns the folder at a path; raises a VqbeamError where there is none."""
+    """Returns the folder at a path; raises a VqbeamError if there is none."""
     folder = epath.Path(path).expanduser()
     if not folder.is_dir():
         raise VqbeamError(f"there is no folder {path!r}; check the path in data.source")
@@ -120,7 +120,7 @@ def check_folder(path: str) -> epath.Path:
 
 
 def _labels(path: str, table: epath.Path, keys: list[str]) -> tuple[Labels, dict[str, Any]]:
-    """Returns what the images are labelled with, and the label of each key."""
+    """Returns the labels of the folder, and the label of each key."""
     if table.exists():
         names, values = read_attributes(table)
         missing = next((key for key in keys if key not in values), None)
@@ -133,7 +133,7 @@ def _labels(path: str, table: epath.Path, keys: list[str]) -> tuple[Labels, dict
 
 
 def image_keys(folder: epath.Path) -> list[str]:
-    """Returns the images of a folder, at any depth, as paths relative to it.
+    """Returns the paths of the images in a folder, at any depth, relative to it.
 
     Raises:
         VqbeamError: A folder cannot be read, or a file name is not UTF-8.
@@ -149,14 +149,14 @@ def image_keys(folder: epath.Path) -> list[str]:
 
 
 def _in_folder(folder: epath.Path) -> Iterator[tuple[str, list[str]]]:
-    """Yields the path below the folder, with a slash at its end, and the files of each folder."""
+    """Yields the relative path of each folder, with a slash at its end, and its files."""
     for directory, _, names in folder.walk(on_error=_refuse):
         place = directory.relative_to(folder).as_posix()
         yield "" if place == "." else f"{place}/", names
 
 
 def _in_bucket(folder: epath.Path, place: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Yields the same of a bucket, where epath would ask of every file whether it is a folder."""
+    """Yields the same for a bucket, where epath would make a request for every file."""
     import tensorflow as tf
 
     names = tf.io.gfile.listdir(f"{folder}/{place}")
@@ -175,12 +175,12 @@ def _check_text(key: str) -> str:
 
 
 def _refuse(error: OSError) -> None:
-    # A folder left out in silence would change the dataset.
+    # Silently omitting a folder would change the dataset.
     raise VqbeamError(f"a folder of images cannot be read ({error}); fix its permissions")
 
 
 def _label_names(path: str, keys: list[str]) -> tuple[str, ...]:
-    """Returns the sorted first parts of the keys, or nothing if all images lie at the top."""
+    """Returns the sorted first parts of the keys, or nothing if all images are at the top."""
     top = [key for key in keys if "/" not in key]
     if not top:
         return tuple(sorted({key.partition("/")[0] for key in keys}))
@@ -194,7 +194,7 @@ def _label_names(path: str, keys: list[str]) -> tuple[str, ...]:
 
 
 def _split(keys: list[str], validation_share: float) -> dict[str, list[str]]:
-    # Ordered by hash, any prefix of a split is a fair draw from all classes, whereas sorted
+    # Ordered by hash, any prefix of a split is a random sample of all classes, whereas sorted
     # paths would let max_images, or the first shards, see only the first classes.
     ordered = sorted(keys, key=lambda key: (_hash(key), key))
     count = sum(_hash(key) < validation_share for key in keys)
@@ -204,7 +204,7 @@ def _split(keys: list[str], validation_share: float) -> dict[str, list[str]]:
 
 
 def _hash(key: str) -> float:
-    """Returns a number in [0, 1) that depends on the key alone, on every machine."""
+    """Returns a number in [0, 1) that depends only on the key, on every machine."""
     digest = hashlib.blake2b(key.encode(), digest_size=6).digest()
     return int.from_bytes(digest) / 2**48
 
@@ -213,10 +213,10 @@ FILE = "attributes.csv"
 
 
 def read_attributes(file: epath.Path) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
-    """Reads a table whose first column is the path of an image below the folder of the file.
+    """Reads a table whose first column is the path of an image relative to the table.
 
     Each other column is an attribute, with 1 for the images that have it and 0 for the others. Rows
-    of images that are not in the folder do no harm.
+    of images that are not in the folder are ignored.
 
     Returns:
         The names of the attributes, and for each path the values.

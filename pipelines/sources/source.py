@@ -1,4 +1,4 @@
-"""What every source of images is asked: what it holds, how it is divided, and its images."""
+"""The interface of all sources of images."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,12 +15,12 @@ DATASET = "images"
 
 
 class RawImage(NamedTuple):
-    """An image as its source has it.
+    """An encoded image of a source.
 
     Attributes:
-        key: Its name in the source.
-        data: The encoded bytes, or the error that reading them raised.
-        label: The class, −1 for none; or for each attribute 1 where the image has it, else 0.
+        key: The image's name in the source.
+        data: The encoded bytes, or the error raised by reading them.
+        label: The class, −1 for none; or 1 for each attribute of the image, else 0.
     """
 
     key: str
@@ -33,9 +33,9 @@ class Unit(NamedTuple):
 
     Attributes:
         shard: The shard to write.
-        images: What the source needs to find them, in the order in which it reads them.
-        labels: What the images of the source are labelled with.
-        total: Images in the whole source, for progress.
+        images: The images as the source identifies them, in the order of reading.
+        labels: The labels of the source.
+        total: Images in the complete source, for the progress bar.
     """
 
     shard: "Shard"
@@ -60,33 +60,33 @@ class Source:
         self.data = data
 
     def check(self) -> None:
-        """Finds what is wrong with the source before anything is written or downloaded.
+        """Checks the source before anything is written or downloaded.
 
         Raises:
-            VqbeamError: As `plan`, as far as it can be known of a dataset that is not there yet.
+            VqbeamError: See `plan`, as far as it can be known before a download.
         """
         self.plan()
 
     def download(self, beam_args: Sequence[str]) -> None:
-        """Fetches what is not there yet, and says so.
+        """Downloads and prepares the source, if needed, and prints that it does.
 
         Args:
-            beam_args: Beam's options, for what is prepared by a pipeline.
+            beam_args: Beam's options, for sources that a pipeline prepares.
 
         Raises:
-            VqbeamError: It cannot be had; the message says what to do.
+            VqbeamError: The source is not available.
         """
 
     def listing(self) -> tuple[dict[str, Sequence[Any]], Labels]:
         """Returns the images of "train" and "validation", as in `Unit.images`, and their labels.
 
         Raises:
-            VqbeamError: The source is not there, holds no image, or lacks a split or feature.
+            VqbeamError: The source does not exist, has no image, or lacks a split or feature.
         """
         raise NotImplementedError
 
     def read(self, unit: Unit) -> Iterator[RawImage]:
-        """Yields the images of a unit, always in the same order, not yet decoded."""
+        """Yields the encoded images of a unit, always in the same order."""
         raise NotImplementedError
 
     def plan(self) -> list[Unit]:
@@ -108,7 +108,7 @@ class Source:
         """Returns an image in the shape that the section asks for, uint8 [H, W, C].
 
         Raises:
-            ImageError: It cannot be used.
+            ImageError: The image cannot be decoded.
         """
         from vqbeam.pipelines.sources.images import ImageError, decode_image
 

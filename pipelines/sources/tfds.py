@@ -1,4 +1,4 @@
-"""Datasets of TensorFlow Datasets, which downloads and prepares them where they are not yet."""
+"""Datasets of TensorFlow Datasets, which are downloaded and prepared on first use."""
 
 import contextlib
 import difflib
@@ -45,11 +45,11 @@ class TfdsSource(Source):
             raise VqbeamError(f"TFDS refuses {name!r}: {first_line(error)}") from error
 
     def builder_options(self) -> dict[str, str]:
-        """Returns where TFDS keeps the dataset, if the section says so."""
+        """Returns the folder of TFDS's datasets, if the config sets it."""
         return {"data_dir": self.data.data_dir} if self.data.data_dir else {}
 
     def check(self) -> None:
-        """Checks what is known of the dataset, prepared or not; see `Source.check`."""
+        """Checks the dataset, as far as it is known; see `Source.check`."""
         builder = self.builder()
         if builder.is_prepared():
             self.plan()
@@ -57,7 +57,7 @@ class TfdsSource(Source):
             _labels(self.data, builder.info)
 
     def download(self, beam_args: Sequence[str]) -> None:
-        """Has TFDS download and prepare the dataset, where that was not done yet."""
+        """Lets TFDS download and prepare the dataset, if needed."""
         builder = self.builder()
         if builder.is_prepared():
             return
@@ -94,7 +94,7 @@ class TfdsSource(Source):
         return contextlib.nullcontext()
 
     def listing(self) -> tuple[dict[str, Sequence[Any]], Labels]:
-        """Returns the numbers that the images have in their TFDS splits; see `Source.listing`."""
+        """Returns the indices of the images in their TFDS splits; see `Source.listing`."""
         data, info = self.data, self.builder().info
         splits = {split: _images_of(info, data, split)[: data.max_images] for split in _SPLITS}
         if _split_of(data, "train") == _split_of(data, "validation") and _overlap(*splits.values()):
@@ -106,7 +106,7 @@ class TfdsSource(Source):
         return splits, _labels(data, info)
 
     def read(self, unit: Unit) -> Iterator[RawImage]:
-        """Reads a slice of a split, images as their encoded bytes; see `Source.read`.
+        """Yields the encoded images of a slice of a split; see `Source.read`.
 
         `tfds.beam.ReadFromTFDS` reads the same files, one worker a file, but leaves the examples
         of a one-file dataset in no particular order: sorting them would shuffle pixels.
@@ -125,7 +125,7 @@ class TfdsSource(Source):
             ),
         )
         with damaged_records(builder.data_path):
-            # Handed over one by one, they would take as long as to decode and encode.
+            # One by one, reading would take as long as decoding and encoding.
             for batch in examples.ragged_batch(_READ_AT_ONCE).prefetch(2):
                 keys, images = batch["tfds_id"].numpy(), batch[data.image_key].numpy()
                 labels = (
@@ -136,12 +136,12 @@ class TfdsSource(Source):
 
 
 def _split_of(data: DataConfig, split: str) -> str:
-    """Returns the split of a TFDS dataset that one of the two is, or is a part of."""
+    """Returns the TFDS split that the training or validation split is a part of."""
     return getattr(data, f"{split}_split").partition("[")[0]
 
 
 def _images_of(info, data: DataConfig, split: str) -> range:
-    """Returns the numbers that the images of one of the two have in their split."""
+    """Returns the indices of the training or validation images in their TFDS split."""
     wanted, theirs = getattr(data, f"{split}_split"), _split_of(data, split)
     try:
         (part,) = tfds.core.ReadInstruction.from_spec(wanted).to_absolute(info.splits)
@@ -182,13 +182,13 @@ def _labels(data: DataConfig, info) -> Labels:
 
 
 def _is_multi_hot(label) -> bool:
-    """Tells whether a feature lists the classes of an image, of which it may have several."""
+    """Returns whether a feature is a list of classes of an image."""
     is_list = isinstance(label, tfds.features.Sequence)
     return is_list and isinstance(label.feature, tfds.features.ClassLabel)
 
 
 def _is_flags(label) -> bool:
-    """Tells whether a feature says of each attribute whether an image has it."""
+    """Returns whether a feature is a dictionary of one bool for each attribute."""
     is_dict = isinstance(label, tfds.features.FeaturesDict)
     return is_dict and all(
         feature.shape == () and feature.np_dtype == np.bool_ for feature in label.values()
@@ -196,7 +196,7 @@ def _is_flags(label) -> bool:
 
 
 def _labels_of(values, labels: Labels) -> list[int] | list[tuple[int, ...]]:
-    """Returns the labels of a batch as `RawImage` has them, of what TFDS has."""
+    """Returns the labels of a batch, as in `RawImage`."""
     if labels.kind == "classes":
         return values.numpy().tolist()
     if isinstance(values, dict):
@@ -209,7 +209,7 @@ def _labels_of(values, labels: Labels) -> list[int] | list[tuple[int, ...]]:
 
 @contextlib.contextmanager
 def _ended_by_an_interrupt() -> Iterator[None]:
-    """Lets Ctrl-C end the process at once: TFDS waits for its threads, and they for a host."""
+    """Lets Ctrl-C end the process at once; TFDS would wait for threads that wait for a host."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""Stage 3 of the pipeline: every prepared image to its codes, and variants of it to theirs."""
+"""The stage `encode`: from prepared images, and augmented views of them, to codes."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,9 +38,9 @@ _model = Shared()
 
 
 class EncodeImages(ShardedStage):
-    """From the path of a run to the same path, once all its images are encoded.
+    """Encodes the images of a run; takes and returns the path of the run.
 
-    The model is loaded once by each process.
+    Each process loads the model once.
     """
 
     def __init__(self):
@@ -54,9 +54,9 @@ class ImageShard(NamedTuple):
 
     Attributes:
         shard: The shard to write.
-        images: How many images it has.
-        augment: Which variants are encoded beside the images; see `vqvae.variants`.
-        total: Grids of codes in all shards, for progress.
+        images: The number of images in it.
+        augment: Views to encode besides the images; see `vqbeam.vqvae.augmentation`.
+        total: Code grids in all shards, for the progress bar.
     """
 
     shard: Shard
@@ -66,11 +66,11 @@ class ImageShard(NamedTuple):
 
 
 def plan_shards(run_path: str) -> Iterator[tuple[str, ImageShard]]:
-    """Begins the stage and yields the shards to encode."""
+    """Starts the stage and yields the shards to encode."""
     run = RunFolder(run_path)
     run.require("prepare")
     run.begin(STAGE)
-    # What is held out stays as it is, so that it measures the same whatever is trained on.
+    # Validation images are not augmented, so that their metrics stay comparable.
     augment = {"train": run.load_config().encode.augment}
     splits = open_dataset(run.folder("prepare")).info.splits
     total = sum(
@@ -106,7 +106,7 @@ def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
 
 
 def _encoded(run: RunFolder, part: ImageShard) -> Iterator[tuple[bytes, np.ndarray, dict]]:
-    """Yields for each batch and variant what is added to its keys, the codes, and the rest."""
+    """Yields for each batch and view the suffix of its keys, its codes, and its other fields."""
     encode, batch_size = _load_encoder(run), run.load_config().encode.batch_size
     builder = open_dataset(run.folder("prepare"))
     batches = image_batches(builder, part.shard.split, part.shard.index, batch_size)
@@ -117,7 +117,7 @@ def _encoded(run: RunFolder, part: ImageShard) -> Iterator[tuple[bytes, np.ndarr
 
 
 def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """Yields what an iterator gives, the next of which a thread makes meanwhile."""
+    """Yields the items of an iterator, computing the next one in a thread."""
     end = object()
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, items, end)
@@ -127,15 +127,15 @@ def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
 
 
 def add_facts(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Returns what was seen in some shards and in others as what was seen in both."""
+    """Returns the combined facts of two groups of shards."""
     return {"code_counts": np.add(one["code_counts"], other["code_counts"])}
 
 
 def finish_codes(run_path: str, gathered: Gathered) -> str:
-    """Makes a dataset of the shards, with codebook use; returns the run's path."""
+    """Finishes the dataset, with codebook usage; returns the run's path."""
     run = RunFolder(run_path)
     if run.is_done(STAGE):
-        return run_path  # a runner that does the next step again may do this one as well
+        return run_path  # a runner may repeat a finished step
     config = run.load_config()
     layout, labels = code_layout(config), labels_of(open_dataset(run.folder("prepare")))
     files, counts = write_dataset_metadata(
@@ -167,7 +167,7 @@ def _load_encoder(run: RunFolder):
 
 
 class _Encoder:
-    """Holds the compiled function: `Shared` keeps weak references, which functions refuse."""
+    """A holder of the compiled function, since `Shared` needs weakly referenceable objects."""
 
     def __init__(self, function):
         self.function = function

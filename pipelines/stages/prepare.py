@@ -1,4 +1,4 @@
-"""Stage 1 of the pipeline: any source of images to a TFDS dataset of uint8 images."""
+"""The stage `prepare`: from a source of images to a TFDS dataset of uint8 images."""
 
 import contextlib
 import hashlib
@@ -30,7 +30,7 @@ DEAD_LETTERS = "dead_letters.jsonl"
 
 
 class PrepareImages(ShardedStage):
-    """From the path of a run to the same path, once its images are prepared."""
+    """Prepares the images of a run; takes and returns the path of the run."""
 
     def __init__(self):
         super().__init__(
@@ -39,7 +39,7 @@ class PrepareImages(ShardedStage):
 
 
 def plan_units(run_path: str) -> Iterator[tuple[str, Unit]]:
-    """Begins the stage and yields its units of work."""
+    """Starts the stage and yields its units of work."""
     run = RunFolder(run_path)
     run.begin(STAGE)
     for unit in open_source(run.load_config().data).plan():
@@ -50,8 +50,8 @@ def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
     """Decodes the images of one unit and writes them as one shard of `DIR/images`."""
     run = RunFolder(run_path)
     source = open_source(run.load_config().data)
-    # Files and classes may come and go between two attempts, so that a shard of that name holds
-    # others.
+    # Files and classes may change between two attempts, so a shard of this name may have held
+    # other images.
     content = hashlib.sha256(repr((unit.images, unit.labels)).encode()).hexdigest()
     writer = ShardWriter(run.folder(STAGE), run.fingerprint(STAGE), unit.shard, content)
     if writer.report and not _was_mended(writer.report.facts["failures"], unit, source):
@@ -66,7 +66,7 @@ def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
 
 
 def _write_images(source: Source, unit: Unit, write: Callable[[bytes], None]) -> dict[str, Any]:
-    """Writes the images of a unit; returns what was seen: failures, labels and statistics."""
+    """Writes the images of a unit; returns failures, labels and statistics."""
     statistics, failures = _Statistics(), []
     for raw in source.read(unit):
         advance(STAGE, 1, unit.total)
@@ -83,7 +83,7 @@ def _write_images(source: Source, unit: Unit, write: Callable[[bytes], None]) ->
 
 
 def add_facts(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Returns what was seen in some shards and in others as what was seen in both."""
+    """Returns the combined facts of two groups of shards."""
     sums, theirs = dict(one["statistics"]), other["statistics"]
     for name in ("pixels", "pixel_sum", "square_sum"):
         sums[name] += theirs[name]
@@ -93,7 +93,7 @@ def add_facts(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def finish_images(run_path: str, gathered: Gathered) -> str:
-    """Makes a dataset of the shards, with statistics and dead letters; returns the run's path.
+    """Finishes the dataset, with statistics and dead letters; returns the run's path.
 
     Raises:
         VqbeamError: More than `data.max_failed` of the images could not be decoded, or all of a
@@ -101,10 +101,10 @@ def finish_images(run_path: str, gathered: Gathered) -> str:
     """
     run = RunFolder(run_path)
     if run.is_done(STAGE):
-        return run_path  # a runner that does the next step again may do this one as well
+        return run_path  # a runner may repeat a finished step
     config = run.load_config()
     reports, facts = gathered
-    # Workers end in any order, and the dead letters are the same.
+    # The dead letters do not depend on the order in which workers end.
     failures = sorted(facts["failures"], key=lambda failure: failure["key"])
     letters = run.folder(STAGE) / DEAD_LETTERS
     lines = [json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures]
@@ -138,7 +138,7 @@ def finish_images(run_path: str, gathered: Gathered) -> str:
 
 
 def _was_mended(failures: Sequence[dict], unit: Unit, source: Source) -> bool:
-    """Tells whether an image that could not be decoded by an earlier attempt can be by now."""
+    """Returns whether an image that an earlier attempt could not decode can be decoded now."""
     failed = {failure["key"] for failure in failures}
     if not failed or not source.may_change:
         return False
@@ -176,7 +176,7 @@ def _check_failures(
 
 
 class _Statistics:
-    """Sums over the training images of a shard: integers, so that no order matters."""
+    """Sums over the training images of a shard, in integers, so that the order is irrelevant."""
 
     def __init__(self):
         self.pixels = 0
@@ -194,13 +194,13 @@ class _Statistics:
 
 
 def _scaled(sums: dict[str, Any]) -> dict[str, Any]:
-    """Returns mean and variance of the training pixels on [−1, 1], and images of each label."""
+    """Returns the mean and variance of the training pixels in [−1, 1], and the images per label."""
     mean = sums["pixel_sum"] / sums["pixels"]
     variance = sums["square_sum"] / sums["pixels"] - mean**2
     labels = sums["labels"]
     return {
         "mean": mean / 127.5 - 1,
-        # A dataset of one flat colour has no variance to measure errors in.
+        # A dataset of a single colour has no variance.
         "variance": variance / 127.5**2 or 1.0,
         "images_per_label": {label: labels[label] for label in sorted(labels, key=int)},
     }

@@ -1,4 +1,4 @@
-"""The Beam transform of each stage: from the path of a run to the same path, the stage done."""
+"""The Beam transform of each stage, which takes and returns the path of a run."""
 
 import apache_beam as beam
 import keras
@@ -56,14 +56,13 @@ def _sample(run_path: str) -> str:
 
 
 class TrainingMetrics(keras.callbacks.Callback):
-    """Counts the steps of a training and tells its loss, after each epoch.
+    """Reports training steps and loss as Beam metrics, after each epoch.
 
     Beam shows them among the job's metrics, in the namespace `vqbeam`: the counter `STAGE_steps`,
-    of what this attempt has trained, and the gauge `STAGE_loss_millionths`, as a gauge takes whole
-    numbers alone.
+    the steps of this attempt, and the gauge `STAGE_loss_millionths`, since gauges are integers.
 
     Args:
-        stage: What their names begin with.
+        stage: The prefix of the metrics' names.
     """
 
     def __init__(self, stage: str):
@@ -72,6 +71,6 @@ class TrainingMetrics(keras.callbacks.Callback):
         self.loss = Metrics.gauge("vqbeam", f"{stage}_loss_millionths")
 
     def on_epoch_end(self, epoch, logs=None):
-        """Tells Beam of the epoch."""
+        """Reports the epoch."""
         self.steps.inc(self.params["steps"])
         self.loss.set(round(1e6 * logs["loss"]))

@@ -28,7 +28,7 @@ class FolderSource(Source):
         return self.data.source.removeprefix("folder:")
 
     def listing(self) -> tuple[dict[str, Sequence[Any]], Labels]:
-        """Returns the `(key, label)` pairs of the images; see `Source.listing` and `list_folder`."""
+        """Returns the images as `(key, label)`; see `Source.listing` and `list_folder`."""
         found = list_folder(
             self.path,
             validation_share=self.data.validation_share,
@@ -75,8 +75,8 @@ class FolderListing:
 def list_folder(path: str, *, validation_share: float, max_images: int | None) -> FolderListing:
     """Returns the images of a folder, whose subfolders, if any, are classes.
 
-    A folder with a table `attributes.csv` has attributes (see `read_attributes`), and its subfolders
-    are not classes.
+    A folder with a table `attributes.csv` has attributes (see `read_attributes`), and its
+    subfolders are not classes.
 
     An image is a file with one of `SUFFIXES`, in upper or lower case. Files and folders whose
     name starts with "." do not count, and links to folders are not followed. A class may have

@@ -1,0 +1,1107 @@
+"""Seeds faults into the product, one at a time, and shows that the tests notice each.
+
+    python tests/mutants.py                    # all faults, one after the other
+    python tests/mutants.py --only lock        # those whose promise, name or file matches
+    python tests/mutants.py --markdown docs/mutants.md    # all, and the table on that page
+
+Not a test: a run of it takes as long as the selected tests take for each fault. It works on
+temporary copies of the repository's tracked files, so the checkout is never edited.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# A fault that makes a test hang counts as found.
+TIME_LIMIT = 600
+
+
+class Mutant(NamedTuple):
+    """One fault.
+
+    Attributes:
+        name: What goes wrong, in words.
+        file: The file that has the fault.
+        old: Code that is in the file exactly once.
+        new: The code that replaces it.
+        tests: Names of tests in `tests`, separated by spaces, that must notice the fault.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+    @property
+    def nodes(self) -> list[str]:
+        """The tests as pytest names them."""
+        return [f"tests/{test}" for test in self.tests.split()]
+
+    def apply(self, text: str) -> str:
+        """Returns the text of the file with the fault; exits if `old` is not in it once."""
+        if (count := text.count(self.old)) != 1:
+            sys.exit(f"{self.file}: {self.old!r} occurs {count} times, not once ({self.name})")
+        return text.replace(self.old, self.new)
+
+
+class Result(NamedTuple):
+    """What a fault led to.
+
+    Attributes:
+        mutant: The fault.
+        noticed: The test that failed, "time limit", or "" if none did.
+        seconds: Duration of the test run.
+        output: What pytest printed.
+    """
+
+    mutant: Mutant
+    noticed: str
+    seconds: float
+    output: str
+
+
+def selected(pattern: str) -> dict[str, list[Mutant]]:
+    """Returns the faults whose promise, name or file matches a pattern, by promise."""
+    search = re.compile(pattern, re.IGNORECASE).search
+    found = {
+        promise: [m for m in faults if search(f"{promise}\n{m.name}\n{m.file}")]
+        for promise, faults in FAULTS.items()
+    }
+    return {promise: faults for promise, faults in found.items() if faults}
+
+
+def copy_of_checkout(folder: pathlib.Path) -> pathlib.Path:
+    """Returns a new copy of the tracked files, in a folder of its own below `folder`.
+
+    Each fault has a copy of its own: in one that is edited again and again, Python could take
+    compiled code of the fault before for that of a file of the same size and second.
+    """
+    copy = pathlib.Path(tempfile.mkdtemp(dir=folder))
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).exists():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    return copy
+
+
+def python(copy: pathlib.Path, *words: str, limit: float | None = None):
+    """Returns the finished process of Python, which imports the product from a copy."""
+    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": ""}
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=copy,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=limit,
+    )
+
+
+def pytest(copy: pathlib.Path, nodes: list[str], limit: float | None = None):
+    """Returns the finished process of the tests, which end with the first that fails."""
+    return python(copy, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *nodes, limit=limit)
+
+
+def check_without_faults(mutants: list[Mutant], folder: pathlib.Path) -> None:
+    """Exits unless the product comes from the copy, and all selected tests pass there."""
+    copy = copy_of_checkout(folder)
+    code = "import vqbeam.configs, vqbeam.vqvae; print(vqbeam.configs.__file__)"
+    imported = python(copy, "-c", code).stdout.strip()
+    if not imported.startswith(str(copy)):
+        sys.exit(f"vqbeam is imported from {imported}, not from the copy in {copy}")
+    nodes = sorted({node for mutant in mutants for node in mutant.nodes})
+    start = time.monotonic()
+    process = pytest(copy, nodes)
+    if process.returncode:
+        sys.exit(f"{process.stdout}\nwithout a fault, the tests above do not pass")
+    print(f"without a fault: {len(nodes)} tests pass, {time.monotonic() - start:.0f} s", flush=True)
+    shutil.rmtree(copy)
+
+
+def seed(mutant: Mutant, folder: pathlib.Path) -> Result:
+    """Returns what the tests of a fault say of it."""
+    copy = copy_of_checkout(folder)
+    path = copy / mutant.file
+    path.write_text(mutant.apply(path.read_text()))
+    start = time.monotonic()
+    try:
+        process = pytest(copy, mutant.nodes, limit=TIME_LIMIT)
+        # 1 says that a test failed; any other status is none of a test that noticed something.
+        failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", process.stdout, re.MULTILINE)
+        noticed = failed[1].partition("[")[0] if process.returncode == 1 and failed else ""
+        output = process.stdout
+    except subprocess.TimeoutExpired:
+        noticed, output = "time limit", ""
+    shutil.rmtree(copy)
+    return Result(mutant, noticed, time.monotonic() - start, output)
+
+
+def run(mutants: list[Mutant], jobs: int) -> Iterator[Result]:
+    """Yields the result of each fault, in their order."""
+    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
+        folder = pathlib.Path(name).resolve()
+        check_without_faults(mutants, folder)
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            yield from pool.map(lambda mutant: seed(mutant, folder), mutants)
+
+
+def write_table(path: pathlib.Path, results: list[Result]) -> None:
+    """Writes the table of results to a page, in place of the one that it ends with."""
+    noticed = {result.mutant: result.noticed for result in results}
+    lines = ["| promise | fault | test that notices it |", "|---|---|---|"]
+    for promise, faults in FAULTS.items():
+        for mutant in (m for m in faults if m in noticed):
+            lines.append(f"| {promise} | {mutant.name} | `{noticed[mutant] or 'none'}` |")
+    head = path.read_text().partition(lines[0])[0] if path.exists() else ""
+    path.write_text(head + "\n".join(lines) + "\n")
+
+
+def main() -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--list", action="store_true", help="print the faults, and run nothing")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="regular expression")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="faults at a time")
+    parser.add_argument("--markdown", type=pathlib.Path, metavar="FILE", help="page for the table")
+    words = parser.parse_args()
+    mutants = [mutant for faults in selected(words.only).values() for mutant in faults]
+    for mutant in mutants:
+        mutant.apply((ROOT / mutant.file).read_text())
+        if words.list:
+            print(f"{mutant.name}, {mutant.file}, {mutant.tests}")
+    if words.list or not mutants:
+        print(f"{len(mutants)} faults")
+        return 0
+    results = []
+    for result in run(mutants, words.jobs):
+        results.append(result)
+        mutant = result.mutant
+        if not result.noticed:
+            print("\n".join(result.output.splitlines()[-15:]))
+        noticed = result.noticed or "MISSED"
+        print(f"{mutant.name}, {mutant.file}, {noticed}, {result.seconds:.0f} s", flush=True)
+    if words.markdown:
+        write_table(words.markdown, results)
+    found = sum(bool(result.noticed) for result in results)
+    print(f"{len(results)} faults, {found} found")
+    return int(found < len(results))
+
+
+# By promise, in plain words. Each `old` is code alone, since texts are reworded more often.
+FAULTS: dict[str, list[Mutant]] = {
+    "The decoder's gradient reaches the encoder": [
+        Mutant(
+            "the estimator passes no gradient",
+            "vqvae/quantizers/estimators.py",
+            "z + ops.stop_gradient(quantized - z)",
+            "ops.stop_gradient(z + (quantized - z))",
+            "test_gradients.py::test_gradient_at_z_is_that_at_the_quantized",
+        ),
+        Mutant(
+            "the estimator passes half of the gradient",
+            "vqvae/quantizers/estimators.py",
+            "z + ops.stop_gradient(quantized - z)",
+            "0.5 * z + ops.stop_gradient(quantized - 0.5 * z)",
+            "test_gradients.py::test_straight_through_is_the_identity_to_a_gradient",
+        ),
+    ],
+    "The codebook gets no gradient through the estimator": [
+        Mutant(
+            "the estimator has no stop-gradient",
+            "vqvae/quantizers/estimators.py",
+            "z + ops.stop_gradient(quantized - z)",
+            "z + (quantized - z)",
+            "test_gradients.py::"
+            "test_reconstruction_reaches_encoder_and_decoder_and_not_the_codebook",
+        ),
+    ],
+    "The codebook loss moves the codebook alone": [
+        Mutant(
+            "the codebook loss has no stop-gradient",
+            "vqvae/quantizers/vector.py",
+            "ops.stop_gradient(z) - quantized",
+            "z - quantized",
+            "test_gradients.py::test_codebook_loss_reaches_only_the_codebook",
+        ),
+    ],
+    "The commitment loss moves the encoder alone": [
+        Mutant(
+            "the commitment loss has no stop-gradient",
+            "vqvae/quantizers/vector.py",
+            "z - ops.stop_gradient(quantized)",
+            "z - quantized",
+            "test_gradients.py::test_commitment_reaches_only_the_encoder",
+        ),
+    ],
+    "Each loss stops the gradient on its own side": [
+        Mutant(
+            "the codebook loss stops the gradient of the codebook",
+            "vqvae/quantizers/vector.py",
+            "ops.stop_gradient(z) - quantized",
+            "z - ops.stop_gradient(quantized)",
+            "test_gradients.py::test_codebook_gradient_in_closed_form",
+        ),
+        Mutant(
+            "the commitment loss stops the gradient of the encoder",
+            "vqvae/quantizers/vector.py",
+            "z - ops.stop_gradient(quantized)",
+            "ops.stop_gradient(z) - quantized",
+            "test_gradients.py::test_commitment_gradient_in_closed_form",
+        ),
+    ],
+    "β weighs the commitment loss alone": [
+        Mutant(
+            "the commitment loss has no weight",
+            "vqvae/quantizers/vector.py",
+            'losses["commitment"] = self.commitment * error',
+            'losses["commitment"] = error',
+            "test_gradients.py::test_whole_loss_weighs_the_parts",
+        ),
+        Mutant(
+            "β weighs the codebook loss as well",
+            "vqvae/quantizers/vector.py",
+            'losses["codebook"] = ops.mean(',
+            'losses["codebook"] = self.commitment * ops.mean(',
+            "test_gradients.py::test_codebook_gradient_in_closed_form",
+        ),
+        Mutant(
+            "the reconstruction loss is not divided by the variance",
+            "vqvae/model.py",
+            "ops.mean(error) / self.data_variance",
+            "ops.mean(error)",
+            "test_gradients.py::test_whole_loss_weighs_the_parts",
+        ),
+    ],
+    "Moving averages give the codebook no gradient": [
+        Mutant(
+            "the codebook is trainable with moving averages too",
+            "vqvae/quantizers/vector.py",
+            'trainable=self.update == "gradient"',
+            "trainable=True",
+            "test_gradients.py::test_averages_give_the_codebook_no_gradient "
+            "test_vector_quantizer.py::test_learning_by_averages_has_no_trainable_weight",
+        ),
+    ],
+    "The other estimators follow their papers": [
+        Mutant(
+            "the rotation adds the wrong direction",
+            "vqvae/quantizers/estimators.py",
+            "2 * _dot(z, u) * q",
+            "2 * _dot(z, u) * u",
+            "test_estimators.py::test_rotation_in_numpy",
+        ),
+        Mutant(
+            "diveq keeps the gradient along the error",
+            "vqvae/quantizers/estimators.py",
+            "across = z - _dot(z, direction) * direction",
+            "across = z",
+            "test_estimators.py::test_diveq_drops_the_gradient_along_the_error",
+        ),
+    ],
+    "The codebook follows the moving averages": [
+        Mutant(
+            "the sums of a batch have the wrong weight",
+            "vqvae/quantizers/vector.py",
+            "(1.0 - self.decay) * sums",
+            "sums",
+            "test_vector_quantizer.py::test_moving_averages_over_several_steps",
+        ),
+        Mutant(
+            "decay and its complement are swapped",
+            "vqvae/quantizers/vector.py",
+            "self.decay * self.ema_counts + (1.0 - self.decay) * counts",
+            "(1.0 - self.decay) * self.ema_counts + self.decay * counts",
+            "test_vector_quantizer.py::test_moving_averages_over_several_steps",
+        ),
+        Mutant(
+            "the counts are not smoothed",
+            "vqvae/quantizers/vector.py",
+            "(ema_counts + self.epsilon) / (total + self.num_codes * self.epsilon) * total",
+            "ema_counts",
+            "test_vector_quantizer.py::test_moving_averages_over_several_steps",
+        ),
+        Mutant(
+            "the smoothing ignores the number of codes",
+            "vqvae/quantizers/vector.py",
+            "(total + self.num_codes * self.epsilon)",
+            "(total + self.epsilon)",
+            "test_vector_quantizer.py::test_moving_averages_over_several_steps",
+        ),
+        Mutant(
+            "codes that nothing chooses move too",
+            "vqvae/quantizers/vector.py",
+            "chosen = counts[:, None] > 0",
+            "chosen = counts[:, None] >= 0",
+            "test_vector_quantizer.py::test_codes_that_nothing_chooses_hold_their_place",
+        ),
+    ],
+    "The usage of a code decays": [
+        Mutant(
+            "usage only grows",
+            "vqvae/quantizers/vector.py",
+            "self.usage_decay * self.usage + counts",
+            "self.usage + counts",
+            "test_vector_quantizer.py::test_usage_fades_by_a_hundredth_a_step",
+        ),
+        Mutant(
+            "usage decays ten times as fast",
+            "vqvae/quantizers/vector.py",
+            "usage_decay = 0.99",
+            "usage_decay = 0.9",
+            "test_vector_quantizer.py::test_usage_fades_by_a_hundredth_a_step",
+        ),
+    ],
+    "Dead codes are restarted at vectors of the batch": [
+        Mutant(
+            "the threshold does not scale with the mean usage",
+            "vqvae/quantizers/vector.py",
+            "self.restart_below * mean_usage",
+            "self.restart_below",
+            "test_vector_quantizer.py::test_restarts_measure_neglect_against_the_mean_usage",
+        ),
+        Mutant(
+            "codes in use are restarted",
+            "vqvae/quantizers/vector.py",
+            "self.usage < self.restart_below",
+            "self.usage > self.restart_below",
+            "test_vector_quantizer.py::"
+            "test_restarts_move_neglected_codes_onto_vectors_of_the_batch",
+        ),
+        Mutant(
+            "the averages of a restarted code stay behind",
+            "vqvae/quantizers/vector.py",
+            "rows, drawn * mean_count",
+            "rows, drawn",
+            "test_vector_quantizer.py::test_restarts_move_averages_along",
+        ),
+    ],
+    "The codebook starts at data or at cluster centres": [
+        Mutant(
+            "k-means makes no iteration",
+            "vqvae/quantizers/nearest.py",
+            '_ITERATIONS if method == "kmeans" else 0',
+            "0",
+            "test_clusters.py::test_clusters_fit_better_than_data",
+        ),
+        Mutant(
+            "an empty cluster stays at zero",
+            "vqvae/quantizers/nearest.py",
+            "centres, _draw(vectors, num_codes, numbers)",
+            "centres, 0.0",
+            "test_clusters.py::test_empty_clusters_begin_again_at_a_vector",
+        ),
+        Mutant(
+            "a vector is taken twice",
+            "vqvae/quantizers/nearest.py",
+            "replace=size < num_codes",
+            "replace=True",
+            "test_clusters.py::test_data_are_vectors_each_taken_once",
+        ),
+    ],
+    "The nearest code is found": [
+        Mutant(
+            "the farthest code is found",
+            "vqvae/quantizers/nearest.py",
+            "ops.pad(codebook, ((0, added), (0, 0))),\n            ops.pad(-0.5 * offsets,",
+            "ops.pad(-codebook, ((0, added), (0, 0))),\n            ops.pad(0.5 * offsets,",
+            "test_nearest.py::test_matches_float64",
+        ),
+        Mutant(
+            "the lengths of the codes are left out",
+            "vqvae/quantizers/nearest.py",
+            "-0.5 * offsets",
+            "0.0 * offsets",
+            "test_nearest.py::test_matches_float64",
+        ),
+        Mutant(
+            "of equal codes the last is taken",
+            "vqvae/quantizers/nearest.py",
+            "best > found[0]",
+            "best >= found[0]",
+            "test_nearest.py::test_of_equal_codes_the_first_in_any_blocks",
+        ),
+        Mutant(
+            "codes of later blocks have the wrong number",
+            "vqvae/quantizers/nearest.py",
+            "index + i * width",
+            "index + i",
+            "test_nearest.py::test_more_codes_than_a_block",
+        ),
+    ],
+    "vector: codes stand for the vectors that they were chosen for": [
+        Mutant(
+            "the rows of restarted codes are subtracted",
+            "vqvae/quantizers/vector.py",
+            "vectors = vectors + ops.take(self.moves, codes, axis=0)",
+            "vectors = vectors - ops.take(self.moves, codes, axis=0)",
+            "test_vector_quantizer.py::test_restarts_of_a_trainable_codebook_are_added_to_it",
+        ),
+    ],
+    "simvq: the codes are the fixed vectors times the learned matrix": [
+        Mutant(
+            "the matrix is transposed on decoding",
+            "vqvae/quantizers/simvq.py",
+            "ops.matmul(fixed, self.projection)",
+            "ops.matmul(fixed, ops.transpose(self.projection))",
+            "test_linear_quantizer.py::test_values_with_another_map_than_the_identity",
+        ),
+    ],
+    "predictive: each turn is guessed from the turns before it": [
+        Mutant(
+            "the neighbours are those of the cell above",
+            "vqvae/quantizers/predictive.py",
+            "rows[places] + 1 + dy",
+            "rows[places] + dy",
+            "test_predictive.py::test_each_turn_sees_those_before_it_alone",
+        ),
+        Mutant(
+            "cells are put back in the wrong order",
+            "vqvae/quantizers/predictive.py",
+            "np.argsort(order), axis=1",
+            "order, axis=1",
+            "test_predictive.py::test_without_predictions_it_is_a_vector_quantizer",
+        ),
+    ],
+    "residual: each level quantizes what the levels before it leave": [
+        Mutant(
+            "the chosen vector is added to the residual",
+            "vqvae/quantizers/residual.py",
+            "residual - ops.stop_gradient(chosen)",
+            "residual + ops.stop_gradient(chosen)",
+            "test_residual_quantizer.py::test_more_levels_leave_less",
+        ),
+        Mutant(
+            "the levels are decoded in reverse",
+            "vqvae/quantizers/residual.py",
+            "ops.unstack(codes, self.levels, axis=-1)",
+            "ops.unstack(codes, self.levels, axis=-1)[::-1]",
+            "test_residual_quantizer.py::test_all_that_holds_for_quantizers",
+        ),
+    ],
+    "fsq: a code is the digits of its channels": [
+        Mutant(
+            "the places of the digits are those of other sizes",
+            "vqvae/quantizers/fsq.py",
+            "[1, *sizes[:-1]]",
+            "[1, *sizes[1:]]",
+            "test_finite_scalar.py::"
+            "test_every_code_stands_for_a_point_of_its_own_that_is_quantized_to_it",
+        ),
+    ],
+    "lfq: a code is the signs of its channels": [
+        Mutant(
+            "the bits have the wrong places",
+            "vqvae/quantizers/lfq.py",
+            "2 ** np.arange(num_bits",
+            "2 * np.arange(num_bits",
+            "test_lookup_free.py::test_every_code_is_a_corner_of_its_own",
+        ),
+        Mutant(
+            "the mean entropy is punished",
+            "vqvae/quantizers/lfq.py",
+            "of_each - of_mean",
+            "of_each + of_mean",
+            "test_lookup_free.py::test_entropy_is_exact_up_to_512_codes",
+        ),
+    ],
+    "Codes have one order in a sequence": [
+        Mutant(
+            "the codes of a position lie apart",
+            "vqvae/layout.py",
+            "np.repeat(centres, self.depth)",
+            "np.tile(centres.ravel(), self.depth)",
+            "test_layout.py::test_the_codes_of_a_position_lie_side_by_side",
+        ),
+        Mutant(
+            "the levels of a position follow one another grid by grid",
+            "vqvae/layout.py",
+            'np.tile(np.arange(self.depth, dtype="int32"), self.length // self.depth)',
+            'np.repeat(np.arange(self.depth, dtype="int32"), self.length // self.depth)',
+            "test_layout.py::test_the_codes_of_a_position_lie_side_by_side",
+        ),
+        Mutant(
+            "the fine grid comes before the coarse one",
+            "vqvae/layout.py",
+            "((rows // 2, columns // 2), config.grid)",
+            "(config.grid, (rows // 2, columns // 2))",
+            "test_layout.py::test_layout_of_a_config",
+        ),
+    ],
+    "The filters keep the codes that they promise": [
+        Mutant(
+            "top-k keeps a code too many",
+            "prior/filters.py",
+            "ops.ones_like(logits), count",
+            "ops.ones_like(logits), count + 1",
+            "test_drawing.py::test_draws_against_numpy",
+        ),
+        Mutant(
+            "top-p forgets that top-k has removed codes",
+            "prior/filters.py",
+            "weights / ops.sum(weights, axis=-1, keepdims=True)",
+            "ops.softmax(logits)",
+            "test_drawing.py::test_draws_against_numpy",
+        ),
+        Mutant(
+            "min-p is no share of the most likely code",
+            "prior/filters.py",
+            "ops.where(weights >= p, weights, 0.0)",
+            "ops.where(weights / ops.sum(weights, axis=-1, keepdims=True) >= p, weights, 0.0)",
+            "test_drawing.py::test_draws_against_numpy",
+        ),
+        Mutant(
+            "the temperature multiplies the logits",
+            "prior/filters.py",
+            "logits / ops.where(temperature > 0",
+            "logits * ops.where(temperature > 0",
+            "test_drawing.py::test_draws_against_numpy",
+        ),
+        Mutant(
+            "of tied codes all are kept",
+            "prior/filters.py",
+            "ops.cumsum(tied, axis=-1) - tied < missing",
+            "missing < np.inf",
+            "test_drawing.py::test_draws_against_numpy",
+        ),
+    ],
+    "Guidance is u + s (c − u)": [
+        Mutant(
+            "guidance starts from the logits with the label",
+            "prior/sampler.py",
+            "else logits[-1] + scale *",
+            "else with_class + scale *",
+            "test_sampler.py::test_codes_follow_their_uniform_numbers",
+        ),
+        Mutant(
+            "guidance leads away from class 0",
+            "prior/sampler.py",
+            "ops.full_like(labels, model.null_label)",
+            "ops.full_like(labels, 0)",
+            "test_sampler.py::test_guidance_zero_is_the_null_class",
+        ),
+        Mutant(
+            "the linear schedule falls",
+            "prior/filters.py",
+            'length, dtype="float32")[::-1]',
+            'length, dtype="float32")',
+            "test_guidance.py::test_scales",
+        ),
+        Mutant(
+            "the interval leaves out its start",
+            "prior/filters.py",
+            "settings.guidance_start <= ",
+            "settings.guidance_start < ",
+            "test_guidance.py::test_scales",
+        ),
+    ],
+    "A share of the labels is dropped in training": [
+        Mutant(
+            "all labels but that share are dropped",
+            "prior/training.py",
+            "numbers < config.prior.label_dropout",
+            "numbers > config.prior.label_dropout",
+            "test_prior_training.py::test_a_share_of_the_labels_is_dropped",
+        ),
+        Mutant(
+            "each step drops the same labels",
+            "prior/training.py",
+            "[config.seed, step]",
+            "[config.seed, 0]",
+            "test_prior_training.py::test_a_share_of_the_labels_is_dropped",
+        ),
+    ],
+    "The cached sampler computes what the whole sequence does": [
+        Mutant(
+            "a step does not see its own position",
+            "prior/block.py",
+            "ops.arange(key_cache.shape[2]) <= position",
+            "ops.arange(key_cache.shape[2]) < position",
+            "test_transformer.py::test_steps_give_the_logits_of_the_whole_sequence",
+        ),
+        Mutant(
+            "a step has the embedding of the next position",
+            "prior/transformer.py",
+            "start_index=position",
+            "start_index=position + 1",
+            "test_transformer.py::test_steps_give_the_logits_of_the_whole_sequence",
+        ),
+        Mutant(
+            "a code is stored one position late",
+            "prior/sampler.py",
+            "ops.slice_update(codes, (0, position), code)",
+            "ops.slice_update(codes, (0, position + 1), code)",
+            "test_sampler.py::test_greedy_is_the_argmax_of_the_whole_sequence",
+        ),
+        Mutant(
+            "codes to keep are replaced, and the others kept",
+            "prior/sampler.py",
+            'ops.where(here("keep"), here("known"), code)',
+            'ops.where(here("keep"), code, here("known"))',
+            "test_sampler.py::test_kept_codes_stay_and_the_others_follow_those_before_them",
+        ),
+    ],
+    "A code depends on those before it alone": [
+        Mutant(
+            "attention sees the code that is predicted",
+            "prior/block.py",
+            "np.tri(len(self.cos), dtype=bool)",
+            "np.tri(len(self.cos), k=1, dtype=bool)",
+            "test_transformer.py::test_a_code_changes_only_later_logits",
+        ),
+    ],
+    "Likelihoods are sums in nats, and bits per dimension": [
+        Mutant(
+            "nats become decimal digits",
+            "prior/training.py",
+            "layout.length / math.log(2)",
+            "layout.length / math.log(10)",
+            "test_prior_training.py::test_measures_in_numpy",
+        ),
+        Mutant(
+            "the likelihood is a mean over positions",
+            "prior/likelihood.py",
+            "-ops.sum(weights * losses, axis=-1)",
+            "-ops.mean(weights * losses, axis=-1)",
+            "test_scoring.py::test_in_numpy_from_the_logits",
+        ),
+    ],
+    "A resumed training is an unbroken one": [
+        Mutant(
+            "an epoch is trained twice",
+            "vqvae/fitting/checkpoints.py",
+            "return epoch\n            except",
+            "return epoch - 1\n            except",
+            "test_fitting.py::test_begins_where_the_checkpoint_ends",
+        ),
+        Mutant(
+            "the state of the optimizer is not restored",
+            "vqvae/fitting/checkpoints.py",
+            "model.optimizer.build(model.trainable_variables)",
+            "pass",
+            "test_fitting.py::test_resumed_is_unbroken_bit_for_bit",
+        ),
+        Mutant(
+            "the data begin again",
+            "vqvae/fitting/fit.py",
+            "batches(first_step)",
+            "batches(0)",
+            "test_fitting.py::test_begins_where_the_checkpoint_ends",
+        ),
+        Mutant(
+            "a pass that was broken off begins again",
+            "vqvae/storage/records.py",
+            ".skip(offset)",
+            ".skip(0)",
+            "test_records.py::test_begins_at_any_step",
+        ),
+        Mutant(
+            "layers draw the same numbers in each epoch",
+            "vqvae/fitting/fit.py",
+            "[self.seed, epoch, index]",
+            "[self.seed, index]",
+            "test_fitting.py::test_dropout_differs_between_epochs_and_seeds",
+        ),
+        Mutant(
+            "each pass over the data has the same order",
+            "vqvae/storage/records.py",
+            "seed=seed + index",
+            "seed=seed",
+            "test_records.py::test_each_pass_holds_each_example_once_in_another_order",
+        ),
+    ],
+    "The result is the average of the weights": [
+        Mutant(
+            "the decay is not warmed up",
+            "vqvae/fitting/optimizers.py",
+            "ops.minimum(self.ema_momentum, steps / (steps + 9.0))",
+            "self.ema_momentum",
+            "test_optimizers.py::test_the_average_of_the_weights_in_numpy",
+        ),
+        Mutant(
+            "the average and the weights are swapped",
+            "vqvae/fitting/optimizers.py",
+            "kept * average + (1 - kept) *",
+            "(1 - kept) * average + kept *",
+            "test_optimizers.py::test_the_average_of_the_weights_in_numpy",
+        ),
+        Mutant(
+            "validation measures the weights themselves",
+            "vqvae/fitting/fit.py",
+            "*([AveragedWeights()] if optimizer.use_ema else [])",
+            "*[]",
+            "test_fitting.py::test_validation_measures_the_average_and_leaves_the_weights",
+        ),
+    ],
+    "Files are whole or absent": [
+        Mutant(
+            "a file is written under its own name",
+            "vqvae/storage/files.py",
+            "temporary.write_bytes(data)\n        temporary.replace(path)",
+            "path.write_bytes(data)",
+            "test_files.py::test_files_are_written_whole_or_not_at_all",
+        ),
+        Mutant(
+            "a shard is written under its own name",
+            "vqvae/storage/records.py",
+            'temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"',
+            "temporary = path",
+            "test_records.py::test_write_shard",
+        ),
+        Mutant(
+            "a shard that is incomplete is taken over",
+            "pipelines/stages/shards.py",
+            "earlier and size(self._path) == earlier.bytes and",
+            "earlier and",
+            "test_shards.py::test_a_report_that_does_not_fit_is_ignored",
+        ),
+    ],
+    "Records have one format": [
+        Mutant(
+            "the key has another name",
+            "vqvae/storage/records.py",
+            '"key": tfds.features.Text()',
+            '"name": tfds.features.Text()',
+            "test_records.py::test_images_round_trip",
+        ),
+        Mutant(
+            "many codes are stored in 16 bits",
+            "vqvae/storage/records.py",
+            "num_codes <= 2**16",
+            "num_codes <= 2**17",
+            "test_records.py::test_codes_round_trip",
+        ),
+        Mutant(
+            "the version of code records differs",
+            "vqvae/storage/records.py",
+            'CODES_VERSION = "1.0.0"',
+            'CODES_VERSION = "1.0.1"',
+            "test_records.py::test_metadata",
+        ),
+        Mutant(
+            "shards are counted from one",
+            "vqvae/storage/records.py",
+            "{self.index:0{width}d}-of",
+            "{self.index + 1:0{width}d}-of",
+            "test_records.py::test_shard_name_is_the_one_that_tfds_looks_for",
+        ),
+    ],
+    "A manifest vouches for its stage": [
+        Mutant(
+            "a manifest that was changed is trusted",
+            "vqvae/storage/run_folder.py",
+            ' or manifest.get("sha256") != _hash_of(manifest)',
+            "",
+            "test_run_folder.py::test_a_manifest_changed_by_hand",
+        ),
+        Mutant(
+            "a stage of older inputs counts as done",
+            "vqvae/storage/run_folder.py",
+            'manifest is not None and manifest["inputs"] == self._input_hashes(stage)',
+            "manifest is not None",
+            "test_run_folder.py::test_what_read_an_older_result_is_not_done",
+        ),
+        Mutant(
+            "the size of a result is not looked at",
+            "vqvae/storage/run_folder.py",
+            "if found != whole:",
+            "if found is None:",
+            "test_run_folder.py::test_a_damaged_output_is_named",
+        ),
+    ],
+    "Folders and words name the same classes": [
+        Mutant(
+            "classes are counted from one",
+            "pipelines/sources/folder.py",
+            "for label, name in enumerate(names)",
+            "for label, name in enumerate(names, 1)",
+            "test_folder.py::test_subfolders_are_classes",
+        ),
+        Mutant(
+            "a number past the last class is a label",
+            "vqvae/storage/labels.py",
+            "int(label) < len(names)",
+            "int(label) <= len(names)",
+            "test_labels.py::test_unknown_label",
+        ),
+        Mutant(
+            "a name in another case goes first",
+            "vqvae/storage/labels.py",
+            "if label in names:\n        return names.index(label)\n    lowered",
+            "lowered",
+            "test_labels.py::test_a_name_goes_before_its_like_in_another_case",
+        ),
+        Mutant(
+            "attributes joined by commas are one name",
+            "vqvae/storage/labels.py",
+            'text.split(",")',
+            "[text]",
+            "test_labels.py::test_attributes_of_an_image_are_joined_by_commas",
+        ),
+        Mutant(
+            "labels begin again with each shard",
+            "vqvae/storage/labels.py",
+            "(first + np.arange(num))",
+            "np.arange(num)",
+            "test_labels.py",
+        ),
+    ],
+    "The split of a folder follows from the names of its files": [
+        Mutant(
+            "files are listed by name",
+            "pipelines/sources/folder.py",
+            "key=lambda key: (_hash(key), key)",
+            "key=lambda key: key",
+            "test_folder.py::test_any_prefix_is_a_fair_mixture",
+        ),
+        Mutant(
+            "training and validation are swapped",
+            "pipelines/sources/folder.py",
+            "_hash(key) < validation_share",
+            "_hash(key) >= validation_share",
+            "test_folder.py::test_splits_have_their_shares_and_share_nothing",
+        ),
+        Mutant(
+            "another hash divides the files",
+            "pipelines/sources/folder.py",
+            "digest_size=6",
+            "digest_size=8",
+            "test_folder.py::test_split_and_order_never_change",
+        ),
+    ],
+    "Images that cannot be decoded are counted": [
+        Mutant(
+            "no failure is counted",
+            "pipelines/stages/prepare.py",
+            "failed=len(failures)",
+            "failed=0",
+            "test_prepare.py::test_counts_and_dead_letters",
+        ),
+        Mutant(
+            "any number of failures is allowed",
+            "pipelines/stages/prepare.py",
+            "len(failures) > config.data.max_failed * total",
+            "len(failures) > total",
+            "test_prepare.py::test_too_many_failures_end_the_stage_until_they_are_mended",
+        ),
+    ],
+    "Images are decoded as people see them": [
+        Mutant(
+            "images are resized without a filter",
+            "pipelines/sources/images.py",
+            "ImageOps.fit(image, size, Image.Resampling.LANCZOS)",
+            "ImageOps.fit(image, size, Image.Resampling.NEAREST)",
+            "test_images.py::test_downscaling_is_antialiased",
+        ),
+        Mutant(
+            "the crop is that of the corner",
+            "pipelines/sources/images.py",
+            "ImageOps.fit(image, size, Image.Resampling.LANCZOS)",
+            "ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=(0, 0))",
+            "test_images.py::test_crop_keeps_the_centre",
+        ),
+        Mutant(
+            "what is transparent becomes black",
+            "pipelines/sources/images.py",
+            'Image.new("RGB", image.size, "white")',
+            'Image.new("RGB", image.size, "black")',
+            "test_images.py::test_alpha_is_composited_on_white",
+        ),
+        Mutant(
+            "the orientation in EXIF is ignored",
+            "pipelines/sources/images.py",
+            "ImageOps.exif_transpose(image, in_place=True)",
+            "pass",
+            "test_images.py::test_exif_orientation",
+        ),
+        Mutant(
+            "16-bit gray is clipped",
+            "pipelines/sources/images.py",
+            "_scale_gray(np.asarray(image), top=65535)",
+            'image.convert("L")',
+            "test_images.py::test_16_bit_gray_is_scaled_not_clipped",
+        ),
+    ],
+    "Augmentation mirrors and shifts, by seed and step": [
+        Mutant(
+            "images are turned upside down",
+            "vqvae/augmentation.py",
+            "tf.reverse(images, [2])",
+            "tf.reverse(images, [1])",
+            "test_augmentation.py::test_flip_mirrors_about_half",
+        ),
+        Mutant(
+            "each step varies its batch alike",
+            "vqvae/augmentation.py",
+            "tf.cast(step, tf.int64)",
+            "tf.zeros((), tf.int64)",
+            "test_augmentation.py::test_depends_on_seed_and_step_alone",
+        ),
+        Mutant(
+            "images are shifted twice as far",
+            "vqvae/augmentation.py",
+            "_SHIFT = 1 / 8",
+            "_SHIFT = 1 / 4",
+            "test_augmentation.py::test_crop_shifts_by_up_to_an_eighth",
+        ),
+        Mutant(
+            "a mirrored variant is no mirror image",
+            "vqvae/augmentation.py",
+            "crop[:, :, ::-1]",
+            "crop[:, ::-1]",
+            "test_variants.py",
+        ),
+    ],
+    "Distances between sets of images are those of the papers": [
+        Mutant(
+            "the overlap counts once",
+            "pipelines/evaluation/distances.py",
+            "- 2 * overlap",
+            "- overlap",
+            "test_frechet.py::test_diagonal_covariances_have_a_closed_form",
+        ),
+        Mutant(
+            "the covariance is biased",
+            "pipelines/evaluation/distances.py",
+            "scatter / (self.count - 1)",
+            "scatter / self.count",
+            "test_frechet.py::test_moments_are_those_of_numpy",
+        ),
+        Mutant(
+            "an image is its own neighbour",
+            "pipelines/evaluation/distances.py",
+            "distances[own - rows.start, own] = np.inf",
+            "pass",
+            "test_manifolds.py::test_radii_on_a_line",
+        ),
+        Mutant(
+            "precision and recall are swapped",
+            "pipelines/evaluation/distances.py",
+            "float(looks_real.mean()), float(covered.mean())",
+            "float(covered.mean()), float(looks_real.mean())",
+            "test_manifolds.py::test_few_but_true_and_many_but_false",
+        ),
+        Mutant(
+            "the balls are those of the other set",
+            "pipelines/evaluation/distances.py",
+            "distances <= other.radii[rows, None]",
+            "distances <= real.radii",
+            "test_manifolds.py::test_in_numpy_whatever_the_blocks",
+        ),
+        Mutant(
+            "PSNR takes the peak for its square",
+            "vqvae/metrics.py",
+            "255.0**2 / mse",
+            "255.0 / mse",
+            "test_metrics.py::test_psnr",
+        ),
+    ],
+    "A second command in a folder is refused": [
+        Mutant(
+            "the lock of a living process does not count",
+            "pipelines/lock.py",
+            "if holder and _is_alive(path, holder, own):",
+            "if holder and not _is_alive(path, holder, own):",
+            "test_run_lock.py::test_of_a_process_that_is_alive_or_dead",
+        ),
+        Mutant(
+            "two that start at the same moment both begin",
+            "pipelines/lock.py",
+            "if holder and holder != own:",
+            "if not holder:",
+            "test_run_lock.py::test_two_that_start_at_the_same_moment",
+        ),
+    ],
+    "Wrong words are refused, with a hint": [
+        Mutant(
+            "a value above its range is allowed",
+            "configs/fields.py",
+            "maximum is not None and value > maximum",
+            "maximum is not None and value > 2 * maximum",
+            "test_configs.py::test_every_range_is_checked",
+        ),
+        Mutant(
+            "no flag is close to another",
+            "pipelines/cli/parser.py",
+            "difflib.get_close_matches(wanted, spelled, n=1)",
+            "[]",
+            "test_stage_arguments.py::test_unknown_flags",
+        ),
+        Mutant(
+            "guidance needs no images without a label",
+            "configs/schema.py",
+            "(has_labels and label_dropout)",
+            "(has_labels or label_dropout)",
+            "test_configs.py::test_checks_across_fields",
+        ),
+        Mutant(
+            "a prior without classes can be guided",
+            "configs/schema.py",
+            "(has_labels and label_dropout)",
+            "label_dropout",
+            "test_sampler.py::test_an_unconditional_model_takes_neither_label_nor_guidance",
+        ),
+    ],
+    "An image says what it was sampled with": [
+        Mutant(
+            "a picture does not hold its own index and label",
+            "pipelines/sampling/files.py",
+            "json.dumps(samples.settings | own)",
+            "json.dumps(samples.settings)",
+            "test_sample_files.py::test_a_folder",
+        ),
+        Mutant(
+            "the checkpoint depends on the date",
+            "pipelines/sampling/api.py",
+            'members.pop("metadata.json", None)',
+            "members",
+            "test_provenance.py::test_a_checkpoint_is_its_weights",
+        ),
+        Mutant(
+            "a picture of another checkpoint is sampled again",
+            "pipelines/sampling/files.py",
+            'facts["checkpoint"] != run.checkpoint',
+            'facts["checkpoint"] is None',
+            "test_provenance.py::test_another_checkpoint_is_refused",
+        ),
+    ],
+    "An image of a seed is the same at any batch size": [
+        Mutant(
+            "the random numbers are those of the place in the batch",
+            "prior/sampler.py",
+            "uniforms(seed, indices[rows], layout.length)",
+            "uniforms(seed, np.arange(len(indices[rows])), layout.length)",
+            "test_sampler.py::test_images_do_not_depend_on_the_batch",
+        ),
+        Mutant(
+            "images share random numbers",
+            "prior/uniforms.py",
+            "np.array([0, 0, 0, index]",
+            "np.array([index, 0, 0, 0]",
+            "test_uniforms.py::test_values_are_those_of_philox",
+        ),
+        Mutant(
+            "each seed has the same numbers",
+            "prior/uniforms.py",
+            "key=seed % 2**128",
+            "key=0",
+            "test_uniforms.py::test_seeds_differ_and_may_be_any_integer",
+        ),
+    ],
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

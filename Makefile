@@ -13,11 +13,11 @@ quickstart: $(BIN)/vqbeam
 
 # On JAX, most of the time would go to optimizing small programs, which tests do not need.
 test: $(VENV)/.test-installed lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not engines and not cloud"
-	KERAS_BACKEND=jax JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m backend
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not engines and not cloud"
+	KERAS_BACKEND=jax JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m backend
 
 test-fast: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not engines and not cloud"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not engines and not cloud"
 
 # Beam's other engines, each on this machine; takes Java, and Maven to fetch them.
 test-engines: $(VENV)/.test-installed $(VENV)/engines/flink $(VENV)/engines/spark

@@ -1,4 +1,5 @@
 import os
+import sys
 
 # TensorFlow says much at start-up that no test reads.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -11,6 +12,34 @@ import numpy as np
 import pytest
 
 from vqbeam.configs import Config, DataConfig, override
+
+
+# The files that take longest, which start first, so that both workers end at about the same time.
+LONGEST = ("test_faults", "test_replicas", "test_pipeline_cli")
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts the longest files to the front; with xdist, it takes `--no-loadscope-reorder`."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def pytest_collection_finish():
+    """Has TensorFlow run its functions eagerly: to compile them takes most of the time of a test.
+
+    Commands that tests start as programs, and the tests that use `compiled`, compile as ever.
+    """
+    if "tensorflow" in sys.modules:
+        sys.modules["tensorflow"].config.run_functions_eagerly(True)
+
+
+@pytest.fixture
+def compiled():
+    """For tests of what only a compiled function does."""
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(False)
+    yield
+    tf.config.run_functions_eagerly(True)
 
 
 def _config(**changes):

@@ -15,7 +15,7 @@ def scale():
 
 
 @pytest.mark.parametrize("jit", [False, True])
-def test_sees_new_values_and_traces_once(scale, jit):
+def test_sees_new_values_and_traces_once(compiled, scale, jit):
     traces = []
 
     def times_scale(x):

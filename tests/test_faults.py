@@ -65,7 +65,7 @@ def weights(run, stage):
     return load_model(run.folder(stage) / MODEL_FILE).weights
 
 
-def test_killed_in_each_stage_and_run_again(place):
+def test_killed_in_each_stage_and_run_again(place, compiled):
     folder, config, _ = place
     run = RunFolder(folder / "run")
     for stage in SIGNS:

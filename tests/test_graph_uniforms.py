@@ -5,6 +5,8 @@ import tensorflow as tf
 from vqbeam.prior.serving import graph_uniforms
 from vqbeam.prior.uniforms import uniforms
 
+pytestmark = pytest.mark.usefixtures("compiled")
+
 
 @pytest.fixture(scope="module")
 def in_graph():

@@ -124,7 +124,7 @@ def test_compiled(jit):
 @only_tensorflow
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("num_codes", [50, 300])
-def test_unknown_number_of_vectors(num_codes, jit):
+def test_unknown_number_of_vectors(compiled, num_codes, jit):
     import tensorflow as tf
 
     codebook = whole(num_codes, 3, seed=1)

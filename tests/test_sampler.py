@@ -301,7 +301,7 @@ def test_a_growing_cache_gives_the_same_codes(layout):
 
 @pytest.mark.backend
 @pytest.mark.slow
-def test_settings_compile_nothing_anew(monkeypatch):
+def test_settings_compile_nothing_anew(compiled, monkeypatch):
     sampler, traced = Sampler(build(), batch_size=2), []
     step = CodePrior.step
     monkeypatch.setattr(CodePrior, "step", lambda *a: traced.append(1) or step(*a))

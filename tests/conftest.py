@@ -13,7 +13,6 @@ import pytest
 
 from vqbeam.configs import Config, DataConfig, override
 
-
 # The files that take longest, which start first, so that both workers end at about the same time.
 LONGEST = ("test_faults", "test_replicas", "test_pipeline_cli")
 

@@ -17,6 +17,8 @@ from vqbeam.pipelines.sampling.score import score
 from vqbeam.vqvae.figures import picture, save_png
 from vqbeam.vqvae.training import load_vqvae
 
+pytestmark = pytest.mark.slow
+
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "python.md"
 
 
@@ -54,7 +56,6 @@ def test_opening(run, finished_run, tmp_path):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [{}, {"labels": ["apple"] * 4, "num": 4, "seed": 3, "top_p": 0.9}]
 )
@@ -69,7 +70,6 @@ def test_samples_are_those_of_the_command(run, tmp_path, arguments):
     assert new.names == [CLASSES[label] for label in new.labels]
 
 
-@pytest.mark.slow
 def test_labels_by_name_or_number(run):
     by_name = run.sample(labels=["cherry", "Banana", "cherry"], seed=2)
     again = run.sample(labels=by_name.labels, seed=2)
@@ -92,7 +92,6 @@ def test_codes_and_images(run, finished_run, images):
     assert run.codebook.shape == (12, 4) and run.codebook.dtype == np.float32
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("label", [None, "cherry"])
 def test_likelihoods_are_those_of_the_command(run, images, tmp_path, label):
     for index, image in enumerate(images):
@@ -104,7 +103,6 @@ def test_likelihoods_are_those_of_the_command(run, images, tmp_path, label):
     assert nats.tolist() == [line["log_likelihood"] for line in lines]
 
 
-@pytest.mark.slow
 def test_completions_are_those_of_the_command(run, images, tmp_path):
     save_png(picture(images[0]), tmp_path / "one.png")
     arguments = {"keep": "left-half", "num": 2, "candidates": 2, "label": "apple", "seed": 4}
@@ -171,7 +169,6 @@ def test_what_does_not_fit_is_refused(run, images):
         assert "\n" not in str(refused.value)
 
 
-@pytest.mark.slow
 def test_the_page_of_examples(finished_run, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) == 3

@@ -31,6 +31,7 @@ def compiled_draw(filtered=True):
     return compile_function(draw, [], jit=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_draws_against_numpy(tied):
     random, draw = np.random.default_rng(0), compiled_draw()

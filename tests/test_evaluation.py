@@ -48,6 +48,7 @@ def frechet(first, second):
     return np.square(means[0] - means[1]).sum() + (a**2).sum() + (b**2).sum() - 2 * overlap
 
 
+@pytest.mark.slow
 def test_every_figure_in_numpy(run_with_model):
     run, pixels, model = run_with_model(seed=5)
     # Ten images in three batches, of 4, 4 and 2.
@@ -104,6 +105,7 @@ def test_codebook_use_of_each_level(run_with_model, changes, lengths):
     assert found["bits_per_image"] == pytest.approx(sum(lengths) * np.log2(12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "features", "why"),
     [

@@ -185,6 +185,7 @@ def test_a_worker_that_died(said):
     assert user_message(error) == message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runner", ["DataflowRunner", "PortableRunner"])
 def test_what_beam_says_of_its_options(runner):
     with pytest.raises((ValueError, NotImplementedError)) as caught:

@@ -60,6 +60,7 @@ def test_far_from_zero():
     np.testing.assert_array_equal(run(vectors, codebook)[clear], wanted[clear])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [64, 100, 640, 2**20])
 @pytest.mark.parametrize("num_codes", [64, 150, 300])
 def test_of_equal_codes_the_first_in_any_blocks(num_codes, block_size):

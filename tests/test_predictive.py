@@ -66,6 +66,7 @@ def in_numpy(layer, z):
     return codes, quantized, losses, error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{"decay": 0.5}, {"update": "gradient", "commitment": 0.6}],

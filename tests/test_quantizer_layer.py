@@ -28,6 +28,7 @@ def autoencoder(**settings):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"update": "gradient"}, {"restart_below": 0.1}])
 def test_an_autoencoder_of_ones_own(settings, tmp_path):
     images, model = blobs(), autoencoder(**settings)

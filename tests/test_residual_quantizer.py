@@ -40,6 +40,7 @@ def in_numpy(layer, z):
     return np.stack(codes, -1), z - left, losses, errors[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{"decay": 0.5}, {"update": "gradient", "commitment": 0.6, "restart_below": 0.2}],

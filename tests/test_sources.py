@@ -92,6 +92,7 @@ def test_a_folder_with_attributes(tmp_path):
     assert found == {key: (i % 2, i // 2 % 2) for i, key in enumerate(keys)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["flags", "list"])
 def test_attributes_of_tfds(tmp_path, kind):
     names = ("b", "a", "c")

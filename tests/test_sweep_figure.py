@@ -3,6 +3,8 @@ import pytest
 
 from vqbeam.pipelines.evaluation.sweep import sweep_figure
 
+pytestmark = pytest.mark.slow
+
 VALUES = {"guidance": [1.0, 2.0], "temperature": [0.7, 0.8, 0.9]}
 RESULTS = [
     {

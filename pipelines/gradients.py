@@ -168,9 +168,8 @@ def _of_run(run: RunFolder) -> _Subject:
     run.require("prepare")
 
     def batches():
-        # As in training: the order of the images depends on TensorFlow's own seed as well.
-        set_seed(config.seed)
-        return training_images(run).map(scale_batch).as_numpy_iterator()
+        set_seed(config.seed)  # the order of images that are shuffled in a buffer depends on it
+        return training_images(run).inputs()
 
     return _Subject(f"run {run.root}", config, model, batches)
 

@@ -7,12 +7,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 from etils import epath
+from keras import ops
 
 from vqbeam.configs import Config, PriorConfig
 from vqbeam.prior.sampler import Sampler
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.figures import label_figure
 from vqbeam.vqvae.fitting.compilation import compiled_decoder
+from vqbeam.vqvae.fitting.data import TrainingData, training_data
 from vqbeam.vqvae.fitting.devices import data_parallel, evenly_shared
 from vqbeam.vqvae.fitting.fit import Schedule, fit, load_model, save_model, set_seed
 from vqbeam.vqvae.fitting.optimizers import AdamW, optimizer_options
@@ -24,7 +26,6 @@ from vqbeam.vqvae.storage.records import (
     label_of,
     open_dataset,
     read_split,
-    training_batches,
 )
 from vqbeam.vqvae.storage.run_folder import MODELS, RunFolder
 from vqbeam.vqvae.training import MODEL_FILE, check_fits, load_vqvae
@@ -155,7 +156,7 @@ def _fit(run: RunFolder, config: Config, codes: dict, callbacks: Sequence) -> li
         history = fit(
             model,
             schedule,
-            batches=lambda first_step: _training(run, config, codes, model, first_step),
+            data=_training(run, config, codes, model),
             validation=_validation(run, config, limit=_VALIDATION_IMAGES),
             folder=run.folder(STAGE),
             fingerprint=run.fingerprint(STAGE),
@@ -191,26 +192,26 @@ def _pictures(run: RunFolder, config: Config, labels: Labels) -> "Pictures":
     return Pictures(folder, load_vqvae(run), numbers, names, config.seed)
 
 
-def _training(run: RunFolder, config: Config, codes: dict, model: CodePrior, first_step: int):
-    """Returns endless training batches with labels randomly replaced by the null label."""
-    batch_size = config.prior.batch_size
-    batches = training_batches(
+def _training(run: RunFolder, config: Config, codes: dict, model: CodePrior) -> TrainingData:
+    """Returns the training codes, with labels randomly replaced by the null label."""
+    settings = config.prior
+
+    def prepare(batch):
+        dropped = batch.pop("dropped")
+        # The attributes of an image are dropped together.
+        dropped = ops.reshape(dropped, (-1, *[1] * (len(batch["labels"].shape) - 1)))
+        return batch | {"labels": ops.where(dropped, model.null_label, batch["labels"])}
+
+    return training_data(
         _examples(run, "train"),
         size=codes["counts"]["train"],
-        batch_size=batch_size,
-        first_step=first_step,
+        batch_size=settings.batch_size,
         seed=config.seed,
+        numbers=lambda generator: {
+            "dropped": generator.random(settings.batch_size) < settings.label_dropout
+        },
+        prepare=prepare,
     )
-
-    def drop_labels(step, batch):
-        numbers = tf.random.stateless_uniform([batch_size], [config.seed, step])
-        dropped = numbers < config.prior.label_dropout
-        # The attributes of an image are dropped together.
-        dropped = tf.reshape(dropped, [batch_size, *[1] * (len(batch["labels"].shape) - 1)])
-        labels = tf.where(dropped, model.null_label, batch["labels"])
-        return {**batch, "labels": labels}
-
-    return batches.enumerate(first_step).map(drop_labels).prefetch(4)
 
 
 def _validation(run: RunFolder, config: Config, limit: int | None = None):

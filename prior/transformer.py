@@ -14,8 +14,8 @@ import numpy as np
 from keras import ops
 
 from vqbeam.configs import VqbeamError
-from vqbeam.prior.accumulation import AccumulatingModel
 from vqbeam.prior.block import Block
+from vqbeam.vqvae.fitting.program import AccumulatingModel
 from vqbeam.vqvae.layout import CodeLayout
 
 

@@ -15,6 +15,7 @@ from keras import layers
 
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.fitting.checkpoints import Checkpoints
+from vqbeam.vqvae.fitting.data import TrainingData
 from vqbeam.vqvae.fitting.fit import Schedule, fit, load_model, save_model
 from vqbeam.vqvae.storage.records import training_batches
 
@@ -40,15 +41,19 @@ def pairs(dataset):
     return dataset.map(lambda row: (row[..., :4], row[..., 4:]))
 
 
-def train(model, folder, epochs, *, fingerprint="f", batches=None, **changes):
-    def shuffled(first_step):
+def one_at_a_time(dataset):
+    """Training data of which each call takes one batch."""
+    return TrainingData(batches=lambda first_step, steps: dataset.skip(first_step).batch(steps))
+
+
+def train(model, folder, epochs, *, fingerprint="f", data=None, **changes):
+    def shuffled(first_step, steps):
         dataset = tf.data.Dataset.from_tensor_slices(NUMBERS)
-        return pairs(
-            training_batches(dataset, size=20, batch_size=8, first_step=first_step, seed=0)
-        )
+        batches = training_batches(dataset, size=20, batch_size=8, first_step=first_step, seed=0)
+        return pairs(batches.batch(steps, drop_remainder=True))
 
     arguments = dict(
-        batches=batches or shuffled,
+        data=data or TrainingData(batches=shuffled),
         validation=pairs(tf.data.Dataset.from_tensor_slices(NUMBERS).batch(7)),
         folder=epath.Path(folder),
         fingerprint=fingerprint,
@@ -95,7 +100,7 @@ def test_training_ends_when_it_stalls_with_the_best_weights(tmp_path):
 
     changes = dict(
         patience=2,
-        batches=lambda first_step: rows.map(five).repeat().skip(first_step),
+        data=one_at_a_time(rows.map(five).repeat()),
         # What is learned is wrong here, and more so with each step.
         validation=rows.map(lambda x: (x, x[:, :1] * 0 - 5)),
     )
@@ -171,10 +176,10 @@ def test_a_finished_run_trains_no_further(tmp_path):
     history = train(model, tmp_path, 2)
     after = build(seed=5)
 
-    def no_batches(first_step):
+    def no_batches(first_step, steps):
         raise AssertionError("batches were asked for")
 
-    assert train(after, tmp_path, 2, batches=no_batches) == history
+    assert train(after, tmp_path, 2, data=TrainingData(batches=no_batches)) == history
     for one, other in zip(model.weights, after.weights, strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
@@ -182,13 +187,13 @@ def test_a_finished_run_trains_no_further(tmp_path):
 def test_begins_where_the_checkpoint_ends(tmp_path):
     train(build(), tmp_path, 2)
     asked = []
-    data = pairs(tf.data.Dataset.from_tensor_slices(NUMBERS).batch(8).repeat())
+    dataset = pairs(tf.data.Dataset.from_tensor_slices(NUMBERS).batch(8, True).repeat().batch(1))
 
-    def batches(first_step):
+    def batches(first_step, steps):
         asked.append(first_step)
-        return data
+        return dataset
 
-    train(build(), tmp_path, 3, batches=batches)
+    train(build(), tmp_path, 3, data=TrainingData(batches=batches))
     assert asked == [2 * STEPS_PER_EPOCH]
 
 
@@ -281,9 +286,10 @@ def test_a_loss_that_is_no_number_ends_training(tmp_path, bad):
     train(build(), tmp_path, 1)
     spoilt = NUMBERS.copy()
     spoilt[10] = bad
-    data = pairs(tf.data.Dataset.from_tensor_slices(spoilt).batch(8).repeat())
-    with pytest.raises(VqbeamError, match="loss became (nan|inf) at batch 1 .*lower learning rate"):
-        train(build(), tmp_path, 3, batches=lambda _: data)
+    batches = pairs(tf.data.Dataset.from_tensor_slices(spoilt).batch(8, True).repeat())
+    data = TrainingData(batches=lambda first_step, steps: batches.batch(steps))
+    with pytest.raises(VqbeamError, match="loss became (nan|inf) at step 2 .*lower learning rate"):
+        train(build(), tmp_path, 3, data=data)
     # The last good state is there, and no other.
     assert checkpoints(tmp_path) == ["epoch-00001.weights.h5"]
 

@@ -1,50 +1,70 @@
 """Augmentation of training images: random in VQ-VAE training, fixed views in encoding."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 # Maximum shift of a random crop, as a fraction of the side.
 _SHIFT = 1 / 8
 
 
-def augment(images, kind: str, seed: int, step):
-    """Returns a randomly augmented batch of images, for use in tf.data.
+def random_changes(
+    generator: np.random.Generator, kind: str, batch_size: int, sides: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Returns random changes for a batch of images, the arguments of `augment`.
+
+    Args:
+        generator: Source of the random numbers.
+        kind: "none"; "flip" for horizontal flips with probability 0.5; "crop" for shifts of up to
+            1/8 of each side, with reflected borders; "flip_crop" for both.
+        batch_size: Number of images B.
+        sides: Height and width of an image.
+
+    Returns:
+        A dictionary with `shifts`, int32 [B, 2], if images are shifted, and `mirrored`, bool [B],
+        if some are flipped.
+    """
+    changes = {}
+    if "crop" in kind:
+        reach = (np.array(sides) * _SHIFT).astype(int)
+        shifts = generator.integers(-reach, reach, (batch_size, 2), endpoint=True)
+        changes["shifts"] = shifts.astype(np.int32)
+    if "flip" in kind:
+        changes["mirrored"] = generator.random(batch_size) < 0.5
+    return changes
+
+
+def augment(images, shifts=None, mirrored=None):
+    """Returns changed images.
 
     Args:
         images: Tensor [B, H, W, C].
-        kind: "none"; "flip" for horizontal flips with probability 0.5; "crop" for shifts of up to
-            1/8 of each side, with reflected borders; "flip_crop" for both.
-        seed: Random seed.
-        step: Training step, an integer tensor. Results depend only on the seed and the step.
+        shifts: Pixels by which the content moves up and to the left, int32 [B, 2].
+        mirrored: Whether to mirror an image horizontally after that, bool [B].
 
     Returns:
         A tensor with the shape and dtype of `images`.
     """
-    seeds = tf.stack([tf.cast(seed, tf.int64), tf.cast(step, tf.int64)])
-    if "crop" in kind:
-        images = _shift(images, seeds)
-    if "flip" in kind:
-        mirrored = tf.random.stateless_uniform([tf.shape(images)[0], 1, 1, 1], seeds) < 0.5
-        images = tf.where(mirrored, tf.reverse(images, [2]), images)
-    return images
+    if shifts is None and mirrored is None:
+        return images
+    batch_size, height, width, channels = ops.shape(images)
+    rows, columns = ops.arange(height)[None], ops.arange(width)[None]
+    if mirrored is not None:
+        columns = ops.where(mirrored[:, None], width - 1 - columns, columns)
+    if shifts is not None:
+        rows = _reflected(rows + shifts[:, :1], height)
+        columns = _reflected(columns + shifts[:, 1:], width)
+    # One gather of pixels from all images, as rows of a matrix.
+    first = ops.arange(batch_size)[:, None, None] * height
+    places = (first + rows[:, :, None]) * width + columns[:, None, :]
+    return ops.take(ops.reshape(images, (-1, channels)), places, axis=0)
 
 
-def _shift(images, seeds):
-    count, height, width, _ = tf.unstack(tf.shape(images))
-    rows = _shifted_places(height, count, seeds + [1, 0])
-    columns = _shifted_places(width, count, seeds + [2, 0])
-    images = tf.gather(images, rows, axis=1, batch_dims=1)
-    return tf.gather(images, columns, axis=2, batch_dims=1)
-
-
-def _shifted_places(side, count, seeds):
-    """Returns the source index of each pixel along a randomly shifted side, int32 [B, side]."""
-    reach = tf.cast(tf.cast(side, tf.float32) * _SHIFT, tf.int32)
-    shifts = tf.random.stateless_uniform([count, 1], seeds, -reach, reach + 1, dtype=tf.int32)
-    places = tf.abs(tf.range(side)[None] + shifts)
-    return tf.minimum(places, 2 * (side - 1) - places)
+def _reflected(places, side: int):
+    """Returns places outside of [0, side) mirrored at the borders."""
+    places = ops.abs(places)
+    return ops.minimum(places, 2 * (side - 1) - places)
 
 
 # Shift of ten-crop views, as a fraction of the side.

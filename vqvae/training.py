@@ -1,6 +1,5 @@
 """Trains, loads and evaluates the VQ-VAE of a run."""
 
-import functools
 from collections.abc import Sequence
 
 import keras
@@ -9,16 +8,17 @@ import tensorflow as tf
 from etils import epath
 
 from vqbeam.configs import Config, VqbeamError
-from vqbeam.vqvae.augmentation import augment
+from vqbeam.vqvae.augmentation import augment, random_changes
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.figures import reconstruction_figure, save_png
+from vqbeam.vqvae.fitting.data import TrainingData, training_data
 from vqbeam.vqvae.fitting.devices import data_parallel, evenly_shared
 from vqbeam.vqvae.fitting.fit import Schedule, fit, load_model, save_model
 from vqbeam.vqvae.fitting.optimizers import build_optimizer
 from vqbeam.vqvae.layout import code_layout
 from vqbeam.vqvae.metrics import psnr
-from vqbeam.vqvae.model import VQVAE
-from vqbeam.vqvae.storage.records import damaged_records, open_dataset, read_split, training_batches
+from vqbeam.vqvae.model import VQVAE, scale_images
+from vqbeam.vqvae.storage.records import damaged_records, open_dataset, read_split
 from vqbeam.vqvae.storage.run_folder import MODELS, RunFolder
 
 STAGE = "train-vqvae"
@@ -119,9 +119,9 @@ def _fit(run: RunFolder, config: Config, images: dict, callbacks: Sequence) -> l
     with data_parallel(settings.batch_size, settings.dtype):
         model = build_model(config, data_variance=images["statistics"]["variance"])
         model.compile(build_optimizer(settings))
-        batches = functools.partial(_training, run, config)
+        data = training_images(run, settings.augment)
         if settings.codebook_init != "random":  # "random" does not need the first batch
-            first = next(iter(batches(0)))
+            first = next(data.inputs())
             model.initialize_codebook(first, settings.codebook_init, config.seed)
         schedule = Schedule(
             title="train vqvae",
@@ -133,7 +133,7 @@ def _fit(run: RunFolder, config: Config, images: dict, callbacks: Sequence) -> l
         history = fit(
             model,
             schedule,
-            batches=batches,
+            data=data,
             validation=_validation(run, settings.batch_size, _VALIDATION_IMAGES),
             folder=run.folder(STAGE),
             fingerprint=run.fingerprint(STAGE),
@@ -146,30 +146,29 @@ def _fit(run: RunFolder, config: Config, images: dict, callbacks: Sequence) -> l
     return history
 
 
-def training_images(run: RunFolder, first_step: int = 0):
-    """Returns an endless dataset of uint8 training batches in training order, from a given step."""
+def training_images(run: RunFolder, augmentation: str = "none") -> TrainingData:
+    """Returns the training images of a run, whose batches are float32 [B, H, W, C] in [−1, 1].
+
+    Args:
+        run: A run with prepared images.
+        augmentation: A value of the setting `vqvae.augment`.
+    """
     config = run.load_config()
     builder = open_dataset(run.folder("prepare"))
-    dataset = read_split(builder, "train").map(
-        lambda example: example["image"], num_parallel_calls=tf.data.AUTOTUNE
-    )
-    return training_batches(
-        dataset,
+    batch_size, (*sides, _) = config.vqvae.batch_size, config.image_shape
+
+    def prepare(batch):
+        images = batch.pop("image")
+        return scale_images(augment(images, **batch))
+
+    return training_data(
+        read_split(builder, "train").map(lambda example: {"image": example["image"]}),
         size=builder.info.splits["train"].num_examples,
-        batch_size=config.vqvae.batch_size,
-        first_step=first_step,
+        batch_size=batch_size,
         seed=config.seed,
+        numbers=lambda generator: random_changes(generator, augmentation, batch_size, sides),
+        prepare=prepare,
     )
-
-
-def _training(run: RunFolder, config: Config, first_step: int):
-    """Returns an endless dataset of augmented batches in [−1, 1], from a given step."""
-
-    def prepare(step, batch):
-        return scale_batch(augment(batch, config.vqvae.augment, config.seed, step))
-
-    batches = training_images(run, first_step)
-    return batches.enumerate(first_step).map(prepare, num_parallel_calls=2).prefetch(4)
 
 
 def _validation(run: RunFolder, batch_size: int, images: int | None = None):

@@ -7,7 +7,7 @@ import pathlib
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -15,6 +15,8 @@ from etils import epath
 
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.fitting.checkpoints import Checkpoints
+from vqbeam.vqvae.fitting.data import TrainingData
+from vqbeam.vqvae.fitting.program import steps_per_call, training_program
 from vqbeam.vqvae.fitting.progress import FitProgress
 from vqbeam.vqvae.storage.files import write_bytes
 
@@ -50,7 +52,7 @@ class Schedule:
 def fit(
     model: keras.Model,
     schedule: Schedule,
-    batches: Callable,
+    data: TrainingData,
     validation,
     folder: epath.Path,
     fingerprint: str,
@@ -65,7 +67,7 @@ def fit(
     Args:
         model: A compiled and built model.
         schedule: How long to train.
-        batches: Function from a step number to an endless dataset that starts at that step.
+        data: The batches.
         validation: Dataset evaluated after each epoch.
         folder: Output folder for `checkpoints/` and TensorBoard's `logs/`.
         fingerprint: Hash of the training inputs; checkpoints with another fingerprint are removed.
@@ -87,15 +89,23 @@ def fit(
         first_step = first_epoch * schedule.steps_per_epoch
         devices = ", ".join(keras.distribution.list_devices())
         print(f"{title}: step {first_step:,} to {steps:,} on {devices}", file=sys.stderr)
+        steps_per_epoch = min(steps, schedule.steps_per_epoch)
+        together = steps_per_call(steps_per_epoch)
         progress = FitProgress(
-            title, steps=steps, first_step=first_step, batch_size=schedule.batch_size
+            title,
+            total=steps * schedule.batch_size,
+            initial=first_step * schedule.batch_size,
+            at_once=together * schedule.batch_size,
         )
-        with contextlib.closing(progress.bar):  # so that error messages start on a new line
+        with (
+            contextlib.closing(progress.bar),  # so that error messages start on a new line
+            training_program(model, data, together) as batches,
+        ):
             model.fit(
                 batches(first_step),
                 initial_epoch=first_epoch,
                 epochs=epochs,
-                steps_per_epoch=min(steps, schedule.steps_per_epoch),
+                steps_per_epoch=steps_per_epoch,
                 validation_data=validation,
                 shuffle=False,  # the batches are already shuffled
                 verbose=0,
@@ -104,7 +114,7 @@ def fit(
                     *([AveragedWeights()] if optimizer.use_ema else []),
                     Reseed(schedule.seed),
                     *callbacks,
-                    keras.callbacks.TensorBoard(str(folder / "logs"), write_graph=False),
+                    EpochLogs(str(folder / "logs"), write_graph=False),
                     progress,
                     checkpoints,
                 ],
@@ -124,12 +134,24 @@ class AveragedWeights(keras.callbacks.SwapEMAWeights):
         self._backend_swap_variables(optimizer)
 
 
+class EpochLogs(keras.callbacks.TensorBoard):
+    """TensorBoard's scalars of each epoch.
+
+    The device would have to wait for a callback that reads the logs of each batch.
+    """
+
+    on_train_batch_begin = keras.callbacks.Callback.on_train_batch_begin
+    on_train_batch_end = keras.callbacks.Callback.on_train_batch_end
+
+
 class StopOnNaN(keras.callbacks.Callback):
     """Stops training with a one-line error message if the loss is not finite."""
 
+    async_safe = True  # the next steps begin before the loss is read
+
     def on_train_batch_end(self, batch, logs=None):
         """Checks the training loss."""
-        self._check(logs["loss"], f"loss became {logs['loss']} at batch {batch} of this epoch")
+        self._check(logs["loss"], f"loss became {logs['loss']} at step {batch + 1} of this epoch")
 
     def on_epoch_end(self, epoch, logs=None):
         """Checks the validation loss, since the epoch's last update may have broken the weights."""

@@ -35,22 +35,23 @@ class FitProgress(keras.callbacks.Callback):
 
     Args:
         title: Label of the bar.
-        steps: Total number of training steps.
-        first_step: Step at which this call of `fit` starts.
-        batch_size: Images per step.
+        total: Images in all, over all passes.
+        initial: Images before this call of `fit`.
+        at_once: Images in the steps of one call of the training program.
     """
 
-    def __init__(self, title: str, *, steps: int, first_step: int, batch_size: int):
+    async_safe = True  # the next steps begin before the loss is read
+
+    def __init__(self, title: str, *, total: int, initial: int, at_once: int):
         super().__init__()
-        self.batch_size = batch_size
+        self.at_once = at_once
         self.held_out: dict[str, str] = {}
-        self.bar = progress_bar(title, steps * batch_size, initial=first_step * batch_size)
+        self.bar = progress_bar(title, total, initial=initial)
 
     def on_train_batch_end(self, batch, logs=None):
-        """Advances the bar by one batch and, every ten batches, updates the loss."""
-        self.bar.update(self.batch_size)
-        if batch % 10 == 0:
-            self.bar.set_postfix(loss=f"{logs['loss']:.4f}", **self.held_out, refresh=False)
+        """Advances the bar and updates the loss."""
+        self.bar.set_postfix(loss=f"{logs['loss']:.4f}", **self.held_out, refresh=False)
+        self.bar.update(self.at_once)
 
     def on_epoch_end(self, epoch, logs=None):
         """Stores the validation metrics, which the bar shows from now on."""

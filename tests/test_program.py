@@ -1,0 +1,116 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from vqbeam.vqvae.fitting import program
+from vqbeam.vqvae.fitting.data import TrainingData, training_data
+from vqbeam.vqvae.fitting.program import steps_per_call, training_program
+
+pytestmark = pytest.mark.backend
+
+NUMBERS = np.random.default_rng(0).normal(size=(20, 5)).astype("float32")
+STEPS = 12
+
+
+def build():
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(3, "relu"), keras.layers.Dense(1)]
+    )
+    model.compile(keras.optimizers.Adam(0.01), loss="mse")
+    model.evaluate(NUMBERS[:, :4], NUMBERS[:, 4:], verbose=0)  # builds what Keras's loss needs
+    return model
+
+
+def held_data():
+    return training_data(
+        tf.data.Dataset.from_tensor_slices({"numbers": NUMBERS}),
+        size=len(NUMBERS),
+        batch_size=8,
+        seed=0,
+        numbers=lambda generator: {"scale": generator.random((8, 1), "float32")},
+        prepare=lambda batch: (batch["numbers"][:, :4] * batch["scale"], batch["numbers"][:, 4:]),
+    )
+
+
+class Logs(keras.callbacks.Callback):
+    """Remembers what callbacks are told."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps, self.losses = [], []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.steps.append(batch)
+        self.losses.append(float(logs["loss"]))
+
+
+def trained(data, together):
+    model, logs = build(), Logs()
+    with training_program(model, data, together) as batches:
+        history = model.fit(
+            batches(0), epochs=2, steps_per_epoch=STEPS, callbacks=[logs], shuffle=False, verbose=0
+        )
+    return model, logs, history.history["loss"]
+
+
+@pytest.fixture(scope="module")
+def one_by_one():
+    return trained(held_data(), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("together", [2, 6, 12])
+def test_steps_together_train_as_one_by_one(one_by_one, together):
+    expected, _, losses = one_by_one
+    model, logs, found = trained(held_data(), together)
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    for one, other in zip(expected.weights, model.weights, strict=True):
+        np.testing.assert_allclose(np.asarray(other), np.asarray(one), rtol=1e-4, atol=1e-6)
+    assert logs.steps == list(range(together - 1, STEPS, together)) * 2
+    assert int(np.asarray(model.optimizer.iterations)) == 2 * STEPS
+
+
+def test_training_is_that_of_keras(one_by_one):
+    expected, logs, _ = one_by_one
+    model, inputs = build(), held_data().inputs()
+    losses = [float(model.train_on_batch(*next(inputs))) for _ in range(2 * STEPS)]
+    # `fit` reports means over the epoch so far.
+    means = np.cumsum(np.reshape(losses, (2, STEPS)), axis=1) / np.arange(1, STEPS + 1)
+    np.testing.assert_allclose(logs.losses, means.ravel(), rtol=1e-5)
+    for one, other in zip(expected.weights, model.weights, strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_of_the_data_stays_with_the_model(one_by_one):
+    model, _, _ = one_by_one
+    assert model.train_function is None and model.steps_per_execution == 1
+    assert "train_step" not in vars(model)
+    # It trains on other data after that.
+    model.fit(NUMBERS[:, :4], NUMBERS[:, 4:], verbose=0)
+
+
+def test_the_program_is_compiled_once(compiled):
+    traces = []
+
+    def prepare(batch):
+        traces.append(1)
+        return batch["numbers"][:, :4], batch["numbers"][:, 4:]
+
+    held = held_data()
+    data = TrainingData(batches=held.batches, held=held.held, prepare=prepare)
+    trained(data, 4)
+    # TensorFlow traces the body of its loop a second time.
+    assert 1 <= len(traces) <= 2
+
+
+@pytest.mark.parametrize("device, steps", [("cpu:0", 1), ("gpu:0", 100)])
+def test_steps_of_a_call(monkeypatch, device, steps):
+    monkeypatch.setattr(program.keras.distribution, "list_devices", lambda: [device])
+    assert steps_per_call(500) == steps
+
+
+def test_steps_of_a_call_divide_an_epoch(monkeypatch):
+    monkeypatch.setattr(program.keras.distribution, "list_devices", lambda: ["gpu:0"])
+    assert [steps_per_call(n) for n in (1, 60, 391, 7 * 13, 202)] == [1, 60, 23, 91, 2]

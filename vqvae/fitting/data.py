@@ -1,0 +1,148 @@
+"""Training data: the batches of a split, in an order that depends only on the seed."""
+
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops, tree
+
+from vqbeam.vqvae.storage.records import training_batches
+
+# Share of the memory of the host and of a device that a dataset may take.
+_SHARE_OF_MEMORY = 1 / 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """Batches for training, whose images or codes can stay on the device.
+
+    Attributes:
+        batches: Function from the number of a first step, and of the steps that go together, to an
+            endless tf.data.Dataset of the batches of so many steps, [steps, B, ...].
+        held: Arrays [N, ...] that are copied to the device once, by name. Then the batches are
+            dictionaries with `rows`, integers [steps, B], which stand for those rows of each array.
+        prepare: Function from the batch of one step to the input of the model. It is compiled with
+            the training step, so it must use `keras.ops`.
+    """
+
+    batches: Callable[[int, int], tf.data.Dataset]
+    held: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    prepare: Callable[[Any], Any] = lambda batch: batch
+
+    def input(self, batch: Any, held: dict[str, Any]) -> Any:
+        """Returns the input of the model for a batch and the held arrays on the device."""
+        if held:
+            rows = {name: ops.take(array, batch["rows"], axis=0) for name, array in held.items()}
+            batch = rows | {name: values for name, values in batch.items() if name != "rows"}
+        return self.prepare(batch)
+
+    def inputs(self, first_step: int = 0) -> Iterator[Any]:
+        """Yields the input of the model at each step, without end."""
+        for batch in self.batches(first_step, 1).as_numpy_iterator():
+            yield self.input(tree.map_structure(lambda values: values[0], batch), self.held)
+
+
+def training_data(
+    examples: tf.data.Dataset,
+    *,
+    size: int,
+    batch_size: int,
+    seed: int,
+    numbers: Callable[[np.random.Generator], dict[str, np.ndarray]],
+    prepare: Callable[[dict[str, Any]], Any],
+) -> TrainingData:
+    """Returns the training data of a split.
+
+    If all examples fit in a quarter of the memory, they are read once, and pass p over them has an
+    order that is drawn from `seed` and p. Otherwise, each pass reads them and shuffles a buffer.
+
+    Args:
+        examples: Dictionaries of tensors, in the order on disk.
+        size: Number of examples.
+        batch_size: Examples in a batch.
+        seed: Seed of the order and of the random numbers.
+        numbers: Function from a random generator of NumPy, one for each step, to what that step
+            needs for augmentation: arrays [B, ...] by name.
+        prepare: See `TrainingData`; it gets examples and random numbers in one dictionary.
+    """
+    bytes_each = sum(s.shape.num_elements() * s.dtype.size for s in examples.element_spec.values())
+    held = _read(examples, size) if _fits_in_memory(size * bytes_each) else {}
+
+    def of_steps(first, steps):
+        of_each = [numbers(_generator(seed, step)) for step in range(first, first + steps)]
+        sent = {name: np.stack([each[name] for each in of_each]) for name in of_each[0]}
+        if held:
+            rows = _rows(first * batch_size, steps * batch_size, size, seed)
+            sent["rows"] = rows.reshape(steps, batch_size)
+        return sent
+
+    def batches(first_step, steps):
+        signature = tree.map_structure(tf.type_spec_from_value, of_steps(first_step, steps))
+        sent = tf.data.Dataset.from_generator(
+            lambda: (of_steps(first, steps) for first in itertools.count(first_step, steps)),
+            output_signature=signature,
+        )
+        if not held:
+            read = training_batches(
+                examples, size=size, batch_size=batch_size, first_step=first_step, seed=seed
+            )
+            both = tf.data.Dataset.zip(read.batch(steps, drop_remainder=True), sent)
+            sent = both.map(lambda one, other: {**one, **other})
+        return sent.prefetch(2)
+
+    return TrainingData(batches=batches, held=held, prepare=prepare)
+
+
+def _rows(first: int, count: int, size: int, seed: int) -> np.ndarray:
+    """Returns the rows of `count` examples of `size`, from position `first` of the training on."""
+    parts = []
+    while count:
+        index, offset = divmod(first, size)
+        parts.append(_permutation(size, seed, index)[offset : offset + count])
+        first, count = first + len(parts[-1]), count - len(parts[-1])
+    return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(size: int, seed: int, index: int) -> np.ndarray:
+    return np.random.default_rng([seed, index]).permutation(size).astype(np.int32)
+
+
+def _generator(seed: int, step: int) -> np.random.Generator:
+    """Returns the random generator of a step."""
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
+
+
+def _read(examples: tf.data.Dataset, size: int) -> dict[str, np.ndarray]:
+    """Returns all examples as arrays [size, ...]."""
+    arrays = {
+        name: np.empty((size, *spec.shape), spec.dtype.as_numpy_dtype)
+        for name, spec in examples.element_spec.items()
+    }
+    first = 0
+    for batch in examples.batch(1024).prefetch(2).as_numpy_iterator():
+        for name, values in batch.items():
+            arrays[name][first : first + len(values)] = values
+        first += len(values)
+    return arrays
+
+
+def _fits_in_memory(size: int) -> bool:
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return size <= _SHARE_OF_MEMORY * min(host, _device_memory() or host)
+
+
+def _device_memory() -> int | None:
+    """Returns the memory of the first device in bytes, or None if it has none of its own."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    # TensorFlow does not tell. Few GPUs on which people train have less than 16 GiB.
+    return 2**34 if tf.config.list_logical_devices("GPU") else None

@@ -1,0 +1,222 @@
+"""Training programs: several training steps in one compiled call, on data that stays on the device.
+
+A GPU takes less time for a small step than Python needs to start one. So a call runs many steps,
+and the host sends only row numbers: the images or codes are on the device already, where each batch
+is gathered, augmented and scaled.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops, tree
+
+from vqbeam.vqvae.fitting.data import TrainingData
+
+# Steps in a call on a GPU, at most. On a CPU, a step takes so long that more are not faster.
+_STEPS_PER_CALL = 100
+
+
+def steps_per_call(steps_per_epoch: int) -> int:
+    """Returns how many steps a call runs: on a GPU, up to 100, a divisor of those of an epoch."""
+    if keras.distribution.list_devices()[0].startswith("cpu"):
+        return 1
+    return max(n for n in range(1, _STEPS_PER_CALL + 1) if steps_per_epoch % n == 0)
+
+
+@contextlib.contextmanager
+def training_program(
+    model: keras.Model, data: TrainingData, steps: int
+) -> Iterator[Callable[[int], tf.data.Dataset]]:
+    """A context in which `fit` trains a compiled model with programs of several steps.
+
+    Args:
+        model: A compiled and built model.
+        data: The data for training.
+        steps: Steps in a program.
+
+    Yields:
+        A function from a step number to the dataset for `fit`, with `steps` as the model's
+        `steps_per_execution`.
+    """
+    before, model.steps_per_execution = model.steps_per_execution, steps
+    if keras.backend.backend() == "jax":
+        model.train_function = _jax_program(model, data, steps)
+
+        def batches(first_step):
+            return data.batches(first_step, steps).map(_one_element(_joined))
+    else:
+        # Keras makes a program of its own from the step that it finds.
+        model.train_function, model.train_step = None, _tensorflow_step(model, data)
+
+        def batches(first_step):
+            return data.batches(first_step, steps).unbatch()
+
+    try:
+        yield batches
+    finally:
+        # They hold the data.
+        model.train_function = None
+        model.__dict__.pop("train_step", None)
+        model.steps_per_execution = before
+
+
+def _tensorflow_step(model: keras.Model, data: TrainingData) -> Callable:
+    # As variables, each device has a copy.
+    held = {name: tf.Variable(array, trainable=False) for name, array in data.held.items()}
+    step = model.train_step
+    return lambda batch: step(data.input(batch, held))
+
+
+def _jax_program(model: keras.Model, data: TrainingData, steps: int) -> Callable:
+    """Returns the function that Keras's `fit` calls with its state and an iterator of batches."""
+    import jax
+
+    held = {name: _on_each_device(array) for name, array in data.held.items()}
+
+    def program(state, held, batches):
+        structure = jax.tree.structure(state)
+
+        def one(state, index):
+            batch = data.input(_part(batches, index, steps), held)
+            logs, state = model.train_step(state, batch)
+            # Keras returns tuples in place of lists.
+            return jax.tree.unflatten(structure, jax.tree.leaves(state)), logs
+
+        if steps == 1:
+            state, logs = one(state, 0)
+            return logs, state
+        state, logs = jax.lax.scan(one, state, jax.numpy.arange(steps))
+        # Metrics are means over the epoch so far, so those of the last step say all.
+        return jax.tree.map(lambda values: values[-1], logs), state
+
+    compiled = None
+
+    def train(state, iterator):
+        nonlocal compiled
+        if compiled is None:
+            # With several devices, results stay where the state is.
+            places = jax.tree.map(lambda value: value.sharding, state)
+            compiled = jax.jit(program, donate_argnums=0, out_shardings=(None, places))
+        return compiled(state, held, next(iterator))
+
+    return train
+
+
+def _on_each_device(array: np.ndarray):
+    import jax
+
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return jax.device_put(array)
+    mesh = distribution.device_mesh.backend_mesh
+    return jax.device_put(array, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
+def _one_element(function: Callable) -> Callable:
+    """Returns a function for `Dataset.map`, which passes an element that is a tuple in parts."""
+    return lambda *element: tree.map_structure(
+        function, element if len(element) > 1 else element[0]
+    )
+
+
+def _joined(values):
+    """Returns batches [steps, B, ...] as [B · steps, ...], of which `_part` takes those of a step.
+
+    So each device gets its share of every batch.
+    """
+    order = [1, 0, *range(2, len(values.shape))]
+    return tf.reshape(tf.transpose(values, order), [-1, *values.shape[2:]])
+
+
+class AccumulatingModel(keras.Model):
+    """A Keras model that computes each batch in parts, to save memory.
+
+    Gradients are averaged over the parts, so a training step has one update, one step of the
+    schedule and one of the weight EMA, as without accumulation. Only random layers such as dropout
+    use different random numbers.
+
+    Batches must contain inputs only, and `compute_loss` must return a mean over the batch.
+
+    Attributes:
+        parts: Number of parts of a batch. It must divide the number of examples per device.
+    """
+
+    parts = 1
+
+    def train_step(self, *arguments):
+        """Trains on one batch; called by Keras, with arguments that depend on the backend."""
+        if self.parts == 1:
+            return super().train_step(*arguments)
+        if keras.backend.backend() == "jax":
+            return self._jax_step(*arguments)
+        return self._tensorflow_step(*arguments)
+
+    def _tensorflow_step(self, data):
+        inputs, *_ = keras.utils.unpack_x_y_sample_weight(data)
+        weights = self.trainable_weights
+
+        def add(index, state):
+            part = _part(inputs, index, self.parts)
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x=part, y_pred=self(part, training=True))
+                scaled = self.optimizer.scale_loss(loss)
+            # Convert, since the gradients of embeddings are sparse.
+            gradients = [tf.convert_to_tensor(g) for g in tape.gradient(scaled, weights)]
+            return tree.map_structure(ops.add, state, [loss, *gradients])
+
+        state = [ops.zeros(()), *map(ops.zeros_like, weights)]
+        loss, *gradients = self._mean(ops.fori_loop(0, self.parts, add, state))
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        self._loss_tracker.update_state(loss * replicas, sample_weight=_size(inputs))
+        self.optimizer.apply_gradients(zip(gradients, weights, strict=True))
+        return self.compute_metrics(inputs, None, None)
+
+    def _jax_step(self, state, data):
+        import jax
+
+        inputs, *_ = keras.utils.unpack_x_y_sample_weight(data)
+        trainable, others, optimizer, metrics = state
+        loss_gradients = jax.value_and_grad(self.compute_loss_and_updates, has_aux=True)
+
+        def add(index, state):
+            sums, others = state
+            (_, (loss, _, others, _)), gradients = loss_gradients(
+                trainable,
+                others,
+                metrics,
+                _part(inputs, index, self.parts),
+                None,
+                None,
+                training=True,
+                optimizer_variables=optimizer,
+            )
+            return tree.map_structure(ops.add, sums, [loss, *gradients]), list(others)
+
+        sums = [ops.zeros(()), *map(ops.zeros_like, trainable)]
+        sums, others = ops.fori_loop(0, self.parts, add, (sums, list(others)))
+        loss, *gradients = self._mean(sums)
+        trainable, optimizer = self.optimizer.stateless_apply(optimizer, gradients, trainable)
+        logs, metrics = self._update_metrics_variables(metrics, loss, inputs, None, None, None)
+        return logs, (trainable, others, optimizer, metrics)
+
+    def _mean(self, sums):
+        return [total / self.parts for total in sums]
+
+
+def _part(inputs, index, parts: int):
+    """Returns every `parts`-th example from `index` on, so each device keeps an equal share."""
+    if parts == 1:
+        return inputs
+
+    def of(tensor):
+        rows = ops.reshape(tensor, (-1, parts, *tensor.shape[1:]))
+        return ops.take(rows, index, axis=1)
+
+    return tree.map_structure(of, inputs)
+
+
+def _size(inputs):
+    return ops.shape(tree.flatten(inputs)[0])[0]

@@ -207,8 +207,8 @@ def _training(run: RunFolder, config: Config, codes: dict, model: CodePrior) -> 
         size=codes["counts"]["train"],
         batch_size=settings.batch_size,
         seed=config.seed,
-        numbers=lambda generator: {
-            "dropped": generator.random(settings.batch_size) < settings.label_dropout
+        numbers=lambda seed, count: {
+            "dropped": tf.random.stateless_uniform([count], seed) < settings.label_dropout
         },
         prepare=prepare,
     )

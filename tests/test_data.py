@@ -19,7 +19,7 @@ def make(seed=0, batch_size=BATCH):
         size=SIZE,
         batch_size=batch_size,
         seed=seed,
-        numbers=lambda generator: {"noise": generator.random(batch_size, "float32")},
+        numbers=lambda seed, count: {"noise": tf.random.stateless_uniform([count], seed)},
         prepare=lambda batch: {"first": batch["row"][:, 0], "noise": batch["noise"]},
     )
 

@@ -3,35 +3,37 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import tensorflow as tf
 from keras import ops
 
 # Maximum shift of a random crop, as a fraction of the side.
 _SHIFT = 1 / 8
 
 
-def random_changes(
-    generator: np.random.Generator, kind: str, batch_size: int, sides: Sequence[int]
-) -> dict[str, np.ndarray]:
-    """Returns random changes for a batch of images, the arguments of `augment`.
+def random_changes(seed, kind: str, count: int, sides: Sequence[int]) -> dict[str, tf.Tensor]:
+    """Returns random changes of images, the arguments of `augment`, for use in tf.data.
 
     Args:
-        generator: Source of the random numbers.
+        seed: Integer tensor [2]; the changes depend on it alone.
         kind: "none"; "flip" for horizontal flips with probability 0.5; "crop" for shifts of up to
             1/8 of each side, with reflected borders; "flip_crop" for both.
-        batch_size: Number of images B.
+        count: Number of images N.
         sides: Height and width of an image.
 
     Returns:
-        A dictionary with `shifts`, int32 [B, 2], if images are shifted, and `mirrored`, bool [B],
+        A dictionary with `shifts`, int32 [N, 2], if images are shifted, and `mirrored`, bool [N],
         if some are flipped.
     """
     changes = {}
     if "crop" in kind:
-        reach = (np.array(sides) * _SHIFT).astype(int)
-        shifts = generator.integers(-reach, reach, (batch_size, 2), endpoint=True)
-        changes["shifts"] = shifts.astype(np.int32)
+        reach = [int(side * _SHIFT) for side in sides]
+        numbers = tf.random.stateless_uniform([count, 2], seed)
+        # Each of −reach, ..., reach with the same probability.
+        shifts = tf.floor(numbers * [2.0 * most + 1 for most in reach])
+        changes["shifts"] = tf.cast(shifts, tf.int32) - reach
     if "flip" in kind:
-        changes["mirrored"] = generator.random(batch_size) < 0.5
+        numbers = tf.random.stateless_uniform([count], seed + tf.constant([1, 0], seed.dtype))
+        changes["mirrored"] = numbers < 0.5
     return changes
 
 

@@ -155,7 +155,7 @@ def training_images(run: RunFolder, augmentation: str = "none") -> TrainingData:
     """
     config = run.load_config()
     builder = open_dataset(run.folder("prepare"))
-    batch_size, (*sides, _) = config.vqvae.batch_size, config.image_shape
+    *sides, _ = config.image_shape
 
     def prepare(batch):
         images = batch.pop("image")
@@ -164,9 +164,9 @@ def training_images(run: RunFolder, augmentation: str = "none") -> TrainingData:
     return training_data(
         read_split(builder, "train").map(lambda example: {"image": example["image"]}),
         size=builder.info.splits["train"].num_examples,
-        batch_size=batch_size,
+        batch_size=config.vqvae.batch_size,
         seed=config.seed,
-        numbers=lambda generator: random_changes(generator, augmentation, batch_size, sides),
+        numbers=lambda seed, count: random_changes(seed, augmentation, count, sides),
         prepare=prepare,
     )
 

@@ -1,8 +1,6 @@
 """Training data: the batches of a split, in an order that depends only on the seed."""
 
 import dataclasses
-import functools
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +12,8 @@ from keras import ops, tree
 
 from vqbeam.vqvae.storage.records import training_batches
 
+# Steps whose random numbers are drawn at once. Each block has a seed of its own.
+_BLOCK = 100
 # Share of the memory of the host and of a device that a dataset may take.
 _SHARE_OF_MEMORY = 1 / 4
 
@@ -54,7 +54,7 @@ def training_data(
     size: int,
     batch_size: int,
     seed: int,
-    numbers: Callable[[np.random.Generator], dict[str, np.ndarray]],
+    numbers: Callable[[tf.Tensor, int], dict[str, tf.Tensor]],
     prepare: Callable[[dict[str, Any]], Any],
 ) -> TrainingData:
     """Returns the training data of a split.
@@ -67,56 +67,48 @@ def training_data(
         size: Number of examples.
         batch_size: Examples in a batch.
         seed: Seed of the order and of the random numbers.
-        numbers: Function from a random generator of NumPy, one for each step, to what that step
-            needs for augmentation: arrays [B, ...] by name.
+        numbers: Function from a seed, int64 [2], and a number of examples N, to the random numbers
+            that they need: tensors [N, ...] by name. It works in tf.data.
         prepare: See `TrainingData`; it gets examples and random numbers in one dictionary.
     """
     bytes_each = sum(s.shape.num_elements() * s.dtype.size for s in examples.element_spec.values())
     held = _read(examples, size) if _fits_in_memory(size * bytes_each) else {}
+    count = _BLOCK * batch_size
 
-    def of_steps(first, steps):
-        of_each = [numbers(_generator(seed, step)) for step in range(first, first + steps)]
-        sent = {name: np.stack([each[name] for each in of_each]) for name in of_each[0]}
+    def block(index):
+        sent = numbers(tf.stack([np.int64(seed), index]), count)
         if held:
-            rows = _rows(first * batch_size, steps * batch_size, size, seed)
-            sent["rows"] = rows.reshape(steps, batch_size)
-        return sent
+            sent |= {"rows": _rows(index * count + tf.range(count, dtype=tf.int64), size, seed)}
+        return tree.map_structure(
+            lambda values: tf.reshape(values, [_BLOCK, batch_size, *values.shape[1:]]), sent
+        )
 
     def batches(first_step, steps):
-        signature = tree.map_structure(tf.type_spec_from_value, of_steps(first_step, steps))
-        sent = tf.data.Dataset.from_generator(
-            lambda: (of_steps(first, steps) for first in itertools.count(first_step, steps)),
-            output_signature=signature,
-        )
+        first_block, before = divmod(first_step, _BLOCK)
+        blocks = tf.data.Dataset.range(first_block, np.iinfo(np.int64).max).map(block).prefetch(2)
+        found = blocks.unbatch().skip(before)
         if not held:
             read = training_batches(
                 examples, size=size, batch_size=batch_size, first_step=first_step, seed=seed
             )
-            both = tf.data.Dataset.zip(read.batch(steps, drop_remainder=True), sent)
-            sent = both.map(lambda one, other: {**one, **other})
-        return sent.prefetch(2)
+            found = tf.data.Dataset.zip(read, found).map(lambda one, other: {**one, **other})
+        return found.batch(steps, drop_remainder=True).prefetch(2)
 
     return TrainingData(batches=batches, held=held, prepare=prepare)
 
 
-def _rows(first: int, count: int, size: int, seed: int) -> np.ndarray:
-    """Returns the rows of `count` examples of `size`, from position `first` of the training on."""
-    parts = []
-    while count:
-        index, offset = divmod(first, size)
-        parts.append(_permutation(size, seed, index)[offset : offset + count])
-        first, count = first + len(parts[-1]), count - len(parts[-1])
-    return np.concatenate(parts)
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(size: int, seed: int, index: int) -> np.ndarray:
-    return np.random.default_rng([seed, index]).permutation(size).astype(np.int32)
-
-
-def _generator(seed: int, step: int) -> np.random.Generator:
-    """Returns the random generator of a step."""
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
+def _rows(positions, size: int, seed: int):
+    """Returns the row at each position of the training, int32: in each pass, every row once."""
+    passes = positions // size
+    # Mixed, since the cipher ignores the high bits of its key where there are few rows.
+    parts = tf.constant(np.random.SeedSequence(seed).generate_state(2), tf.int64)
+    seeds = tf.concat([tf.tile(parts[None], [len(passes), 1]), passes[:, None]], axis=1)
+    last = tf.fill(tf.shape(passes), np.int64(size - 1))
+    # Each pass is a permutation by a block cipher, of which any place can be computed by itself.
+    rows = tf.raw_ops.RandomIndexShuffle(
+        index=positions % size, seed=tf.cast(seeds, tf.uint32), max_index=last, rounds=16
+    )
+    return tf.cast(rows, tf.int32)
 
 
 def _read(examples: tf.data.Dataset, size: int) -> dict[str, np.ndarray]:

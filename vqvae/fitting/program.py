@@ -14,6 +14,7 @@ import tensorflow as tf
 from keras import ops, tree
 
 from vqbeam.vqvae.fitting.data import TrainingData
+from vqbeam.vqvae.fitting.devices import device_count
 
 # Steps in a call on a GPU, at most. On a CPU, a step takes so long that more are not faster.
 _STEPS_PER_CALL = 100
@@ -21,7 +22,9 @@ _STEPS_PER_CALL = 100
 
 def steps_per_call(steps_per_epoch: int) -> int:
     """Returns how many steps a call runs: on a GPU, up to 100, a divisor of those of an epoch."""
-    if keras.distribution.list_devices()[0].startswith("cpu"):
+    on_cpu = keras.distribution.list_devices()[0].startswith("cpu")
+    # TensorFlow's devices cannot exchange anything inside of a loop.
+    if on_cpu or (keras.backend.backend() == "tensorflow" and device_count() > 1):
         return 1
     return max(n for n in range(1, _STEPS_PER_CALL + 1) if steps_per_epoch % n == 0)
 
@@ -35,39 +38,45 @@ def training_program(
     Args:
         model: A compiled and built model.
         data: The data for training.
-        steps: Steps in a program.
+        steps: Steps in a program, which must divide those of an epoch.
 
     Yields:
-        A function from a step number to the dataset for `fit`, with `steps` as the model's
-        `steps_per_execution`.
+        A function from a step number to the dataset for `fit`.
     """
     before, model.steps_per_execution = model.steps_per_execution, steps
-    if keras.backend.backend() == "jax":
-        model.train_function = _jax_program(model, data, steps)
-
-        def batches(first_step):
-            return data.batches(first_step, steps).map(_one_element(_joined))
-    else:
-        # Keras makes a program of its own from the step that it finds.
-        model.train_function, model.train_step = None, _tensorflow_step(model, data)
-
-        def batches(first_step):
-            return data.batches(first_step, steps).unbatch()
-
+    make = _jax_program if keras.backend.backend() == "jax" else _tensorflow_program
+    model.train_function = make(model, data, steps)
     try:
-        yield batches
+        yield lambda first_step: data.batches(first_step, steps).map(_joined)
     finally:
-        # They hold the data.
-        model.train_function = None
-        model.__dict__.pop("train_step", None)
+        model.train_function = None  # it holds the data
         model.steps_per_execution = before
 
 
-def _tensorflow_step(model: keras.Model, data: TrainingData) -> Callable:
+def _tensorflow_program(model: keras.Model, data: TrainingData, steps: int) -> Callable:
+    """Returns the function that Keras's `fit` calls with an iterator of batches."""
     # As variables, each device has a copy.
     held = {name: tf.Variable(array, trainable=False) for name, array in data.held.items()}
-    step = model.train_step
-    return lambda batch: step(data.input(batch, held))
+
+    def one(batch):
+        return model.train_step(data.input(batch, held))
+
+    if device_count() > 1:
+        return model._make_function(one)
+
+    @tf.function(jit_compile=model.jit_compile, autograph=False)
+    def program(batches):
+        if steps == 1:
+            return one(batches)
+
+        def body(index):
+            one(_part(batches, index, steps))
+            return [index + 1]
+
+        tf.while_loop(lambda index: index < steps, body, [0])
+        return model.get_metrics_result()
+
+    return lambda iterator: program(next(iterator))
 
 
 def _jax_program(model: keras.Model, data: TrainingData, steps: int) -> Callable:
@@ -115,20 +124,18 @@ def _on_each_device(array: np.ndarray):
     return jax.device_put(array, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
-def _one_element(function: Callable) -> Callable:
-    """Returns a function for `Dataset.map`, which passes an element that is a tuple in parts."""
-    return lambda *element: tree.map_structure(
-        function, element if len(element) > 1 else element[0]
-    )
-
-
-def _joined(values):
+def _joined(*batches):
     """Returns batches [steps, B, ...] as [B · steps, ...], of which `_part` takes those of a step.
 
     So each device gets its share of every batch.
     """
-    order = [1, 0, *range(2, len(values.shape))]
-    return tf.reshape(tf.transpose(values, order), [-1, *values.shape[2:]])
+
+    def join(values):
+        order = [1, 0, *range(2, len(values.shape))]
+        return tf.reshape(tf.transpose(values, order), [-1, *values.shape[2:]])
+
+    joined = tree.map_structure(join, batches)
+    return joined if len(joined) > 1 else joined[0]  # `Dataset.map` passes the parts of a tuple
 
 
 class AccumulatingModel(keras.Model):

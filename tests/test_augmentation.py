@@ -15,6 +15,7 @@ def images(count, shape=SHAPE):
 
 def varied(batch, kind):
     changes = random_changes(tf.constant([0, 1]), kind, len(batch), batch.shape[1:3])
+    changes = {name: values.numpy() for name, values in changes.items()}
     found = np.asarray(augment(batch, **changes))
     assert found.shape == batch.shape and found.dtype == batch.dtype
     return found

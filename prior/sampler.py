@@ -12,9 +12,8 @@ import numpy as np
 from keras import ops
 
 from vqbeam.configs import SamplerSettings, VqbeamError
-from vqbeam.prior.filters import sample_code, sampler_tensors
+from vqbeam.prior.filters import sample_code, sampler_tensors, uniforms
 from vqbeam.prior.transformer import CodePrior, check_labels
-from vqbeam.prior.uniforms import uniforms
 from vqbeam.vqvae.fitting.compilation import compile_function
 
 # Attention reads the complete cache, so the cache starts short and grows in this many steps.

@@ -66,9 +66,10 @@ def test_steps_that_go_together_are_the_same(data):
 
 
 def test_each_step_has_random_numbers_of_its_own(data):
-    noise = joined(first_inputs(data, 6), "noise")
-    assert len(set(noise.tolist())) == 6 * BATCH
-    assert set(noise.tolist()).isdisjoint(joined(first_inputs(make(seed=1), 6), "noise").tolist())
+    noise = joined(first_inputs(data, 150), "noise")  # more steps than are drawn at once
+    # float32 has 2^23 numbers here, of which a few may come twice.
+    assert len(set(noise.tolist())) > 595
+    assert np.abs(noise - joined(first_inputs(make(seed=1), 150), "noise")).mean() > 0.25
 
 
 def test_the_seed_gives_the_order():

@@ -16,7 +16,7 @@ from keras import layers
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.fitting.checkpoints import Checkpoints
 from vqbeam.vqvae.fitting.data import TrainingData
-from vqbeam.vqvae.fitting.fit import Schedule, fit, load_model, save_model
+from vqbeam.vqvae.fitting.fit import Reseed, Schedule, fit, load_model, save_model
 from vqbeam.vqvae.storage.records import training_batches
 
 pytestmark = pytest.mark.slow
@@ -162,7 +162,20 @@ def test_a_new_process_goes_on_bit_for_bit(tmp_path):
 
 
 @pytest.mark.backend
-def test_dropout_differs_between_epochs_and_seeds(tmp_path):
+def test_random_layers_begin_each_epoch_with_numbers_of_its_own():
+    model = build()
+    (generator,) = (v for v in model.non_trainable_variables if "seed_generator" in v.path)
+    states = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        callback = Reseed(seed)
+        callback.set_model(model)
+        callback.on_epoch_begin(epoch)
+        states.append(tuple(np.asarray(generator).tolist()))
+    assert len(set(states)) == 3 and states[0] == states[-1]
+
+
+@pytest.mark.backend
+def test_dropout_differs_between_seeds(tmp_path):
     states = []
     for seed in (0, 1):
         model = build()

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from vqbeam.prior.filters import uniforms
 from vqbeam.prior.serving import graph_uniforms
-from vqbeam.prior.uniforms import uniforms
 
 pytestmark = pytest.mark.usefixtures("compiled")
 

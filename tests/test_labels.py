@@ -28,6 +28,11 @@ def test_all_classes_or_none():
     assert labels_for(None, Labels(), 2).tolist() == [-1, -1]
 
 
+def test_images_from_the_middle_have_the_labels_that_they_have_among_all():
+    whole = labels_for(["cherry", "apple", "1"], Labels(NAMES), 9).tolist()
+    assert labels_for(["cherry", "apple", "1"], Labels(NAMES), 4, first=5).tolist() == whole[5:]
+
+
 @pytest.mark.parametrize("label", ["melon", "3", "-1", "²", "1.0"])
 def test_unknown_label(label):
     with pytest.raises(VqbeamError) as caught:

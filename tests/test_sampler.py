@@ -9,10 +9,9 @@ import pytest
 from keras import ops
 
 from vqbeam.configs import SampleConfig, SamplerSettings, VqbeamError
-from vqbeam.prior.filters import guidance_scales, sampler_tensors
+from vqbeam.prior.filters import guidance_scales, sampler_tensors, uniforms
 from vqbeam.prior.sampler import Sampler, sample_codes
 from vqbeam.prior.transformer import CodePrior
-from vqbeam.prior.uniforms import uniforms
 from vqbeam.vqvae.fitting.compilation import compile_function
 from vqbeam.vqvae.layout import CodeLayout
 

@@ -1,6 +1,6 @@
 import numpy as np
 
-from vqbeam.prior.uniforms import uniforms
+from vqbeam.prior.filters import uniforms
 
 
 def test_an_image_has_its_own_numbers():
@@ -42,7 +42,7 @@ def test_values_are_uniform_and_below_one():
 
 
 def test_the_largest_raw_number_stays_below_one(monkeypatch):
-    monkeypatch.setattr("vqbeam.prior.uniforms._raw", lambda *_: np.full(2, 2**64 - 1, "uint64"))
+    monkeypatch.setattr("vqbeam.prior.filters._raw", lambda *_: np.full(2, 2**64 - 1, "uint64"))
     np.testing.assert_array_equal(uniforms(0, np.array([0]), 2), np.float32(1 - 2**-24))
 
 

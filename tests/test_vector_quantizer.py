@@ -286,6 +286,7 @@ def test_restarts_of_a_trainable_codebook_are_added_to_it():
     assert len(np.unique(array(layer.encode(z)))) > 3
     layer.codebook.assign(codebook + 1)
     np.testing.assert_allclose(array(layer.vectors()), first + 1, atol=1e-4)
+    np.testing.assert_allclose(array(layer.decode_codes(np.arange(K))), first + 1, atol=1e-4)
 
 
 @pytest.mark.parametrize("update", ["ema", "gradient"])

@@ -8,6 +8,9 @@ os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# What is compiled in tests is of no use to commands.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+
 import numpy as np
 import pytest
 

@@ -174,6 +174,18 @@ def test_python_m_vqbeam():
 
 
 @pytest.mark.slow
+def test_programs_share_a_gpu_unless_told_otherwise(monkeypatch):
+    names = ("XLA_PYTHON_CLIENT_PREALLOCATE", "TF_FORCE_GPU_ALLOW_GROWTH")
+    for name in (*names, "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("TF_FORCE_GPU_ALLOW_GROWTH", "0")
+    assert cli.main(["presets"]) == 0
+    assert [os.environ[name] for name in names] == ["false", "0"]
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/home/someone/.cache/vqbeam/jax"
+
+
 def test_the_libraries_start_quietly():
     code = """
 from vqbeam.pipelines.cli import main as cli

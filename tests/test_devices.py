@@ -2,7 +2,8 @@ import keras
 import pytest
 
 from vqbeam.configs import VqbeamError
-from vqbeam.vqvae.fitting.devices import data_parallel, device_count
+from vqbeam.vqvae.fitting import devices as module
+from vqbeam.vqvae.fitting.devices import data_parallel, describe_devices, device_count
 
 pytestmark = pytest.mark.backend
 
@@ -35,3 +36,23 @@ def test_a_batch_that_devices_cannot_share_is_refused(monkeypatch):
     message = "a batch of 64 cannot be divided among 3 devices; make it a multiple, or choose"
     with pytest.raises(VqbeamError, match=message), data_parallel(64):
         raise AssertionError("the block was entered")
+
+
+@pytest.mark.parametrize("devices", [["cpu:0"], ["gpu:0", "gpu:1"]])
+@pytest.mark.parametrize("hidden", [None, "", "-1", "0"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_gpu_that_is_not_used_is_named(monkeypatch, tmp_path, devices, hidden, there):
+    monkeypatch.setattr(keras.distribution, "list_devices", lambda: devices)
+    monkeypatch.setattr(module, "_NVIDIA_GPUS", tmp_path if there else tmp_path / "none")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    first, *advice = describe_devices().splitlines()
+    backend = keras.backend.backend()
+    assert first == f"{', '.join(devices)} with {backend}"
+    if devices == ["cpu:0"] and there and hidden in (None, "0"):
+        assert advice[0].startswith("the GPU is not used: ")
+        extra = {"tensorflow": "tensorflow[and-cuda]", "jax": "jax[cuda12]"}[backend]
+        assert advice[0].endswith(f'pip install "{extra}"')
+    else:
+        assert not advice

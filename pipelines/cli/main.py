@@ -150,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         _be_quiet()
+        _set_up_devices()
         _dispatch(*parse(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return 0
@@ -253,6 +254,16 @@ def _check_run(needs: tuple[str, ...], arguments: dict[str, Any]) -> None:
     for label in [*named, *(arguments.get("labels") or [])]:
         if label is not None:
             parse_label(label, Labels.of(manifests["train-prior"]))
+
+
+def _set_up_devices() -> None:
+    """Sets how the libraries use a GPU; to be called before they are imported."""
+    # Not all of a GPU's memory at the start, so that two programs can share one.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    # What JAX has compiled, for the next command.
+    cache = os.path.expanduser("~/.cache/vqbeam/jax")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
 
 
 def _be_quiet() -> None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import os
+import pathlib
 
 import keras
 
@@ -11,6 +13,24 @@ from vqbeam.configs import VqbeamError
 def device_count() -> int:
     """Returns the number of devices used for training: all accelerators, or else the CPU."""
     return len(keras.distribution.list_devices())
+
+
+# What the driver of NVIDIA has for each GPU.
+_NVIDIA_GPUS = pathlib.Path("/proc/driver/nvidia/gpus")
+_CUDA_PACKAGES = {"tensorflow": "tensorflow[and-cuda]", "jax": "jax[cuda12]"}
+
+
+def describe_devices() -> str:
+    """Returns the backend and devices used for training, and how to use a GPU that is not."""
+    backend, devices = keras.backend.backend(), keras.distribution.list_devices()
+    text = f"{', '.join(devices)} with {backend}"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if devices[0].startswith("cpu") and _NVIDIA_GPUS.is_dir() and not hidden:
+        text += (
+            f"\nthe GPU is not used: {backend} was installed without CUDA, or does not find it; "
+            f'pip install "{_CUDA_PACKAGES[backend]}"'
+        )
+    return text
 
 
 def evenly_shared(size: int) -> int:

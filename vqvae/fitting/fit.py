@@ -16,6 +16,7 @@ from etils import epath
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.fitting.checkpoints import Checkpoints
 from vqbeam.vqvae.fitting.data import TrainingData
+from vqbeam.vqvae.fitting.devices import describe_devices
 from vqbeam.vqvae.fitting.program import steps_per_call, training_program
 from vqbeam.vqvae.fitting.progress import FitProgress
 from vqbeam.vqvae.storage.files import write_bytes
@@ -87,8 +88,7 @@ def fit(
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     if first_epoch < epochs and not checkpoints.stalled:
         first_step = first_epoch * schedule.steps_per_epoch
-        devices = ", ".join(keras.distribution.list_devices())
-        print(f"{title}: step {first_step:,} to {steps:,} on {devices}", file=sys.stderr)
+        print(f"{title}: step {first_step:,} to {steps:,} on {describe_devices()}", file=sys.stderr)
         steps_per_epoch = min(steps, schedule.steps_per_epoch)
         together = steps_per_call(steps_per_epoch)
         progress = FitProgress(

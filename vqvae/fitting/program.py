@@ -84,15 +84,34 @@ def _jax_program(model: keras.Model, data: TrainingData, steps: int) -> Callable
     import jax
 
     held = {name: _on_each_device(array) for name, array in data.held.items()}
+    compiled = None
 
-    def program(state, held, batches):
-        structure = jax.tree.structure(state)
+    def train(state, iterator):
+        nonlocal compiled
+        if compiled is None:
+            # With several devices, results stay where the state is.
+            places = jax.tree.map(lambda value: value.sharding, state)
+            function = jax_steps(model, data, steps)
+            compiled = jax.jit(function, donate_argnums=0, out_shardings=(None, places))
+        return compiled(state, held, next(iterator))
 
+    return train
+
+
+def jax_steps(model: keras.Model, data: TrainingData, steps: int) -> Callable:
+    """Returns a pure function that trains several steps.
+
+    Its arguments are the model's state as Keras's `fit` has it, the held arrays, and the batches of
+    all steps as `_joined` returns them; it returns the logs and the new state.
+    """
+    import jax
+
+    def several(state, held, batches):
         def one(state, index):
             batch = data.input(_part(batches, index, steps), held)
-            logs, state = model.train_step(state, batch)
+            logs, new = model.train_step(state, batch)
             # Keras returns tuples in place of lists.
-            return jax.tree.unflatten(structure, jax.tree.leaves(state)), logs
+            return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(new)), logs
 
         if steps == 1:
             state, logs = one(state, 0)
@@ -101,17 +120,7 @@ def _jax_program(model: keras.Model, data: TrainingData, steps: int) -> Callable
         # Metrics are means over the epoch so far, so those of the last step say all.
         return jax.tree.map(lambda values: values[-1], logs), state
 
-    compiled = None
-
-    def train(state, iterator):
-        nonlocal compiled
-        if compiled is None:
-            # With several devices, results stay where the state is.
-            places = jax.tree.map(lambda value: value.sharding, state)
-            compiled = jax.jit(program, donate_argnums=0, out_shardings=(None, places))
-        return compiled(state, held, next(iterator))
-
-    return train
+    return several
 
 
 def _on_each_device(array: np.ndarray):

@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -28,6 +29,10 @@ from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.layout import CodeLayout
 from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
 from vqbeam.vqvae.storage.run_folder import MANIFEST
+
+# With JAX, TensorFlow only reads and writes records; on a GPU, it would take JAX's memory.
+if keras.backend.backend() == "jax":
+    tf.config.set_visible_devices([], "GPU")
 
 IMAGES_VERSION = "1.0.0"
 CODES_VERSION = "1.0.0"

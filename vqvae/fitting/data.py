@@ -14,8 +14,10 @@ from vqbeam.vqvae.storage.records import training_batches
 
 # Steps whose random numbers are drawn at once. Each block has a seed of its own.
 _BLOCK = 100
-# Share of the memory of the host and of a device that a dataset may take.
-_SHARE_OF_MEMORY = 1 / 4
+# Shares of the memory that a dataset may take: of a device, and of the host, where TensorFlow makes
+# a second copy.
+_SHARE_OF_DEVICE = 1 / 4
+_SHARE_OF_HOST = 1 / 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +61,9 @@ def training_data(
 ) -> TrainingData:
     """Returns the training data of a split.
 
-    If all examples fit in a quarter of the memory, they are read once, and pass p over them has an
-    order that is drawn from `seed` and p. Otherwise, each pass reads them and shuffles a buffer.
+    If all examples fit in a quarter of the device's memory and an eighth of the host's, they are
+    read once, and pass p over them has an order that is drawn from `seed` and p. Otherwise, each
+    pass reads them and shuffles a buffer.
 
     Args:
         examples: Dictionaries of tensors, in the order on disk.
@@ -126,8 +129,9 @@ def _read(examples: tf.data.Dataset, size: int) -> dict[str, np.ndarray]:
 
 
 def _fits_in_memory(size: int) -> bool:
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return size <= _SHARE_OF_MEMORY * min(host, _device_memory() or host)
+    host, device = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), _device_memory()
+    fits_device = device is None or size <= _SHARE_OF_DEVICE * device
+    return fits_device and size <= _SHARE_OF_HOST * host
 
 
 def _device_memory() -> int | None:

@@ -30,8 +30,10 @@ from vqbeam.configs import PriorConfig, VqbeamError, override  # noqa: E402
 from vqbeam.prior.training import build_optimizer as build_prior_optimizer  # noqa: E402
 from vqbeam.prior.training import build_prior, load_prior, train_prior  # noqa: E402
 from vqbeam.vqvae.building import build_model  # noqa: E402
-from vqbeam.vqvae.fitting.devices import data_parallel, device_count  # noqa: E402
+from vqbeam.vqvae.fitting.data import TrainingData  # noqa: E402
+from vqbeam.vqvae.fitting.devices import data_parallel, device_count, share_of_replica  # noqa: E402
 from vqbeam.vqvae.fitting.optimizers import build_optimizer  # noqa: E402
+from vqbeam.vqvae.fitting.program import training_program  # noqa: E402
 from vqbeam.vqvae.storage.labels import Labels  # noqa: E402
 from vqbeam.vqvae.training import load_vqvae, train_vqvae  # noqa: E402
 
@@ -155,6 +157,38 @@ def check_the_prior_of_two_devices_is_as_good_as_that_of_one(parts):
         np.testing.assert_allclose(b, a, rtol=2e-4, atol=5e-5, err_msg=str(parts))
 
 
+class Mean(keras.Model):
+    """A model whose loss is the mean of its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = self.add_weight(initializer="zeros")
+        self.built = True
+
+    def call(self, inputs):
+        return inputs["number"] + 0 * self.weight
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return share_of_replica(keras.ops.mean(y_pred))
+
+
+def check_every_batch_is_trained_on_once():
+    numbers = tf.data.Dataset.range(10**6).map(
+        lambda number: {
+            "number": tf.fill([1, BATCH], tf.cast(number, tf.float32)),
+            "odd": [[True] * BATCH],
+        }
+    )
+    data = TrainingData(batches=lambda first, _: numbers.skip(first))
+    with data_parallel(BATCH):
+        model = Mean()
+        model.compile("sgd")
+        model.optimizer.build(model.trainable_variables)
+        with training_program(model, data, 1) as batches:
+            fitted = model.fit(batches(3), steps_per_epoch=2, epochs=2, shuffle=False, verbose=0)
+    assert fitted.history["loss"] == [3.5, 5.5]
+
+
 def check_the_whole_stage_of_the_prior(folder):
     small = {"layers": 1, "width": 16, "heads": 2, "batch_size": 4, "steps_per_epoch": 2}
     small = {f"prior.{name}": value for name, value in small.items()}
@@ -177,5 +211,7 @@ if __name__ == "__main__":
     for parts in (1, 2):
         print("prior", parts, flush=True)
         check_the_prior_of_two_devices_is_as_good_as_that_of_one(parts)
+    print("batches", flush=True)
+    check_every_batch_is_trained_on_once()
     print("stage of the prior", flush=True)
     check_the_whole_stage_of_the_prior(pathlib.Path(sys.argv[1]))

@@ -191,7 +191,7 @@ def _train(run: RunFolder, prepared: dict, seed: int) -> keras.Model:
     batches = training_batches(
         _examples(run, "train"), size=size, batch_size=batch_size, first_step=0, seed=seed
     )
-    progress = FitProgress("classifier", steps=steps, first_step=0, batch_size=batch_size)
+    progress = FitProgress("classifier", total=steps * batch_size, initial=0, at_once=batch_size)
     model.fit(
         batches.prefetch(4),
         steps_per_epoch=steps,

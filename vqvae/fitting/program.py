@@ -62,6 +62,8 @@ def _tensorflow_program(model: keras.Model, data: TrainingData, steps: int) -> C
         return model.train_step(data.input(batch, held))
 
     if device_count() > 1:
+        # Keras would take the first batch to build the model, which is built.
+        model._maybe_symbolic_build = lambda **_: None
         return model._make_function(one)
 
     @tf.function(jit_compile=model.jit_compile, autograph=False)

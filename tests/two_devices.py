@@ -183,7 +183,6 @@ def check_every_batch_is_trained_on_once():
     with data_parallel(BATCH):
         model = Mean()
         model.compile("sgd")
-        model.optimizer.build(model.trainable_variables)
         with training_program(model, data, 1) as batches:
             fitted = model.fit(batches(3), steps_per_epoch=2, epochs=2, shuffle=False, verbose=0)
     assert fitted.history["loss"] == [3.5, 5.5]

@@ -62,7 +62,9 @@ def _tensorflow_program(model: keras.Model, data: TrainingData, steps: int) -> C
         return model.train_step(data.input(batch, held))
 
     if device_count() > 1:
-        # Keras would take the first batch to build the model, which is built.
+        # Keras would take the first batch to build the model and the optimizer.
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
         model._maybe_symbolic_build = lambda **_: None
         return model._make_function(one)
 

@@ -135,6 +135,12 @@ class PriorConfig(Section):
         1,
         minimum=1,
     )
+    remat: str = field(
+        "compute again in the backward pass, instead of storing, to save memory: nothing, or the "
+        "activations inside of blocks",
+        "none",
+        choices=("none", "blocks"),
+    )
     steps: int = field("number of training steps", 10_000, minimum=1)
     steps_per_epoch: int = field("steps between checkpoints", 500, minimum=1)
     early_stopping: int = field(

@@ -49,8 +49,8 @@ _KNOWN = {
         "-c constraints.txt jax"
     ),
     r"OOM when allocating|RESOURCE_EXHAUSTED: Out of memory": (
-        "the device has not enough memory; take a smaller batch_size, or for the prior a larger "
-        "prior.grad_accumulation"
+        "the device has not enough memory; lower batch_size, or for the prior raise "
+        "prior.grad_accumulation or set prior.remat to blocks"
     ),
 }
 

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from vqbeam.vqvae.fitting.devices import on_cpu
 from vqbeam.vqvae.layout import CodeLayout
 
 
@@ -28,7 +29,14 @@ class Block(keras.layers.Layer):
             https://arxiv.org/abs/2305.13245), each shared by `heads / kv_heads` query heads, for
             smaller caches; 0 for the same number as `heads`.
         dropout: Dropout rate on the output of each branch.
+
+    Attributes:
+        remat: Whether the backward pass computes both branches again instead of storing what it
+            needs of them, which takes more time and a fraction of the memory (Chen et al.,
+            https://arxiv.org/abs/1604.06174).
     """
+
+    remat = False
 
     def __init__(
         self,
@@ -75,10 +83,12 @@ class Block(keras.layers.Layer):
         Returns:
             A tensor [B, T, width].
         """
-        query, keys, values = self._query_keys_values(x, self.cos, self.sin)
-        attended = self._attend(query, keys, values, np.tri(len(self.cos), dtype=bool))
-        x = x + self.dropout(attended, training=training)
-        return x + self.dropout(self._mlp(x), training=training)
+        attention, mlp = self._attention, self._mlp
+        if self.remat:
+            # Dropout stays outside: its random numbers must not be drawn a second time.
+            attention, mlp = keras.remat(attention), keras.remat(mlp)
+        x = x + self.dropout(attention(x), training=training)
+        return x + self.dropout(mlp(x), training=training)
 
     def step(self, x, key_cache, value_cache, position):
         """Applies the block to one position, using cached keys and values of earlier positions.
@@ -110,6 +120,12 @@ class Block(keras.layers.Layer):
         shapes = (rows, self.head_dim, length), (rows, length, self.head_dim)
         return tuple(ops.zeros(shape, self.compute_dtype) for shape in shapes)
 
+    def _attention(self, x):
+        query, keys, values = self._query_keys_values(x, self.cos, self.sin)
+        if keras.backend.backend() == "jax" and not on_cpu():
+            return self._attend_fused(query, keys, values)
+        return self._attend(query, keys, values, np.tri(len(self.cos), dtype=bool))
+
     def _query_keys_values(self, x, cos, sin):
         """Returns queries [B, H, N, D], keys [B · G, D, N] and values [B · G, N, D].
 
@@ -138,6 +154,16 @@ class Block(keras.layers.Layer):
         attended = ops.matmul(weights, values)
         attended = ops.reshape(attended, (-1, self.heads, length, self.head_dim))
         attended = ops.transpose(attended, (0, 2, 1, 3))  # [B, N, H, D]
+        return self.attention_output(ops.reshape(attended, (-1, length, self.width)))
+
+    def _attend_fused(self, query, keys, values):
+        # Flash attention (https://arxiv.org/abs/2205.14135) where the GPU has it for the dtype:
+        # scores are never in memory, which would grow with the square of the length.
+        length = query.shape[2]
+        shape = -1, self.kv_heads, length, self.head_dim
+        heads = query, ops.reshape(ops.swapaxes(keys, 1, 2), shape), ops.reshape(values, shape)
+        heads = [ops.transpose(each, (0, 2, 1, 3)) for each in heads]  # [B, N, H, D]
+        attended = ops.dot_product_attention(*heads, is_causal=True)
         return self.attention_output(ops.reshape(attended, (-1, length, self.width)))
 
     def _grouped(self, x):

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -15,6 +14,7 @@ from vqbeam.configs import SamplerSettings, VqbeamError
 from vqbeam.prior.filters import sample_code, sampler_tensors, uniforms
 from vqbeam.prior.transformer import CodePrior, check_labels
 from vqbeam.vqvae.fitting.compilation import compile_function
+from vqbeam.vqvae.fitting.devices import on_cpu
 
 # Attention reads the complete cache, so the cache starts short and grows in this many steps.
 SEGMENTS = 4
@@ -139,7 +139,7 @@ def _share(batch_size: int) -> int:
     runs a program of its own, unless its share of the images is so small that reading the weights
     would dominate.
     """
-    if not all(name.startswith("cpu") for name in keras.distribution.list_devices()):
+    if not on_cpu():
         return batch_size
     cores = min(os.cpu_count(), max(1, batch_size // LEAST_SHARE))
     return math.ceil(batch_size / cores)

@@ -16,7 +16,7 @@ from vqbeam.vqvae.figures import label_figure
 from vqbeam.vqvae.fitting.compilation import compiled_decoder
 from vqbeam.vqvae.fitting.data import TrainingData, training_data
 from vqbeam.vqvae.fitting.devices import data_parallel, evenly_shared
-from vqbeam.vqvae.fitting.fit import Schedule, fit, load_model, save_model, set_seed
+from vqbeam.vqvae.fitting.fit import Fitted, Schedule, fit, load_model, save_model, set_seed
 from vqbeam.vqvae.fitting.optimizers import AdamW, optimizer_options
 from vqbeam.vqvae.layout import CodeLayout, code_layout
 from vqbeam.vqvae.model import VQVAE
@@ -60,7 +60,7 @@ def train_prior(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = (
     run.begin(STAGE)
     path = run.folder(STAGE) / MODEL_FILE
     with damaged_records(run.folder("encode")):
-        history = _fit(run, config, codes, callbacks)
+        fitted = _fit(run, config, codes, callbacks)
         # Evaluate the model as stored.
         model = load_model(path)
         model.compile()
@@ -69,7 +69,8 @@ def train_prior(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = (
         STAGE,
         [path],
         measures=measures,
-        history=history,
+        history=fitted.history,
+        speed=fitted.speed,
         label_names=codes["label_names"],
         label_kind=Labels.of(codes).kind,
         parameters=model.count_params(),
@@ -135,8 +136,8 @@ def build_optimizer(settings: PriorConfig) -> AdamW:
     return optimizer
 
 
-def _fit(run: RunFolder, config: Config, codes: dict, callbacks: Sequence) -> list[dict]:
-    """Trains and saves the model; returns the metrics of each epoch."""
+def _fit(run: RunFolder, config: Config, codes: dict, callbacks: Sequence) -> Fitted:
+    """Trains and saves the model."""
     settings = config.prior
     callbacks = [_BitsPerDimension(config), *callbacks]
     if settings.pictures and run.manifest("train-vqvae"):  # the run may have only codes
@@ -144,6 +145,8 @@ def _fit(run: RunFolder, config: Config, codes: dict, callbacks: Sequence) -> li
     with data_parallel(settings.batch_size // settings.grad_accumulation, settings.dtype):
         model = build_prior(config, Labels.of(codes))
         model.parts = settings.grad_accumulation
+        for block in model.blocks:
+            block.remat = settings.remat == "blocks"
         model.compile(build_optimizer(settings))
         schedule = Schedule(
             title="train prior",
@@ -153,7 +156,7 @@ def _fit(run: RunFolder, config: Config, codes: dict, callbacks: Sequence) -> li
             seed=config.seed,
             patience=settings.early_stopping,
         )
-        history = fit(
+        fitted = fit(
             model,
             schedule,
             data=_training(run, config, codes, model),
@@ -163,7 +166,7 @@ def _fit(run: RunFolder, config: Config, codes: dict, callbacks: Sequence) -> li
             callbacks=callbacks,
         )
     save_model(model, run.folder(STAGE) / MODEL_FILE)
-    return history
+    return fitted
 
 
 class _BitsPerDimension(keras.callbacks.Callback):

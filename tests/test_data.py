@@ -85,5 +85,5 @@ def test_a_batch_larger_than_the_data():
 def test_data_are_held_if_host_and_device_have_the_memory(monkeypatch):
     monkeypatch.setattr(module.os, "sysconf", {"SC_PAGE_SIZE": 8, "SC_PHYS_PAGES": 30}.get)
     assert module._fits_in_memory(30) and not module._fits_in_memory(31)
-    monkeypatch.setattr(module, "_device_memory", lambda: 100)
+    monkeypatch.setattr(module, "device_memory", lambda: 100)
     assert module._fits_in_memory(25) and not module._fits_in_memory(26)

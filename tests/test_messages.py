@@ -128,11 +128,11 @@ def test_file_errors_of_tensorflow(text, message):
     [
         (
             "ResourceExhaustedError: OOM when allocating a tensor with shape[9] on GPU:0",
-            "the device has not enough memory; take a smaller batch_size, or for the prior a ",
+            "the device has not enough memory; lower batch_size, or for the prior raise ",
         ),
         (
             "jaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.",
-            "the device has not enough memory; take a smaller batch_size, or for the prior a ",
+            "the device has not enough memory; lower batch_size, or for the prior raise ",
         ),
         (
             "tensorflow.python.framework.errors_impl.PermissionDeniedError: Error executing an "

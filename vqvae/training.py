@@ -13,7 +13,7 @@ from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.figures import reconstruction_figure, save_png
 from vqbeam.vqvae.fitting.data import TrainingData, training_data
 from vqbeam.vqvae.fitting.devices import data_parallel, evenly_shared
-from vqbeam.vqvae.fitting.fit import Schedule, fit, load_model, save_model
+from vqbeam.vqvae.fitting.fit import Fitted, Schedule, fit, load_model, save_model
 from vqbeam.vqvae.fitting.optimizers import build_optimizer
 from vqbeam.vqvae.layout import code_layout
 from vqbeam.vqvae.metrics import psnr
@@ -53,7 +53,7 @@ def train_vqvae(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = (
     run.begin(STAGE)
     outputs = [run.folder(STAGE) / MODEL_FILE, run.folder(STAGE) / "reconstructions.png"]
     with damaged_records(run.folder("prepare")):
-        history = _fit(run, config, images, callbacks)
+        fitted = _fit(run, config, images, callbacks)
         # Evaluate the model as stored.
         model = load_model(outputs[0])
         model.compile()
@@ -64,7 +64,8 @@ def train_vqvae(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = (
         STAGE,
         outputs,
         measures=measures,
-        history=history,
+        history=fitted.history,
+        speed=fitted.speed,
         parameters=model.count_params(),
     )
 
@@ -113,8 +114,8 @@ def evaluate(model: VQVAE, batches) -> dict[str, float]:
     }
 
 
-def _fit(run: RunFolder, config: Config, images: dict, callbacks: Sequence) -> list[dict]:
-    """Trains and saves the model; returns the metrics of each epoch."""
+def _fit(run: RunFolder, config: Config, images: dict, callbacks: Sequence) -> Fitted:
+    """Trains and saves the model."""
     settings = config.vqvae
     with data_parallel(settings.batch_size, settings.dtype):
         model = build_model(config, data_variance=images["statistics"]["variance"])
@@ -130,7 +131,7 @@ def _fit(run: RunFolder, config: Config, images: dict, callbacks: Sequence) -> l
             batch_size=settings.batch_size,
             seed=config.seed,
         )
-        history = fit(
+        fitted = fit(
             model,
             schedule,
             data=data,
@@ -143,7 +144,7 @@ def _fit(run: RunFolder, config: Config, images: dict, callbacks: Sequence) -> l
             ],
         )
     save_model(model, run.folder(STAGE) / MODEL_FILE)
-    return history
+    return fitted
 
 
 def training_images(run: RunFolder, augmentation: str = "none") -> TrainingData:

@@ -5,11 +5,11 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops, tree
 
+from vqbeam.vqvae.fitting.devices import device_memory
 from vqbeam.vqvae.storage.records import training_batches
 
 # Steps whose random numbers are drawn at once. Each block has a seed of its own.
@@ -129,16 +129,6 @@ def _read(examples: tf.data.Dataset, size: int) -> dict[str, np.ndarray]:
 
 
 def _fits_in_memory(size: int) -> bool:
-    host, device = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), _device_memory()
+    host, device = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), device_memory()
     fits_device = device is None or size <= _SHARE_OF_DEVICE * device
     return fits_device and size <= _SHARE_OF_HOST * host
-
-
-def _device_memory() -> int | None:
-    """Returns the memory of the first device in bytes, or None if it has none of its own."""
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    # TensorFlow does not tell. Few GPUs on which people train have less than 16 GiB.
-    return 2**34 if tf.config.list_logical_devices("GPU") else None

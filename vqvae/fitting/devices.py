@@ -15,6 +15,11 @@ def device_count() -> int:
     return len(keras.distribution.list_devices())
 
 
+def on_cpu() -> bool:
+    """Returns whether there is no accelerator."""
+    return keras.distribution.list_devices()[0].startswith("cpu")
+
+
 # What the driver of NVIDIA has for each GPU.
 _NVIDIA_GPUS = pathlib.Path("/proc/driver/nvidia/gpus")
 _CUDA_PACKAGES = {"tensorflow": "tensorflow[and-cuda]", "jax": "jax[cuda12]"}
@@ -25,12 +30,68 @@ def describe_devices() -> str:
     backend, devices = keras.backend.backend(), keras.distribution.list_devices()
     text = f"{', '.join(devices)} with {backend}"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if devices[0].startswith("cpu") and _NVIDIA_GPUS.is_dir() and not hidden:
+    if on_cpu() and _NVIDIA_GPUS.is_dir() and not hidden:
         text += (
             f"\nthe GPU is not used: {backend} was installed without CUDA, or does not find it; "
             f'pip install "{_CUDA_PACKAGES[backend]}"'
         )
     return text
+
+
+def device_memory() -> int | None:
+    """Returns the memory of the first device in bytes, or None if it has none of its own."""
+    if keras.backend.backend() == "jax":
+        return _jax_memory().get("bytes_limit")
+    # TensorFlow does not tell. Few GPUs on which people train have less than 16 GiB.
+    return None if on_cpu() else 2**34
+
+
+def peak_memory() -> int | None:
+    """Returns how much memory of the first device was in use at most, in bytes, None on a CPU."""
+    if keras.backend.backend() == "jax":
+        return _jax_memory().get("peak_bytes_in_use")
+    import tensorflow as tf
+
+    return None if on_cpu() else tf.config.experimental.get_memory_info("GPU:0")["peak"]
+
+
+def _jax_memory() -> dict[str, int]:
+    import jax
+
+    return jax.local_devices()[0].memory_stats() or {}
+
+
+# Operations per second of dense matrix products in bfloat16, from the makers' data sheets.
+_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "T4": 65e12,  # float16
+    "RTX 5090": 210e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops() -> float | None:
+    """Returns how many operations per second all devices can do in bfloat16, None if unknown."""
+    name = _device_name()
+    known = [flops for model, flops in _PEAK_FLOPS.items() if model in name]
+    return known[0] * device_count() if known else None
+
+
+def _device_name() -> str:
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.local_devices()[0].device_kind
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    return tf.config.experimental.get_device_details(gpus[0])["device_name"] if gpus else ""
 
 
 def evenly_shared(size: int) -> int:

@@ -16,7 +16,7 @@ from etils import epath
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.fitting.checkpoints import Checkpoints
 from vqbeam.vqvae.fitting.data import TrainingData
-from vqbeam.vqvae.fitting.devices import describe_devices
+from vqbeam.vqvae.fitting.devices import describe_devices, peak_flops, peak_memory
 from vqbeam.vqvae.fitting.program import steps_per_call, training_program
 from vqbeam.vqvae.fitting.progress import FitProgress
 from vqbeam.vqvae.storage.files import write_bytes
@@ -49,6 +49,11 @@ class Schedule:
     seed: int
     patience: int = 0
 
+    @property
+    def epochs(self) -> int:
+        """The number of epochs; the last may be shorter than the others."""
+        return math.ceil(self.steps / self.steps_per_epoch)
+
 
 def fit(
     model: keras.Model,
@@ -58,7 +63,7 @@ def fit(
     folder: epath.Path,
     fingerprint: str,
     callbacks: Sequence[keras.callbacks.Callback] = (),
-) -> list[dict[str, float]]:
+) -> "Fitted":
     """Trains a compiled model, resuming from its last checkpoint if there is one.
 
     A run that is killed and restarted ends with the same weights as an uninterrupted run (on a GPU,
@@ -74,37 +79,26 @@ def fit(
         fingerprint: Hash of the training inputs; checkpoints with another fingerprint are removed.
         callbacks: Additional callbacks. Metrics that they add to an epoch's logs are stored.
 
-    Returns:
-        A dictionary of metrics for each epoch, including those before a restart.
-
     Raises:
         VqbeamError: The loss is not finite, or no existing checkpoint can be loaded.
     """
     checkpoints = Checkpoints(folder, fingerprint, schedule.patience)
     first_epoch = checkpoints.restore(model)
-    steps, title = schedule.steps, schedule.title
-    epochs = math.ceil(steps / schedule.steps_per_epoch)
     # With float16, the optimizer is wrapped for loss scaling.
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    if first_epoch < epochs and not checkpoints.stalled:
-        first_step = first_epoch * schedule.steps_per_epoch
-        print(f"{title}: step {first_step:,} to {steps:,} on {describe_devices()}", file=sys.stderr)
-        steps_per_epoch = min(steps, schedule.steps_per_epoch)
-        together = steps_per_call(steps_per_epoch)
-        progress = FitProgress(
-            title,
-            total=steps * schedule.batch_size,
-            initial=first_step * schedule.batch_size,
-            at_once=together * schedule.batch_size,
-        )
+    speed = {}
+    if first_epoch < schedule.epochs and not checkpoints.stalled:
+        steps_per_epoch = min(schedule.steps, schedule.steps_per_epoch)
+        first_step, together = first_epoch * steps_per_epoch, steps_per_call(steps_per_epoch)
+        progress = _progress(schedule, first_step, together)
         with (
             contextlib.closing(progress.bar),  # so that error messages start on a new line
-            training_program(model, data, together) as batches,
+            training_program(model, data, together) as program,
         ):
             model.fit(
-                batches(first_step),
+                program.batches(first_step),
                 initial_epoch=first_epoch,
-                epochs=epochs,
+                epochs=schedule.epochs,
                 steps_per_epoch=steps_per_epoch,
                 validation_data=validation,
                 shuffle=False,  # the batches are already shuffled
@@ -119,11 +113,62 @@ def fit(
                     checkpoints,
                 ],
             )
+        speed = _speed(schedule, progress.rate, program.flops)
     if schedule.patience:
         checkpoints.restore_best(model)
     # Keras does this at the end of `fit`, but not for weights restored from a checkpoint.
     optimizer.finalize_variable_values(model.trainable_variables)
-    return checkpoints.history
+    return Fitted(checkpoints.history, speed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What a training leaves beside the weights.
+
+    Attributes:
+        history: A dictionary of metrics for each epoch, including those before a restart.
+        speed: How fast the steps of this process ran, as far as that is known:
+            `images_per_second`, without compilation and validation; `flops_per_step`, the
+            floating-point operations of a step; `share_of_peak`, the operations per second as a
+            share of what the devices can do in bfloat16; and `device_bytes`, the memory of the
+            first device that was in use at most.
+    """
+
+    history: list[dict[str, float]]
+    speed: dict[str, float]
+
+
+def _progress(schedule: Schedule, first_step: int, together: int) -> FitProgress:
+    """Returns the progress bar of a training, after a line that names the devices."""
+    title, steps = schedule.title, schedule.steps
+    print(f"{title}: step {first_step:,} to {steps:,} on {describe_devices()}", file=sys.stderr)
+    return FitProgress(
+        title,
+        total=steps * schedule.batch_size,
+        initial=first_step * schedule.batch_size,
+        at_once=together * schedule.batch_size,
+    )
+
+
+def _speed(schedule: Schedule, rate: float | None, flops: float | None) -> dict[str, float]:
+    """Returns and prints how fast a training ran; see `Fitted`."""
+    peak, memory = peak_flops(), peak_memory()
+    speed, said = {}, []
+    if rate:
+        speed["images_per_second"] = rate
+        said.append(f"{rate:,.0f} images/s")
+    if flops:
+        speed["flops_per_step"] = flops
+        said.append(f"{flops / 1e9:,.3g} GFLOP a step")
+    if rate and flops and peak:
+        speed["share_of_peak"] = share = flops * rate / schedule.batch_size / peak
+        said.append(f"{share:.0%} of the peak in bfloat16")
+    if memory:
+        speed["device_bytes"] = memory
+        said.append(f"{memory / 2**30:.1f} GiB of device memory")
+    if said:
+        print(f"{schedule.title}: {', '.join(said)}", file=sys.stderr)
+    return speed
 
 
 class AveragedWeights(keras.callbacks.SwapEMAWeights):

@@ -6,6 +6,7 @@ is gathered, augmented and scaled.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import keras
@@ -13,8 +14,9 @@ import numpy as np
 import tensorflow as tf
 from keras import ops, tree
 
+from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.fitting.data import TrainingData
-from vqbeam.vqvae.fitting.devices import device_count
+from vqbeam.vqvae.fitting.devices import device_count, device_memory, on_cpu
 
 # Steps in a call on a GPU, at most. On a CPU, a step takes so long that more are not faster.
 _STEPS_PER_CALL = 100
@@ -22,38 +24,51 @@ _STEPS_PER_CALL = 100
 
 def steps_per_call(steps_per_epoch: int) -> int:
     """Returns how many steps a call runs: on a GPU, up to 100, a divisor of those of an epoch."""
-    on_cpu = keras.distribution.list_devices()[0].startswith("cpu")
     # TensorFlow's devices cannot exchange anything inside of a loop.
-    if on_cpu or (keras.backend.backend() == "tensorflow" and device_count() > 1):
+    if on_cpu() or (keras.backend.backend() == "tensorflow" and device_count() > 1):
         return 1
     return max(n for n in range(1, _STEPS_PER_CALL + 1) if steps_per_epoch % n == 0)
+
+
+@dataclasses.dataclass
+class TrainingProgram:
+    """What `fit` needs to train with a program of several steps.
+
+    Attributes:
+        batches: Function from a step number to the dataset for `fit`.
+        flops: Floating-point operations of a step; None before the first call, and on several
+            devices with TensorFlow, which does not tell.
+    """
+
+    batches: Callable[[int], tf.data.Dataset]
+    flops: float | None = None
 
 
 @contextlib.contextmanager
 def training_program(
     model: keras.Model, data: TrainingData, steps: int
-) -> Iterator[Callable[[int], tf.data.Dataset]]:
+) -> Iterator[TrainingProgram]:
     """A context in which `fit` trains a compiled model with programs of several steps.
 
     Args:
         model: A compiled and built model.
         data: The data for training.
         steps: Steps in a program, which must divide those of an epoch.
-
-    Yields:
-        A function from a step number to the dataset for `fit`.
     """
     before, model.steps_per_execution = model.steps_per_execution, steps
+    program = TrainingProgram(lambda first_step: data.batches(first_step, steps).map(_joined))
     make = _jax_program if keras.backend.backend() == "jax" else _tensorflow_program
-    model.train_function = make(model, data, steps)
+    model.train_function = make(model, data, steps, program)
     try:
-        yield lambda first_step: data.batches(first_step, steps).map(_joined)
+        yield program
     finally:
         model.train_function = None  # it holds the data
         model.steps_per_execution = before
 
 
-def _tensorflow_program(model: keras.Model, data: TrainingData, steps: int) -> Callable:
+def _tensorflow_program(
+    model: keras.Model, data: TrainingData, steps: int, facts: TrainingProgram
+) -> Callable:
     """Returns the function that Keras's `fit` calls with an iterator of batches."""
     # As variables, each device has a copy.
     held = {name: tf.Variable(array, trainable=False) for name, array in data.held.items()}
@@ -80,10 +95,24 @@ def _tensorflow_program(model: keras.Model, data: TrainingData, steps: int) -> C
         tf.while_loop(lambda index: index < steps, body, [0])
         return model.get_metrics_result()
 
-    return lambda iterator: program(next(iterator))
+    def train(iterator):
+        batches = next(iterator)
+        if facts.flops is None:
+            traced = program if steps == 1 else tf.function(one, autograph=False)
+            facts.flops = _graph_flops(traced.get_concrete_function(_part(batches, 0, steps)).graph)
+        return program(batches)
+
+    return train
 
 
-def _jax_program(model: keras.Model, data: TrainingData, steps: int) -> Callable:
+def _graph_flops(graph: tf.Graph) -> float:
+    count = tf.compat.v1.profiler.ProfileOptionBuilder.float_operation() | {"output": "none"}
+    return float(tf.compat.v1.profiler.profile(graph, options=count).total_float_ops)
+
+
+def _jax_program(
+    model: keras.Model, data: TrainingData, steps: int, facts: TrainingProgram
+) -> Callable:
     """Returns the function that Keras's `fit` calls with its state and an iterator of batches."""
     import jax
 
@@ -92,14 +121,38 @@ def _jax_program(model: keras.Model, data: TrainingData, steps: int) -> Callable
 
     def train(state, iterator):
         nonlocal compiled
+        batches = next(iterator)
         if compiled is None:
             # With several devices, results stay where the state is.
             places = jax.tree.map(lambda value: value.sharding, state)
             function = jax_steps(model, data, steps)
-            compiled = jax.jit(function, donate_argnums=0, out_shardings=(None, places))
-        return compiled(state, held, next(iterator))
+            program = jax.jit(function, donate_argnums=0, out_shardings=(None, places))
+            lowered = program.lower(state, held, batches)
+            # XLA counts the body of a loop once, and so one step.
+            facts.flops = lowered.cost_analysis()["flops"]
+            compiled = lowered.compile()
+            _check_memory(compiled.memory_analysis())
+        return compiled(state, held, batches)
 
     return train
+
+
+def _check_memory(needed) -> None:
+    """Raises a VqbeamError if a program takes more memory than its device has.
+
+    Args:
+        needed: What XLA says of a compiled program.
+    """
+    there = device_memory()
+    state = needed.argument_size_in_bytes
+    rest = needed.temp_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
+    if there is not None and state + rest > there:
+        raise VqbeamError(
+            f"training needs {state / 2**30:.1f} GiB for weights, optimizer and data and "
+            f"{rest / 2**30:.1f} GiB for a step, and the device has {there / 2**30:.1f} GiB; lower "
+            "batch_size, or for the prior raise prior.grad_accumulation or set prior.remat to "
+            "blocks"
+        )
 
 
 def jax_steps(model: keras.Model, data: TrainingData, steps: int) -> Callable:

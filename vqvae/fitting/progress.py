@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 
 import keras
 import tqdm
@@ -38,6 +39,10 @@ class FitProgress(keras.callbacks.Callback):
         total: Images in all, over all passes.
         initial: Images before this call of `fit`.
         at_once: Images in the steps of one call of the training program.
+
+    Attributes:
+        rate: Images per second in training, without compilation and validation; None before that
+            is known.
     """
 
     async_safe = True  # the next steps begin before the loss is read
@@ -47,11 +52,25 @@ class FitProgress(keras.callbacks.Callback):
         self.at_once = at_once
         self.held_out: dict[str, str] = {}
         self.bar = progress_bar(title, total, initial=initial)
+        self.images, self.seconds, self.last = 0, 0.0, None
+
+    @property
+    def rate(self) -> float | None:
+        """Images per second in training."""
+        return self.images / self.seconds if self.seconds else None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Starts the clock, but not for the first call, which compiles."""
+        self.last = None if self.last is None else time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
         """Advances the bar and updates the loss."""
         self.bar.set_postfix(loss=f"{logs['loss']:.4f}", **self.held_out, refresh=False)
         self.bar.update(self.at_once)
+        now = time.perf_counter()
+        if self.last is not None:
+            self.images, self.seconds = self.images + self.at_once, self.seconds + now - self.last
+        self.last = now
 
     def on_epoch_end(self, epoch, logs=None):
         """Stores the validation metrics, which the bar shows from now on."""

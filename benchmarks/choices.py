@@ -1,9 +1,9 @@
-"""Times the choices that comments in the code lean on, each beside its alternative.
+"""Times the design choices that code comments refer to, each against its alternative.
 
     python benchmarks/choices.py
 
-Both run in turn, in one process, on the machine at hand; the ratio is that of the medians. Let
-nothing else run meanwhile.
+The two alternatives take turns in one process; the ratio compares their medians. Do not run other
+programs at the same time.
 """
 
 import os
@@ -27,7 +27,7 @@ ROUNDS = 15
 
 
 def compare(title: str, chosen: Callable, other: Callable, repeats: int = 1) -> None:
-    """Prints the median times of two functions, run in turn after a first call each."""
+    """Prints the median times of two functions, which take turns after one warm-up call each."""
     seconds: dict[Callable, list[float]] = {chosen: [], other: []}
     for function in seconds:
         function()
@@ -73,7 +73,7 @@ def attention() -> None:
 
 
 def filters() -> None:
-    """Interval halving against a sort, for top-k and top-p."""
+    """Bisection against sorting, for top-k and top-p."""
     logits, uniform = tf.random.normal((64, 512)), tf.random.uniform((64, 1))
     values = {"temperature": 1.0, "top_k": 50.0, "top_p": 0.9, "min_p": 0.0}
     settings = {name: tf.constant(value) for name, value in values.items()}
@@ -113,7 +113,7 @@ def precision() -> None:
 
 
 def png() -> None:
-    """The least compression of PNG against the usual."""
+    """The lowest PNG compression level against the default."""
     import io
 
     from PIL import Image

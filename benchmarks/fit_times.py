@@ -1,4 +1,4 @@
-"""How the benchmarks time training as users run it."""
+"""Times training with `fit`, as users run it."""
 
 import statistics
 import time
@@ -9,7 +9,7 @@ from vqbeam.vqvae.fitting.fit import StopOnNaN
 
 
 def fit_seconds(model: keras.Model, batches, warm_up: int, steps: int, blocks: int) -> float:
-    """Returns the time of a step of `fit`: the median over epochs of as many, after a warm-up."""
+    """Returns the seconds per step of `fit`: the median over epochs of `steps`, after a warm-up."""
     model.fit(batches, steps_per_epoch=warm_up, verbose=0)
     times = BlockTimes()
     callbacks = [StopOnNaN(), times]
@@ -18,7 +18,7 @@ def fit_seconds(model: keras.Model, batches, warm_up: int, steps: int, blocks: i
 
 
 class BlockTimes(keras.callbacks.Callback):
-    """Takes the time of each epoch of `fit`."""
+    """Records the time of each epoch of `fit`."""
 
     def __init__(self):
         super().__init__()

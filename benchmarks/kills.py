@@ -1,10 +1,10 @@
-"""Kills a run at random moments, starts it again, and looks for what was lost.
+"""Kills a run at random moments, restarts it, and checks whether anything was lost.
 
     python benchmarks/kills.py --kills 20
 
-The run is a small one through all stages, on images of noise. Each attempt is killed by SIGKILL
-once, at a moment drawn evenly from the time of an unbroken run, and then run to its end by the same
-command. Its records, its weights and its pictures are compared with those of the unbroken run.
+The run is small and has all stages, on images of noise. Each attempt is killed once with SIGKILL,
+at a moment sampled uniformly from the duration of an unbroken run, and then finished with the same
+command. Its records, weights and images are compared with those of the unbroken run.
 """
 
 import argparse
@@ -34,19 +34,19 @@ HEADER = ["killed in", "attempts", "another result", "seconds to the end", "of a
 
 
 def result(run: RunFolder) -> dict[str, str]:
-    """Returns a hash of each thing that a run has made."""
+    """Returns a hash of each record file, weight and image of a run."""
     made = {}
     for stage in ("prepare", "encode"):
         made |= shard_contents(run.folder(stage))
     for load in (load_vqvae, load_prior):
-        weights = enumerate(load(run).weights)  # their names depend on what was loaded before
+        weights = enumerate(load(run).weights)  # names depend on previously loaded models
         made |= {f"{load.__name__} {i}": np.asarray(w).tobytes() for i, w in weights}
     made["picture"] = (run.folder("sample") / "samples.png").read_bytes()
     return {name: hashlib.sha256(content).hexdigest() for name, content in made.items()}
 
 
 def stage_at_work(run: RunFolder) -> str:
-    """Returns the first stage that is not done."""
+    """Returns the first unfinished stage."""
     if not run.exists():
         return "start"
     return next((stage for stage in STAGES if not run.is_done(stage)), "end")
@@ -79,7 +79,7 @@ def main() -> None:
         for attempt in range(kills):
             run = RunFolder(folder / f"run-{attempt}")
             with run_in(run.root.name):
-                time.sleep(numbers.uniform(0, unbroken))  # and it is killed
+                time.sleep(numbers.uniform(0, unbroken))  # on exit, the process is killed
             stage, begun = stage_at_work(run), time.monotonic()
             with run_in(run.root.name) as process:
                 assert process.wait() == 0

@@ -1,4 +1,4 @@
-"""How the benchmarks take time and memory, and report them to `side_by_side.py`."""
+"""Measures time and memory, and reports them to `side_by_side.py`."""
 
 import ctypes
 import json
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 
 def seconds(call: Callable[[], object], least: int = 3, budget: float = 1.5) -> float:
-    """Returns the median time of a call; make one before, for what is done once."""
+    """Returns the median time of a call; call once before, to exclude one-time work."""
     times: list[float] = []
     while len(times) < least or sum(times) < budget:
         start = time.perf_counter()
@@ -19,7 +19,7 @@ def seconds(call: Callable[[], object], least: int = 3, budget: float = 1.5) -> 
 
 
 def step_seconds(step: Callable[[], object], warm_up: int, steps: int, blocks: int) -> float:
-    """Returns the time of a step: the median over blocks of as many, after a warm-up."""
+    """Returns the seconds per step: the median over blocks of `steps`, after a warm-up."""
     for _ in range(warm_up):
         step()
 
@@ -31,20 +31,20 @@ def step_seconds(step: Callable[[], object], warm_up: int, steps: int, blocks: i
 
 
 def resident_bytes() -> int:
-    """Returns how much memory the process holds, without what it has freed; Linux with glibc."""
+    """Returns the resident memory of the process without freed memory (Linux with glibc)."""
     ctypes.CDLL(None).malloc_trim(0)
     return _status("VmRSS")
 
 
 def peak_bytes(call: Callable[[], object], before: int) -> int:
-    """Returns by how much resident memory is above `before` at most during a call."""
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present size
+    """Returns the peak of resident memory during a call, minus `before`."""
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current size
     call()
     return max(0, _status("VmHWM") - before)
 
 
 def report(work: str, variant: str = "", **measures) -> None:
-    """Gives one measurement to `side_by_side.ask`, which reads standard output."""
+    """Prints one measurement for `side_by_side.ask`, which reads standard output."""
     print(json.dumps({"work": work, "variant": variant, **measures}), flush=True)
 
 

@@ -1,12 +1,12 @@
-"""Times what the host adds to a training step, with models so small that little else is left.
+"""Times the overhead of the host in a training step, with models whose own steps are very short.
 
     python benchmarks/overhead.py
     python benchmarks/overhead.py --backend tensorflow
 
-The training of vqbeam, with one and with 100 steps in a call of its program, beside a program that
-has nothing but the steps: a jitted step that Python calls in a loop, and a loop inside of one
-compiled program. All train the same model on the same data, which lie on the device. Let nothing
-else run meanwhile. The table goes to standard output.
+Compares vqbeam's training, with 1 and with 100 steps per call of its program, with programs that
+run only the steps: a compiled step that Python calls in a loop, and a loop inside one compiled
+program. All train the same model on the same data, which is kept on the device. Do not run other
+programs at the same time. The script prints a table.
 """
 
 import argparse
@@ -26,7 +26,7 @@ HEADER += [f"a loop of {TOGETHER} compiled", "fit to the latter"]
 
 
 def tiny_prior():
-    """Returns an untrained prior, and a function from rows to its input."""
+    """Returns an untrained prior, its data, and a function from a batch to the input."""
     import numpy as np
 
     from vqbeam.prior.transformer import CodePrior
@@ -43,7 +43,7 @@ def tiny_prior():
 
 
 def tiny_vqvae():
-    """Returns an untrained VQ-VAE, its images, and a function from a batch to its input."""
+    """Returns an untrained VQ-VAE, its data, and a function from a batch to the input."""
     import numpy as np
 
     from vqbeam.configs import Config, DataConfig, VQVAEConfig
@@ -61,7 +61,7 @@ MODELS = {"prior": tiny_prior, "VQ-VAE": tiny_vqvae}
 
 
 def fit_seconds(make, together: int, steps: int, epochs: int) -> float:
-    """Returns the time of a step of vqbeam's training: the median over all epochs but the first."""
+    """Returns the seconds per step of vqbeam's training: the median over epochs after the first."""
     import tensorflow as tf
     from etils import epath
     from fit_times import BlockTimes
@@ -94,7 +94,7 @@ def fit_seconds(make, together: int, steps: int, epochs: int) -> float:
 
 
 def bare_seconds(make, together: int, steps: int, epochs: int) -> float:
-    """Returns the time of a step of a program that has nothing but the steps."""
+    """Returns the seconds per step of a program that runs only the steps."""
     model, held, prepare = make()
     model.compile(keras.optimizers.Adam(1e-3), jit_compile=True)  # as Keras does on a GPU
     model.optimizer.build(model.trainable_variables)

@@ -1,11 +1,12 @@
-"""Measures a PixelCNN prior, as in Keras's example of a VQ-VAE, beside the transformer of a run.
+"""Compares a PixelCNN prior, as in Keras's VQ-VAE example, with the transformer of a run.
 
     python benchmarks/pixelcnn.py RUN --num 2000
 
-RUN is a finished run with classes and one grid of codes. The PixelCNN learns the codes of the run
-for as long as the run's prior took, by the manifest. Both are then measured by as many held-out
-images as are drawn. The PixelCNN knows no classes; the transformer is measured without a class as
-well, and at the run's settings. Let nothing else run meanwhile: the time is what makes them equal.
+RUN is a finished run with classes and one grid of codes. The PixelCNN is trained on the codes of
+the run for as long as the prior of the run was, according to the manifest. Both are evaluated with
+as many held-out images as are sampled. The PixelCNN is unconditional; the transformer is evaluated
+both unconditionally and with the settings of the run. Do not run other programs at the same time,
+because the comparison relies on equal training time.
 """
 
 import argparse
@@ -34,14 +35,14 @@ from vqbeam.vqvae.storage.records import open_dataset, read_split, training_batc
 from vqbeam.vqvae.storage.run_folder import RunFolder
 from vqbeam.vqvae.training import load_vqvae
 
-FILTERS, RESIDUAL_BLOCKS, LAST_LAYERS = 128, 2, 2  # the example's
-BATCH_SIZE, LEARNING_RATE = 128, 3e-4  # the example's
+FILTERS, RESIDUAL_BLOCKS, LAST_LAYERS = 128, 2, 2  # as in the example
+BATCH_SIZE, LEARNING_RATE = 128, 3e-4  # as in the example
 DRAWN_AT_ONCE = 64
 HEADER = ["prior", "parameters", "nats per code", "Fréchet", "precision", "recall", "images/s"]
 
 
 class MaskedConvolution(layers.Conv2D):
-    """A convolution that sees the codes above and to the left, and with `here` its own place.
+    """A convolution over the codes above and to the left and, with `here`, at its own position.
 
     From "Conditional Image Generation with PixelCNN Decoders", van den Oord et al. 2016
     (https://arxiv.org/abs/1606.05328), figure 1.
@@ -61,7 +62,7 @@ class MaskedConvolution(layers.Conv2D):
 
 
 def build(grid: tuple[int, int], num_codes: int) -> keras.Model:
-    """Returns the example's network, from codes [B, h, w] to logits [B, h, w, K]."""
+    """Returns the network of the example, from codes [B, h, w] to logits [B, h, w, K]."""
     codes = keras.Input(grid, dtype="int32")
     x = MaskedConvolution(FILTERS, 7, here=False)(ops.one_hot(codes, num_codes))
     for _ in range(RESIDUAL_BLOCKS):
@@ -74,19 +75,19 @@ def build(grid: tuple[int, int], num_codes: int) -> keras.Model:
 
 
 class StopAfter(keras.callbacks.Callback):
-    """Ends training after so many seconds."""
+    """Stops training after a number of seconds."""
 
     def __init__(self, seconds: float):
         super().__init__()
         self.end = time.monotonic() + seconds
 
     def on_train_batch_end(self, batch, logs=None):
-        """Looks at the clock."""
+        """Checks the time."""
         self.model.stop_training = time.monotonic() > self.end
 
 
 def train(run: RunFolder, model: keras.Model, seconds: float) -> float:
-    """Trains a PixelCNN on the codes of a run; returns its nats per code on held-out codes."""
+    """Trains a PixelCNN on the codes of a run; returns the nats per code on held-out codes."""
     model.compile(
         keras.optimizers.Adam(LEARNING_RATE),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -109,7 +110,7 @@ def train(run: RunFolder, model: keras.Model, seconds: float) -> float:
 
 
 def pixelcnn_draws(model: keras.Model):
-    """Returns a function from how many to codes: one pass over the whole grid for each code."""
+    """Returns a function that samples a number of grids, with one full forward pass per code."""
     rows, columns = model.input_shape[1:]
 
     @tf.function
@@ -128,7 +129,7 @@ def pixelcnn_draws(model: keras.Model):
 
 
 def transformer_draws(run: RunFolder, settings: SampleConfig, labels: np.ndarray):
-    """Returns a function from how many to codes of the run's prior with the labels in turn."""
+    """Returns a function that samples a number of grids from the prior, cycling through labels."""
     prior = load_prior(run)
     sampler, drawn = Sampler(prior, DRAWN_AT_ONCE), [0]
 
@@ -141,7 +142,7 @@ def transformer_draws(run: RunFolder, settings: SampleConfig, labels: np.ndarray
 
 
 def measure(reference: ReferenceSet, vqvae, draw, labels: np.ndarray) -> list[str]:
-    """Returns the figures of a row for images whose codes `draw` draws."""
+    """Returns the metrics of one table row, for images whose codes `draw` samples."""
     decode = compiled_decoder(vqvae)
     draw(DRAWN_AT_ONCE)  # compiles
     seconds = []
@@ -160,7 +161,7 @@ def measure(reference: ReferenceSet, vqvae, draw, labels: np.ndarray) -> list[st
 
 
 def main() -> None:
-    """Trains the PixelCNN, measures both and prints the table."""
+    """Trains the PixelCNN, evaluates both models and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("run", help="folder of a finished run")
     parser.add_argument("--num", type=int, default=2000, help="images drawn (default 2000)")

@@ -1,11 +1,11 @@
-"""Trains the same VQ-VAE with each option of stage 1, and prints what the option is worth.
+"""Trains the same VQ-VAE with each option of stage 1, and prints the resulting metrics.
 
     python benchmarks/quantizers.py cifar10 --work runs/options --passes 1
     python benchmarks/quantizers.py fashion_mnist --work runs/families --passes 2
 
-The first changes the classic recipe by one option at a time; the second trains each family of
-quantizers, and shows how much of its codebook is in use. All rows of a table see the same images in
-the same number of steps, by the `vqbeam` command. A run that is there is not done again.
+The first command changes one option of the classic recipe at a time. The second trains each family
+of quantizers and shows how much of its codebook is in use. All rows of a table are trained with the
+`vqbeam` command, on the same images for the same number of steps. Finished runs are not repeated.
 """
 
 import argparse
@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 IMAGES = {"cifar10": 50_000, "fashion_mnist": 60_000}
 BATCH_SIZE = 32
 
-# The recipe of van den Oord et al. 2017 with moving averages, which every row changes in one thing.
+# The recipe of van den Oord et al. 2017 with moving averages; every row changes one option.
 CLASSIC = (
     "--vqvae.quantizer vector --vqvae.residual-width 32 --vqvae.optimizer adam "
     "--vqvae.learning-rate 3e-4 --vqvae.schedule constant --vqvae.warmup-steps 0 "
@@ -49,7 +49,7 @@ FAMILIES = {
     "FSQ 8,8,4": "--vqvae.quantizer fsq --vqvae.fsq-levels 8,8,4",
     "LFQ": "--vqvae.quantizer lfq --vqvae.entropy 0.1",
     "SimVQ": "--vqvae.quantizer simvq --vqvae.codebook-init data",
-    # Fashion-MNIST's grid of 7×7 has no half.
+    # The 7×7 grid of Fashion-MNIST cannot be halved.
     "two grids (VQ-VAE-2)": "--vqvae.grids 2 --data.height 32 --data.width 32",
 }
 
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def train(arguments: argparse.Namespace, folder: pathlib.Path, flags: list[str]) -> None:
-    """Trains a variant on images that all variants of one size share."""
+    """Trains a variant, on images that all variants with the same image size share."""
     if arguments.data_dir:
         flags += ["--data.data-dir", arguments.data_dir]
     shared = arguments.work / ("images-32" if "--data.height" in flags else "images")
@@ -88,7 +88,7 @@ def train(arguments: argparse.Namespace, folder: pathlib.Path, flags: list[str])
 
 
 def run(verb: str, preset: str, folder: pathlib.Path, flags: list[str]) -> None:
-    """Runs one stage by the command; a stage that is done says so at once."""
+    """Runs one stage with the `vqbeam` command, unless it is finished."""
     if (folder / {"prepare": "images", "train-vqvae": "vqvae"}[verb] / "manifest.json").exists():
         return
     command = [sys.executable, "-m", "vqbeam", verb, preset, "--run-dir", str(folder.resolve())]
@@ -102,7 +102,7 @@ def with_last(flags: list[str]) -> list[str]:
 
 
 def row(name: str, folder: pathlib.Path) -> str:
-    """Returns the line of a variant, from what its training has measured."""
+    """Returns the table row of a variant, from the metrics in its manifest."""
     measures = json.loads((folder / "vqvae" / "manifest.json").read_text())["measures"]
     per_level = [f"perplexity_{level}" for level in range(9) if f"perplexity_{level}" in measures]
     perplexities = ", ".join(f"{measures[key]:.0f}" for key in per_level or ["perplexity"])
@@ -115,7 +115,7 @@ def row(name: str, folder: pathlib.Path) -> str:
 
 
 def size_of_codes(folder: pathlib.Path) -> float:
-    """Returns the bits that an image's codes take."""
+    """Returns the number of bits of the codes of an image."""
     from vqbeam.configs import from_dict
     from vqbeam.vqvae.layout import code_layout
     from vqbeam.vqvae.metrics import bits_per_image

@@ -1,4 +1,4 @@
-"""Measures several programs beside one another, each in processes of its own that take turns."""
+"""Compares several programs, which take turns, each in its own processes."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ FOLDER = pathlib.Path(__file__).parent
 
 
 class Results:
-    """Measurements of one side in one case, over all turns."""
+    """The measurements of one side in one case, over all turns."""
 
     def __init__(self):
         self.seconds = defaultdict(lambda: defaultdict(list))
@@ -22,7 +22,7 @@ class Results:
         self.least_bytes = {}
 
     def add(self, records: list[dict]) -> None:
-        """Takes in what one process reported."""
+        """Adds the measurements that one process reported."""
         for record in records:
             work = record["work"]
             self.records[work] = record
@@ -32,7 +32,7 @@ class Results:
                 self.least_bytes[work] = min(record["bytes"], self.least_bytes.get(work, 2**62))
 
     def fastest(self, work: str) -> tuple[float, str]:
-        """Returns the shortest median time of any variant in seconds, and the variant."""
+        """Returns the shortest median time of all variants, in seconds, and the variant."""
         return min((statistics.median(times), name) for name, times in self.seconds[work].items())
 
     def fastest_variants(self) -> list[str]:
@@ -41,7 +41,7 @@ class Results:
 
 
 def ask(python: str, script: str, arguments: list[str]) -> list[dict]:
-    """Runs one side in a process of its own; returns what it reports."""
+    """Runs one side in its own process; returns the measurements that it reports."""
     start = time.perf_counter()
     command = [python, str(FOLDER / script), *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -53,7 +53,7 @@ def ask(python: str, script: str, arguments: list[str]) -> list[dict]:
 
 
 def options(description: str, parts: tuple[str, str]) -> argparse.ArgumentParser:
-    """Returns what the comparisons take on the command line: one of two parts, or both."""
+    """Returns the command-line parser of a comparison, which has two parts."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--torch-python", required=True, help="Python with the requirements")
     parser.add_argument("--turns", type=int, default=3, help="turns of each side (default 3)")
@@ -68,7 +68,7 @@ def publish(
     cases: dict[str, dict[str, Results]],
     output: pathlib.Path | None,
 ) -> None:
-    """Prints the machine, the day and the table; writes all that was measured to `output`."""
+    """Prints the machine, the date and the table; writes all measurements to `output`."""
     print(f"{platform.processor() or platform.machine()}, {time.strftime('%Y-%m-%d')}\n")
     print(table(header, rows))
     if output:
@@ -80,6 +80,6 @@ def publish(
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Returns rows as Markdown."""
+    """Returns a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

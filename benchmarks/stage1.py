@@ -1,15 +1,15 @@
-"""Times stage 1 beside the same network in PyTorch with vector-quantize-pytorch, on a CPU.
+"""Compares stage 1 with the same network in PyTorch and vector-quantize-pytorch, on a CPU.
 
     python -m venv torchenv
     torchenv/bin/pip install -r benchmarks/requirements-torch.txt
     python benchmarks/stage1.py --torch-python torchenv/bin/python
 
-Three things are measured: training of the classic VQ-VAE for CIFAR-10, with the optimizer and the
-codebook's moving averages; and time and peak memory of the quantizer's forward alone, at several
-(N, K, D). PyTorch is first measured in float32 and bfloat16 (autocast), contiguous and
-channels-last, eager and compiled (which takes a C++ compiler), and then runs its fastest variants.
-Both sides take turns, each time in a process of its own, and the medians over the turns count.
-Let nothing else run meanwhile. The table goes to standard output.
+Measures the training time of the classic VQ-VAE for CIFAR-10, including the optimizer and the
+moving averages of the codebook, and the time and peak memory of the forward pass of the quantizer
+alone, for several (N, K, D). PyTorch first runs all variants: float32 and bfloat16 (autocast),
+contiguous and channels-last, eager and compiled (which needs a C++ compiler). It then runs its
+fastest variants. Both sides take turns, each time in a new process, and medians over the turns are
+reported. Do not run other programs at the same time. The script prints a table.
 """
 
 import sys
@@ -24,7 +24,7 @@ HEADER = ["", "vqbeam", "PyTorch at its best", "ratio", "that is"]
 
 
 def measure(case: tuple[str, ...], torch_python: str, turns: int) -> tuple[Results, Results]:
-    """Measures one case on both sides; PyTorch in all its variants first."""
+    """Measures one case on both sides, after a trial of all PyTorch variants."""
     tried, ours, theirs = Results(), Results(), Results()
     tried.add(ask(torch_python, "stage1_torch.py", [*case]))
     for _ in range(turns):
@@ -36,7 +36,7 @@ def measure(case: tuple[str, ...], torch_python: str, turns: int) -> tuple[Resul
 
 
 def training_rows(ours: Results, theirs: Results) -> list[list[str]]:
-    """Returns the rows of training: images per second, and their share of the limit."""
+    """Returns the rows of training: images per second, and the share of the matmul limit."""
     rows, best = [], []
     for dtype in DTYPES:
         mine, _ = ours.fastest(f"training, {dtype}")
@@ -55,13 +55,13 @@ def training_rows(ours: Results, theirs: Results) -> list[list[str]]:
 
 
 def training_row(title: str, mine: float, other: float, variant: str) -> list[str]:
-    """Returns a row of images per second, from the seconds of a step."""
+    """Returns a row of images per second, from the seconds per step."""
     rates = [f"{BATCH_SIZE / seconds:,.0f} images/s" for seconds in (mine, other)]
     return [title, *rates, f"×{other / mine:.2f}", variant]
 
 
 def limit_seconds(side: Results, dtype: str) -> float:
-    """Returns how long a step's multiplications take at the speed of one matrix product."""
+    """Returns the time of the multiply-adds of a step, at the speed of a single matrix product."""
     rows, inner, columns = side.records[f"matmul, {dtype}"]["shape"]
     speed = rows * inner * columns / side.fastest(f"matmul, {dtype}")[0]
     # Forward, gradient of the inputs, gradient of the weights.
@@ -86,7 +86,7 @@ def quantizer_rows(sizes: tuple[str, ...], ours: Results, theirs: Results) -> li
 
 
 def check_agreement(title: str, mine: float, other: float) -> None:
-    """Stops where the two sides have not quantized alike: they were given the same numbers."""
+    """Exits if the quantization errors of the two sides differ, since their inputs are the same."""
     if abs(mine - other) > 1e-2 * other:
         sys.exit(f"{title}: mean squared error {mine} in vqbeam, {other} in PyTorch")
 

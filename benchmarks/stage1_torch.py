@@ -3,8 +3,8 @@
     python benchmarks/stage1_torch.py training [VARIANT ...]
     python benchmarks/stage1_torch.py quantizer N K D [VARIANT ...]
 
-Prints a JSON object for each measurement. A variant is "float32, channels-last, compiled" and the
-like; without one, all are measured.
+Prints a JSON object for each measurement. A variant is, for example, "float32, channels-last,
+compiled"; by default, all variants are measured.
 """
 
 import itertools
@@ -52,7 +52,7 @@ def build_quantizer(num_codes, dim):
 
 
 class VQVAE(nn.Module):
-    """The network of `vqvae/networks.py`, layer by layer; the padding is that of "same"."""
+    """The network of `vqvae/networks.py`, layer by layer, with padding that equals "same"."""
 
     def __init__(self):
         super().__init__()
@@ -84,12 +84,12 @@ class VQVAE(nn.Module):
 
 
 def autocast(dtype):
-    """Returns the context in which the network computes in `dtype`."""
+    """Returns a context in which the network computes in `dtype`."""
     return torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def training_step(variant):
-    """Returns a function that takes one training step, and the model."""
+    """Returns a function that runs one training step, and the model."""
     dtype, layout, mode = variant.split(", ")
     model = VQVAE().train().to(memory_format=LAYOUTS[layout])
     optimizer = torch.optim.Adam(model.parameters(), work.LEARNING_RATE, fused=True)
@@ -110,7 +110,7 @@ def training_step(variant):
 
 
 def multiply_adds(model):
-    """Counts the multiplications of the convolutions for one image, forward."""
+    """Counts the multiply-adds of the convolutions in the forward pass of one image."""
     counts = []
 
     def count(layer, inputs, output):
@@ -132,7 +132,7 @@ def time_training(variant):
 
 
 def training(variants):
-    """Reports training, the size of the network, and how fast matrices are multiplied."""
+    """Reports the training time, the size of the network, and the speed of a matrix product."""
     for variant in variants or map(", ".join, itertools.product(work.DTYPES, LAYOUTS, MODES)):
         torch._dynamo.reset()
         time_training(variant)
@@ -147,12 +147,12 @@ def training(variants):
 
 
 def quantizer(size, num_codes, dim, variants):
-    """Reports time and memory of the quantizer's forward, in evaluation and in training."""
+    """Reports the time and memory of the forward pass, in evaluation and in training mode."""
     vectors, codebook = map(torch.from_numpy, work.quantizer_operands(size, num_codes, dim))
     layer = build_quantizer(num_codes, dim)
-    build_quantizer(8, dim)(vectors[:, :8])  # loads what the library loads at first
+    build_quantizer(8, dim)(vectors[:, :8])  # triggers one-time initialization
     before = measuring.resident_bytes()
-    # Compiled last, since a compiler leaves memory behind.
+    # Compiled variants are last, because compilation leaves memory in use.
     variants = variants or [f"{dtype}, {mode}" for mode in MODES for dtype in work.DTYPES]
     for variant, training in itertools.product(variants, (False, True)):
         torch._dynamo.reset()

@@ -41,7 +41,7 @@ def build(dtype):
         "estimator": "straight_through",
         "commitment": work.COMMITMENT,
         "ema_decay": work.DECAY,
-        "restart_below": 0.0,  # as on the other side, like the next
+        "restart_below": 0.0,  # off, like balance, as on the other side
         "balance": 0.0,
         "dtype": POLICIES[dtype],
     }
@@ -50,14 +50,14 @@ def build(dtype):
 
 
 def batches():
-    """Returns endless batches from memory, as training has them."""
+    """Returns endless batches from memory, as in training."""
     images = tf.data.Dataset.from_tensor_slices(work.training_images())
     images = images.shuffle(1024, seed=0).repeat().batch(work.BATCH_SIZE, drop_remainder=True)
     return images.map(scale_batch, num_parallel_calls=2).prefetch(4)
 
 
 def time_training(dtype):
-    """Reports the time of a training step of `fit`."""
+    """Reports the seconds per step of `fit`."""
     model = build(dtype)
     model.compile(keras.optimizers.Adam(work.LEARNING_RATE))
     taken = fit_seconds(model, batches(), work.WARM_UP_STEPS, work.BLOCK_STEPS, work.BLOCKS)
@@ -65,10 +65,10 @@ def time_training(dtype):
 
 
 def multiply_adds(model):
-    """Counts the multiplications of the convolutions for one image, forward."""
+    """Counts the multiply-adds of the convolutions in the forward pass of one image."""
     image = tf.TensorSpec((1, *model.encoder.input_shape[1:]))
     graph = tf.function(model).get_concrete_function(image).graph
-    # The input that holds the smaller of the two images, or None for the output.
+    # Which input is the smaller feature map; None if it is the output.
     places = {"Conv2D": None, "Conv2DBackpropInput": 2}
     count = 0
     for op in graph.get_operations():
@@ -81,7 +81,7 @@ def multiply_adds(model):
 
 
 def training():
-    """Reports training, the size of the network, and how fast matrices are multiplied."""
+    """Reports the training time, the size of the network, and the speed of a matrix product."""
     for dtype in POLICIES:
         time_training(dtype)
     multiply = tf.function(tf.matmul)
@@ -98,18 +98,18 @@ def training():
 
 
 def build_quantizer(num_codes, dim):
-    """Returns a quantizer with moving averages, which never moves codes onto the data."""
+    """Returns a quantizer with moving averages and without restarts of dead codes."""
     layer = VectorQuantizer(num_codes, dim, decay=work.DECAY, commitment=work.COMMITMENT)
     layer.build((None, None, dim))
     return layer
 
 
 def quantizer(size, num_codes, dim):
-    """Reports time and memory of the quantizer's forward, in evaluation and in training."""
+    """Reports the time and memory of the forward pass, in evaluation and in training mode."""
     vectors, codebook = work.quantizer_operands(size, num_codes, dim)
     vectors = tf.constant(vectors)
     layer = build_quantizer(num_codes, dim)
-    tf.function(build_quantizer(8, dim))(vectors[:, :8])  # loads what the library loads at first
+    tf.function(build_quantizer(8, dim))(vectors[:, :8])  # triggers one-time initialization
     before = measuring.resident_bytes()
     for training in (False, True):
         layer.codebook.assign(codebook)

@@ -1,16 +1,16 @@
-"""Times stage 2 beside plain PyTorch and Hugging Face's transformers, on a CPU.
+"""Compares stage 2 with plain PyTorch and Hugging Face's transformers, on a CPU.
 
     python -m venv torchenv
     torchenv/bin/pip install -r benchmarks/requirements-torch.txt
     python benchmarks/stage2.py --torch-python torchenv/bin/python
 
-Two things are measured, for a prior of 6 layers, width 256 and 8 heads over grids of 64 and of 256
-codes: drawing images, in batches of 1, 16 and 64; and training. Plain PyTorch has the same
-transformer with a static cache, written in `stage2_torch.py`; transformers has GPT-2 of that size
-and its `generate`. Each is first measured in all its variants (float32 and bfloat16; eager and
-compiled, which takes a C++ compiler), and then runs its fastest. All sides
-take turns, each time in a process of its own, and the medians over the turns count. Let nothing
-else run meanwhile. The table goes to standard output.
+Measures sampling, in batches of 1, 16 and 64 images, and training, for a prior with 6 layers, width
+256 and 8 heads over grids of 64 and of 256 codes. Plain PyTorch runs the same transformer with a
+static cache (`stage2_torch.py`); transformers runs a GPT-2 of the same size with `generate`. Each
+side first runs all its variants (float32 and bfloat16; eager and compiled, which needs a C++
+compiler) and then its fastest variants. All sides take turns, each time in a new process, and
+medians over the turns are reported. Do not run other programs at the same time. The script prints a
+table.
 """
 
 import sys
@@ -27,7 +27,7 @@ HEADER = ["", *SCRIPTS, "to PyTorch", "to transformers", "share of the limit"]
 
 
 def measure(python: dict[str, str], case: list[str], turns: int) -> dict[str, Results]:
-    """Measures one case on the sides given with their Python; all their variants first."""
+    """Measures one case on the given sides, after a trial of all their variants."""
     tried = {side: Results() for side in python}
     for side, results in tried.items():
         results.add(ask(python[side], SCRIPTS[side], case))
@@ -62,13 +62,13 @@ def training_row(length: int, found: dict[str, Results]) -> list[str]:
 
 
 def ratios(best: dict[str, tuple[float, str]]) -> list[str]:
-    """Returns how many times as fast vqbeam is as each of the others."""
+    """Returns the speed of vqbeam relative to each of the other sides."""
     mine, *others = best.values()
     return [f"×{seconds / mine[0]:.2f}" for seconds, _ in others]
 
 
 def speed_of(results: Results, dtype: str) -> float:
-    """Returns the multiply-adds per second of one large matrix product."""
+    """Returns the multiply-adds per second of a single large matrix product."""
     rows, inner, columns = work.MATMUL
     return rows * inner * columns / results.fastest(f"matmul, {dtype}")[0]
 

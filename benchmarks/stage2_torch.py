@@ -3,8 +3,8 @@
     python benchmarks/stage2_torch.py sampling T BATCH [VARIANT ...]
     python benchmarks/stage2_torch.py training T [VARIANT ...]
 
-Prints a JSON object for each measurement. A variant is "float32, compiled" and the like; without
-one, all are measured.
+Prints a JSON object for each measurement. A variant is, for example, "float32, compiled"; by
+default, all variants are measured.
 """
 
 import itertools
@@ -40,7 +40,7 @@ class Block(nn.Module):
         return rotate(query, *rotation), rotate(key, *rotation), value
 
     def add(self, x, attended):
-        """Returns x with what attention [B, H, N, D] and the feed-forward add."""
+        """Returns x plus the outputs of attention [B, H, N, D] and of the feed-forward layer."""
         x = x + self.attention_output(attended.transpose(1, 2).flatten(2))
         gate, up = self.gate_and_up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
@@ -92,7 +92,7 @@ def caches(model, batch_size, dtype):
 
 
 def step(model, x, kept, position):
-    """Draws the codes at a position, an int, which attention reads no further than."""
+    """Samples the codes at a position (an int); attention reads the cache up to it."""
     x = x + model.positions[position]
     rotation = model.cos[position], model.sin[position]
     for block, (keys, values) in zip(model.blocks, kept, strict=True):
@@ -105,7 +105,7 @@ def step(model, x, kept, position):
 
 
 def masked_step(model, x, kept, position, places):
-    """Draws the codes at a position, a tensor [1]: one compiled program for all of them."""
+    """Samples the codes at a position (a tensor [1]), so one program compiles for all positions."""
     x = x + model.positions[position]
     rotation, past = (model.cos[position], model.sin[position]), (places <= position)[None]
     for block, (keys, values) in zip(model.blocks, kept, strict=True):
@@ -117,13 +117,13 @@ def masked_step(model, x, kept, position, places):
 
 
 def draw(model, x):
-    """Returns codes [B, 1] drawn from the logits at x [B, 1, width]."""
+    """Samples codes [B, 1] from the logits at x [B, 1, width]."""
     logits = model.head(model.norm(x))[:, 0].float()
     return torch.multinomial(logits.softmax(-1), 1)
 
 
 def sampler(model, batch_size, mode):
-    """Returns a function that draws a batch of images."""
+    """Returns a function that samples a batch of grids."""
     dtype = model.head.weight.dtype
     labels = torch.arange(batch_size) % work.LABELS
     places = torch.arange(model.length)
@@ -146,7 +146,7 @@ def sampler(model, batch_size, mode):
 
 
 def sampling(length, batch_size, variants):
-    """Reports the time of drawing a batch of images."""
+    """Reports the time to sample a batch of grids."""
     for variant in variants or map(", ".join, itertools.product(work.DTYPES, MODES)):
         torch._dynamo.reset()
         dtype, mode = variant.split(", ")
@@ -166,7 +166,7 @@ def training(length, variants):
 
 
 def training_step(length, variant):
-    """Returns a function that takes one training step."""
+    """Returns a function that runs one training step."""
     dtype, mode = variant.split(", ")
     model = Prior(length).train()
     optimizer = torch.optim.AdamW(

@@ -2,8 +2,8 @@
 
     python benchmarks/stage2_transformers.py sampling T BATCH [VARIANT ...]
 
-Prints a JSON object for each measurement. A variant is "float32" or "bfloat16"; without
-one, both are measured.
+Prints a JSON object for each measurement. A variant is "float32" or "bfloat16"; by default, both
+are measured.
 """
 
 import sys
@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 
 def build(length, dtype):
-    """Returns an untrained GPT-2 whose first token is one past the codes."""
+    """Returns an untrained GPT-2, whose start token is K."""
     config = GPT2Config(
         vocab_size=work.GRIDS[length] + 1,
         n_positions=length + 1,
@@ -29,7 +29,7 @@ def build(length, dtype):
 
 
 def sampling(length, batch_size, variants):
-    """Reports the time of drawing a batch of images."""
+    """Reports the time to sample a batch of grids."""
     set_seed(0)
     first = torch.full((batch_size, 1), work.GRIDS[length])
     for dtype in variants or work.DTYPES:

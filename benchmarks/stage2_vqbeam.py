@@ -43,7 +43,7 @@ def build(length, dtype):
 
 
 def sampling(length, batch_size):
-    """Reports the time of drawing a batch of images, in float32 as `vqbeam sample` does."""
+    """Reports the time to sample a batch of grids, in float32 like `vqbeam sample`."""
     sampler = Sampler(build(length, "float32"), batch_size)
     labels = np.arange(batch_size) % work.LABELS
     sampler(labels, seed=0)
@@ -53,7 +53,7 @@ def sampling(length, batch_size):
 
 
 def training(length):
-    """Reports the time of a training step of `fit`."""
+    """Reports the seconds per step of `fit`."""
     for dtype in work.DTYPES:
         model = build(length, dtype)
         model.compile(keras.optimizers.AdamW(work.LEARNING_RATE, work.WEIGHT_DECAY))
@@ -64,7 +64,7 @@ def training(length):
 
 
 def limit():
-    """Reports how fast matrices are multiplied."""
+    """Reports the time of a large matrix product, which defines the limit."""
     multiply, (rows, inner, columns) = tf.function(tf.matmul), work.MATMUL
     for dtype in work.DTYPES:
         a, b = (tf.cast(tf.random.normal(s), dtype) for s in ((rows, inner), (inner, columns)))
@@ -73,7 +73,7 @@ def limit():
 
 
 def endless_batches(length):
-    """Returns batches from memory, as training has them."""
+    """Returns endless batches from memory, as in training."""
     codes = work.codes(length)
     labels = np.arange(len(codes), dtype="int32") % work.LABELS
     examples = tf.data.Dataset.from_tensor_slices({"codes": codes, "labels": labels})

@@ -1,11 +1,11 @@
-"""Measures encoding and preparing through Beam beside bare loops, and both at many sizes.
+"""Compares encoding and preparing through Beam with bare loops, and measures both at many sizes.
 
     python benchmarks/throughput.py RUN --data-dir FOLDER
 
-RUN is a finished run on tfds:cifar10, and FOLDER is where TFDS keeps that dataset. Each work runs
-in a process of its own, the two sides in turn. Larger datasets are the same images repeated, by
-hard links: `--sizes 10000,100000,1000000` counts training images, to which the 10,000 held out are
-added, and takes about half an hour and 10 GB. Let nothing else run meanwhile.
+RUN is a finished run on tfds:cifar10, and FOLDER is where TFDS keeps that dataset. Each measurement
+runs in its own process, and the two sides take turns. Larger datasets repeat the same images with
+hard links. `--sizes 10000,100000,1000000` counts training images, to which the 10,000 held-out
+images are added; it takes about half an hour and 10 GB. Do not run other programs at the same time.
 """
 
 import argparse
@@ -24,7 +24,7 @@ LIMITS = {"encode": 1.15, "prepare": 1.3}
 
 
 def beside_loops(run: str, data_dir: str, count: int, turns: int) -> list[list[str]]:
-    """Returns a row for each work: processor time of both sides, and their ratio."""
+    """Returns a row for encoding and for preparing: CPU time of both sides, and their ratio."""
     rows = []
     for work in WORKS:
         found = defaultdict(list)
@@ -48,7 +48,7 @@ def beside_loops(run: str, data_dir: str, count: int, turns: int) -> list[list[s
 
 
 def sizes(run: str, data_dir: str, counts: list[int]) -> list[list[str]]:
-    """Returns a row for each work and size: time of an image, and the peak of memory."""
+    """Returns a row for each stage and size: wall time per image, and peak memory."""
     rows = []
     for work in WORKS:
         for count in counts:

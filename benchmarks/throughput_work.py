@@ -1,4 +1,4 @@
-"""One piece of work of `throughput.py`, in a process of its own; imports are not counted."""
+"""One measurement of `throughput.py`, in its own process; imports are not counted."""
 
 import os
 import pathlib
@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from measuring import report
 
-import vqbeam.pipelines.stages.transforms  # noqa: F401  `run_stages` imports it late, with all of Beam
+import vqbeam.pipelines.stages.transforms  # noqa: F401  otherwise `run_stages` imports it, and Beam with it
 from vqbeam.pipelines.run import run_stages
 from vqbeam.vqvae.fitting.compilation import compiled_encoder
 from vqbeam.vqvae.storage.records import Shard, open_dataset, write_metadata
@@ -28,9 +28,9 @@ LOCAL = ["--runner=FnApiRunner"]
 
 
 def repeated(source: epath.Path, folder: epath.Path, split: str, count: int) -> list[epath.Path]:
-    """Makes a TFDS dataset of `count` images of a split, as hard links; returns its files.
+    """Makes a TFDS dataset with `count` images of a split, as hard links; returns its files.
 
-    A count that whole shards do not reach is rounded up to them.
+    The count is rounded up to whole shards.
     """
     builder = tfds.builder_from_directory(source)
     info = builder.info.splits[split]
@@ -61,7 +61,7 @@ def repeated(source: epath.Path, folder: epath.Path, split: str, count: int) -> 
 
 
 def scratch_run(run: RunFolder, scratch: pathlib.Path, count: int) -> RunFolder:
-    """Returns a run with the model of another, and its training images repeated."""
+    """Returns a run with the model of another run, and its training images repeated."""
     new = RunFolder(scratch / "run")
     new.start(run.load_config())
     for stage in ("prepare", "train-vqvae"):
@@ -79,7 +79,7 @@ def scratch_run(run: RunFolder, scratch: pathlib.Path, count: int) -> RunFolder:
 
 
 def bare_encode(run: RunFolder) -> None:
-    """Encodes the images by a plain loop over the same records."""
+    """Encodes the images in a plain loop over the same records."""
     batch_size = run.load_config().encode.batch_size
     encode = compiled_encoder(load_vqvae(run))
     splits = open_dataset(run.folder("prepare")).info.splits
@@ -97,7 +97,7 @@ def bare_encode(run: RunFolder) -> None:
 
 
 def bare_prepare(dataset, splits: dict[str, int], scratch: pathlib.Path) -> None:
-    """Decodes and encodes the images of a dataset by tf.data, and writes them as records."""
+    """Decodes and encodes the images of a dataset with tf.data, and writes them as records."""
     config = tfds.ReadConfig(add_tfds_id=True)
     for split, count in splits.items():
         examples = dataset.as_dataset(split=f"{split}[:{count}]", read_config=config)
@@ -117,7 +117,7 @@ def bare_prepare(dataset, splits: dict[str, int], scratch: pathlib.Path) -> None
 
 
 def main() -> None:
-    """Prepares what the work needs, does it, and reports its time and memory."""
+    """Sets up and runs one measurement, and reports its time and memory."""
     work, side, run_dir, data_dir, count, scratch = sys.argv[1:]
     run, scratch, count = RunFolder(run_dir), pathlib.Path(scratch), int(count)
     config = run.load_config()
@@ -131,7 +131,7 @@ def main() -> None:
         config = dataclasses.replace(config, data=data)
         dataset = tfds.builder("cifar10", data_dir=new_data)
     splits = {name: split.num_examples for name, split in dataset.info.splits.items()}
-    if work == "prepare":  # which takes no more of a shard than it is told to
+    if work == "prepare":  # which reads at most max_images images of a split
         splits = {name: min(count, size) for name, size in splits.items()}
     start, cpu = time.perf_counter(), time.process_time()
     if side == "beam":

@@ -1,4 +1,4 @@
-"""What the tests of the command line share."""
+"""Helpers shared by the tests of the command line."""
 
 import pytest
 
@@ -13,7 +13,7 @@ CONFIG = Config(name="own", data=DataConfig(source="glyphs"), vqvae=VQVAEConfig(
 
 
 def refusal(*words):
-    """Returns the one line with which a command line is refused."""
+    """Returns the one-line error for a command line that is refused."""
     with pytest.raises(UsageError) as caught:
         parse(words)
     assert "\n" not in str(caught.value)

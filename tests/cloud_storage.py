@@ -43,11 +43,11 @@ class Storage:
     _seconds_from_upload: float = 0.0
 
     def fail_for(self, seconds: float) -> None:
-        """Has the storage answer 503 for a while."""
+        """Makes the storage answer 503 for a while."""
         self._out_of_order_until = time.monotonic() + seconds
 
     def fail_at_upload(self, seconds: float) -> None:
-        """Has it do so from the next time that the bytes of a file are sent to it."""
+        """Makes the storage answer 503 for a while, from the next upload of a file on."""
         self._seconds_from_upload = seconds
 
     def upload(self, folder: pathlib.Path) -> None:
@@ -118,7 +118,7 @@ def storage(folder: pathlib.Path) -> Iterator[Storage]:
 
 
 def _credentials(folder: pathlib.Path) -> pathlib.Path:
-    """Writes credentials that nobody has to be asked about."""
+    """Writes credentials that need no request to Google."""
     path = folder / "credentials.json"
     facts = {"client_id": "id", "client_secret": "secret", "refresh_token": "refresh"}
     far = {"type": "authorized_user", "token": "token", "expiry": "2100-01-01T00:00:00Z"}
@@ -189,7 +189,7 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
 
 
 def _empty_object(path: str, headers: dict[str, str]) -> tuple[str, bytes, dict[str, str]]:
-    """Returns the upload of an empty object in the only form in which the emulator takes it."""
+    """Returns the upload of an empty object in the only form that the emulator accepts."""
     parts = (
         b"--part\r\nContent-Type: application/json\r\n\r\n{}\r\n"
         b"--part\r\nContent-Type: application/octet-stream\r\n\r\n\r\n--part--\r\n"

@@ -1,4 +1,4 @@
-"""Running the real command, or waiting until it is in the middle of a stage, to kill it there."""
+"""Runs the real command, or waits until it is in the middle of a stage, to kill it there."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ def started(
     cwd: pathlib.Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen]:
-    """Starts `vqbeam` with these words, and kills it where it has not ended with the block.
+    """Starts `vqbeam` with these words, and kills it if it is still running when the block ends.
 
     All that it says is added to the log.
     """
@@ -46,7 +46,7 @@ def started(
 
 
 def status_of(log: pathlib.Path, *words: object, **where) -> int:
-    """Runs `vqbeam` as `started` does, to its end, which it must reach within minutes."""
+    """Runs `vqbeam` like `started`, and waits a few minutes for it to finish."""
     with started(log, *words, **where) as process:
         return process.wait(400)
 

@@ -21,12 +21,12 @@ LONGEST = ("test_faults", "test_replicas", "test_pipeline_cli")
 
 
 def pytest_collection_modifyitems(items):
-    """Sorts the longest files to the front; with xdist, it takes `--no-loadscope-reorder`."""
+    """Runs the longest files first; with xdist, this needs `--no-loadscope-reorder`."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def pytest_collection_finish():
-    """Has TensorFlow run its functions eagerly: to compile them takes most of the time of a test.
+    """Runs TensorFlow functions eagerly, since compiling them takes most of the time of a test.
 
     Commands that tests start as programs, and the tests that use `compiled`, compile as ever.
     """
@@ -36,7 +36,7 @@ def pytest_collection_finish():
 
 @pytest.fixture
 def compiled():
-    """For tests of what only a compiled function does."""
+    """For tests of compiled functions."""
     import tensorflow as tf
 
     tf.config.run_functions_eagerly(False)

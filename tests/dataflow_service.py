@@ -1,4 +1,4 @@
-"""A stand-in for Google's Dataflow on this machine: it takes a job, and says that it is done."""
+"""A local stand-in for Google's Dataflow: it accepts a job and reports that it is done."""
 
 import contextlib
 import http.server
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def dataflow_service() -> Iterator[tuple[str, list[dict]]]:
-    """Runs the service while the block runs; gives its address and the jobs that it was sent."""
+    """Runs the service while the block runs; yields its address and the jobs that it received."""
     server = http.server.ThreadingHTTPServer(("localhost", 0), _Service)
     server.daemon_threads = True
     server.jobs = []

@@ -1,4 +1,4 @@
-"""Reads what training wrote for TensorBoard."""
+"""Reads the TensorBoard logs of training."""
 
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

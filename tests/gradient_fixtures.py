@@ -1,4 +1,4 @@
-"""A model with large gradients, and what the tests of gradients ask of them; for TensorFlow."""
+"""A model with large gradients, and checks of gradients; for TensorFlow."""
 
 import keras
 import numpy as np
@@ -58,7 +58,7 @@ def whole_loss(model, training=True):
 
 
 def some_reach(gradients):
-    """Whether a gradient comes to every variable, and is more than zeros in most."""
+    """Whether every variable receives a gradient, and most gradients are not zero."""
     if any(gradient is None for gradient in gradients):
         return False
     nonzero = [np.abs(tf.convert_to_tensor(gradient)).max() > 0 for gradient in gradients]

@@ -1,4 +1,4 @@
-"""Prints how large the product is, and which of its files and functions are too large.
+"""Prints the size of the product, and the files and functions that exceed the limits.
 
 python tests/house.py            # or: make house
 python tests/house.py --check    # status 1 where a limit is exceeded

@@ -1,4 +1,4 @@
-"""Seeds faults into the product, one at a time, and shows that the tests notice each.
+"""Seeds faults into the product, one at a time, and checks that the tests detect each.
 
     python tests/mutants.py                    # all faults, one after the other
     python tests/mutants.py --only lock        # those whose promise, name or file matches
@@ -56,7 +56,7 @@ class Mutant(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a fault led to.
+    """The result of a fault.
 
     Attributes:
         mutant: The fault.
@@ -150,7 +150,7 @@ def seed(mutant: Mutant, folder: pathlib.Path) -> Result:
 
 
 def run(mutants: list[Mutant], jobs: int) -> Iterator[Result]:
-    """Yields the result of each fault, in their order."""
+    """Yields the result of each fault, in order."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as name:
         folder = pathlib.Path(name).resolve()
         check_without_faults(mutants, folder)

@@ -1,4 +1,4 @@
-"""What must hold for every family of quantizers; each family's tests call `check_quantizer`."""
+"""Checks that every quantizer must pass; the tests of each quantizer call `check_quantizer`."""
 
 import keras
 import numpy as np
@@ -62,7 +62,7 @@ def gradient(function, x):
 
 
 def check_quantizer(make, in_numpy, *, scale=1.0, shapes=((0, 3), (0, 2, 2), (1, 1))):
-    """Puts one family through all that a quantizer must do.
+    """Runs all checks on one quantizer.
 
     Args:
         make: Returns a new layer, not built.

@@ -1,4 +1,4 @@
-"""Records what the product computes, and compares two records: for refactorings, which keep it all.
+"""Records the results of the product and compares two records, to check refactorings.
 
     python tests/same_results.py record FOLDER              # of the checkout that this file lies in
     python tests/same_results.py compare FOLDER_A FOLDER_B  # status 1 where a result differs

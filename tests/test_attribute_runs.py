@@ -1,4 +1,4 @@
-"""A run with attributes in place of classes, from a folder with a table to new images."""
+"""Tests a run with attributes instead of classes, from a folder with a table to new images."""
 
 import json
 

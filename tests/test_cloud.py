@@ -1,4 +1,4 @@
-"""The whole pipeline on gs:// paths, of a storage on this machine."""
+"""Runs the whole pipeline on gs:// paths of a storage on this machine."""
 
 import time
 
@@ -49,7 +49,7 @@ def expected(config, tmp_path_factory):
 
 @pytest.fixture
 def said(bucket, tmp_path):
-    """Runs a command line to its end, which must be a good one; returns what it says."""
+    """Runs a command line, which must succeed; returns its output."""
     log = tmp_path / "log.txt"
 
     def run(*words):

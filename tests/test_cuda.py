@@ -1,4 +1,4 @@
-"""What runs on a GPU is lowered for CUDA, which takes no GPU."""
+"""Lowers the GPU programs for CUDA, which needs no GPU."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The job that Dataflow would be given, by stand-ins for its service and its storage."""
+"""Checks the job submitted to Dataflow, with stand-ins for the service and its storage."""
 
 import base64
 import bz2

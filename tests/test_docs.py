@@ -1,4 +1,4 @@
-"""Checks README.md and docs: their commands parse, and their links lead somewhere."""
+"""Checks that the commands in README.md and docs parse, and that their links exist."""
 
 import pathlib
 import re

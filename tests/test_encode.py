@@ -35,7 +35,7 @@ COUNTS = {"train": 20, "validation": 9}
 
 
 def finish_vqvae(run, seed=0):
-    """Makes the stage before, with a model that was not trained: its codes are as good."""
+    """Makes the previous stage with an untrained model, whose codes are good enough."""
     config = dataclasses.replace(run.load_config(), seed=seed)
     run.begin("train-vqvae")
     path = run.folder("train-vqvae") / MODEL_FILE

@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def flat_png(width, height, kind=2, extra=b""):
-    """A PNG of one colour, which few bytes describe however large it is."""
+    """A PNG of one colour, which takes few bytes at any size."""
     row = bytes(1 + width * {0: 1, 2: 3, 6: 4}[kind])
     packer = zlib.compressobj(1)
     data = b"".join([*(packer.compress(row) for _ in range(height)), packer.flush()])
@@ -31,7 +31,7 @@ def flat_png(width, height, kind=2, extra=b""):
 
 
 def inflated(kind, name):
-    """A chunk that 200 KB of file make 200 MB of memory."""
+    """A chunk whose 200 KB in the file expand to 200 MB in memory."""
     return png_chunk(kind, name + zlib.compress(bytes(200_000_000), 9))
 
 

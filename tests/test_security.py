@@ -1,4 +1,4 @@
-"""What a stranger's run, picture or dataset cannot do."""
+"""Checks that an untrusted run, image or dataset can do no harm."""
 
 import io
 import json

@@ -56,3 +56,19 @@ def test_a_gpu_that_is_not_used_is_named(monkeypatch, tmp_path, devices, hidden,
         assert advice[0].endswith(f'pip install "{extra}"')
     else:
         assert not advice
+
+
+@pytest.mark.parametrize(
+    "name, flops",
+    [("NVIDIA H200", 989e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("cpu", None)],
+)
+def test_peak_of_known_devices(monkeypatch, name, flops):
+    monkeypatch.setattr(module, "_device_name", lambda: name)
+    assert module.peak_flops() == flops
+    monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["gpu:0", "gpu:1"])
+    assert module.peak_flops() == (flops and 2 * flops)
+
+
+def test_a_cpu_has_no_memory_of_its_own_and_no_known_peak():
+    found = module.device_memory(), module.peak_memory(), module.peak_flops()
+    assert found == (None, None, None)

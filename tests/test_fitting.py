@@ -3,6 +3,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,8 @@ from etils import epath
 from keras import layers
 
 from vqbeam.configs import VqbeamError
+from vqbeam.vqvae.fitting import fit as module
+from vqbeam.vqvae.fitting import progress
 from vqbeam.vqvae.fitting.checkpoints import Checkpoints
 from vqbeam.vqvae.fitting.data import TrainingData
 from vqbeam.vqvae.fitting.fit import Reseed, Schedule, fit, load_model, save_model
@@ -46,7 +49,9 @@ def one_at_a_time(dataset):
     return TrainingData(batches=lambda first_step, steps: dataset.skip(first_step).batch(steps))
 
 
-def train(model, folder, epochs, *, fingerprint="f", data=None, **changes):
+def train(model, folder, epochs, *, fingerprint="f", data=None, whole=False, **changes):
+    """Returns the history, or all that `fit` returns."""
+
     def shuffled(first_step, steps):
         dataset = tf.data.Dataset.from_tensor_slices(NUMBERS)
         batches = training_batches(dataset, size=20, batch_size=8, first_step=first_step, seed=0)
@@ -67,7 +72,8 @@ def train(model, folder, epochs, *, fingerprint="f", data=None, **changes):
     )
     fields = [field.name for field in dataclasses.fields(Schedule)]
     own = {name: changes.pop(name) for name in fields if name in changes}
-    return fit(model, dataclasses.replace(schedule, **own), **(arguments | changes))
+    fitted = fit(model, dataclasses.replace(schedule, **own), **(arguments | changes))
+    return fitted if whole else fitted.history
 
 
 def state(model):
@@ -182,6 +188,41 @@ def test_dropout_differs_between_seeds(tmp_path):
         train(model, tmp_path / str(seed), 2, seed=seed)
         states.append(state(model)[0])
     assert np.abs(states[0] - states[1]).max() > 0
+
+
+def test_speed_is_told_and_returned(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "peak_flops", lambda: 1e9)
+    monkeypatch.setattr(module, "peak_memory", lambda: 3 * 2**30)
+    speed = train(build(), tmp_path, 2, whole=True).speed
+    assert set(speed) == {"images_per_second", "flops_per_step", "share_of_peak", "device_bytes"}
+    steps_per_second = speed["images_per_second"] / 8
+    assert speed["share_of_peak"] == pytest.approx(steps_per_second * speed["flops_per_step"] / 1e9)
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        r"test: [\d,]+ images/s, \S+ GFLOP a step, \d+% of the peak in bfloat16, 3.0 GiB of "
+        "device memory",
+        told,
+    )
+    # There is nothing left to do, and so nothing to tell.
+    assert train(build(), tmp_path, 2, whole=True).speed == {}
+
+
+def test_speed_leaves_out_compilation_and_validation(monkeypatch):
+    clock = iter([30.0, 32.0, 33.0, 40.0, 45.0, 47.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    bar = progress.FitProgress("test", total=400, initial=0, at_once=50)
+    logs = {"loss": 0.0}
+    bar.on_epoch_begin(0)
+    assert bar.rate is None
+    for batch in range(3):
+        bar.on_train_batch_end(batch, logs)
+    bar.on_epoch_end(0, logs)
+    bar.on_epoch_begin(1)
+    for batch in range(2):
+        bar.on_train_batch_end(batch, logs)
+    bar.on_train_end()
+    # From the end of the first call to that of the third, and from the start of the second epoch.
+    assert bar.rate == 200 / (3 + 7)
 
 
 def test_a_finished_run_trains_no_further(tmp_path):

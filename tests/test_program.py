@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from vqbeam.vqvae.fitting import program
+from vqbeam.configs import VqbeamError
+from vqbeam.vqvae.fitting import program as module
 from vqbeam.vqvae.fitting.data import TrainingData, training_data
 from vqbeam.vqvae.fitting.program import steps_per_call, training_program
 
@@ -48,9 +49,14 @@ class Logs(keras.callbacks.Callback):
 
 def trained(data, together):
     model, logs = build(), Logs()
-    with training_program(model, data, together) as batches:
+    with training_program(model, data, together) as program:
         history = model.fit(
-            batches(0), epochs=2, steps_per_epoch=STEPS, callbacks=[logs], shuffle=False, verbose=0
+            program.batches(0),
+            epochs=2,
+            steps_per_epoch=STEPS,
+            callbacks=[logs],
+            shuffle=False,
+            verbose=0,
         )
     return model, logs, history.history["loss"]
 
@@ -100,16 +106,37 @@ def test_the_program_is_compiled_once(compiled):
     held = held_data()
     data = TrainingData(batches=held.batches, held=held.held, prepare=prepare)
     trained(data, 4)
-    # TensorFlow traces the body of its loop a second time.
-    assert 1 <= len(traces) <= 2
+    # TensorFlow traces the body of its loop a second time, and one step to count its operations.
+    assert 1 <= len(traces) <= 3
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_operations_of_a_step(compiled, together):
+    model = build()
+    with training_program(model, held_data(), together) as program:
+        assert program.flops is None
+        model.fit(program.batches(0), steps_per_epoch=4, shuffle=False, verbose=0)
+    # Products of both layers, forward and backward, but for the gradient of the first one's input.
+    products = 2 * 8 * (3 * (4 * 3 + 3 * 1) - 4 * 3)
+    assert products < program.flops < 3 * products
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="TensorFlow does not tell")
+def test_too_little_memory_is_told_before_training(monkeypatch):
+    monkeypatch.setattr(module, "device_memory", lambda: 500)
+    message = r"training needs 0.0 GiB for weights.* and 0.0 GiB for a step, and the device has 0"
+    with pytest.raises(VqbeamError, match=message):
+        trained(held_data(), 1)
+    monkeypatch.setattr(module, "device_memory", lambda: 2**30)
+    trained(held_data(), 1)
 
 
 @pytest.mark.parametrize("device, steps", [("cpu:0", 1), ("gpu:0", 100)])
 def test_steps_of_a_call(monkeypatch, device, steps):
-    monkeypatch.setattr(program.keras.distribution, "list_devices", lambda: [device])
+    monkeypatch.setattr(module.keras.distribution, "list_devices", lambda: [device])
     assert steps_per_call(500) == steps
 
 
 def test_steps_of_a_call_divide_an_epoch(monkeypatch):
-    monkeypatch.setattr(program.keras.distribution, "list_devices", lambda: ["gpu:0"])
+    monkeypatch.setattr(module.keras.distribution, "list_devices", lambda: ["gpu:0"])
     assert [steps_per_call(n) for n in (1, 60, 391, 7 * 13, 202)] == [1, 60, 23, 91, 2]

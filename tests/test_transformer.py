@@ -298,6 +298,67 @@ def test_a_saved_model_loads_the_same(tmp_path, layout, dtype):
     np.testing.assert_array_equal(logits(loaded, inputs), logits(model, inputs))
 
 
+@pytest.mark.parametrize("kv_heads", [0, 2])
+def test_attention_of_a_gpu_is_that_of_a_cpu(monkeypatch, kv_heads):
+    layer = Block(PYRAMID, width=16, heads=4, kv_heads=kv_heads)
+    x = np.random.default_rng(0).normal(size=(3, PYRAMID.length, 16)).astype("float32")
+    expected = layer(x)
+    fused = []
+    monkeypatch.setattr("vqbeam.prior.block.on_cpu", lambda: False)
+    monkeypatch.setattr(ops, "dot_product_attention", recorded(ops.dot_product_attention, fused))
+    np.testing.assert_allclose(np.asarray(layer(x)), np.asarray(expected), rtol=1e-4, atol=1e-5)
+    assert len(fused) == (keras.backend.backend() == "jax")
+
+
+def recorded(function, calls):
+    def call(*arguments, **options):
+        calls.append(arguments)
+        return function(*arguments, **options)
+
+    return call
+
+
+def trained_with_dropout(remat):
+    model = compiled(build(dropout=0.3))
+    for block in model.blocks:
+        block.remat = remat
+    model.fit(batches(), epochs=2, shuffle=False, verbose=0)
+    return model
+
+
+@pytest.mark.slow
+def test_what_is_computed_again_is_the_same():
+    plain, again = trained_with_dropout(False), trained_with_dropout(True)
+    start = build(dropout=0.3)
+    for a, b, before in zip(plain.weights, again.weights, start.weights, strict=True):
+        a, b, before = map(np.asarray, (a, b, before))
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
+        assert np.abs(a - before).max() > 1e-3, "nothing was learned"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX shows what is stored")
+def test_computing_again_stores_less():
+    import jax
+
+    layout = CodeLayout(K, ((16, 16),))
+    inputs = examples(8, layout=layout)
+
+    def stored_bytes(remat):
+        model = build(layout=layout, layers=3, width=64, heads=4, dropout=0.1)
+        for block in model.blocks:
+            block.remat = remat
+
+        def loss(weights):
+            with keras.StatelessScope(state_mapping=zip(model.weights, weights, strict=True)):
+                return model.compute_loss(x=inputs, y_pred=model(inputs, training=True))
+
+        _, backward = jax.vjp(loss, [weight.value for weight in model.weights])
+        return sum(array.nbytes for array in jax.tree.leaves(backward))
+
+    assert stored_bytes(True) < 0.2 * stored_bytes(False)
+
+
 @pytest.mark.parametrize(
     "layer", [Block(DEEP, width=16, heads=2, kv_heads=1, dropout=0.1), LevelHead(PYRAMID)]
 )

@@ -139,6 +139,8 @@ def trained_prior(parts, scope):
         model = build_prior(config, Labels(("a", "b", "c")))
         start = [array(weight) for weight in model.weights]
         model.parts = parts
+        for block in model.blocks:
+            block.remat = parts > 1
         model.compile(build_prior_optimizer(settings))
         data = tf.data.Dataset.from_tensor_slices(inputs).batch(BATCH)
         history = model.fit(data, validation_data=data.take(2), shuffle=False, verbose=0)
@@ -183,8 +185,10 @@ def check_every_batch_is_trained_on_once():
     with data_parallel(BATCH):
         model = Mean()
         model.compile("sgd")
-        with training_program(model, data, 1) as batches:
-            fitted = model.fit(batches(3), steps_per_epoch=2, epochs=2, shuffle=False, verbose=0)
+        with training_program(model, data, 1) as program:
+            fitted = model.fit(
+                program.batches(3), steps_per_epoch=2, epochs=2, shuffle=False, verbose=0
+            )
     assert fitted.history["loss"] == [3.5, 5.5]
 
 

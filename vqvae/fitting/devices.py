@@ -61,13 +61,17 @@ def _jax_memory() -> dict[str, int]:
     return jax.local_devices()[0].memory_stats() or {}
 
 
-# Operations per second of dense matrix products in bfloat16, from the makers' data sheets.
+# Operations per second of dense matrix products in bfloat16, from NVIDIA's data sheets. The first
+# name that is part of a device's name counts.
 _PEAK_FLOPS = {
+    "B200": 2250e12,
     "H200": 989e12,
     "H100": 989e12,
     "A100": 312e12,
+    "L40S": 362e12,
     "L40": 181e12,
     "L4": 121e12,
+    "A10G": 70e12,
     "A10": 125e12,
     "T4": 65e12,  # float16
     "RTX 5090": 210e12,

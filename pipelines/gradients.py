@@ -24,7 +24,6 @@ from vqbeam.vqvae.fitting.fit import set_seed
 from vqbeam.vqvae.fitting.progress import progress_bar
 from vqbeam.vqvae.gradients import (
     Audit,
-    CodebookStep,
     audit,
     estimator_of,
     set_estimator,
@@ -74,13 +73,13 @@ def gradients(
     path = epath.Path(output).expanduser()
     with _readable(run_dir):
         subject = _of_preset(config) if run_dir is None else _of_run(RunFolder(run_dir))
-        images, earlier = itertools.islice(subject.batches(), 2)
-        audits = [audit(subject.model, images, earlier)]
+        images = next(subject.batches())
+        audits = [audit(subject.model, images)]
         curves = {}
         if not straight_through:
             own = estimator_of(subject.model)
             set_estimator(subject.model, "none")
-            audits.append(audit(subject.model, images, earlier))
+            audits.append(audit(subject.model, images))
             curves = _trained(subject, [own, "none"], steps)
     print(f"{subject.title}: L2 norms of the gradients on {len(images)} training images")
     for line in audit_lines(audits, curves):
@@ -90,11 +89,10 @@ def gradients(
 
 
 def audit_lines(audits: Sequence[Audit], curves: dict[str, list[float]]) -> Iterator[str]:
-    """Yields the table of each audit, the moves of the codebook, and the results of training."""
+    """Yields the table of each audit, and the results of training."""
     for found in audits:
-        yield f"estimator: {found.estimator or 'that of rounding'}"
+        yield f"estimator: {_name(found)}"
         yield from _table(found)
-    yield from step_lines(audits[0].step)
     for name, errors in curves.items():
         yield (
             f"after {len(errors) - 1} training steps, estimator {name}: reconstruction error "
@@ -102,29 +100,8 @@ def audit_lines(audits: Sequence[Audit], curves: dict[str, list[float]]) -> Iter
         )
 
 
-def step_lines(step: CodebookStep | None) -> Iterator[str]:
-    """Yields lines on the rows of the codebook that a training step moves."""
-    if step is None:
-        yield "there is no codebook: the codes are numbers that are rounded"
-        return
-    of = f"of {step.rows:,} rows"
-    if step.linear:
-        yield f"a step of the codebook touches {step.moved:,} {of}: one matrix makes them all"
-        yield f"  ({step.gradient} gradient; {step.chosen:,} were chosen in the batch)"
-        return
-    way = f"{step.gradient} gradient" if step.gradient else "moving averages, no gradient"
-    who = "those chosen in the batch"
-    if step.moved < step.chosen:
-        still = step.chosen - step.moved
-        who = f"of {step.chosen:,} chosen, {still:,} are at the mean of their vectors already"
-    yield f"a step of the codebook touches {step.moved:,} {of}: {who} ({way})"
-    if step.adam is not None:
-        yield (
-            f"a step of Adam after one on another batch touches {step.adam:,} {of}: momentum also "
-            f"moves the {step.momentum:,} that only that batch had chosen"
-        )
-    if step.restarted:
-        yield f"restarts put {step.restarted:,} {of} that nothing chose onto vectors of the batch"
+def _name(found: Audit) -> str:
+    return found.estimator or "that of rounding, without a codebook"
 
 
 def _table(found: Audit) -> Iterator[str]:
@@ -269,7 +246,7 @@ def draw_paths(axes: Axes, audit: Audit) -> None:
         for part, norm in norms.items():
             across = lefts[part] + _BOX_WIDTH * (lane + 1) / slots - 0.15
             _draw_path(axes, across, height, norm, colour)
-    axes.set_title(f"estimator: {audit.estimator or 'that of rounding'}", loc="left")
+    axes.set_title(f"estimator: {_name(audit)}", loc="left")
     axes.set_xlim(-2.3, max(lefts.values()) + _BOX_WIDTH + 0.6)
     axes.set_ylim(-_LANE * (len(audit.norms) + 0.2), 1.2)
     axes.set_axis_off()

@@ -4,6 +4,7 @@ import numpy as np
 from keras import ops
 
 from vqbeam.configs import SamplerSettings
+from vqbeam.vqvae.fitting.devices import on_cpu
 
 # Enough for an interval of 100 to shrink below the spacing of float32 logits.
 HALVINGS = 40
@@ -100,32 +101,45 @@ def min_p(weights, logits, p):
 
 
 # By name of the setting, in the order in which they are applied. A new filter is a function, a
-# line here, and a field of `vqbeam.configs.SamplerSettings` whose default keeps all codes.
+# line here, and a field of `vqbeam.configs.SamplerSettings` whose default keeps all codes. One that
+# may remove the most likely code comes last, since the others rely on a largest weight of 1.
 FILTERS = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
 
 
-def _keep_largest(weights, logits, shares, target):
-    """Keeps the weights of the fewest largest logits whose shares reach the target.
+def _keep_largest(weights, scores, shares, target):
+    """Keeps the weights of the fewest largest scores whose shares reach the target.
 
-    Ties go to the first code, as with `argmax`. The threshold is found by bisection, since XLA
-    sorts slowly on a CPU: three times as slow as this (benchmarks/choices.py).
+    Ties go to the first code, as with `argmax`.
     """
+    keep = _largest_by_bisection if on_cpu() else _largest_by_sorting
+    return ops.where(keep(scores, shares, target), weights, 0.0)
 
+
+def _largest_by_sorting(scores, shares, target):
+    order = ops.argsort(-scores, axis=-1)
+    ordered = ops.take_along_axis(shares, order, axis=-1)
+    rank = ops.argsort(order, axis=-1)
+    return ops.take_along_axis(ops.cumsum(ordered, axis=-1) - ordered < target, rank, axis=-1)
+
+
+def _largest_by_bisection(scores, shares, target):
+    # XLA sorts slowly on a CPU: three times as slow as this (benchmarks/choices.py). On a GPU, each
+    # turn of the loop would start a program of its own.
     def halve(_, interval):
         low, high = interval
         middle = (low + high) / 2
-        share = ops.sum(ops.where(logits >= middle, shares, 0.0), axis=-1, keepdims=True)
+        share = ops.sum(ops.where(scores >= middle, shares, 0.0), axis=-1, keepdims=True)
         enough = share >= target
         return ops.where(enough, middle, low), ops.where(enough, high, middle)
 
-    interval = [f(logits, axis=-1, keepdims=True) for f in (ops.min, ops.max)]
+    interval = [f(scores, axis=-1, keepdims=True) for f in (ops.min, ops.max)]
     low, _ = ops.fori_loop(0, HALVINGS, halve, tuple(interval))
-    smallest = ops.min(ops.where(logits >= low, logits, np.inf), axis=-1, keepdims=True)
-    above = logits > smallest
+    smallest = ops.min(ops.where(scores >= low, scores, np.inf), axis=-1, keepdims=True)
+    above = scores > smallest
     missing = target - ops.sum(ops.where(above, shares, 0.0), axis=-1, keepdims=True)
-    tied = ops.where(logits == smallest, shares, 0.0)
-    first = (logits == smallest) & (ops.cumsum(tied, axis=-1) - tied < missing)
-    return ops.where(above | first, weights, 0.0)
+    tied = ops.where(scores == smallest, shares, 0.0)
+    first = (scores == smallest) & (ops.cumsum(tied, axis=-1) - tied < missing)
+    return above | first
 
 
 def guidance_scales(settings: SamplerSettings, length: int) -> np.ndarray:

@@ -68,6 +68,8 @@ def main() -> int:
     ]
     texts = {path: (ROOT / path).read_text() for path in paths}
     trees = {path: ast.parse(text) for path, text in texts.items()}
+    # Files that only say what a package holds are nothing to find.
+    paths = [path for path in paths if len(trees[path].body) > 1]
     found = [
         (code, parameters, f"{path}:{name}")
         for path, tree in trees.items()
@@ -98,7 +100,10 @@ def main() -> int:
     print(*wrong, sep="\n", end="\n" if wrong else "")
     for name, figure in figures.items():
         print(f"{name}: {figure} (limit {LIMITS[name]})")
-    return int("--check" in sys.argv and any(figures[name] > LIMITS[name] for name in LIMITS))
+    exceeded = [name for name, limit in LIMITS.items() if figures[name] > limit]
+    for name in exceeded:
+        print(f"{name}: {figures[name]} is above the limit of {LIMITS[name]}", file=sys.stderr)
+    return int("--check" in sys.argv and bool(exceeded))
 
 
 if __name__ == "__main__":

@@ -126,7 +126,10 @@ def check_without_faults(mutants: list[Mutant], folder: pathlib.Path) -> None:
     start = time.monotonic()
     process = pytest(copy, nodes)
     if process.returncode:
-        sys.exit(f"{process.stdout}\nwithout a fault, the tests above do not pass")
+        sys.exit(
+            f"{process.stdout}\nwithout a fault, the tests above do not pass"
+            " (files that git does not track are left out)"
+        )
     print(f"without a fault: {len(nodes)} tests pass, {time.monotonic() - start:.0f} s", flush=True)
     shutil.rmtree(copy)
 
@@ -456,7 +459,7 @@ FAULTS: dict[str, list[Mutant]] = {
             "vqvae/quantizers/simvq.py",
             "ops.matmul(fixed, self.projection)",
             "ops.matmul(fixed, ops.transpose(self.projection))",
-            "test_linear_quantizer.py::test_values_with_another_map_than_the_identity",
+            "test_simvq.py::test_values_with_another_map_than_the_identity",
         ),
     ],
     "predictive: each turn is guessed from the turns before it": [
@@ -481,14 +484,14 @@ FAULTS: dict[str, list[Mutant]] = {
             "vqvae/quantizers/residual.py",
             "residual - ops.stop_gradient(chosen)",
             "residual + ops.stop_gradient(chosen)",
-            "test_residual_quantizer.py::test_more_levels_leave_less",
+            "test_residual.py::test_more_levels_leave_less",
         ),
         Mutant(
             "the levels are decoded in reverse",
             "vqvae/quantizers/residual.py",
             "ops.unstack(codes, self.levels, axis=-1)",
             "ops.unstack(codes, self.levels, axis=-1)[::-1]",
-            "test_residual_quantizer.py::test_all_that_holds_for_quantizers",
+            "test_residual.py::test_all_that_holds_for_quantizers",
         ),
     ],
     "fsq: a code is the digits of its channels": [
@@ -497,8 +500,7 @@ FAULTS: dict[str, list[Mutant]] = {
             "vqvae/quantizers/fsq.py",
             "[1, *sizes[:-1]]",
             "[1, *sizes[1:]]",
-            "test_finite_scalar.py::"
-            "test_every_code_stands_for_a_point_of_its_own_that_is_quantized_to_it",
+            "test_fsq.py::test_every_code_stands_for_a_point_of_its_own_that_is_quantized_to_it",
         ),
     ],
     "lfq: a code is the signs of its channels": [
@@ -507,14 +509,14 @@ FAULTS: dict[str, list[Mutant]] = {
             "vqvae/quantizers/lfq.py",
             "2 ** np.arange(num_bits",
             "2 * np.arange(num_bits",
-            "test_lookup_free.py::test_every_code_is_a_corner_of_its_own",
+            "test_lfq.py::test_every_code_is_a_corner_of_its_own",
         ),
         Mutant(
             "the mean entropy is punished",
             "vqvae/quantizers/lfq.py",
             "of_each - of_mean",
             "of_each + of_mean",
-            "test_lookup_free.py::test_entropy_is_exact_up_to_512_codes",
+            "test_lfq.py::test_entropy_is_exact_up_to_512_codes",
         ),
     ],
     "Codes have one order in a sequence": [

@@ -1,8 +1,11 @@
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
 from quantizer_checks import array
 
+from vqbeam.configs import VQVAEConfig
 from vqbeam.vqvae.building import build_model, build_quantizer
 from vqbeam.vqvae.hierarchy import HierarchicalVQVAE
 from vqbeam.vqvae.layout import code_layout
@@ -29,6 +32,12 @@ SIZES = {
     "fsq": {"fsq_levels": "4,3"},
     "lfq": {"num_codes": 16},
 }
+
+
+def test_every_quantizer_is_tested_here():
+    field = next(f for f in dataclasses.fields(VQVAEConfig) if f.name == "quantizer")
+    # The predictive one is built from the layout, which test_predictive.py checks.
+    assert {*KINDS, "predictive"} == set(field.metadata["choices"])
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))

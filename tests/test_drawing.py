@@ -1,8 +1,11 @@
+import functools
+
 import numpy as np
 import pytest
 from keras import ops
 
-from vqbeam.prior.filters import sample_code
+from vqbeam.configs import SamplerSettings
+from vqbeam.prior.filters import sample_code, sampler_tensors
 from vqbeam.vqvae.fitting.compilation import compile_function
 
 pytestmark = pytest.mark.backend
@@ -24,53 +27,64 @@ def numpy_draw(logits, uniform, temperature, top_k, top_p, min_p):
 
 
 def compiled_draw(filtered=True):
-    def draw(logits, uniform, *scalars):
-        settings = dict(zip(("temperature", "top_k", "top_p", "min_p"), scalars, strict=True))
-        return sample_code(logits, uniform, settings, filtered=filtered)
+    """Returns a function of logits, uniform numbers and settings, which are off by default."""
+    program = compile_function(functools.partial(sample_code, filtered=filtered), [], jit=True)
 
-    return compile_function(draw, [], jit=True)
+    def draw(logits, uniform, **settings):
+        tensors, _ = sampler_tensors(SamplerSettings(), 1)
+        tensors |= {name: np.array(value, "float32") for name, value in settings.items()}
+        return ops.convert_to_numpy(program(logits, uniform, tensors)).ravel()
+
+    return draw
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def device(request, monkeypatch):
+    """Each way to find the largest, though on the device at hand."""
+    monkeypatch.setattr("vqbeam.prior.filters.on_cpu", lambda: request.param == "cpu")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
-def test_draws_against_numpy(tied):
+def test_draws_against_numpy(device, tied):
     random, draw = np.random.default_rng(0), compiled_draw()
     for _ in range(20):
         logits = random.normal(size=(32, 50), scale=3).astype("float32")
         if tied:
             logits = logits.round()
         uniform = random.random((32, 1), dtype="float32")
-        settings = random.uniform(0.3, 2), random.integers(1, 51), random.uniform(0.05, 1)
-        settings += (random.choice([0, random.uniform(0, 0.5)]),)
-        scalars = [np.array(x, "float32") for x in settings]
-        codes = ops.convert_to_numpy(draw(logits, uniform, *scalars)).ravel()
+        settings = {
+            "temperature": random.uniform(0.3, 2),
+            "top_k": random.integers(1, 51),
+            "top_p": random.uniform(0.05, 1),
+            "min_p": random.choice([0, random.uniform(0, 0.5)]),
+        }
+        codes = draw(logits, uniform, **settings)
         rows = zip(logits, uniform, strict=True)
-        expected = np.array([numpy_draw(*row, *settings) for row in rows])
+        expected = np.array([numpy_draw(*row, **settings) for row in rows])
         np.testing.assert_array_equal(codes[expected >= 0], expected[expected >= 0])
         assert np.mean(expected >= 0) > 0.9
 
 
-def test_a_filtered_code_is_never_drawn():
+def test_a_filtered_code_is_never_drawn(device):
     random, draw = np.random.default_rng(0), compiled_draw()
-    scalars = [np.array(x, "float32") for x in (1, 3, 1, 0)]
     for uniform in (0.0, 0.5, 1 - 2**-24):
         logits = random.normal(size=(500, 512)).astype("float32")
-        codes = ops.convert_to_numpy(draw(logits, np.full((500, 1), uniform, "float32"), *scalars))
+        codes = draw(logits, np.full((500, 1), uniform, "float32"), top_k=3)
         best = np.argsort(-logits, axis=-1)[:, :3]
-        assert np.all(np.any(codes == best, axis=-1))
+        assert np.all(np.any(codes[:, None] == best, axis=-1))
         if uniform != 0.5:
             extreme = best.min(-1) if uniform == 0 else best.max(-1)
-            np.testing.assert_array_equal(codes.ravel(), extreme)
+            np.testing.assert_array_equal(codes, extreme)
 
 
 @pytest.mark.parametrize("filtered", [False, True])
-def test_extreme_logits_draw_a_code(filtered):
+def test_extreme_logits_draw_a_code(device, filtered):
     logits = np.array([[0, 1e4, 0], [-1e30, 0, -1e30], [0, 0, 0], [-1e4, -1e4, 1]], "float32")
     uniform = np.full((4, 1), 1 - 2**-24, "float32")
     for temperature, tied in ((1, 2), (1e-20, 2), (0, 0)):
-        scalars = [np.array(x, "float32") for x in (temperature, 3, 1, 0)]
-        codes = ops.convert_to_numpy(compiled_draw(filtered)(logits, uniform, *scalars))
-        np.testing.assert_array_equal(codes.ravel(), [1, 1, tied, 2])
+        codes = compiled_draw(filtered)(logits, uniform, temperature=temperature, top_k=3)
+        np.testing.assert_array_equal(codes, [1, 1, tied, 2])
 
 
 def test_min_p_keeps_what_is_likely_enough_at_the_temperature():
@@ -79,6 +93,5 @@ def test_min_p_keeps_what_is_likely_enough_at_the_temperature():
     uniform = np.linspace(0, 1, 1000, endpoint=False, dtype="float32")[:, None]
     kept = {(1, 0.3): {0, 1}, (2, 0.3): {0, 1, 2}, (2, 0.5): {0, 1}, (0.5, 0.3): {1}}
     for (temperature, min_p), expected in kept.items():
-        scalars = [np.array(x, "float32") for x in (temperature, 3, 1, min_p)]
-        codes = ops.convert_to_numpy(compiled_draw()(logits, uniform, *scalars))
-        assert set(codes.ravel().tolist()) == expected
+        codes = compiled_draw()(logits, uniform, temperature=temperature, min_p=min_p)
+        assert set(codes.tolist()) == expected

@@ -14,7 +14,7 @@ NORMS = {
 
 
 def audit_of(norms=None, moved_by="gradient", estimator="straight_through"):
-    return Audit(estimator, moved_by, norms or NORMS, None)
+    return Audit(estimator, moved_by, norms or NORMS)
 
 
 def without_codebook():
@@ -102,7 +102,7 @@ def test_a_discriminator_has_a_box():
 
 def test_without_an_estimator_to_name():
     axes = drawn(audit_of(without_codebook(), "nothing", estimator=None))
-    assert axes.get_title(loc="left") == "estimator: that of rounding"
+    assert axes.get_title(loc="left") == "estimator: that of rounding, without a codebook"
 
 
 def test_curves():

@@ -171,6 +171,20 @@ def test_sgd_changes_exactly_the_rows_of_the_chosen_codes(model):
     np.testing.assert_allclose(codebook.numpy(), before - 0.5 * dense, rtol=1e-5)
 
 
+def test_momentum_moves_codes_that_only_the_step_before_has_chosen(model):
+    codebook = model.quantizer.codebook
+    optimizer = keras.optimizers.Adam(1e-4)  # so small that the second batch keeps its codes
+    for images in (IMAGES, IMAGES[:1]):
+        before = codebook.numpy()
+        with tf.GradientTape() as tape:
+            result = model(images)
+        gradient = tape.gradient(result["losses"]["codebook"], codebook.value)
+        optimizer.apply([gradient], [codebook])
+    chosen = np.isin(np.arange(K), result["codes"].numpy())
+    moved = (codebook.numpy() != before).any(axis=1)
+    assert (moved & ~chosen).any() and moved[chosen].all()
+
+
 def test_a_compiled_training_step_changes_exactly_those_rows(model):
     codebook = model.quantizer.codebook
     codebook.assign(np.concatenate([codebook.numpy()[:-1], np.full((1, D), 1e3)]))

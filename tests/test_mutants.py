@@ -28,7 +28,8 @@ def functions(path):
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_fault_is_one_change_of_code(mutant):
     source = (ROOT / mutant.file).read_text()
-    assert source.count(mutant.old) == 1
+    message = f"{mutant.file} must have this exactly once; adapt `old` in tests/mutants.py"
+    assert source.count(mutant.old) == 1, f"{message}: {mutant.old}"
     assert without_docstrings(mutant.apply(source)) != without_docstrings(source)
 
 

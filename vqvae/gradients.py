@@ -1,8 +1,7 @@
 """The gradient audit: which losses train which parts, and the effect of the estimator."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import keras
 import numpy as np
@@ -12,141 +11,7 @@ from vqbeam.configs import Config, VqbeamError
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.fitting.optimizers import build_optimizer
 from vqbeam.vqvae.model import VQVAE
-from vqbeam.vqvae.quantizers.simvq import SimVQ
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
-
-
-@dataclasses.dataclass(frozen=True)
-class CodebookStep:
-    """Numbers of codebook rows that a training step moves, summed over all levels.
-
-    Attributes:
-        rows: Total number of rows.
-        chosen: Rows chosen as nearest by at least one vector of the batch.
-        moved: Rows moved by the step, either by plain SGD or by the moving averages.
-        restarted: Rows moved to vectors of the batch because they were rarely used.
-        gradient: "sparse" if the gradient contains only the chosen rows, "dense" if it contains all
-            rows, None if the codebook has no gradient.
-        adam: Rows moved by an Adam step that follows a step on another batch; None without a
-            gradient.
-        momentum: Rows among these that were chosen only in the other batch; None without a
-            gradient.
-        linear: Whether the rows are a learned linear map of fixed vectors (SimVQ).
-    """
-
-    rows: int
-    chosen: int
-    moved: int
-    restarted: int
-    gradient: str | None = None
-    adam: int | None = None
-    momentum: int | None = None
-    linear: bool = False
-
-
-def codebook_step(model: VQVAE, images, earlier) -> CodebookStep | None:
-    """Returns the effect of a training step on the codebook, or None if there is no codebook.
-
-    Args:
-        model: A built model; its weights are restored afterwards.
-        images: float32 [B, H, W, C] in [−1, 1].
-        earlier: The batch of the previous step, used for Adam.
-    """
-    books = codebooks(model)
-    if not books:
-        return None
-    chosen = _chosen(model, images)
-    with _restored(books):
-        # A large learning rate, so that no update is lost to rounding.
-        moved, restarted = _step(model, images, keras.optimizers.SGD(1.0))
-    by_gradient = bool(part_variables(model, "codebook"))
-    if not by_gradient:
-        # Moving averages leave unused rows unchanged, so restarts have moved these.
-        moved, restarted = moved & chosen, moved & ~chosen
-    return CodebookStep(
-        rows=chosen.size,
-        chosen=int(chosen.sum()),
-        moved=int(moved.sum()),
-        restarted=int(restarted.sum()),
-        **(_of_gradient(model, images, earlier) if by_gradient else {}),
-    )
-
-
-def _of_gradient(model, images, earlier) -> dict:
-    """Returns the attributes of `CodebookStep` that require a gradient."""
-    books = codebooks(model)
-    with _restored(books):
-        adam = keras.optimizers.Adam()
-        before = _chosen(model, earlier)
-        _step(model, earlier, adam)
-        remembered = before & ~_chosen(model, images)
-        moved, _ = _step(model, images, adam)
-    return {
-        "gradient": _kind(_codebook_gradients(model, images)),
-        "adam": int(moved.sum()),
-        "momentum": int((moved & remembered).sum()),
-        "linear": isinstance(books[0], SimVQ),
-    }
-
-
-def _codebook_gradients(model, images):
-    def total(*arguments):
-        return {"loss": sum(losses_of(*arguments).values())}
-
-    return loss_gradients(model, images, total)["loss"]["codebook"]
-
-
-def _kind(gradients) -> str:
-    # Only tf.IndexedSlices have indices; gradients on JAX have zeros for rows that are not chosen.
-    return "sparse" if all(hasattr(gradient, "indices") for gradient in gradients) else "dense"
-
-
-def _chosen(model, images) -> np.ndarray:
-    """Returns the mask of codes chosen by a batch, bool [levels, K]."""
-    layout = model.layout
-    codes = ops.convert_to_numpy(model(images)["codes"]).reshape(-1, layout.length)
-    of_levels = [codes[:, layout.level == level] for level in range(layout.levels)]
-    return np.stack([np.isin(np.arange(layout.num_codes), of_level) for of_level in of_levels])
-
-
-def _step(model, images, optimizer) -> tuple[np.ndarray, np.ndarray]:
-    """Applies a training step to the codebook only.
-
-    Returns:
-        Masks of the rows that changed and of the rows whose restart offset changed (none unless
-        restarts are stored as offsets), both bool [levels, K].
-    """
-    before = _places(model)
-    variables = part_variables(model, "codebook")
-    gradients = _codebook_gradients(model, images) if variables else []
-    model.quantize_images(images, training=True)
-    if variables:
-        optimizer.apply(gradients, variables)
-    return tuple((b != a).any(axis=-1) for b, a in zip(before, _places(model), strict=True))
-
-
-def _places(model) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the codebook rows and the restart offsets, both [levels, K, D]."""
-    rows, added = [], []
-    for quantizer in codebooks(model):
-        linear = isinstance(quantizer, SimVQ)
-        place = ops.convert_to_numpy(quantizer.vectors() if linear else quantizer.codebook)
-        moves = getattr(quantizer, "moves", None)
-        rows.append(place.copy())
-        added.append(np.zeros_like(place) if moves is None else ops.convert_to_numpy(moves).copy())
-    return np.stack(rows), np.stack(added)
-
-
-@contextlib.contextmanager
-def _restored(layers: Iterable[keras.Layer]) -> Iterator[None]:
-    """A context that restores the variables of layers on exit."""
-    variables = [variable for layer in layers for variable in layer.variables]
-    values = [ops.convert_to_numpy(variable).copy() for variable in variables]
-    try:
-        yield
-    finally:
-        for variable, value in zip(variables, values, strict=True):
-            variable.assign(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,29 +23,25 @@ class Audit:
         moved_by: How the codebook is trained: "gradient", "moving average" or "nothing".
         norms: L2 norm of the gradient by loss and part; exactly 0 if there is no path. The part
             "codebook" is present only if it is trained by gradient.
-        step: The effect of a training step on the codebook; None if there is no codebook.
     """
 
     estimator: str | None
     moved_by: str
     norms: dict[str, dict[str, float]]
-    step: CodebookStep | None
 
 
-def audit(model: VQVAE, images: np.ndarray, earlier: np.ndarray) -> Audit:
+def audit(model: VQVAE, images: np.ndarray) -> Audit:
     """Returns the gradient norms of a model on a batch by loss and part; see `Audit`.
 
     Args:
-        model: A built model; its weights are restored afterwards.
+        model: A built model.
         images: float32 [B, H, W, C] in [−1, 1].
-        earlier: Another such batch, for the momentum of Adam.
     """
     found = loss_gradients(model, images)
     return Audit(
         estimator=estimator_of(model),
         moved_by=_moved_by(model),
         norms={loss: {part: _norm(g) for part, g in at.items()} for loss, at in found.items()},
-        step=codebook_step(model, images, earlier),
     )
 
 
@@ -198,8 +59,8 @@ def set_estimator(model: VQVAE, name: str) -> None:
     """
     if not codebooks(model):
         raise VqbeamError(
-            "fsq and lfq round, and have no gradient estimator to leave out; "
-            "choose a model with --vqvae.quantizer vector, predictive, residual or simvq"
+            "this quantizer rounds, and has no gradient estimator to leave out; choose one with a "
+            "codebook, such as --vqvae.quantizer vector"
         )
     for quantizer in codebooks(model):
         quantizer.estimator = name

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Without its compiled files, each start of Python would compile TensorFlow's sources again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-fast test-engines test-engine-faults test-cloud audit lint house clean
+.PHONY: quickstart test test-fast test-engines test-engine-faults test-cloud bench-overhead audit lint house clean
 
 quickstart: $(BIN)/vqbeam
 	$(BIN)/vqbeam run glyphs --run-dir runs/glyphs
@@ -34,6 +34,11 @@ test-cloud: $(VENV)/.cloud-installed
 $(VENV)/engines/%: tests/engines/%.xml
 	mvn -q -B -f $< dependency:copy-dependencies -DoutputDirectory=$(abspath $@.part)
 	rm -rf $@ && mv $@.part $@ && touch $@
+
+# What the host adds to a training step, on each backend.
+bench-overhead: $(VENV)/.test-installed
+	$(BIN)/python benchmarks/overhead.py --backend jax
+	$(BIN)/python benchmarks/overhead.py --backend tensorflow
 
 # Asks PyPI for known weaknesses of the pinned versions.
 audit: $(VENV)/.test-installed

@@ -1,6 +1,6 @@
 """Times the design choices that code comments refer to, each against its alternative.
 
-    python benchmarks/choices.py
+    python benchmarks/choices.py [--smoke]
 
 The two alternatives take turns in one process; the ratio compares their medians. Do not run other
 programs at the same time.
@@ -8,6 +8,7 @@ programs at the same time.
 
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -23,7 +24,7 @@ from vqbeam.prior.filters import sample_code
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.layout import CodeLayout
 
-ROUNDS = 15
+ROUNDS = 1 if "--smoke" in sys.argv else 15
 
 
 def compare(title: str, chosen: Callable, other: Callable, repeats: int = 1) -> None:

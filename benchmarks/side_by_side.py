@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pathlib
 import platform
 import statistics
@@ -44,7 +45,8 @@ def ask(python: str, script: str, arguments: list[str]) -> list[dict]:
     """Runs one side in its own process; returns the measurements that it reports."""
     start = time.perf_counter()
     command = [python, str(FOLDER / script), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | ({"SMOKE": "1"} if "--smoke" in sys.argv else {})
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
     title = f"{script.removesuffix('.py')} {' '.join(arguments)}"
@@ -58,6 +60,7 @@ def options(description: str, parts: tuple[str, str]) -> argparse.ArgumentParser
     parser.add_argument("--torch-python", required=True, help="Python with the requirements")
     parser.add_argument("--turns", type=int, default=3, help="turns of each side (default 3)")
     parser.add_argument("--only", choices=parts, help="leave the other out")
+    parser.add_argument("--smoke", action="store_true", help="do everything once, in little time")
     parser.add_argument("--output", type=pathlib.Path, help="JSON file of all that was measured")
     return parser
 

@@ -94,10 +94,11 @@ def check_agreement(title: str, mine: float, other: float) -> None:
 def main() -> None:
     """Measures everything and prints the table."""
     arguments = options(__doc__.splitlines()[0], ("training", "quantizer")).parse_args()
+    turns = 1 if arguments.smoke else arguments.turns
     rows, cases = [], {}
     for case in CASES:
         if arguments.only in (None, case[0]):
-            ours, theirs = measure(case, arguments.torch_python, arguments.turns)
+            ours, theirs = measure(case, arguments.torch_python, turns)
             found = training_rows if case == ("training",) else quantizer_rows
             rows += found(*(case[1:] and [case[1:]]), ours, theirs)
             sides = {"vqbeam": ours, "PyTorch": theirs}

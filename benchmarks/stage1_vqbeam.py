@@ -22,8 +22,8 @@ from fit_times import fit_seconds
 
 from vqbeam.configs import load_preset, override
 from vqbeam.vqvae.building import build_model
+from vqbeam.vqvae.model import scale_images
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
-from vqbeam.vqvae.training import scale_batch
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
 
@@ -49,18 +49,18 @@ def build(dtype):
     return build_model(config, data_variance=1.0)
 
 
-def batches():
-    """Returns endless batches from memory, as in training."""
-    images = tf.data.Dataset.from_tensor_slices(work.training_images())
-    images = images.shuffle(1024, seed=0).repeat().batch(work.BATCH_SIZE, drop_remainder=True)
-    return images.map(scale_batch, num_parallel_calls=2).prefetch(4)
-
-
 def time_training(dtype):
     """Reports the seconds per step of `fit`."""
     model = build(dtype)
     model.compile(keras.optimizers.Adam(work.LEARNING_RATE))
-    taken = fit_seconds(model, batches(), work.WARM_UP_STEPS, work.BLOCK_STEPS, work.BLOCKS)
+    taken = fit_seconds(
+        model,
+        {"image": work.training_images()},
+        lambda batch: scale_images(batch["image"]),
+        batch_size=work.BATCH_SIZE,
+        steps=work.BLOCK_STEPS,
+        epochs=1 + work.BLOCKS,
+    )
     measuring.report(f"training, {dtype}", dtype, seconds=taken)
 
 

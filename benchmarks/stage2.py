@@ -82,15 +82,16 @@ def main() -> None:
     arguments = parser.parse_args()
     python = dict.fromkeys(SCRIPTS, arguments.torch_python) | {"vqbeam": sys.executable}
     both = {side: python[side] for side in ("vqbeam", "PyTorch")}
+    turns = 1 if arguments.smoke else arguments.turns
     rows, cases = [], {}
     for length in [arguments.length] if arguments.length else work.GRIDS:
         if arguments.only != "sampling":
-            found = measure(both, ["training", str(length)], arguments.turns)
+            found = measure(both, ["training", str(length)], turns)
             rows.append(training_row(length, found))
             cases[f"training {length}"] = found
         for batch_size in work.SAMPLING_BATCHES if arguments.only != "training" else ():
             case = ["sampling", str(length), str(batch_size)]
-            found = measure(python, case, arguments.turns)
+            found = measure(python, case, turns)
             rows.append(sampling_row(length, batch_size, found))
             cases[" ".join(case)] = found
     publish(HEADER, rows, cases, arguments.output)

@@ -57,8 +57,15 @@ def training(length):
     for dtype in work.DTYPES:
         model = build(length, dtype)
         model.compile(keras.optimizers.AdamW(work.LEARNING_RATE, work.WEIGHT_DECAY))
-        batches = endless_batches(length)
-        taken = fit_seconds(model, batches, work.WARM_UP_STEPS, work.BLOCK_STEPS, work.BLOCKS)
+        codes = work.codes(length).reshape(-1, *model.layout.shape)
+        taken = fit_seconds(
+            model,
+            {"codes": codes, "labels": np.arange(len(codes), dtype="int32") % work.LABELS},
+            lambda batch: batch,
+            batch_size=work.TRAINING_TOKENS // length,
+            steps=work.BLOCK_STEPS,
+            epochs=1 + work.BLOCKS,
+        )
         measuring.report("training", dtype, seconds=taken)
     limit()
 
@@ -70,15 +77,6 @@ def limit():
         a, b = (tf.cast(tf.random.normal(s), dtype) for s in ((rows, inner), (inner, columns)))
         seconds = measuring.seconds(lambda a=a, b=b: multiply(a, b))
         measuring.report(f"matmul, {dtype}", dtype, seconds=seconds)
-
-
-def endless_batches(length):
-    """Returns endless batches from memory, as in training."""
-    codes = work.codes(length)
-    labels = np.arange(len(codes), dtype="int32") % work.LABELS
-    examples = tf.data.Dataset.from_tensor_slices({"codes": codes, "labels": labels})
-    batch_size = work.TRAINING_TOKENS // length
-    return examples.shuffle(len(codes), seed=0).repeat().batch(batch_size).prefetch(4)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 import importlib.util
+import json
+import os
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -15,3 +18,30 @@ def test_every_benchmark_can_be_imported(path, monkeypatch):
         pytest.importorskip(partner, reason=f"{partner} is for benchmarks alone")
     spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("overhead.py", "--smoke"),
+        ("stage1_vqbeam.py", "quantizer", "64", "16", "4"),
+        ("stage2_vqbeam.py", "sampling", "64", "1"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_benchmark_runs(words):
+    program, *arguments = words
+    environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
+    done = subprocess.run(
+        [sys.executable, FILES[0].parent / program, *arguments],
+        env=environment | {"SMOKE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    if program == "overhead.py":
+        assert [line.split(",")[0] for line in lines[2:]] == ["| prior", "| VQ-VAE"]
+    else:
+        assert all(json.loads(line)["seconds"] > 0 for line in lines)

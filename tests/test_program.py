@@ -110,6 +110,52 @@ def test_the_program_is_compiled_once(compiled):
     assert 1 <= len(traces) <= 3
 
 
+class Watch(keras.callbacks.Callback):
+    """Counts what is compiled, and refuses what is sent unasked, in all calls but the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.compiled = 0, []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        import jax
+
+        self.calls += 1
+        if self.calls > 1:
+            jax.config.update("jax_transfer_guard_host_to_device", "disallow")
+
+    def on_train_batch_end(self, batch, logs=None):
+        import jax
+
+        jax.config.update("jax_transfer_guard_host_to_device", "allow")
+
+    def count(self, event, seconds, **_):
+        if self.calls > 1 and "backend_compile" in event:
+            self.compiled.append(event)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX counts what it compiles")
+def test_a_call_sends_row_numbers_and_compiles_nothing(monkeypatch):
+    import jax
+
+    sent, put, watch = [], jax.device_put, Watch()
+    monkeypatch.setattr(jax, "device_put", lambda array: sent.append(array) or put(array))
+    jax.monitoring.register_event_duration_secs_listener(watch.count)
+    model = build()
+    with training_program(model, held_data(), 20) as program:
+        assert [array.shape for array in sent] == [NUMBERS.shape]
+        sent.clear()
+        fitting = dict(epochs=2, steps_per_epoch=100, shuffle=False, verbose=0)
+        model.fit(program.batches(0), callbacks=[watch], **fitting)
+    assert watch.calls == 10 and watch.compiled == []
+    assert {(array.dtype.name, array.shape) for array in sent} == {
+        ("int32", (20 * 8,)),
+        ("float32", (20 * 8, 1)),
+    }
+    assert len(sent) == 2 * watch.calls
+
+
 @pytest.mark.parametrize("together", [1, 4])
 def test_operations_of_a_step(compiled, together):
     model = build()

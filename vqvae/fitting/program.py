@@ -121,7 +121,7 @@ def _jax_program(
 
     def train(state, iterator):
         nonlocal compiled
-        batches = next(iterator)
+        batches = _sent(next(iterator))
         if compiled is None:
             # With several devices, results stay where the state is.
             places = jax.tree.map(lambda value: value.sharding, state)
@@ -178,6 +178,13 @@ def jax_steps(model: keras.Model, data: TrainingData, steps: int) -> Callable:
         return jax.tree.map(lambda values: values[-1], logs), state
 
     return several
+
+
+def _sent(batches):
+    import jax
+
+    # Keras has placed the batches already if there are several devices.
+    return jax.tree.map(lambda b: b if isinstance(b, jax.Array) else jax.device_put(b), batches)
 
 
 def _on_each_device(array: np.ndarray):

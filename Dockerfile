@@ -7,11 +7,16 @@ COPY --from=beam /opt/apache/beam /opt/apache/beam
 ENV LD_LIBRARY_PATH=/usr/local/nvidia/lib64 \
     PIP_NO_CACHE_DIR=1
 
+# tensorflow or jax: which of them trains, with CUDA.
+ARG KERAS_BACKEND=tensorflow
+ENV KERAS_BACKEND=${KERAS_BACKEND}
+
 WORKDIR /vqbeam
 # What seldom changes comes first, so that a new version of vqbeam is a small layer.
 COPY constraints.txt ./
 RUN pip install -c constraints.txt "apache-beam[gcp]" tensorflow-datasets keras-nlp matplotlib \
- && pip install -c constraints.txt "tensorflow[and-cuda]"
+ && if [ "$KERAS_BACKEND" = jax ]; then pip install -c constraints.txt "jax[cuda12]"; \
+    else pip install -c constraints.txt "tensorflow[and-cuda]"; fi
 COPY setup.py pyproject.toml README.md LICENSE ./
 COPY vqbeam vqbeam
 COPY configs configs

@@ -1,6 +1,9 @@
-"""CIFAR-10 with the original VQ-VAE size and a larger prior; for one GPU.
+"""CIFAR-10 with the original VQ-VAE size and a larger prior; for one GPU and about five minutes.
 
-TFDS downloads the dataset (160 MB). Results have not been measured yet.
+TFDS downloads the dataset (160 MB). Stage 1 has 4.5 million parameters and takes 1.5 GFLOP per image
+and step, 7.6 PFLOP in all; stage 2 has 39 million, 15 GFLOP and 39 PFLOP. An H100 at 15% and 35% of
+its peak in bfloat16 would take one and two minutes; preparing, compiling and encoding take about
+another two. This is calculated: nothing has been measured on a GPU yet.
 """
 
 from vqbeam.configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig
@@ -15,10 +18,11 @@ CONFIG = Config(
         width=256,
         residual_layers=2,
         residual_width=256,  # the paper's blocks keep the full width
-        batch_size=128,  # as in the paper
-        steps=250_000,  # as in the paper
-        steps_per_epoch=2500,
-        learning_rate=2e-4,  # as in the paper
+        batch_size=512,  # the paper: 128, and 250,000 steps at 2e-4
+        steps=10_000,  # 102 passes
+        steps_per_epoch=1000,
+        learning_rate=6e-4,
+        warmup_steps=500,
         dtype="mixed_bfloat16",
     ),
     encode=EncodeConfig(batch_size=1024),
@@ -27,11 +31,11 @@ CONFIG = Config(
         width=512,
         heads=8,
         dropout=0.2,  # 40 million weights overfit 50,000 images
-        batch_size=128,
-        steps=40_000,  # 100 passes
-        steps_per_epoch=2000,
-        learning_rate=5e-4,
-        warmup_steps=2000,
+        batch_size=256,
+        steps=10_000,  # 51 passes
+        steps_per_epoch=1000,
+        learning_rate=7e-4,
+        warmup_steps=500,
         dtype="mixed_bfloat16",
     ),
     sample=SampleConfig(num=80, temperature=1.0, guidance=2.0, batch_size=80),

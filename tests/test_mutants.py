@@ -44,3 +44,9 @@ def test_its_tests_exist(mutant):
 def test_each_fault_has_a_name_of_its_own():
     names = [mutant.name for mutant in MUTANTS]
     assert len(set(names)) == len(names) >= 45
+
+
+def test_the_page_has_a_row_for_each():
+    page = (ROOT / "docs" / "mutants.md").read_text()
+    rows = [line.split(" | ")[1] for line in page.splitlines() if line.startswith("| ")][1:]
+    assert rows == [mutant.name for mutant in MUTANTS]

@@ -70,11 +70,11 @@ class Section:
             check(name, value, f.metadata)
 
 
-def check_epochs(prefix: str, steps: int, steps_per_epoch: int) -> None:
+def check_epochs(prefix: str, steps: int, steps_per_epoch: int, name: str = "steps") -> None:
     """Raises a VqbeamError if the last step would not fall on a checkpoint."""
     if steps > steps_per_epoch and steps % steps_per_epoch:
         raise VqbeamError(
-            f"{prefix}.steps is {steps}; make it a multiple of {prefix}.steps_per_epoch "
+            f"{prefix}.{name} is {steps}; make it a multiple of {prefix}.steps_per_epoch "
             f"({steps_per_epoch})"
         )
 

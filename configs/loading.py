@@ -126,7 +126,7 @@ def smoke(config: Config) -> Config:
             "vqvae.steps": 4,
             "vqvae.steps_per_epoch": 2,
             "vqvae.warmup_steps": min(config.vqvae.warmup_steps, 1),
-            "vqvae.adversarial_start": min(config.vqvae.adversarial_start, 2),
+            "vqvae.finetune_steps": min(config.vqvae.finetune_steps, 2),
             "encode.batch_size": 16,
             "prior.layers": 1,
             "prior.width": 16,
@@ -150,17 +150,24 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+# Fields of earlier versions that had no effect on a finished run.
+_REMOVED = {("vqvae", "adversarial_start")}
+
+
 def from_dict(values: Mapping[str, Any]) -> Config:
     """Returns the config that `to_dict` converted.
 
-    Missing fields (from older versions) take their defaults.
+    Missing fields (from older versions) take their defaults, and removed ones are ignored.
 
     Raises:
         VqbeamError: A section is missing, or a field is unknown, has the wrong type or is out of
             range.
     """
     try:
-        sections = {name: cls(**values[name]) for name, cls in SECTIONS.items()}
+        sections = {
+            name: cls(**{k: v for k, v in values[name].items() if (name, k) not in _REMOVED})
+            for name, cls in SECTIONS.items()
+        }
         rest = {name: value for name, value in values.items() if name not in SECTIONS}
         return Config(**rest, **sections)
     except (KeyError, TypeError) as error:

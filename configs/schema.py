@@ -265,10 +265,17 @@ class VQVAEConfig(Section):
         "none",
         choices=("none", "flip", "crop", "flip_crop"),
     )
-    adversarial: float = field(
-        "weight of the loss of a patch discriminator, for sharper images", 0.0, minimum=0
+    finetune_steps: int = field(
+        "steps that train the decoder alone after that, for sharper images; 0 for none",
+        0,
+        minimum=0,
     )
-    adversarial_start: int = field("first step with the adversarial loss", 0, minimum=0)
+    perceptual: float = field(
+        "weight of the distance between features of a network, in these steps", 0.0, minimum=0
+    )
+    adversarial: float = field(
+        "weight of the loss of a patch discriminator, in these steps", 0.0, minimum=0
+    )
     dtype: str = dtype_field("networks")
 
     @property
@@ -283,7 +290,23 @@ class VQVAEConfig(Section):
             raise VqbeamError(
                 f"vqvae.downsampling is {self.downsampling}; it must be a power of two"
             )
+        self._check_finetuning()
         self._check_quantizer()
+
+    def _check_finetuning(self):
+        check_epochs(self.prefix, self.finetune_steps, self.steps_per_epoch, "finetune_steps")
+        weights = {name: getattr(self, name) for name in ("perceptual", "adversarial")}
+        if self.finetune_steps and not any(weights.values()):
+            raise VqbeamError(
+                f"vqvae.finetune_steps is {self.finetune_steps}, but vqvae.perceptual and "
+                "vqvae.adversarial are 0; set one of them, such as vqvae.perceptual 1"
+            )
+        for name, weight in weights.items():
+            if weight and not self.finetune_steps:
+                raise VqbeamError(
+                    f"vqvae.{name} is {weight:g}, but vqvae.finetune_steps is 0; set it, such as "
+                    "to 1000"
+                )
 
     def _check_quantizer(self):
         if self.quantizer == "residual" and (self.grids > 1 or self.lookup == "cosine"):

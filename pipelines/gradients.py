@@ -34,7 +34,7 @@ from vqbeam.vqvae.storage.records import damaged_records
 from vqbeam.vqvae.storage.run_folder import RunFolder
 from vqbeam.vqvae.training import load_vqvae, scale_batch, training_images
 
-_PARTS = ("encoder", "predictions", "codebook", "decoder", "discriminator")
+_PARTS = ("encoder", "predictions", "codebook", "decoder")
 
 
 class _Subject(NamedTuple):
@@ -195,8 +195,6 @@ _COLOURS = {
     "codebook": "#2a8a3e",
     "commitment": "#d1495b",
     "entropy": "#8a5fb0",
-    "discriminator": "#8c6d1f",
-    "adversarial": "#d97706",
 }
 _CLOSED = "#b5b5b5"
 _BOX_WIDTH, _BOX_GAP = 2.3, 0.9
@@ -277,7 +275,7 @@ def _parts(audit: Audit) -> dict[str, str]:
         "nothing": "quantizer\n(no codebook)",
     }[audit.moved_by]
     texts = {"encoder": "encoder", "predictions": "predictions", "codebook": codebook}
-    texts |= {"decoder": "decoder", "discriminator": "discriminator"}
+    texts |= {"decoder": "decoder"}
     return {part: text for part, text in texts.items() if part in {*_reachable(audit), "codebook"}}
 
 

@@ -79,17 +79,13 @@ def test_networks_take_all_from_the_config(tiny_config):
         vqvae__downsampling=2,
         vqvae__residual_layers=2,
         vqvae__dtype="mixed_bfloat16",
-        vqvae__adversarial=0.3,
-        vqvae__adversarial_start=5,
     )
     model = build_model(config, data_variance=0.2)
     found = model.get_config()
     for name in ("downsampling", "width", "residual_layers", "residual_width"):
         assert found[name] == getattr(config.vqvae, name), name
     assert found["image_shape"] == config.image_shape
-    assert (found["adversarial"], found["adversarial_start"]) == (0.3, 5)
-    assert model.compute_dtype == "bfloat16" and model.discriminator.compute_dtype == "bfloat16"
-    assert not hasattr(build_model(tiny_config(), data_variance=1.0), "discriminator")
+    assert model.compute_dtype == "bfloat16"
 
 
 def test_weights_depend_on_the_seed_alone(tiny_config):

@@ -60,6 +60,7 @@ def test_preset_loads_and_shrinks(name):
             "commitment",
             "augment",
             "weight_ema",
+            "perceptual",
             "adversarial",
         ],
         "prior": [
@@ -221,6 +222,10 @@ FSQ = {"vqvae.quantizer": "fsq"}
         ({"prior.grad_accumulation": 3}, "prior.batch_size is 64, which prior.grad_accum"),
         ({"prior.width": 48}, "prior.width is 48 and prior.heads is 8; .* multiple of 4"),
         ({"seed": -1}, "seed is -1; it must be at least 0"),
+        ({"vqvae.perceptual": 1.0}, "vqvae.perceptual is 1, but vqvae.finetune_steps is 0"),
+        ({"vqvae.adversarial": 0.1}, "vqvae.adversarial is 0.1, but vqvae.finetune_steps is 0"),
+        ({"vqvae.finetune_steps": 9}, "vqvae.finetune_steps is 9, but vqvae.perceptual and"),
+        ({"vqvae.finetune_steps": 700}, "vqvae.finetune_steps is 700; make it a multiple of"),
         ({"vqvae.quantizer": "residual"}, "quantizer is residual; set vqvae.depth to 2 or more"),
         ({"vqvae.depth": 2}, "vqvae.depth is 2; set vqvae.quantizer to residual"),
         ({**RESIDUAL, "vqvae.grids": 2}, "vqvae.quantizer is residual; use vqvae.grids 1"),
@@ -297,14 +302,13 @@ def test_fsq_levels_as_numbers(config):
     ],
 )
 def test_every_quantizer_shrinks(config, changes, num_codes, fsq_levels):
-    late = {"vqvae.adversarial_start": 1000, "vqvae.warmup_steps": 500}
-    small = smoke(override(config, changes | late))
+    long = {"vqvae.finetune_steps": 1000, "vqvae.perceptual": 1.0, "vqvae.warmup_steps": 500}
+    small = smoke(override(config, changes | long))
     assert (small.vqvae.num_codes, small.vqvae.fsq_levels) == (num_codes, fsq_levels)
     for name, value in changes.items():
         if name not in ("vqvae.num_codes", "vqvae.fsq_levels"):
             assert getattr(small.vqvae, name.removeprefix("vqvae.")) == value
-    # What sets in late is gone through as well.
-    assert small.vqvae.adversarial_start < small.vqvae.steps
+    assert small.vqvae.finetune_steps == 2 and smoke(config).vqvae.finetune_steps == 0
     assert small.vqvae.warmup_steps < small.vqvae.steps
     assert smoke(small) == small
 

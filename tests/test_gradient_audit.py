@@ -180,13 +180,6 @@ def test_paths_of_each_family(make, name):
         np.testing.assert_allclose(closed["reconstruction"]["decoder"], decoder, rtol=1e-4)
 
 
-def test_the_adversarial_losses(make):
-    norms = audit(make(adversarial=0.5), IMAGES).norms
-    assert [part for part, norm in norms["discriminator"].items() if norm] == ["discriminator"]
-    assert [part for part, norm in norms["adversarial"].items() if norm] == ["encoder", "decoder"]
-    assert norms["reconstruction"]["discriminator"] == 0.0
-
-
 @pytest.mark.parametrize("quantizer", ["fsq", "lfq"])
 def test_families_without_a_codebook(make, quantizer):
     model = make(quantizer=quantizer, num_codes=16, entropy=0.1, fsq_levels="4,4")

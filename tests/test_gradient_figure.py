@@ -92,14 +92,6 @@ def test_what_moves_the_codebook(moved_by, text):
     assert len(crosses(axes)) == closed
 
 
-def test_a_discriminator_has_a_box():
-    norms = {loss: at | {"discriminator": 0.0} for loss, at in NORMS.items()}
-    norms["discriminator"] = dict.fromkeys(NORMS["codebook"], 0.0) | {"discriminator": 2.0}
-    shown = texts(drawn(audit_of(norms)))
-    assert shown.count("discriminator") == 2  # the box and the loss
-    assert "discriminator" not in texts(drawn(audit_of()))
-
-
 def test_without_an_estimator_to_name():
     axes = drawn(audit_of(without_codebook(), "nothing", estimator=None))
     assert axes.get_title(loc="left") == "estimator: that of rounding, without a codebook"

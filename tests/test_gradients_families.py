@@ -195,21 +195,3 @@ def test_entropy_reaches_only_the_encoder(quantizer):
     assert none_reach(tape.gradient(loss, decoder_weights(model)))
     codebook = values(model.quantizer.trainable_variables)  # lfq has none
     assert not codebook or none_reach(tape.gradient(loss, codebook))
-
-
-def test_the_discriminators_losses_reach_one_side_each():
-    model = build(adversarial=0.5)
-    with tf.GradientTape(persistent=True) as tape:
-        losses = model(IMAGES)["losses"]
-    sources = {
-        "encoder": encoder_weights(model),
-        "decoder": decoder_weights(model),
-        "codebook": [model.quantizer.codebook.value],
-        "discriminator": values(model.discriminator.trainable_variables),
-    }
-    of_hinge = tape.gradient(losses["discriminator"], sources)
-    assert some_reach(of_hinge.pop("discriminator"))
-    assert all(none_reach(gradients) for gradients in of_hinge.values())
-    of_generator = tape.gradient(losses["adversarial"], sources)
-    assert some_reach(of_generator["encoder"]) and some_reach(of_generator["decoder"])
-    assert none_reach(of_generator["codebook"]) and none_reach(of_generator["discriminator"])

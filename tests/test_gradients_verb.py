@@ -146,11 +146,11 @@ def test_a_source_without_an_image(tmp_path, capsys):
 
 
 def test_the_table():
-    norms = {"reconstruction": {"encoder": 0.25, "decoder": 12.5, "discriminator": 0.0}}
+    norms = {"reconstruction": {"encoder": 0.25, "decoder": 12.5}}
     found = Audit("rotation", "moving average", norms)
     assert list(audit_lines([found], {"none": [1.0, 0.5]})) == [
         "estimator: rotation",
-        "                    encoder        codebook    decoder  discriminator",
-        "  reconstruction  2.500e-01  moving average  1.250e+01              0",
+        "                    encoder        codebook    decoder",
+        "  reconstruction  2.500e-01  moving average  1.250e+01",
         "after 1 training steps, estimator none: reconstruction error 0.5000 of the variance",
     ]

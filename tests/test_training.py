@@ -17,6 +17,7 @@ from vqbeam.vqvae import training
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.fitting.fit import load_model
 from vqbeam.vqvae.fitting.optimizers import ConvolutionMuon
+from vqbeam.vqvae.fitting.progress import FitProgress
 from vqbeam.vqvae.metrics import perplexity
 from vqbeam.vqvae.model import scale_images
 from vqbeam.vqvae.storage.records import Shard
@@ -65,8 +66,9 @@ STATEFUL = dict(
     vqvae__grids=2,
     vqvae__weight_ema=0.7,
     vqvae__augment="flip_crop",
+    vqvae__finetune_steps=4,
+    vqvae__perceptual=1.0,
     vqvae__adversarial=0.1,
-    vqvae__adversarial_start=2,
     vqvae__warmup_steps=3,
     vqvae__clip_norm=0.5,
     vqvae__codebook_init="kmeans",
@@ -199,11 +201,22 @@ def test_all_state_goes_on_where_training_was_broken_off(
 ):
     other, _ = prepared_run(tiny_config(**STATEFUL))
     with monkeypatch.context() as patch:
-        # After the first epoch, in the middle of the warm-up and before the adversarial loss.
+        # After the first epoch, in the middle of the warm-up.
         plain = Pictures.on_epoch_end
         patch.setattr(
             "vqbeam.vqvae.training.Pictures.on_epoch_end",
             lambda self, epoch, logs=None: (kill if epoch == 1 else plain)(self, epoch, logs),
+        )
+        with pytest.raises(Killed):
+            train(other)
+    with monkeypatch.context() as patch:
+        # In the middle of training the decoder alone.
+        plain = FitProgress.on_epoch_end
+        patch.setattr(
+            "vqbeam.vqvae.fitting.fit.FitProgress.on_epoch_end",
+            lambda self, epoch, logs=None: (kill if "adversarial" in logs and epoch else plain)(
+                self, epoch, logs
+            ),
         )
         with pytest.raises(Killed):
             train(other)
@@ -214,8 +227,7 @@ def test_all_state_goes_on_where_training_was_broken_off(
             train(other)
     train(other)
     assert_same_training(stateful[0], other)
-    history = stateful[2]["history"]
-    assert history[0]["adversarial"] == 0 != history[-1]["adversarial"]
+    assert len(stateful[2]["history"]) == 3 and len(stateful[2]["finetune_history"]) == 2
 
 
 def test_the_result_is_the_average_of_the_weights(prepared_run, tiny_config, monkeypatch):

@@ -214,29 +214,6 @@ def test_mixed_policy_trains(make):
     assert np.isfinite(loss).all() and loss[-1] < loss[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("start", [0, 3])
-def test_the_adversarial_loss_sets_in_at_its_step(make, start):
-    model = make(adversarial=0.3, adversarial_start=start)
-    images = scaled(6)
-    kernel = model.discriminator.trainable_variables[0]
-    model.compile(keras.optimizers.SGD(0.01))
-    for step in range(5):
-        result = model(images)
-        raw = model.discriminator.losses_of(images, result["reconstruction"])
-        begun = step >= start
-        expected = {"discriminator": begun * 1.0, "adversarial": begun * 0.3}
-        before = array(kernel)
-        history = model.fit(images, batch_size=6, shuffle=False, verbose=0).history
-        for name, weight in expected.items():
-            value = weight * array(raw[name])
-            np.testing.assert_allclose(history[name], [value], rtol=1e-3, atol=1e-7, err_msg=name)
-        assert (np.abs(array(kernel) - before).max() > 0) == begun
-        assert int(array(model.steps_taken)) == step + 1
-    model.evaluate(images, verbose=0)
-    assert int(array(model.steps_taken)) == 5
-
-
 def test_initialize_codebook_takes_latents(make):
     model = make()
     images = scaled(16, seed=2)
@@ -262,7 +239,6 @@ def test_save_and_load(make, tmp_path, update, dtype):
         ema_decay=0.8,
         commitment=0.5,
         restart_below=0.0 if update == "ema" else 0.1,
-        adversarial=0.2,
     )
     model.compile(keras.optimizers.SGD(0.01))
     model.fit(batches(scaled(8), 4), shuffle=False, verbose=0)

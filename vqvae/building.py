@@ -31,8 +31,6 @@ def build_model(config: Config, *, data_variance: float) -> VQVAE:
         residual_layers=settings.residual_layers,
         residual_width=settings.residual_width,
         data_variance=data_variance,
-        adversarial=settings.adversarial,
-        adversarial_start=settings.adversarial_start,
         dtype=settings.dtype,
     )
 

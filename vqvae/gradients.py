@@ -123,7 +123,6 @@ _LAYERS = {
     "predictions": ("top_quantizer", "quantizer"),
     "codebook": ("top_quantizer", "quantizer"),
     "decoder": ("top_decoder", "decoder"),
-    "discriminator": ("discriminator",),
 }
 
 
@@ -155,8 +154,7 @@ def part_variables(model: VQVAE, part: str) -> list[keras.Variable]:
 
     Args:
         model: A built model.
-        part: "encoder", "predictions" (of a predictive quantizer), "codebook", "decoder" or
-            "discriminator".
+        part: "encoder", "predictions" (of a predictive quantizer), "codebook" or "decoder".
     """
     layers = [getattr(model, name) for name in _LAYERS[part] if hasattr(model, name)]
     if part == "predictions":

@@ -3,7 +3,6 @@
 import keras
 from keras import ops
 
-from vqbeam.vqvae.discriminator import PatchDiscriminator
 from vqbeam.vqvae.fitting.devices import share_of_replica
 from vqbeam.vqvae.layout import CodeLayout
 from vqbeam.vqvae.metrics import CodebookUsage
@@ -31,8 +30,6 @@ class VQVAE(keras.Model):
         residual_layers: Number of residual blocks in each network.
         residual_width: Channels inside a residual block.
         data_variance: Variance of the training pixels, scaled to [−1, 1].
-        adversarial: Weight of the adversarial loss; 0 for no discriminator.
-        adversarial_start: Training step at which the adversarial losses start.
 
     Attributes:
         layout: The `CodeLayout` of an image's codes.
@@ -48,8 +45,6 @@ class VQVAE(keras.Model):
         residual_layers,
         residual_width,
         data_variance=1.0,
-        adversarial=0.0,
-        adversarial_start=0,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -62,14 +57,9 @@ class VQVAE(keras.Model):
         }
         self.quantizer = quantizer
         self.data_variance = data_variance
-        self.adversarial = adversarial
-        self.adversarial_start = adversarial_start
         self.layout = self._layout()
         self._build_networks(**self.network, dtype=self.dtype_policy)
         names = ["loss", "reconstruction", *quantizer.loss_names, "quantization_error"]
-        if adversarial:
-            self._add_discriminator()
-            names += ["discriminator", "adversarial"]
         self.trackers = {name: keras.metrics.Mean(name=name) for name in names}
         self.codebook_use = CodebookUsage(self.layout)
         self.built = True
@@ -89,30 +79,18 @@ class VQVAE(keras.Model):
         if not quantizer.built:  # it is built if the model was loaded from a file
             quantizer.build((None, *grid, quantizer.dim))
 
-    def _add_discriminator(self):
-        self.discriminator = PatchDiscriminator(dtype=self.dtype_policy)
-        self.discriminator.build((None, *self.network["image_shape"]))
-        self.steps_taken = self.add_weight(
-            name="steps_taken", shape=(), initializer="zeros", trainable=False, dtype="int32"
-        )
-
     def call(self, images, training=False):
         """Encodes, quantizes and decodes images [B, H, W, C] in [−1, 1].
 
         Returns:
             A dictionary with `reconstruction`, float32 [B, H, W, C]; `codes`, int32
-            [B, *layout.shape]; `losses`, the weighted losses of quantizer and discriminator by
-            name; and `statistics`, the quantizer's statistics by name.
+            [B, *layout.shape]; and `losses` and `statistics`, those of the quantizer by name.
         """
         result = self.quantize_images(images, training=training)
-        reconstruction = self.decoder(result.quantized, training=training)
-        losses = dict(result.losses)
-        if self.adversarial:
-            losses |= self._adversarial_losses(images, reconstruction, training)
         return {
-            "reconstruction": reconstruction,
+            "reconstruction": self.decoder(result.quantized, training=training),
             "codes": result.codes,
-            "losses": losses,
+            "losses": result.losses,
             "statistics": result.statistics,
         }
 
@@ -123,14 +101,6 @@ class VQVAE(keras.Model):
     def latents(self, codes):
         """Returns the decoder's input [B, h, w, D] for codes [B, *layout.shape]."""
         return self.quantizer.decode_codes(codes)
-
-    def _adversarial_losses(self, images, reconstruction, training):
-        begun = ops.cast(self.steps_taken >= self.adversarial_start, "float32")
-        losses = self.discriminator.losses_of(images, reconstruction)
-        if training:
-            self.steps_taken.assign_add(1)
-        weights = {"discriminator": begun, "adversarial": begun * self.adversarial}
-        return {name: weights[name] * loss for name, loss in losses.items()}
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Returns the sum of all losses and records its terms, the statistics and the codes."""
@@ -176,15 +146,15 @@ class VQVAE(keras.Model):
             **self.network,
             "quantizer": keras.saving.serialize_keras_object(self.quantizer),
             "data_variance": self.data_variance,
-            "adversarial": self.adversarial,
-            "adversarial_start": self.adversarial_start,
         }
 
     @classmethod
     def from_config(cls, config):
         """Returns a model from the output of `get_config`."""
         quantizer = keras.saving.deserialize_keras_object(config["quantizer"])
-        return cls(**{**config, "quantizer": quantizer})
+        # Earlier versions trained a discriminator here.
+        known = {name: value for name, value in config.items() if "adversarial" not in name}
+        return cls(**{**known, "quantizer": quantizer})
 
 
 def scale_images(images):

@@ -11,9 +11,10 @@ from vqbeam.configs import Config, VqbeamError
 from vqbeam.vqvae.augmentation import augment, random_changes
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.figures import reconstruction_figure, save_png
+from vqbeam.vqvae.finetuning.decoder import finetune_decoder
 from vqbeam.vqvae.fitting.data import TrainingData, training_data
 from vqbeam.vqvae.fitting.devices import data_parallel, evenly_shared
-from vqbeam.vqvae.fitting.fit import Fitted, Schedule, fit, load_model, save_model
+from vqbeam.vqvae.fitting.fit import Schedule, fit, load_model, save_model
 from vqbeam.vqvae.fitting.optimizers import build_optimizer
 from vqbeam.vqvae.layout import code_layout
 from vqbeam.vqvae.metrics import psnr
@@ -53,7 +54,7 @@ def train_vqvae(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = (
     run.begin(STAGE)
     outputs = [run.folder(STAGE) / MODEL_FILE, run.folder(STAGE) / "reconstructions.png"]
     with damaged_records(run.folder("prepare")):
-        fitted = _fit(run, config, images, callbacks)
+        fitted, finetuned = _fit(run, config, images, callbacks)
         # Evaluate the model as stored.
         model = load_model(outputs[0])
         model.compile()
@@ -67,6 +68,7 @@ def train_vqvae(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = (
         history=fitted.history,
         speed=fitted.speed,
         parameters=model.count_params(),
+        **({"finetune_history": finetuned.history} if finetuned else {}),
     )
 
 
@@ -114,8 +116,8 @@ def evaluate(model: VQVAE, batches) -> dict[str, float]:
     }
 
 
-def _fit(run: RunFolder, config: Config, images: dict, callbacks: Sequence) -> Fitted:
-    """Trains and saves the model."""
+def _fit(run: RunFolder, config: Config, images: dict, callbacks: Sequence) -> tuple:
+    """Trains and saves the model; returns what `fit` and `finetune_decoder` return."""
     settings = config.vqvae
     with data_parallel(settings.batch_size, settings.dtype):
         model = build_model(config, data_variance=images["statistics"]["variance"])
@@ -143,8 +145,9 @@ def _fit(run: RunFolder, config: Config, images: dict, callbacks: Sequence) -> F
                 *callbacks,
             ],
         )
+        finetuned = finetune_decoder(run, model, data) if settings.finetune_steps else None
     save_model(model, run.folder(STAGE) / MODEL_FILE)
-    return fitted
+    return fitted, finetuned
 
 
 def training_images(run: RunFolder, augmentation: str = "none") -> TrainingData:

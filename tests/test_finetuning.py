@@ -1,0 +1,139 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from quantizer_checks import array, gradient
+
+from vqbeam.vqvae.building import build_model
+from vqbeam.vqvae.finetuning.decoder import DecoderTraining
+from vqbeam.vqvae.finetuning.features import build_features, feature_distance, turned
+from vqbeam.vqvae.training import load_vqvae, train_vqvae
+
+pytestmark = pytest.mark.backend
+
+SHAPE = (8, 8, 1)
+LOSSES = ["reconstruction", "perceptual", "discriminator", "adversarial"]
+
+
+def images(count, seed=0, shape=SHAPE):
+    return np.random.default_rng(seed).uniform(-1, 1, (count, *shape)).astype("float32")
+
+
+@pytest.fixture(scope="module")
+def features():
+    keras.utils.set_random_seed(0)
+    return build_features(SHAPE, 3, "float32")
+
+
+@pytest.fixture
+def trainer(tiny_config, features):
+    model = build_model(tiny_config(), data_variance=0.25)
+    return DecoderTraining(model, features, perceptual=0.5, adversarial=0.1)
+
+
+def test_feature_maps(features):
+    shapes = [tuple(output.shape) for output in features(images(2))]
+    assert shapes == [(2, 8, 8, 32), (2, 4, 4, 64), (2, 2, 2, 128), (2, 3)]
+    uneven = build_features((7, 5, 3), 2, "mixed_bfloat16")(images(2, shape=(7, 5, 3)))
+    assert [output.shape[1] for output in uneven] == [7, 4, 2, 2]
+    assert {keras.backend.standardize_dtype(output.dtype) for output in uneven} == {"float32"}
+
+
+def test_distance_in_numpy(features):
+    one, other = images(3), images(3, seed=1)
+    expected = 0.0
+    for a, b in zip(features(one)[:-1], features(other)[:-1], strict=True):
+        a, b = (array(x) / np.linalg.norm(array(x), axis=-1, keepdims=True) for x in (a, b))
+        expected += np.square(a - b).sum(-1).mean()
+    found = array(feature_distance(features, one, other))
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+    assert array(feature_distance(features, one, one)) == 0
+
+
+def test_distance_reaches_the_reconstruction_alone(features):
+    one, other = images(2), images(2, seed=1)
+    assert gradient(lambda x: feature_distance(features, one, x), other).any()
+    assert not gradient(lambda x: feature_distance(features, x, other), one).any()
+
+
+@pytest.mark.parametrize("shape", [(6, 6, 2), (4, 6, 1)])
+def test_turned_images(shape):
+    batch = images(8, shape=shape)
+    found = array(turned(batch, np.arange(8, dtype="int32") % 4))
+    for index, image in enumerate(batch):
+        ways = (image, image[:, ::-1], image[::-1, ::-1], image[::-1])
+        expected = np.rot90(image, index % 4) if shape[0] == shape[1] else ways[index % 4]
+        np.testing.assert_allclose(found[index], expected, atol=1e-6)
+
+
+def moved_by(trainer, name):
+    """The parts that a step of one loss moves."""
+    parts = {
+        "encoder": trainer.vqvae.encoder,
+        "quantizer": trainer.vqvae.quantizer,
+        "decoder": trainer.vqvae.decoder,
+        "features": trainer.features,
+        "discriminator": trainer.discriminator,
+    }
+    before = {part: [array(w) for w in layer.weights] for part, layer in parts.items()}
+    trainer.compute_loss = lambda x, y, y_pred, *_, **__: y_pred[name]
+    trainer.compile(keras.optimizers.SGD(0.1))
+    trainer.train_on_batch(images(4))
+    return {
+        part
+        for part, layer in parts.items()
+        if any((array(w) != old).any() for w, old in zip(layer.weights, before[part], strict=True))
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss_moves_one_part(trainer, name):
+    assert moved_by(trainer, name) == {"discriminator" if name == "discriminator" else "decoder"}
+
+
+def test_losses_have_their_weights(trainer):
+    batch = images(4)
+    losses = {name: array(value) for name, value in trainer(batch).items()}
+    assert list(losses) == LOSSES
+    copies = trainer.vqvae(batch)["reconstruction"]
+    error = np.square(batch - array(copies)).mean()
+    np.testing.assert_allclose(losses["reconstruction"], error / 0.25, rtol=1e-5)
+    distance = array(feature_distance(trainer.features, batch, copies))
+    np.testing.assert_allclose(losses["perceptual"], 0.5 * distance, rtol=1e-4)
+    raw = trainer.discriminator.losses_of(batch, copies)
+    np.testing.assert_allclose(losses["discriminator"], array(raw["discriminator"]), rtol=1e-5)
+    np.testing.assert_allclose(losses["adversarial"], 0.1 * array(raw["adversarial"]), rtol=1e-4)
+    total = trainer.compute_loss(x=batch, y_pred=trainer(batch))
+    np.testing.assert_allclose(array(total), sum(losses.values()), rtol=1e-5)
+
+
+def test_without_a_loss_there_is_no_network(tiny_config, features):
+    model = build_model(tiny_config(), data_variance=0.25)
+    assert list(DecoderTraining(model, None, perceptual=0, adversarial=1)(images(2))) == [
+        "reconstruction",
+        "discriminator",
+        "adversarial",
+    ]
+    plain = DecoderTraining(model, features, perceptual=1, adversarial=0)
+    assert list(plain(images(2))) == ["reconstruction", "perceptual"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", [("a", "b"), ()])
+def test_codes_stay_and_pictures_change(prepared_run, tiny_config, labels):
+    settings = {"vqvae__steps": 4, "vqvae__steps_per_epoch": 2}
+    plain, pixels = prepared_run(tiny_config(**settings), labels=labels)
+    train_vqvae(str(plain.root))
+    own = {"vqvae__finetune_steps": 4, "vqvae__perceptual": 1.0, "vqvae__adversarial": 0.1}
+    run, _ = prepared_run(tiny_config(**settings, **own), labels=labels)
+    manifest = train_vqvae(str(run.root))
+    assert {"perceptual", "discriminator"} <= set(manifest["finetune_history"][-1])
+    assert "finetune_history" not in plain.manifest("train-vqvae")
+    before, after = load_vqvae(plain), load_vqvae(run)
+    codes = array(before.encode(pixels["validation"]))
+    np.testing.assert_array_equal(array(after.encode(pixels["validation"])), codes)
+    assert (array(after.decode(codes)) != array(before.decode(codes))).any()
+    # The model is as trainable as before.
+    assert len(after.trainable_variables) == len(before.trainable_variables) > 0
+    assert ops.is_tensor(after(images(1))["reconstruction"])

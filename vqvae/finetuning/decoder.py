@@ -1,0 +1,115 @@
+"""Training of the decoder alone, on the codes of a trained VQ-VAE."""
+
+import keras
+from keras import ops
+
+from vqbeam.vqvae.finetuning.discriminator import PatchDiscriminator
+from vqbeam.vqvae.finetuning.features import feature_distance, train_features
+from vqbeam.vqvae.fitting.data import TrainingData
+from vqbeam.vqvae.fitting.devices import share_of_replica
+from vqbeam.vqvae.fitting.fit import Fitted, Schedule, fit, set_seed
+from vqbeam.vqvae.fitting.optimizers import Adam, learning_rate
+from vqbeam.vqvae.model import VQVAE
+from vqbeam.vqvae.storage.run_folder import RunFolder
+
+_LEARNING_RATE = 3e-4
+
+
+def finetune_decoder(run: RunFolder, model: VQVAE, data: TrainingData) -> Fitted:
+    """Trains the decoder of a trained model alone, resuming if it was interrupted.
+
+    Args:
+        run: The run of the model.
+        model: The model, whose decoder is changed.
+        data: The training images.
+    """
+    config, folder = run.load_config(), run.folder("train-vqvae") / "finetuning"
+    settings = config.vqvae
+    features = train_features(run, settings.finetune_steps) if settings.perceptual else None
+    set_seed(config.seed)
+    trainer = DecoderTraining(
+        model, features, perceptual=settings.perceptual, adversarial=settings.adversarial
+    )
+    steps = settings.finetune_steps
+    trainer.compile(
+        Adam(
+            learning_rate(_LEARNING_RATE, steps=steps, warmup_steps=steps // 20),
+            beta_1=0.5,
+            use_ema=True,
+            ema_momentum=0.999,
+        )
+    )
+    schedule = Schedule(
+        title="decoder",
+        steps=steps,
+        steps_per_epoch=settings.steps_per_epoch,
+        batch_size=settings.batch_size,
+        seed=config.seed,
+    )
+    try:
+        return fit(trainer, schedule, data, None, folder, run.fingerprint("train-vqvae"))
+    finally:
+        model.trainable = True
+
+
+class DecoderTraining(keras.Model):
+    """Trains the decoder of a VQ-VAE for sharper images; encoder and codebook stay as they are.
+
+    The squared error alone makes the decoder blur what the codes do not say. The loss is
+
+        ‖x − x̂‖² / variance + perceptual · d(x, x̂) − adversarial · D(x̂)
+
+    with the distance d of `feature_distance` and a patch discriminator D, which learns beside it
+    (Esser et al. 2021, https://arxiv.org/abs/2012.09841, with fixed weights).
+
+    Args:
+        vqvae: A trained model.
+        features: The network of the distance; None without one.
+        perceptual: Weight of the distance; 0 for none.
+        adversarial: Weight of the adversarial loss; 0 for no discriminator.
+    """
+
+    def __init__(self, vqvae: VQVAE, features: keras.Model, *, perceptual, adversarial):
+        super().__init__(dtype=vqvae.dtype_policy)
+        self.vqvae, self.features = vqvae, features
+        self.perceptual, self.adversarial = perceptual, adversarial
+        vqvae.trainable = False
+        vqvae.decoder.trainable = True
+        names = ["loss", "reconstruction"]
+        if perceptual:
+            features.trainable = False
+            names.append("perceptual")
+        if adversarial:
+            self.discriminator = PatchDiscriminator(dtype=self.dtype_policy)
+            self.discriminator.build((None, *vqvae.network["image_shape"]))
+            names += ["discriminator", "adversarial"]
+        self.trackers = {name: keras.metrics.Mean(name=name) for name in names}
+        self.built = True
+
+    def call(self, images, training=False):
+        """Returns the losses by name for images [B, H, W, C] in [−1, 1], each with its weight."""
+        latents = ops.stop_gradient(self.vqvae.quantize_images(images).quantized)
+        reconstruction = self.vqvae.decoder(latents, training=training)
+        error = ops.mean(ops.square(ops.cast(images, "float32") - reconstruction))
+        losses = {"reconstruction": error / self.vqvae.data_variance}
+        if self.perceptual:
+            distance = feature_distance(self.features, images, reconstruction)
+            losses["perceptual"] = self.perceptual * distance
+        if self.adversarial:
+            found = self.discriminator.losses_of(images, reconstruction)
+            losses["discriminator"] = found["discriminator"]
+            losses["adversarial"] = self.adversarial * found["adversarial"]
+        return losses
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """Returns the sum of all losses and records its terms."""
+        del y, sample_weight, training
+        parts = y_pred | {"loss": sum(y_pred.values())}
+        for name, value in parts.items():
+            self.trackers[name].update_state(value, sample_weight=ops.shape(x)[0])
+        return share_of_replica(parts["loss"])
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        """Returns the metrics recorded by `compute_loss`."""
+        del x, y, y_pred, sample_weight
+        return self.get_metrics_result()

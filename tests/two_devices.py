@@ -17,6 +17,7 @@ sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).p
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
+tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})  # compiles faster
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )

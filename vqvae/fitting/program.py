@@ -106,6 +106,16 @@ def _tensorflow_program(
 
 
 def _graph_flops(graph: tf.Graph) -> float:
+    logger = tf.get_logger()
+    level = logger.level
+    logger.setLevel("ERROR")  # TensorFlow says that the profiler is of its first version
+    try:
+        return _float_operations(graph)
+    finally:
+        logger.setLevel(level)
+
+
+def _float_operations(graph: tf.Graph) -> float:
     count = tf.compat.v1.profiler.ProfileOptionBuilder.float_operation() | {"output": "none"}
     return float(tf.compat.v1.profiler.profile(graph, options=count).total_float_ops)
 

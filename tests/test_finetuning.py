@@ -41,10 +41,11 @@ def test_feature_maps(features):
 
 def test_distance_in_numpy(features):
     one, other = images(3), images(3, seed=1)
-    expected = 0.0
-    for a, b in zip(features(one)[:-1], features(other)[:-1], strict=True):
+    (*maps, logits), (*others, other_logits) = features(one), features(other)
+    expected = 0.1 * np.square(array(logits) - array(other_logits)).mean()
+    for weight, a, b in zip((0.5, 0.5, 3), maps, others, strict=True):
         a, b = (array(x) / np.linalg.norm(array(x), axis=-1, keepdims=True) for x in (a, b))
-        expected += np.square(a - b).sum(-1).mean()
+        expected += weight * np.square(a - b).sum(-1).mean()
     found = array(feature_distance(features, one, other))
     np.testing.assert_allclose(found, expected, rtol=1e-3)
     assert array(feature_distance(features, one, one)) == 0

@@ -70,7 +70,7 @@ class DecoderTraining(keras.Model):
     """
 
     def __init__(self, vqvae: VQVAE, features: keras.Model, *, perceptual, adversarial):
-        super().__init__(dtype=vqvae.dtype_policy)
+        super().__init__(dtype="float32")  # images are compared in full precision
         self.vqvae, self.features = vqvae, features
         self.perceptual, self.adversarial = perceptual, adversarial
         vqvae.trainable = False
@@ -80,7 +80,7 @@ class DecoderTraining(keras.Model):
             features.trainable = False
             names.append("perceptual")
         if adversarial:
-            self.discriminator = PatchDiscriminator(dtype=self.dtype_policy)
+            self.discriminator = PatchDiscriminator(dtype=vqvae.dtype_policy)
             self.discriminator.build((None, *vqvae.network["image_shape"]))
             names += ["discriminator", "adversarial"]
         self.trackers = {name: keras.metrics.Mean(name=name) for name in names}

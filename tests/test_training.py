@@ -318,7 +318,7 @@ def test_tensorboard_shows_every_measure(stateful):
     for part, prefix in (("train", ""), ("validation", "val_")):
         found = events(run.folder(STAGE) / "logs" / part)
         own = [name for name in history[0] if name.startswith("val_") == bool(prefix)]
-        assert len(own) == 12
+        assert len(own) == 10
         for name in own:
             shown = found[f"epoch_{name.removeprefix(prefix)}"]
             values = [shown[epoch].item() for epoch in range(3)]

@@ -12,7 +12,7 @@ from vqbeam.vqvae.fitting.optimizers import Adam, learning_rate
 from vqbeam.vqvae.model import VQVAE
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
-_LEARNING_RATE = 3e-4
+_LEARNING_RATE = 6e-4
 
 
 def finetune_decoder(run: RunFolder, model: VQVAE, data: TrainingData) -> Fitted:

@@ -26,6 +26,7 @@ def finetune_decoder(run: RunFolder, model: VQVAE, data: TrainingData) -> Fitted
     config, folder = run.load_config(), run.folder("train-vqvae") / "finetuning"
     settings = config.vqvae
     features = train_features(run, settings.finetune_steps) if settings.perceptual else None
+    model.optimizer = None  # its state is no part of what follows
     set_seed(config.seed)
     trainer = DecoderTraining(
         model, features, perceptual=settings.perceptual, adversarial=settings.adversarial

@@ -190,7 +190,7 @@ def test_dropout_differs_between_seeds(tmp_path):
     assert np.abs(states[0] - states[1]).max() > 0
 
 
-def test_speed_is_told_and_returned(tmp_path, monkeypatch, capsys):
+def test_speed_is_told_and_returned(compiled, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "peak_flops", lambda: 1e9)
     monkeypatch.setattr(module, "peak_memory", lambda: 3 * 2**30)
     speed = train(build(), tmp_path, 2, whole=True).speed

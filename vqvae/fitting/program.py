@@ -97,7 +97,7 @@ def _tensorflow_program(
 
     def train(iterator):
         batches = next(iterator)
-        if facts.flops is None:
+        if facts.flops is None and not tf.config.functions_run_eagerly():
             traced = program if steps == 1 else tf.function(one, autograph=False)
             facts.flops = _graph_flops(traced.get_concrete_function(_part(batches, 0, steps)).graph)
         return program(batches)

@@ -1123,6 +1123,50 @@ FAULTS: dict[str, list[Mutant]] = {
             "test_uniforms.py::test_seeds_differ_and_may_be_any_integer",
         ),
     ],
+    "The decoder is trained alone, on codes that stay": [
+        Mutant(
+            "the encoder is trained as well",
+            "vqvae/finetuning/decoder.py",
+            "latents = ops.stop_gradient(self.vqvae.quantize_images(images).quantized)",
+            "latents = self.vqvae.encoder(images)",
+            "test_finetuning.py::test_losses_have_their_weights",
+        ),
+        Mutant(
+            "the whole model is trainable",
+            "vqvae/finetuning/decoder.py",
+            "vqvae.trainable = False",
+            "vqvae.trainable = True",
+            "test_finetuning.py::test_codes_stay_and_pictures_change",
+        ),
+        Mutant(
+            "the adversarial loss trains the discriminator",
+            "vqvae/finetuning/discriminator.py",
+            "[ops.stop_gradient(variable) for variable in self.trainable_variables]",
+            "[variable.value for variable in self.trainable_variables]",
+            "test_finetuning.py::test_each_loss_moves_one_part",
+        ),
+        Mutant(
+            "the discriminator's loss trains the decoder",
+            "vqvae/finetuning/discriminator.py",
+            "self(ops.stop_gradient(reconstruction))",
+            "self(reconstruction)",
+            "test_finetuning.py::test_each_loss_moves_one_part",
+        ),
+        Mutant(
+            "feature vectors keep their length",
+            "vqvae/finetuning/features.py",
+            "ops.split(found / length, 2)",
+            "ops.split(found, 2)",
+            "test_finetuning.py::test_distance_in_numpy",
+        ),
+        Mutant(
+            "images are turned the other way",
+            "vqvae/finetuning/features.py",
+            "ops.rot90(images, k, axes=(1, 2))",
+            "ops.rot90(images, -k, axes=(1, 2))",
+            "test_finetuning.py::test_turned_images",
+        ),
+    ],
 }
 
 

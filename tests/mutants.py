@@ -1132,13 +1132,6 @@ FAULTS: dict[str, list[Mutant]] = {
             "test_finetuning.py::test_losses_have_their_weights",
         ),
         Mutant(
-            "the whole model is trainable",
-            "vqvae/finetuning/decoder.py",
-            "vqvae.trainable = False",
-            "vqvae.trainable = True",
-            "test_finetuning.py::test_codes_stay_and_pictures_change",
-        ),
-        Mutant(
             "the adversarial loss trains the discriminator",
             "vqvae/finetuning/discriminator.py",
             "[ops.stop_gradient(variable) for variable in self.trainable_variables]",

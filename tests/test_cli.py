@@ -186,6 +186,7 @@ def test_programs_share_a_gpu_unless_told_otherwise(monkeypatch):
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/home/someone/.cache/vqbeam/jax"
 
 
+@pytest.mark.slow
 def test_the_libraries_start_quietly():
     code = """
 from vqbeam.pipelines.cli import main as cli

@@ -13,6 +13,7 @@ from vqbeam.configs.loading import (
     to_dict,
 )
 from vqbeam.configs.schema import (
+    LESS_MEMORY,
     SECTIONS,
     Config,
     DataConfig,
@@ -24,6 +25,7 @@ from vqbeam.configs.schema import (
 )
 
 __all__ = [
+    "LESS_MEMORY",
     "SECTIONS",
     "Config",
     "DataConfig",

@@ -107,6 +107,12 @@ class SampleConfig(SamplerSettings):
         return dataclasses.replace(self, batch_size=min(self.batch_size, count))
 
 
+# What helps if a device has too little memory.
+LESS_MEMORY = (
+    "lower batch_size, or for the prior raise prior.grad_accumulation or set prior.remat to blocks"
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PriorConfig(Section):
     """Transformer and training settings of stage 2."""
@@ -136,8 +142,8 @@ class PriorConfig(Section):
         minimum=1,
     )
     remat: str = field(
-        "compute again in the backward pass, instead of storing, to save memory: nothing, or the "
-        "activations inside of blocks",
+        "recompute activations in the backward pass, to save memory: none of them, or those "
+        "inside the blocks",
         "none",
         choices=("none", "blocks"),
     )
@@ -266,15 +272,13 @@ class VQVAEConfig(Section):
         choices=("none", "flip", "crop", "flip_crop"),
     )
     finetune_steps: int = field(
-        "steps that train the decoder alone after that, for sharper images; 0 for none",
+        "further steps at the end that train only the decoder, for sharper images; 0 for none",
         0,
         minimum=0,
     )
-    perceptual: float = field(
-        "weight of the distance between features of a network, in these steps", 0.0, minimum=0
-    )
+    perceptual: float = field("weight of the feature loss in the finetune steps", 0.0, minimum=0)
     adversarial: float = field(
-        "weight of the loss of a patch discriminator, in these steps", 0.0, minimum=0
+        "weight of the adversarial loss in the finetune steps", 0.0, minimum=0
     )
     dtype: str = dtype_field("networks")
 
@@ -304,8 +308,8 @@ class VQVAEConfig(Section):
         for name, weight in weights.items():
             if weight and not self.finetune_steps:
                 raise VqbeamError(
-                    f"vqvae.{name} is {weight:g}, but vqvae.finetune_steps is 0; set it, such as "
-                    "to 1000"
+                    f"vqvae.{name} is {weight:g}, but vqvae.finetune_steps is 0; set it, for "
+                    "example to 1000"
                 )
 
     def _check_quantizer(self):

@@ -4,7 +4,7 @@ import http
 import re
 import traceback
 
-from vqbeam.configs import VqbeamError
+from vqbeam.configs import LESS_MEMORY, VqbeamError
 
 # A builtin exception or one with its module, at the start of a line.
 _EXCEPTION_LINE = re.compile(
@@ -49,8 +49,7 @@ _KNOWN = {
         "-c constraints.txt jax"
     ),
     r"OOM when allocating|RESOURCE_EXHAUSTED: Out of memory": (
-        "the device has not enough memory; lower batch_size, or for the prior raise "
-        "prior.grad_accumulation or set prior.remat to blocks"
+        f"the device has not enough memory; {LESS_MEMORY}"
     ),
 }
 

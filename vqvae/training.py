@@ -14,7 +14,7 @@ from vqbeam.vqvae.figures import reconstruction_figure, save_png
 from vqbeam.vqvae.finetuning.decoder import finetune_decoder
 from vqbeam.vqvae.fitting.data import TrainingData, training_data
 from vqbeam.vqvae.fitting.devices import data_parallel, evenly_shared
-from vqbeam.vqvae.fitting.fit import Schedule, fit, load_model, save_model
+from vqbeam.vqvae.fitting.fit import Fitted, Schedule, fit, load_model, save_model
 from vqbeam.vqvae.fitting.optimizers import build_optimizer
 from vqbeam.vqvae.layout import code_layout
 from vqbeam.vqvae.metrics import psnr
@@ -116,7 +116,9 @@ def evaluate(model: VQVAE, batches) -> dict[str, float]:
     }
 
 
-def _fit(run: RunFolder, config: Config, images: dict, callbacks: Sequence) -> tuple:
+def _fit(
+    run: RunFolder, config: Config, images: dict, callbacks: Sequence
+) -> tuple[Fitted, Fitted | None]:
     """Trains and saves the model; returns what `fit` and `finetune_decoder` return."""
     settings = config.vqvae
     with data_parallel(settings.batch_size, settings.dtype):

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops, tree
 
-from vqbeam.configs import VqbeamError
+from vqbeam.configs import LESS_MEMORY, VqbeamError
 from vqbeam.vqvae.fitting.data import TrainingData
 from vqbeam.vqvae.fitting.devices import device_count, device_memory, on_cpu
 
@@ -36,8 +36,8 @@ class TrainingProgram:
 
     Attributes:
         batches: Function from a step number to the dataset for `fit`.
-        flops: Floating-point operations of a step; None before the first call, and on several
-            devices with TensorFlow, which does not tell.
+        flops: Floating-point operations of a step; None before the first call, and if TensorFlow
+            trains on several devices or runs eagerly.
     """
 
     batches: Callable[[int], tf.data.Dataset]
@@ -106,18 +106,14 @@ def _tensorflow_program(
 
 
 def _graph_flops(graph: tf.Graph) -> float:
-    logger = tf.get_logger()
+    profiler, logger = tf.compat.v1.profiler, tf.get_logger()
+    options = profiler.ProfileOptionBuilder.float_operation() | {"output": "none"}
     level = logger.level
-    logger.setLevel("ERROR")  # TensorFlow says that the profiler is of its first version
+    logger.setLevel("ERROR")  # hides the notice that the profiler belongs to TensorFlow 1
     try:
-        return _float_operations(graph)
+        return float(profiler.profile(graph, options=options).total_float_ops)
     finally:
         logger.setLevel(level)
-
-
-def _float_operations(graph: tf.Graph) -> float:
-    count = tf.compat.v1.profiler.ProfileOptionBuilder.float_operation() | {"output": "none"}
-    return float(tf.compat.v1.profiler.profile(graph, options=count).total_float_ops)
 
 
 def _jax_program(
@@ -159,9 +155,8 @@ def _check_memory(needed) -> None:
     if there is not None and state + rest > there:
         raise VqbeamError(
             f"training needs {state / 2**30:.1f} GiB for weights, optimizer and data and "
-            f"{rest / 2**30:.1f} GiB for a step, and the device has {there / 2**30:.1f} GiB; lower "
-            "batch_size, or for the prior raise prior.grad_accumulation or set prior.remat to "
-            "blocks"
+            f"{rest / 2**30:.1f} GiB for a step, and the device has {there / 2**30:.1f} GiB; "
+            f"{LESS_MEMORY}"
         )
 
 

@@ -39,10 +39,6 @@ class FitProgress(keras.callbacks.Callback):
         total: Images in all, over all passes.
         initial: Images before this call of `fit`.
         at_once: Images in the steps of one call of the training program.
-
-    Attributes:
-        rate: Images per second in training, without compilation and validation; None before that
-            is known.
     """
 
     async_safe = True  # the next steps begin before the loss is read
@@ -56,7 +52,7 @@ class FitProgress(keras.callbacks.Callback):
 
     @property
     def rate(self) -> float | None:
-        """Images per second in training."""
+        """Images per second in training, without compilation and validation; None until known."""
         return self.images / self.seconds if self.seconds else None
 
     def on_epoch_begin(self, epoch, logs=None):

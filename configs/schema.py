@@ -212,9 +212,25 @@ class VQVAEConfig(Section):
     )
     fsq_levels: str = field("levels of each channel, such as 8,8,8 for K = 512 (fsq)", "8,8,8")
     downsampling: int = field("ratio of image height to grid height, a power of two", 4, minimum=2)
-    width: int = field("channels of the encoder and decoder", 128, minimum=4)
-    residual_layers: int = field("residual blocks in each of encoder and decoder", 2, minimum=0)
-    residual_width: int = field("channels inside a residual block", 32, minimum=1)
+    network: str = field(
+        "conv: residual blocks on the grid alone; resnet: normalized blocks at every resolution, "
+        "sharper and slower",
+        "conv",
+        choices=("conv", "resnet"),
+    )
+    width: int = field(
+        "channels of the encoder and decoder; with resnet those at the full resolution, doubled "
+        "at each lower one up to 4 times",
+        128,
+        minimum=4,
+    )
+    residual_layers: int = field(
+        "residual blocks in each of encoder and decoder; with resnet at each resolution, and one "
+        "more in the decoder",
+        2,
+        minimum=0,
+    )
+    residual_width: int = field("channels inside a residual block (conv)", 32, minimum=1)
     commitment: float = field("weight β of the commitment loss (all but fsq)", 0.25, minimum=0)
     entropy: float = field(
         "weight of the entropy loss, for confident and diverse codes (all but fsq)", 0.0, minimum=0
@@ -313,6 +329,8 @@ class VQVAEConfig(Section):
                 )
 
     def _check_quantizer(self):
+        if self.grids > 1 and self.network != "conv":
+            raise VqbeamError("vqvae.grids is 2; use vqvae.network conv")
         if self.quantizer == "residual" and (self.grids > 1 or self.lookup == "cosine"):
             raise VqbeamError("vqvae.quantizer is residual; use vqvae.grids 1, vqvae.lookup l2")
         if self.quantizer == "predictive" and self.lookup == "cosine":

@@ -33,7 +33,7 @@ def serving_signatures(vqvae: VQVAE, prior: CodePrior, settings: SamplerSettings
         settings: Sampling settings of `sample`.
     """
     codes = tf.TensorSpec((None, *vqvae.layout.shape), tf.int32)
-    images = tf.TensorSpec((None, *vqvae.network["image_shape"]), tf.uint8)
+    images = tf.TensorSpec((None, *vqvae.architecture["image_shape"]), tf.uint8)
     of_image = (prior.num_labels,) if prior.conditioning == "attributes" else ()
     labels = tf.TensorSpec((None, *of_image), tf.int32)
     chosen = {"labels": labels, "seed": tf.TensorSpec([], tf.int64)}

@@ -82,7 +82,7 @@ def test_networks_take_all_from_the_config(tiny_config):
     )
     model = build_model(config, data_variance=0.2)
     found = model.get_config()
-    for name in ("downsampling", "width", "residual_layers", "residual_width"):
+    for name in ("downsampling", "network", "width", "residual_layers", "residual_width"):
         assert found[name] == getattr(config.vqvae, name), name
     assert found["image_shape"] == config.image_shape
     assert model.compute_dtype == "bfloat16"

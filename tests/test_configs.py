@@ -229,6 +229,10 @@ FSQ = {"vqvae.quantizer": "fsq"}
         ({"vqvae.quantizer": "residual"}, "quantizer is residual; set vqvae.depth to 2 or more"),
         ({"vqvae.depth": 2}, "vqvae.depth is 2; set vqvae.quantizer to residual"),
         ({**RESIDUAL, "vqvae.grids": 2}, "vqvae.quantizer is residual; use vqvae.grids 1"),
+        (
+            {"vqvae.network": "resnet", "vqvae.grids": 2},
+            "vqvae.grids is 2; use vqvae.network conv",
+        ),
         ({**RESIDUAL, "vqvae.lookup": "cosine"}, "is residual; use .* vqvae.lookup l2"),
         (
             {"vqvae.quantizer": "lfq", "vqvae.num_codes": 500},

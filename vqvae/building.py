@@ -27,6 +27,7 @@ def build_model(config: Config, *, data_variance: float) -> VQVAE:
         image_shape=config.image_shape,
         quantizer=build_quantizer(settings),
         downsampling=settings.downsampling,
+        network=settings.network,
         width=settings.width,
         residual_layers=settings.residual_layers,
         residual_width=settings.residual_width,

@@ -40,18 +40,22 @@ class HierarchicalVQVAE(VQVAE):
             raise ValueError(f"the bottom grid is {rows}×{columns}; its sides must be even")
         return CodeLayout(self.quantizer.num_codes, ((rows // 2, columns // 2), (rows, columns)))
 
-    def _build_networks(self, *, image_shape, downsampling, width, dtype, **blocks):
-        network = {"image_shape": image_shape, "downsampling": downsampling, "width": width}
-        network |= {"dtype": dtype, **blocks}
-        dim = self.quantizer.dim
+    def _build_networks(self):
+        network = {**self.architecture, "dtype": self.dtype_policy}
+        if network.pop("network") != "conv":
+            raise ValueError("two grids are supported with network conv only")
+        blocks = {name: network[name] for name in ("residual_layers", "residual_width", "dtype")}
+        dim, width = self.quantizer.dim, network["width"]
         config = self.quantizer.get_config()
         top_config = {**config, "name": f"top_{config['name']}"}
         self.top_quantizer = type(self.quantizer).from_config(top_config)
         top, bottom = self.layout.grids
         self.encoder = build_encoder(latent_channels=width, **network)
-        self.top_encoder = build_coarser((*bottom, width), dim, width, dtype=dtype, **blocks)
-        self.top_decoder = build_finer((*top, dim), dim, width, dtype=dtype, **blocks)
-        self.bottom_projection = build_projection((*bottom, width + dim), dim, dtype=dtype)
+        self.top_encoder = build_coarser((*bottom, width), dim, width, **blocks)
+        self.top_decoder = build_finer((*top, dim), dim, width, **blocks)
+        self.bottom_projection = build_projection(
+            (*bottom, width + dim), dim, dtype=blocks["dtype"]
+        )
         self.decoder = build_decoder(latent_channels=2 * dim, **network)
         self._build_quantizer(self.top_quantizer, top)
         self._build_quantizer(self.quantizer, bottom)

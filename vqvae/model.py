@@ -3,10 +3,10 @@
 import keras
 from keras import ops
 
+from vqbeam.vqvae import networks, resnet
 from vqbeam.vqvae.fitting.devices import share_of_replica
 from vqbeam.vqvae.layout import CodeLayout
 from vqbeam.vqvae.metrics import CodebookUsage
-from vqbeam.vqvae.networks import build_decoder, build_encoder
 from vqbeam.vqvae.quantizers.base import Quantized
 
 
@@ -26,9 +26,10 @@ class VQVAE(keras.Model):
         image_shape: (H, W, C).
         quantizer: A `Quantizer`.
         downsampling: Image side divided by grid side, a power of two.
-        width: Channels of the networks.
-        residual_layers: Number of residual blocks in each network.
-        residual_width: Channels inside a residual block.
+        network: "conv", the networks of `networks.py`, or "resnet", those of `resnet.py`.
+        width: Channels of the networks, as defined there.
+        residual_layers: Number of residual blocks, as defined there.
+        residual_width: Channels inside a residual block of "conv".
         data_variance: Variance of the training pixels, scaled to [−1, 1].
 
     Attributes:
@@ -41,6 +42,7 @@ class VQVAE(keras.Model):
         image_shape,
         quantizer,
         downsampling,
+        network="conv",
         width,
         residual_layers,
         residual_width,
@@ -48,9 +50,10 @@ class VQVAE(keras.Model):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.network = {
+        self.architecture = {
             "image_shape": tuple(image_shape),
             "downsampling": downsampling,
+            "network": network,
             "width": width,
             "residual_layers": residual_layers,
             "residual_width": residual_width,
@@ -58,21 +61,26 @@ class VQVAE(keras.Model):
         self.quantizer = quantizer
         self.data_variance = data_variance
         self.layout = self._layout()
-        self._build_networks(**self.network, dtype=self.dtype_policy)
+        self._build_networks()
         names = ["loss", "reconstruction", *quantizer.loss_names, "quantization_error"]
         self.trackers = {name: keras.metrics.Mean(name=name) for name in names}
         self.codebook_use = CodebookUsage(self.layout)
         self.built = True
 
     def _layout(self):
-        height, width, _ = self.network["image_shape"]
-        factor = self.network["downsampling"]
+        height, width, _ = self.architecture["image_shape"]
+        factor = self.architecture["downsampling"]
         grid = (height // factor, width // factor)
         return CodeLayout(self.quantizer.num_codes, (grid,), self.quantizer.levels)
 
-    def _build_networks(self, **network):
-        self.encoder = build_encoder(latent_channels=self.quantizer.dim, **network)
-        self.decoder = build_decoder(latent_channels=self.quantizer.dim, **network)
+    def _build_networks(self):
+        settings = {**self.architecture, "dtype": self.dtype_policy}
+        builders = networks
+        if settings.pop("network") == "resnet":
+            builders = resnet
+            del settings["residual_width"]
+        self.encoder = builders.build_encoder(latent_channels=self.quantizer.dim, **settings)
+        self.decoder = builders.build_decoder(latent_channels=self.quantizer.dim, **settings)
         self._build_quantizer(self.quantizer, self.layout.grids[0])
 
     def _build_quantizer(self, quantizer, grid):
@@ -143,7 +151,7 @@ class VQVAE(keras.Model):
         """Returns the constructor's arguments."""
         return {
             **super().get_config(),
-            **self.network,
+            **self.architecture,
             "quantizer": keras.saving.serialize_keras_object(self.quantizer),
             "data_variance": self.data_variance,
         }

@@ -82,7 +82,7 @@ class DecoderTraining(keras.Model):
             names.append("perceptual")
         if adversarial:
             self.discriminator = PatchDiscriminator(dtype=vqvae.dtype_policy)
-            self.discriminator.build((None, *vqvae.network["image_shape"]))
+            self.discriminator.build((None, *vqvae.architecture["image_shape"]))
             names += ["discriminator", "adversarial"]
         self.trackers = {name: keras.metrics.Mean(name=name) for name in names}
         self.built = True

@@ -46,10 +46,16 @@ class SamplerSettings(Section):
     )
     guidance: float = field("classifier-free guidance scale; 1 for none", 1.0, minimum=0)
     guidance_schedule: str = field(
-        "guidance over the sequence: the same for all codes, a linear ramp from 1 to the scale, "
-        "or only inside an interval",
+        "guidance over the sequence: the same for all codes, a linear or cosine ramp from 1 to the "
+        "scale, or only inside an interval",
         "constant",
-        choices=("constant", "linear", "interval"),
+        choices=("constant", "linear", "cosine", "interval"),
+    )
+    guidance_power: float = field(
+        "exponent of the cosine ramp; higher values guide fewer of the first codes",
+        1.0,
+        minimum=0.1,
+        maximum=10,
     )
     guidance_start: float = field(
         "start of the interval, as a fraction of the sequence", 0.0, minimum=0, maximum=1

@@ -145,9 +145,14 @@ def _largest_by_bisection(scores, shares, target):
 def guidance_scales(settings: SamplerSettings, length: int) -> np.ndarray:
     """Returns the scale of classifier-free guidance at each position of the sequence.
 
-    The schedule "constant" is the scale s everywhere; "linear" is 1 + (s - 1) p / (T - 1) at
-    position p, from no guidance at the first to s at the last; "interval" is s where p / T lies in
-    [guidance_start, guidance_end), and 1 elsewhere.
+    It is 1 + (s - 1) f at position p, with the scale s and, for the schedule
+
+        constant:  f = 1
+        linear:    f = p / (T - 1)
+        cosine:    f = (1 - cos(π (p / (T - 1))^guidance_power)) / 2
+        interval:  f = 1 where p / T lies in [guidance_start, guidance_end), else 0
+
+    The cosine is that of Yu et al. 2024 (https://arxiv.org/abs/2411.00776), section 4.
 
     Args:
         settings: The sampler's settings.
@@ -156,16 +161,19 @@ def guidance_scales(settings: SamplerSettings, length: int) -> np.ndarray:
     Returns:
         float32 [T].
     """
-    scale = settings.guidance
-    if settings.guidance_schedule == "linear":
-        # Reversed, so that a single code counts as the last.
-        return np.linspace(scale, 1, length, dtype="float32")[::-1]
-    scales = np.full(length, scale, "float32")
-    if settings.guidance_schedule == "interval":
-        fraction = np.arange(length) / length
-        inside = (settings.guidance_start <= fraction) & (fraction < settings.guidance_end)
-        return np.where(inside, scales, np.float32(1))
-    return scales
+    # Reversed, so that a single code counts as the last.
+    way = np.linspace(1, 0, length)[::-1]
+    match settings.guidance_schedule:
+        case "constant":
+            share = np.ones(length)
+        case "linear":
+            share = way
+        case "cosine":
+            share = (1 - np.cos(np.pi * way**settings.guidance_power)) / 2
+        case "interval":
+            place = np.arange(length) / length
+            share = (settings.guidance_start <= place) & (place < settings.guidance_end)
+    return (1 + (settings.guidance - 1) * share).astype("float32")
 
 
 def sampler_tensors(

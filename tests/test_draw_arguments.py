@@ -18,6 +18,7 @@ def test_sample_unset_is_none():
         "min_p": None,
         "guidance": None,
         "guidance_schedule": None,
+        "guidance_power": None,
         "guidance_start": None,
         "guidance_end": None,
         "seed": None,
@@ -30,6 +31,7 @@ def test_sample_unset_is_none():
 def test_sample_in_full():
     words = "sample d --num 4 --label A 3 --label=B --temperature 0.5 --top-k 9 --top_p 0.9"
     words += " --min-p 0.1 --guidance 2 --guidance-schedule interval --guidance-start 0.2"
+    words += " --guidance-power 2"
     words += " --guidance-end 0.8 --seed 5 --batch-size 2 --like a.png --output x.png"
     assert parse(words.split())[1] == {
         "run_dir": "d",
@@ -41,6 +43,7 @@ def test_sample_in_full():
         "min_p": 0.1,
         "guidance": 2.0,
         "guidance_schedule": "interval",
+        "guidance_power": 2.0,
         "guidance_start": 0.2,
         "guidance_end": 0.8,
         "seed": 5,

@@ -7,7 +7,7 @@ from vqbeam.configs import SampleConfig, VqbeamError
     "settings,message",
     [
         ({"min_p": 1.0}, "sample.min_p is 1.0; it must be below 1"),
-        ({"guidance_schedule": "cosine"}, "choose one of constant, linear, interval"),
+        ({"guidance_schedule": "cubic"}, "choose one of constant, linear, cosine, interval"),
         (
             {"guidance_start": 0.5, "guidance_end": 0.5},
             r"sample.guidance_start is 0.5; it must be below sample.guidance_end \(0.5\)",

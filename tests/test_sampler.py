@@ -146,7 +146,7 @@ def test_filters_that_keep_all_change_nothing(sampler):
 
 
 @pytest.mark.backend
-@pytest.mark.parametrize("schedule", ["constant", "linear", "interval"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "interval"])
 def test_codes_follow_their_uniform_numbers(any_sampler, schedule):
     layout = any_sampler.model.layout
     inside = dict(guidance_start=0.3, guidance_end=0.8)

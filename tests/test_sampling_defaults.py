@@ -39,11 +39,14 @@ def test_no_guidance_without_classes(run):
         run.settings(guidance=3.0)
 
 
-def test_bounds_of_guidance_belong_to_an_interval(run):
+def test_settings_of_one_schedule_alone(run):
     run = run(["a"])
-    message = "guidance_end is 0.5, but guidance_schedule constant has no start and no end; set"
+    message = "guidance_end is 0.5, but guidance_schedule constant does not use it; set it to inter"
     with pytest.raises(VqbeamError, match=message):
         run.settings(guidance_end=0.5)
+    message = "guidance_power is 2.0, but guidance_schedule interval does not use it; set it to cos"
+    with pytest.raises(VqbeamError, match=message):
+        run.settings(guidance_power=2.0, guidance_schedule="interval")
     found = run.settings(guidance_end=0.5, guidance_schedule="interval")
     assert found.guidance_end == 0.5
     run.store_default_settings(found)

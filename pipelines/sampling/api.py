@@ -33,6 +33,12 @@ from vqbeam.vqvae.storage.run_folder import MODELS, STAGES, RunFolder
 from vqbeam.vqvae.training import MODEL_FILE, load_vqvae
 
 _DEFAULTS_FILE = "sample.json"
+# Settings of one schedule alone, and that schedule.
+_OF_SCHEDULE = {
+    "guidance_power": "cosine",
+    "guidance_start": "interval",
+    "guidance_end": "interval",
+}
 
 
 def open(path: epath.PathLike) -> "Run":
@@ -326,12 +332,12 @@ class Run:
                 raise VqbeamError(f"there is no setting {name}; {hint}")
         changes = {name: value for name, value in changes.items() if value is not None}
         changed = self.checked(dataclasses.replace(self.default_settings(), **changes))
-        bounds = [name for name in ("guidance_start", "guidance_end") if name in changes]
-        if bounds and changed.guidance_schedule != "interval":
-            raise VqbeamError(
-                f"{bounds[0]} is {changes[bounds[0]]}, but guidance_schedule "
-                f"{changed.guidance_schedule} has no start and no end; set it to interval"
-            )
+        for name, schedule in _OF_SCHEDULE.items():
+            if name in changes and changed.guidance_schedule != schedule:
+                raise VqbeamError(
+                    f"{name} is {changes[name]}, but guidance_schedule "
+                    f"{changed.guidance_schedule} does not use it; set it to {schedule}"
+                )
         return changed
 
     def checked(self, settings: SampleConfig) -> SampleConfig:

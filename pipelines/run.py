@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
-from vqbeam.configs import Config
+from vqbeam.configs import Config, VqbeamError
 from vqbeam.pipelines.inspect import duration
 from vqbeam.pipelines.lock import locked
 from vqbeam.pipelines.paths import (
@@ -23,6 +23,7 @@ def run_stages(
     stages: Sequence[str],
     beam_args: Sequence[str],
     retrain: Sequence[str] = (),
+    minutes: float | None = None,
 ) -> None:
     """Runs stages of a run, one after the other, as one pipeline.
 
@@ -32,6 +33,8 @@ def run_stages(
         stages: Names from `STAGES`, in their order.
         beam_args: Beam's own options, such as `["--runner=FnApiRunner"]`.
         retrain: Stages whose folders are deleted first, so that their models are trained again.
+        minutes: Time for all stages: the training steps are those of the run, if it has begun, or
+            else as many as take that time on this machine.
 
     Raises:
         VqbeamError: The folder holds another run, another command is at work in it, an earlier
@@ -41,6 +44,8 @@ def run_stages(
     run = RunFolder(run_dir)
     config = dataclasses.replace(config, data=with_absolute_paths(config.data))
     if is_dataflow(beam_args):
+        if minutes:
+            raise VqbeamError("--minutes is for training on this machine; set the steps instead")
         check_shared({"--run-dir": run_dir})
         if "prepare" in stages and not run.is_done("prepare"):
             check_shared(source_paths(config.data))
@@ -49,6 +54,8 @@ def run_stages(
         from vqbeam.pipelines.sources import open_source
 
         open_source(config.data).check()
+    if minutes:
+        config = _fitted(config, minutes, run)
     is_done = run.exists() and run.load_config() == config and run.done(stages) == set(stages)
     if is_done and not retrain:
         _tell_what_is_done(run, stages)
@@ -61,6 +68,14 @@ def run_stages(
             _do(run, config, stages, beam_args)
     for line in _closing_lines(run, stages):
         print(line)
+
+
+def _fitted(config: Config, minutes: float, run: RunFolder) -> Config:
+    from vqbeam.pipelines.budget import fit_to_minutes, with_steps_of
+
+    if run.exists():
+        return with_steps_of(config, run.load_config())
+    return fit_to_minutes(config, minutes)
 
 
 def _do(run: RunFolder, config: Config, stages: Sequence[str], beam_args: Sequence[str]) -> None:

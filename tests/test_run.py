@@ -9,6 +9,7 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from pipeline_fixtures import small_config, write_images, write_preset
 
 from vqbeam.configs import VqbeamError
+from vqbeam.pipelines import budget
 from vqbeam.pipelines import run as run_module
 from vqbeam.pipelines.lock import LOCK_FILE, locked
 from vqbeam.pipelines.run import run_stages
@@ -63,8 +64,8 @@ def ran(monkeypatch, tmp_path):
     return ran
 
 
-def go(run_dir, source, stages=ALL, beam_args=BEAM, retrain=(), **changes):
-    run_stages(small_config(source, **changes), str(run_dir), stages, beam_args, retrain)
+def go(run_dir, source, stages=ALL, beam_args=BEAM, retrain=(), minutes=None, **changes):
+    run_stages(small_config(source, **changes), str(run_dir), stages, beam_args, retrain, minutes)
 
 
 def test_all_stages_in_their_order(ran, tmp_path, source, capsys):
@@ -113,6 +114,28 @@ def test_stage_by_stage(ran, tmp_path, source, capsys):
     assert ran.names() == list(ALL)
     go(tmp_path / "run", source)
     assert ran.names() == list(ALL)
+
+
+@pytest.mark.slow
+def test_a_time_becomes_steps_which_the_same_command_keeps(
+    ran, tmp_path, source, monkeypatch, capsys
+):
+    monkeypatch.setattr(budget, "_SECONDS_OF_EACH", 0.0)
+    finetuning = {"vqvae__finetune_steps": 2, "vqvae__perceptual": 1.0}
+    go(tmp_path / "run", source, minutes=0.05, **finetuning)
+    config = RunFolder(tmp_path / "run").load_config()
+    said = capsys.readouterr().out
+    for count, name in (
+        (config.vqvae.steps, "stage 1"),
+        (config.vqvae.finetune_steps, "its decoder"),
+        (config.prior.steps, "stage 2"),
+    ):
+        assert f"{count:,} steps of {name} (" in said
+    go(tmp_path / "run", source, minutes=0.05, **finetuning)
+    assert "measuring" not in capsys.readouterr().out
+    assert RunFolder(tmp_path / "run").load_config() == config
+    with pytest.raises(VqbeamError, match="--minutes is for training on this machine"):
+        go("gs://b/run", source, beam_args=["--runner=DataflowRunner"], minutes=1)
 
 
 def test_a_finished_model_is_replaced_only_when_asked(ran, tmp_path, source):

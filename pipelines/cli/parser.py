@@ -224,6 +224,13 @@ def natural(text: str) -> int:
     return _at_least(0, text)
 
 
+def above_zero(text: str) -> float:
+    """Returns the number, above 0."""
+    if _number(text) <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return float(text)
+
+
 def _at_least(minimum: int, text: str) -> int:
     if _whole(text) < minimum:
         raise argparse.ArgumentTypeError(f"{text} is not at least {minimum}")

@@ -6,7 +6,14 @@ from typing import Any, NoReturn
 from vqbeam import configs
 from vqbeam.configs import SECTIONS
 from vqbeam.pipelines.cli.beam_flags import BEAM_HELP
-from vqbeam.pipelines.cli.parser import Parser, add_config, location, nonempty, overridden
+from vqbeam.pipelines.cli.parser import (
+    Parser,
+    above_zero,
+    add_config,
+    location,
+    nonempty,
+    overridden,
+)
 from vqbeam.pipelines.paths import with_runner
 
 STAGES = ("prepare", "train-vqvae", "encode", "train-prior", "sample")
@@ -55,6 +62,7 @@ def parse_stages(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
         "stages": STAGES if parser.verb == "run" else (parser.verb,),
         "beam_args": with_runner(given.get("beam_args", [])),
         "retrain": given.get("--retrain", []),
+        "minutes": given.get("--minutes"),
     }
 
 
@@ -86,6 +94,9 @@ def _add_own_flags(parser: Parser) -> None:
         action="store_true",
         help="a tiny version of the preset that runs in seconds, to try the commands",
     )
+    if parser.verb == "run":
+        minutes = "train for as many steps as let all stages take about X minutes on this machine"
+        parser.add("--minutes", above_zero, minutes, metavar="X")
     again = "train the model of this stage again: deletes the stage's folder first"
     models = ("train-vqvae", "train-prior")
     parser.add("--retrain", str, again, choices=models, action="append", metavar="STAGE")

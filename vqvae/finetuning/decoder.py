@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from vqbeam.configs import VQVAEConfig
 from vqbeam.vqvae.finetuning.discriminator import PatchDiscriminator
 from vqbeam.vqvae.finetuning.features import feature_distance, train_features
 from vqbeam.vqvae.fitting.data import TrainingData
@@ -28,6 +29,24 @@ def finetune_decoder(run: RunFolder, model: VQVAE, data: TrainingData) -> Fitted
     features = train_features(run, settings.finetune_steps) if settings.perceptual else None
     model.optimizer = None  # its state is no part of what follows
     set_seed(config.seed)
+    trainer = build_trainer(model, features, settings)
+    schedule = Schedule(
+        title="decoder",
+        steps=settings.finetune_steps,
+        steps_per_epoch=settings.steps_per_epoch,
+        batch_size=settings.batch_size,
+        seed=config.seed,
+    )
+    try:
+        return fit(trainer, schedule, data, None, folder, run.fingerprint("train-vqvae"))
+    finally:
+        model.trainable = True
+
+
+def build_trainer(
+    model: VQVAE, features: keras.Model | None, settings: VQVAEConfig
+) -> "DecoderTraining":
+    """Returns the compiled model that trains the decoder of a trained VQ-VAE."""
     trainer = DecoderTraining(
         model, features, perceptual=settings.perceptual, adversarial=settings.adversarial
     )
@@ -40,17 +59,7 @@ def finetune_decoder(run: RunFolder, model: VQVAE, data: TrainingData) -> Fitted
             ema_momentum=0.999,
         )
     )
-    schedule = Schedule(
-        title="decoder",
-        steps=steps,
-        steps_per_epoch=settings.steps_per_epoch,
-        batch_size=settings.batch_size,
-        seed=config.seed,
-    )
-    try:
-        return fit(trainer, schedule, data, None, folder, run.fingerprint("train-vqvae"))
-    finally:
-        model.trainable = True
+    return trainer
 
 
 class DecoderTraining(keras.Model):

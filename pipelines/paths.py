@@ -11,7 +11,19 @@ SUPPORTED_PATHS = "paths are those of this machine, or begin with gs://"
 _BUCKET = "gs://"
 _FOLDER = "folder:"
 # Endings of files, which a folder never has.
-_FILES = {".bmp", ".csv", ".gif", ".jpeg", ".jpg", ".json", ".jsonl", ".npy", ".npz", ".pdf"}
+_FILES = {
+    ".bmp",
+    ".csv",
+    ".gif",
+    ".jpeg",
+    ".jpg",
+    ".json",
+    ".jsonl",
+    ".npy",
+    ".npz",
+    ".parquet",
+    ".pdf",
+}
 _FILES |= {".png", ".svg", ".tfrecord", ".tif", ".tiff", ".txt", ".webp", ".zip"}
 
 

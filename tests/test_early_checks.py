@@ -30,6 +30,7 @@ GOOD = {
     "reconstruct": ["--output", "a.png"],
     "score": ["--input", "x.png", "--label", "apple"],
     "export": ["--output", "1"],
+    "export-codes": ["--output", "a.parquet"],
     "evaluate": [],
     "inspect": [],
 }

@@ -32,7 +32,7 @@ def trainer(tiny_config, features):
 
 def test_feature_maps(features):
     shapes = [tuple(output.shape) for output in features(images(2))]
-    assert shapes == [(2, 8, 8, 32), (2, 4, 4, 64), (2, 2, 2, 128), (2, 3)]
+    assert shapes == [(2, 8, 8, 16), (2, 4, 4, 32), (2, 2, 2, 64), (2, 3)]
     uneven = build_features((7, 5, 3), 2, "mixed_bfloat16")(images(2, shape=(7, 5, 3)))
     assert [output.shape[1] for output in uneven] == [7, 4, 2, 2]
     assert {keras.backend.standardize_dtype(output.dtype) for output in uneven} == {"float32"}

@@ -103,6 +103,13 @@ VERBS = {
         measure_commands.run_export,
         needs=_MODELS,
     ),
+    "export-codes": Verb(
+        "write the codes of all images as one NumPy or Parquet file",
+        measure_commands.parse_export_codes,
+        measure_commands.run_export_codes,
+        needs=("train-vqvae", "encode"),
+        outputs=(".npz", ".parquet"),
+    ),
     "inspect": Verb(
         "show the state of a run: stages, sizes, losses, codebook usage",
         measure_commands.parse_inspect,
@@ -126,7 +133,7 @@ _GROUPS = {
     "train a model": ("run", "prepare", "train-vqvae", "encode", "train-prior", "presets"),
     "make images": ("sample", "generate", "complete", "interpolate"),
     "examine a model": ("inspect", "evaluate", "reconstruct", "score", "gradients"),
-    "use it elsewhere": ("export",),
+    "use it elsewhere": ("export", "export-codes"),
 }
 
 _TOP_DESCRIPTION = """\

@@ -157,6 +157,23 @@ def run_export(**arguments: Any) -> str | None:
     return export(**arguments)
 
 
+def parse_export_codes(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
+    """Returns the arguments of `export_codes`."""
+    parser.describe("DIR --output FILE")
+    parser.add("DIR", location, "the run's folder")
+    file = "the .npz or .parquet file to write"
+    parser.add("--output", location, file, metavar="FILE", required=True)
+    given = parser.parse_words(words)
+    return {"run_dir": given["DIR"], "output": given["--output"]}
+
+
+def run_export_codes(**arguments: Any) -> str | None:
+    """Does the work; its libraries load only now."""
+    from vqbeam.pipelines.sampling.export import export_codes
+
+    return export_codes(**arguments)
+
+
 def parse_reconstruct(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `reconstruct`."""
     parser.describe("DIR --output FILE.png [--num N]")

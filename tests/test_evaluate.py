@@ -84,6 +84,7 @@ def test_a_table_of_what_is_left():
     measures = {
         "images": 2000,
         **dict.fromkeys(("real", "reconstructions", "samples"), figures),
+        "nearest": {"median": 0.9, "held_out": 1.2, "pairs": []},
         "left_out": reasons,
         "nats_per_code": 2.1456,
         "bits_per_dim": 0.19354,
@@ -96,6 +97,8 @@ def test_a_table_of_what_is_left():
         "sets of 2,000 images by as many of the validation split",
         "                  real  reconstructions  samples",
         "label agreement  25.0%            25.0%    25.0%",
+        "nearest training image: samples are 0.75 times as far from it as held-out images "
+        "(medians); the closest pairs: nearest.png",
         "left out: Fréchet distance, precision, recall (no features)",
         "real: training images, but for the label agreement the held-out ones",
         "samples: temperature 0.9, top_k 5, seed 7; labels as in the training split",

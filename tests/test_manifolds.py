@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 import vqbeam.pipelines.evaluation.distances as manifolds
-from vqbeam.pipelines.evaluation.distances import Manifold, precision_recall
+from vqbeam.pipelines.evaluation.distances import Manifold, nearest, precision_recall
 
 
 def line(*places):
@@ -65,3 +65,13 @@ def test_a_set_and_itself():
 def test_too_few_for_neighbours():
     with pytest.raises(ValueError, match="3 features have no 3 neighbours each"):
         Manifold(np.zeros((3, 2)))
+
+
+def test_nearest_is_that_of_all_pairs(monkeypatch):
+    monkeypatch.setattr(manifolds, "_BLOCK", 100)  # several blocks
+    rng = np.random.default_rng(0)
+    ones, others = (rng.normal(100, 1, (n, 3)).astype("float32") for n in (40, 30))
+    pairs = np.linalg.norm(ones[:, None].astype("float64") - others, axis=-1)
+    found, rows = nearest(ones, others)
+    np.testing.assert_array_equal(rows, pairs.argmin(axis=1))
+    np.testing.assert_allclose(found, pairs.min(axis=1), rtol=1e-3)

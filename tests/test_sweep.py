@@ -1,10 +1,12 @@
 import json
 
+import numpy as np
 import pytest
 from measured_run import add_models, stub_classifier, stub_features
+from PIL import Image
 
 import vqbeam.pipelines.evaluation.reference as comparison
-from vqbeam.configs import VqbeamError
+from vqbeam.configs import SamplerSettings, VqbeamError
 from vqbeam.pipelines.cli import main as cli
 from vqbeam.pipelines.cli.main import main
 from vqbeam.pipelines.evaluation.evaluate import measure_prior, prior_lines
@@ -39,6 +41,7 @@ def test_the_prior_is_measured(run):
         assert measures[kind]["frechet"] > 0
     assert measure_prior(run, "classifier", 100, 3) == measures
     assert measure_prior(run, "classifier", 100, 4)["samples"] != measures["samples"]
+    check_nearest(run, measures)
     lines = prior_lines(measures)
     assert lines[0] == "sets of 10 images by as many of the validation split"
     assert lines[1].split() == ["real", "reconstructions", "samples"]
@@ -46,6 +49,30 @@ def test_the_prior_is_measured(run):
     assert lines[2].split() == ["Fréchet", "distance", *distances]
     assert lines[-1] == "held-out codes: 1.500 nats per code, 0.2500 bits per dimension"
     assert "features: classifier, 3 neighbours" in lines
+
+
+def check_nearest(run, measures):
+    extract = stub_features(run, "classifier")
+    reference = comparison.ReferenceSet(run, 100, "classifier", 3)
+    training = np.stack([reference.training_image(index) for index in range(20)])
+    held_out = np.concatenate([images for images, _ in reference.real("validation")])
+    meter = SampleEvaluator(run, reference, 4, 3)
+    rows = range(10)
+    drawn = np.concatenate(
+        [meter.sample_again(SamplerSettings(), rows[i : i + 4]) for i in (0, 4, 8)]
+    )
+
+    def distances(images):
+        return np.linalg.norm(extract(images)[:, None] - extract(training), axis=-1)
+
+    found = measures["nearest"]
+    np.testing.assert_allclose(found["median"], np.median(distances(drawn).min(1)), rtol=1e-4)
+    np.testing.assert_allclose(found["held_out"], np.median(distances(held_out).min(1)), rtol=1e-4)
+    own = distances(drawn)
+    ordered = [own[row, index] for row, index in found["pairs"]]
+    np.testing.assert_allclose(ordered, np.sort(own.min(axis=1)), rtol=1e-4, atol=1e-4)
+    with Image.open(run.evaluation / "nearest.png") as picture:
+        assert picture.size == (10 * 68 + 4, 2 * 68 + 4)
 
 
 def test_a_sweep_goes_on_where_it_was_killed(run, capsys, monkeypatch):

@@ -128,6 +128,24 @@ def precision_recall(real: Manifold, other: Manifold) -> tuple[float, float]:
     return float(looks_real.mean()), float(covered.mean())
 
 
+def nearest(ones: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the distance from each of `ones` to the nearest of `others`, and the row of that.
+
+    Args:
+        ones: Features, float32 [N, D].
+        others: Features, float32 [M, D].
+
+    Returns:
+        Euclidean distances float32 [N], and rows of `others`, integers [N].
+    """
+    rows = np.empty(len(ones), np.int64)
+    squares = np.empty(len(ones), np.float32)
+    for part, distances in _blocks(ones, others):
+        rows[part] = distances.argmin(axis=1)
+        squares[part] = distances.min(axis=1)
+    return np.sqrt(squares), rows
+
+
 def _blocks(ones: np.ndarray, others: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     """Yields blocks of rows of `ones`, and their squared distances to all of `others`."""
     # Far from zero, the squares below would cancel out the digits of their difference.

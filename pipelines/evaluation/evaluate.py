@@ -13,9 +13,11 @@ from vqbeam.pipelines.evaluation.reference import FIGURES, ReferenceSet, SampleE
 from vqbeam.pipelines.evaluation.sweep import sweep as sweep_settings
 from vqbeam.pipelines.sampling.api import Run
 from vqbeam.prior.training import STAGE as TRAIN_PRIOR
+from vqbeam.vqvae.figures import reconstruction_figure, save_png
 from vqbeam.vqvae.storage.files import write_json
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
+_NEAREST = "nearest.png"
 _NUM = 10_000
 _NUM_OF_SWEEP = 2_000
 _KINDS = ("real", "reconstructions", "samples")
@@ -80,7 +82,8 @@ def measure_prior(run: RunFolder, features: str, num: int, seed: int) -> dict:
 
     Returns:
         `images`, the size of a set; for each of `real`, `reconstructions` and `samples` the metrics
-        of `ReferenceSet.measure`, and `left_out`, why one is None; the prior's `nats_per_code` and
+        of `ReferenceSet.measure`, and `left_out`, why one is None; `nearest`, the result of
+        `ReferenceSet.nearest_training` for the samples; the prior's `nats_per_code` and
         `bits_per_dim` on the complete validation split; and the settings of the measurement:
         `features`, `neighbours`, `seed` and the sampler's `settings`.
     """
@@ -88,11 +91,13 @@ def measure_prior(run: RunFolder, features: str, num: int, seed: int) -> dict:
     settings = Run(run.root).default_settings()
     reference = ReferenceSet(run, num, features, seed)
     meter = SampleEvaluator(run, reference, settings.batch_size, seed)
+    drawn = meter.samples(settings)
     measures = {
         "images": reference.num,
         "real": meter.real(),
         "reconstructions": meter.reconstructions(),
-        "samples": meter.samples(settings),
+        "samples": reference.compare(drawn),
+        "nearest": drawn.manifold and reference.nearest_training(drawn.manifold),
         "left_out": reference.left_out,
         **{name: likelihood[name] for name in ("nats_per_code", "bits_per_dim")},
         "features": features,
@@ -101,6 +106,11 @@ def measure_prior(run: RunFolder, features: str, num: int, seed: int) -> dict:
         "settings": dataclasses.asdict(settings.sampler),
     }
     run.evaluation.mkdir(parents=True, exist_ok=True)
+    if drawn.manifold:
+        rows, indices = zip(*measures["nearest"]["pairs"], strict=True)
+        training = np.stack([reference.training_image(index) for index in indices])
+        figure = reconstruction_figure(meter.sample_again(settings, rows), training)
+        save_png(figure, run.evaluation / _NEAREST)
     write_json(run.evaluation / "prior.json", measures)
     return measures
 
@@ -129,11 +139,22 @@ def prior_lines(measures: dict) -> list[str]:
     return [
         f"sets of {measures['images']:,} images by as many of the validation split",
         *rows,
+        *_nearest_lines(measures["nearest"]),
         *notes,
         "real: training images, but for the label agreement the held-out ones",
         f"samples: {settings}, seed {measures['seed']}; labels as in the training split",
         f"features: {measures['features']}, {measures['neighbours']} neighbours",
         held_out,
+    ]
+
+
+def _nearest_lines(found: dict | None) -> list[str]:
+    if not found:
+        return []
+    ratio = found["median"] / found["held_out"] if found["held_out"] else 1.0
+    return [
+        f"nearest training image: samples are {ratio:.2f} times as far from it as held-out images "
+        f"(medians); the closest pairs: {_NEAREST}"
     ]
 
 

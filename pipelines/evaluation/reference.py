@@ -1,7 +1,8 @@
 """Metrics of a set of images: Fréchet distance, precision, recall and label agreement."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ from vqbeam.pipelines.evaluation.distances import (
     Manifold,
     Moments,
     frechet_distance,
+    nearest,
     precision_recall,
 )
 from vqbeam.pipelines.evaluation.features import (
@@ -32,6 +34,9 @@ from vqbeam.vqvae.storage.run_folder import RunFolder
 from vqbeam.vqvae.training import load_vqvae
 
 _BATCH_SIZE = 256
+# Training images among which the nearest are searched, and pairs that are shown.
+_MOST_TRAINING = 100_000
+_PAIRS = 10
 
 # Images uint8 [B, H, W, C] and their labels int [B], −1 for none.
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]
@@ -77,6 +82,7 @@ class ReferenceSet:
         self.run, self.features, self.seed = run, features, seed
         prepared = run.require("prepare")
         self.num = set_size(prepared, num)
+        self._builder = open_dataset(run.folder("prepare"))
         self.left_out = _left_out(prepared, features, self.num)
         self._extract = self._classify = None
         if "frechet" not in self.left_out:
@@ -87,18 +93,46 @@ class ReferenceSet:
 
     def real(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields `num` random images of a split, without replacement, and their labels."""
-        builder = open_dataset(self.run.folder("prepare"))
-        size = builder.info.splits[split].num_examples
+        size = self._builder.info.splits[split].num_examples
         chosen = np.zeros(size, bool)
         chosen[np.random.default_rng(self.seed).permutation(size)[: self.num]] = True
+        examples = read_split(self._builder, split).enumerate()
+        examples = examples.filter(lambda index, _: tf.constant(chosen)[index])
+        return self._pairs(examples.map(lambda _, example: example))
 
-        def pair(_, example):
-            return example["image"], label_of(example)
-
-        examples = read_split(builder, split).enumerate()
-        examples = examples.filter(lambda index, _: tf.constant(chosen)[index]).map(pair)
+    def _pairs(self, examples: tf.data.Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        pairs = examples.map(lambda example: (example["image"], label_of(example)))
         with damaged_records(self.run.folder("prepare")):
-            yield from examples.batch(_BATCH_SIZE).as_numpy_iterator()
+            yield from pairs.batch(_BATCH_SIZE).as_numpy_iterator()
+
+    def nearest_training(self, others: Manifold) -> dict[str, Any]:
+        """Returns how near the features of a set are to those of training images.
+
+        Args:
+            others: The features of samples, say.
+
+        Returns:
+            `median`, the median distance to the nearest training image; `held_out`, that of the
+            held-out images; and `pairs`, for the ten of the set that are nearest, from the nearest
+            on, their row in the set and the index of the training image.
+        """
+        images = self._pairs(read_split(self._builder, "train").take(_MOST_TRAINING))
+        training = np.concatenate([self._extract(batch) for batch, _ in images])
+        distances, rows = nearest(others.features, training)
+        held_out, _ = nearest(self.held_out.manifold.features, training)
+        first = np.argsort(distances, kind="stable")[:_PAIRS]
+        return {
+            "median": float(np.median(distances)),
+            "held_out": float(np.median(held_out)),
+            "pairs": np.stack([first, rows[first]], axis=1).tolist(),
+        }
+
+    def training_image(self, index: int) -> np.ndarray:
+        """Returns a training image, uint8 [H, W, C]."""
+        ((images, _),) = self._pairs(
+            read_split(self._builder, "train", first=index, last=index + 1)
+        )
+        return images[0]
 
     def observe(self, batches: Batches) -> FeatureStats:
         """Returns the statistics of a set of images."""
@@ -122,7 +156,10 @@ class ReferenceSet:
         Returns:
             `frechet`, `precision`, `recall` and `agreement`; None for those in `left_out`.
         """
-        other = self.observe(batches)
+        return self.compare(self.observe(batches))
+
+    def compare(self, other: FeatureStats) -> dict[str, float | None]:
+        """Returns the metrics of a set of `num` images by its statistics; see `measure`."""
         if not self._extract:
             return dict.fromkeys(("frechet", "precision", "recall")) | {
                 "agreement": other.agreement
@@ -197,9 +234,15 @@ class SampleEvaluator:
         """Returns the metrics of the reconstructions of the held-out images."""
         return self.reference.measure(self._reconstructed())
 
-    def samples(self, settings: SamplerSettings) -> dict[str, float | None]:
-        """Returns the metrics of images sampled with the settings."""
-        return self.reference.measure(self._drawn(settings))
+    def samples(self, settings: SamplerSettings) -> FeatureStats:
+        """Returns the statistics of images sampled with the settings."""
+        return self.reference.observe(self._drawn(settings))
+
+    def sample_again(self, settings: SamplerSettings, rows: Sequence[int]) -> np.ndarray:
+        """Returns some of the images of `samples`, uint8 [N, H, W, C]."""
+        indices = np.asarray(rows)
+        codes = self.sampler(self._labels[indices], self.seed, settings, indices=indices)
+        return keras.ops.convert_to_numpy(self._decode(codes))
 
     def _reconstructed(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for images, labels in self.reference.real("validation"):

@@ -118,7 +118,7 @@ def _measured(
         meter = SampleEvaluator(run, reference, grid[0].batch_size, seed)
         for settings, named in zip(grid, wanted, strict=True):
             if named not in known:
-                results.append({"settings": named, **meter.samples(settings)})
+                results.append({"settings": named, **reference.compare(meter.samples(settings))})
                 known.append(named)
                 run.evaluation.mkdir(parents=True, exist_ok=True)
                 write_json(path, {**identity, "results": results})

@@ -1080,7 +1080,7 @@ FAULTS: dict[str, list[Mutant]] = {
     "An image says what it was sampled with": [
         Mutant(
             "a picture does not hold its own index and label",
-            "pipelines/sampling/files.py",
+            "pipelines/sampling/sample.py",
             "json.dumps(samples.settings | own)",
             "json.dumps(samples.settings)",
             "test_sample_files.py::test_a_folder",
@@ -1094,7 +1094,7 @@ FAULTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "a picture of another checkpoint is sampled again",
-            "pipelines/sampling/files.py",
+            "pipelines/sampling/sample.py",
             'facts["checkpoint"] != run.checkpoint',
             'facts["checkpoint"] is None',
             "test_provenance.py::test_another_checkpoint_is_refused",

@@ -64,6 +64,7 @@ def test_run_dispatch(target, tmp_path):
             "stages": ("encode",),
             "beam_args": ["--runner=FnApiRunner"],
             "retrain": [],
+            "minutes": None,
         }
     ]
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.api import Run
-from vqbeam.pipelines.sampling.files import check_checkpoint, read_provenance
+from vqbeam.pipelines.sampling.sample import check_checkpoint, read_provenance
 from vqbeam.vqvae.figures import save_png
 from vqbeam.vqvae.storage.run_folder import RunFolder
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.api import Samples
-from vqbeam.pipelines.sampling.files import write_samples
+from vqbeam.pipelines.sampling.sample import write_samples
 
 SETTINGS = {"preset": "tiny", "checkpoint": "0123", "seed": 4}
 

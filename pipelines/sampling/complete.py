@@ -8,13 +8,13 @@ import numpy as np
 from etils import epath
 
 from vqbeam.pipelines.sampling.api import Run
-from vqbeam.pipelines.sampling.files import KEY, remove_listed
 from vqbeam.pipelines.sampling.input_images import (
     image_files,
     kept_cells,
     read_image,
     region_mask,
 )
+from vqbeam.pipelines.sampling.sample import KEY, remove_listed
 from vqbeam.vqvae.figures import label_figure, picture, save_png
 from vqbeam.vqvae.storage.files import write_bytes
 

@@ -8,7 +8,7 @@ from etils import epath
 
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.api import Run
-from vqbeam.pipelines.sampling.files import KEY
+from vqbeam.pipelines.sampling.sample import KEY
 from vqbeam.vqvae.figures import label_figure, save_png
 from vqbeam.vqvae.fitting.compilation import in_batches
 from vqbeam.vqvae.storage.labels import label_name, parse_label

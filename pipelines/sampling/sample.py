@@ -1,19 +1,26 @@
-"""The command that samples new images, or samples those of a file again."""
+"""The command that samples new images; its files hold the settings to sample them again."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
-from vqbeam.configs import SampleConfig
+from vqbeam.configs import SampleConfig, VqbeamError
 from vqbeam.pipelines.sampling.api import Run, Samples
-from vqbeam.pipelines.sampling.files import check_checkpoint, read_provenance, write_samples
+from vqbeam.vqvae.figures import label_figure, picture, save_png
+from vqbeam.vqvae.storage.files import sizes, write_bytes
 from vqbeam.vqvae.storage.labels import labels_for
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
 STAGE = "sample"
+SAMPLES_LIST = "samples.jsonl"
+# The name of the text chunk in a PNG, and of the array in an .npz, with the provenance.
+KEY = "vqbeam"
 
 
 def sample(
@@ -95,3 +102,132 @@ def _sample_again(
     chosen = run.checked(SampleConfig(**stored | changes))
     seed = facts["seed"] if seed is None else seed
     return run.sample_rows(rows, seed, chosen, listed[0]["index"])
+
+
+def write_samples(samples: Samples, path: epath.Path, *, bare: bool = False) -> None:
+    """Writes samples as a PNG grid, an .npz of arrays, or a folder, by the ending of `path`.
+
+    Args:
+        samples: The images.
+        path: Ends in .png or .npz, or is that of a folder.
+        bare: Whether a .png is the first image alone, pixel for pixel, as in a folder.
+    """
+    facts = samples.settings | {"images": list(_each(samples))}
+    if path.suffix == ".npz":
+        arrays = io.BytesIO()
+        own = {KEY: np.array(json.dumps(facts))}
+        np.savez(arrays, images=samples.images, codes=samples.codes, labels=samples.labels, **own)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, arrays.getvalue())
+    elif path.suffix != ".png":
+        _write_folder(samples, path)
+    elif bare:
+        _write_picture(samples, 0, next(_each(samples)), path)
+    else:
+        figure = label_figure(samples.images, samples.names, fill=True)
+        save_png(figure, path, {KEY: json.dumps(facts)})
+
+
+def _write_folder(samples: Samples, folder: epath.Path) -> None:
+    """Writes a PNG for each image, and last their list, which marks the folder as complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_listed(folder, SAMPLES_LIST)
+    lines = []
+    for row, own in enumerate(_each(samples)):
+        name = f"{own['index']:05d}.png"
+        _write_picture(samples, row, own, folder / name)
+        line = {"file": name, **own, **samples.settings}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_bytes(folder / SAMPLES_LIST, "".join(lines).encode())
+
+
+def is_complete(folder: epath.Path) -> bool:
+    """Returns whether a folder of samples has its list and every picture that the list names."""
+    listing = folder / SAMPLES_LIST
+    try:
+        return listing.exists() and all(sizes([folder / name for name in _listed(listing)]))
+    except VqbeamError:  # a damaged list
+        return False
+
+
+def remove_listed(folder: epath.Path, name: str) -> None:
+    """Removes the pictures that a list in a folder names, so that none is taken for a new one.
+
+    The list is renamed first and removed last: a folder with a list is always complete, and a call
+    after an interrupted one finishes the removal.
+    """
+    listing, old = folder / name, folder / f".{name}.old"
+    if listing.exists():
+        listing.replace(old)
+    if old.exists():
+        for picture_of_before in _listed(old):
+            if epath.Path(picture_of_before).name == picture_of_before:  # not outside the folder
+                (folder / picture_of_before).unlink(missing_ok=True)
+        old.unlink()
+
+
+def _listed(path: epath.Path) -> list[str]:
+    try:
+        return [json.loads(line)["file"] for line in path.read_text().splitlines()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise VqbeamError(
+            f"{path} does not list pictures, one a line, as vqbeam does; delete it, or give "
+            "another --output"
+        ) from error
+
+
+def _write_picture(samples: Samples, row: int, own: dict, path: epath.Path) -> None:
+    save_png(picture(samples.images[row]), path, {KEY: json.dumps(samples.settings | own)})
+
+
+def _each(samples: Samples) -> Iterator[dict]:
+    """Yields for each image its index and, if there are classes, its label."""
+    for row, label in enumerate(samples.labels.tolist()):
+        own = {"index": samples.first + row}
+        yield own | ({"label": label, "name": samples.names[row]} if samples.names else {})
+
+
+def read_provenance(path: epath.Path) -> dict[str, Any]:
+    """Returns the settings that the images in a file were sampled with.
+
+    Args:
+        path: A .png or .npz file.
+
+    Raises:
+        VqbeamError: The file is missing, or `vqbeam sample` did not write it.
+    """
+    if not path.exists():
+        raise VqbeamError(f"there is no file {path}; --like takes a .png or .npz of vqbeam sample")
+    try:
+        facts = json.loads(_text(path.read_bytes()))
+    except Exception:  # Pillow and zipfile raise many kinds of errors
+        facts = {}
+    if (
+        not isinstance(facts, dict)
+        or "checkpoint" not in facts
+        or not facts.keys() & {"index", "images"}
+    ):
+        raise VqbeamError(
+            f"{path} does not hold the settings of its images; give a .png or .npz of vqbeam "
+            "sample, as it was written"
+        )
+    return facts
+
+
+def check_checkpoint(facts: dict[str, Any], run: Run, path: epath.Path) -> None:
+    """Raises a VqbeamError if images are not from the models of a run."""
+    if facts["checkpoint"] != run.checkpoint:
+        raise VqbeamError(
+            f"{path} was sampled from checkpoint {facts['checkpoint']} (preset "
+            f"{facts['preset']}), but {run.path} holds checkpoint {run.checkpoint} (preset "
+            f"{run.config.name}), which would give another picture; give the run it is from"
+        )
+
+
+def _text(data: bytes) -> str:
+    """Returns the text in a file; raises one of several errors if there is none."""
+    if data.startswith(b"PK"):
+        with np.load(io.BytesIO(data)) as arrays:
+            return str(arrays[KEY])
+    with Image.open(io.BytesIO(data)) as image:
+        return image.text[KEY]

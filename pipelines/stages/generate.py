@@ -17,7 +17,7 @@ from vqbeam.pipelines.beam import advance, run_pipeline
 from vqbeam.pipelines.lock import LOCK_FILE, locked
 from vqbeam.pipelines.paths import absolute, check_shared, is_dataflow
 from vqbeam.pipelines.sampling.api import Run, Samples
-from vqbeam.pipelines.sampling.files import is_complete, write_samples
+from vqbeam.pipelines.sampling.sample import is_complete, write_samples
 from vqbeam.pipelines.sources.images import encode_png
 from vqbeam.pipelines.stages.shards import (
     ShardReport,

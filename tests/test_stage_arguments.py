@@ -39,6 +39,7 @@ def test_pipeline_verbs(verb, preset):
         "stages": STAGES if verb == "run" else (verb,),
         "beam_args": ["--runner=FnApiRunner"],
         "retrain": [],
+        "minutes": None,
     }
 
 
@@ -47,6 +48,14 @@ def test_models_to_train_again(parse_run):
     assert parse_run(*words)["retrain"] == ["train-vqvae", "train-prior"]
     with pytest.raises(UsageError, match="--retrain: .*'encode'"):
         parse_run("--retrain", "encode")
+
+
+def test_minutes_are_for_all_stages(parse_run, preset):
+    assert parse_run("--minutes", "1.5")["minutes"] == 1.5
+    with pytest.raises(UsageError, match="--minutes: 0 is not above 0"):
+        parse_run("--minutes", "0")
+    with pytest.raises(UsageError, match="unknown flag --minutes"):
+        parse(["train-prior", preset, "--run-dir", "runs/x", "--minutes", "3"])
 
 
 def test_flags_may_stand_before_the_preset(preset):

@@ -26,6 +26,8 @@ setuptools.setup(
         "matplotlib",
         "numpy",
         "pillow",
+        "protobuf",
+        "pyarrow",
         "tensorboard",
         "tensorflow>=2.21",
         "tensorflow-datasets>=4.9.10",
@@ -34,7 +36,15 @@ setuptools.setup(
     extras_require={
         "gcp": ["apache-beam[gcp]>=2.77"],
         "test-cloud": ["apache-beam[gcp]>=2.77", "gcp-storage-emulator", "trustme"],
-        "test": ["jax", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+        "test": [
+            "jax",
+            "pandas",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "webdataset",
+        ],
     },
     entry_points={"console_scripts": ["vqbeam = vqbeam.pipelines.cli.main:main"]},
 )

@@ -370,22 +370,39 @@ def fsq_codes(levels: str) -> int | None:
     return math.prod(map(int, levels.split(",")))
 
 
+# The kinds of sources that are named by a path.
+PATH_SOURCES = ("folder", "parquet", "webdataset", "tfrecord", "array")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
     """Source, splits and target shape of the images."""
 
     prefix = "data"
 
-    source: str = field("tfds:NAME[/CONFIG][:VERSION], folder:PATH, or glyphs")
+    source: str = field(
+        "tfds:NAME[/CONFIG][:VERSION], glyphs, folder:PATH, or images in files: parquet:PATH, "
+        "webdataset:PATH, tfrecord:PATH, array:PATH"
+    )
     data_dir: str | None = field("folder in which TFDS keeps prepared datasets", None)
     manual_dir: str | None = field("folder with files that TFDS wants downloaded by hand", None)
-    train_split: str = field("TFDS split to train on, or a part of it such as train[:90%]", "train")
-    validation_split: str = field("TFDS split that is held out, or a part of it", "test")
-    validation_share: float = field(
-        "folder: share of the images held out, by hash of their path", 0.1, minimum=0, maximum=0.9
+    train_split: str = field(
+        "split to train on: of TFDS, or a part such as train[:90%]; of files, the name they begin "
+        "with",
+        "train",
     )
-    image_key: str = field("TFDS feature that holds the image", "image")
-    label_key: str = field("TFDS feature that holds the class, or none to use no classes", "label")
+    validation_split: str = field("split that is held out, named in the same ways", "test")
+    validation_share: float = field(
+        "share of the images held out, by hash of their key, from a folder or from files whose "
+        "names tell no splits",
+        0.1,
+        minimum=0,
+        maximum=0.9,
+    )
+    image_key: str = field("feature, column or array that holds the image", "image")
+    label_key: str = field(
+        "feature, column or array that holds the class, or none to use no classes", "label"
+    )
     height: int = field("image height in pixels", 32, minimum=4, maximum=4096)
     width: int = field("image width in pixels", 32, minimum=4, maximum=4096)
     channels: int = field("1 for grayscale, 3 for RGB", 3, minimum=1, maximum=3)
@@ -399,10 +416,15 @@ class DataConfig(Section):
         if self.channels == 2:
             raise VqbeamError("data.channels is 2; use 1 (grayscale) or 3 (RGB)")
         kind, _, rest = self.source.partition(":")
-        if self.source != "glyphs" and not (kind in ("tfds", "folder") and rest):
-            raise VqbeamError(
-                f"data.source is {self.source!r}; use tfds:NAME, folder:PATH or glyphs"
-            )
+        if self.source != "glyphs" and not (kind in ("tfds", *PATH_SOURCES) and rest):
+            paths = ", ".join(f"{kind}:PATH" for kind in PATH_SOURCES)
+            raise VqbeamError(f"data.source is {self.source!r}; use tfds:NAME, {paths} or glyphs")
+
+    @property
+    def path(self) -> str | None:
+        """The path in `source`; None if it names a dataset instead."""
+        kind, _, rest = self.source.partition(":")
+        return rest if kind in PATH_SOURCES else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from vqbeam.configs import DataConfig, VqbeamError
 
 SUPPORTED_PATHS = "paths are those of this machine, or begin with gs://"
 _BUCKET = "gs://"
-_FOLDER = "folder:"
 # Endings of files, which a folder never has.
 _FILES = {
     ".bmp",
@@ -74,8 +73,8 @@ def check_output(output: str, endings: Sequence[str]) -> None:
 
 def source_paths(data: DataConfig) -> dict[str, str]:
     """Returns the path that the images are read from, by the flag that sets it."""
-    if data.source.startswith(_FOLDER):
-        return {"--data.source": data.source.removeprefix(_FOLDER)}
+    if data.path:
+        return {"--data.source": data.path}
     return {"--data.data-dir": data.data_dir or "the datasets of TFDS on this machine"}
 
 
@@ -92,8 +91,8 @@ def with_absolute_paths(data: DataConfig) -> DataConfig:
         if not is_supported(place):
             raise VqbeamError(f"{flag} is {place}; {SUPPORTED_PATHS}")
     source = data.source
-    if source.startswith(_FOLDER):
-        source = _FOLDER + absolute(source.removeprefix(_FOLDER))
+    if data.path:
+        source = source.removesuffix(data.path) + absolute(data.path)
     return dataclasses.replace(
         data,
         source=source,

@@ -210,6 +210,10 @@ FSQ = {"vqvae.quantizer": "fsq"}
     [
         ({"data.channels": 2}, "data.channels is 2; use 1"),
         ({"data.source": "tfds:"}, "data.source is 'tfds:'; use"),
+        (
+            {"data.source": "parquet:"},
+            "data.source is 'parquet:'; use tfds:NAME, folder:PATH, parq",
+        ),
         ({"data.source": "glyphs:x"}, "data.source is 'glyphs:x'; use"),
         ({"vqvae.downsampling": 6}, "vqvae.downsampling is 6; it must be a power of two"),
         ({"data.height": 30}, r"data.height is 30, which vqvae.downsampling \(4\) does not div"),

@@ -61,6 +61,8 @@ def test_sources(monkeypatch):
 
     assert moved("folder:photos") == ("folder:/here/photos", None)
     assert moved("folder:gs://bucket/photos") == ("folder:gs://bucket/photos", None)
+    assert moved("parquet:data/*.parquet") == ("parquet:/here/data/*.parquet", None)
+    assert moved("array:gs://bucket/a.npz") == ("array:gs://bucket/a.npz", None)
     assert moved("tfds:cifar10", "datasets") == ("tfds:cifar10", "/here/datasets")
     assert moved("glyphs") == ("glyphs", None)
 
@@ -93,6 +95,7 @@ def test_where_the_images_of_a_section_are():
 
     assert places("folder:/photos") == {"--data.source": "/photos"}
     assert places("folder:gs://bucket/photos") == {"--data.source": "gs://bucket/photos"}
+    assert places("webdataset:/a.tar", "/data") == {"--data.source": "/a.tar"}
     assert places("tfds:cifar10", "/data") == {"--data.data-dir": "/data"}
     (place,) = places("glyphs").values()
     assert "TFDS" in place and "://" not in place

@@ -13,6 +13,22 @@ def open_source(data: DataConfig) -> Source:
             from vqbeam.pipelines.sources.folder import FolderSource
 
             return FolderSource(data)
+        case "parquet":
+            from vqbeam.pipelines.sources.files.parquet import ParquetSource
+
+            return ParquetSource(data)
+        case "webdataset":
+            from vqbeam.pipelines.sources.files.webdataset import WebdatasetSource
+
+            return WebdatasetSource(data)
+        case "tfrecord":
+            from vqbeam.pipelines.sources.files.tfrecord import TfrecordSource
+
+            return TfrecordSource(data)
+        case "array":
+            from vqbeam.pipelines.sources.files.arrays import ArraySource
+
+            return ArraySource(data)
         case "tfds":
             from vqbeam.pipelines.sources.tfds import TfdsSource
 

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 from etils import epath
 
 from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.sources.listing import check_splits, list_files, split_by_hash
 from vqbeam.pipelines.sources.source import RawImage, Source, Unit
-from vqbeam.vqvae.storage.files import is_local
 from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -22,28 +21,23 @@ class FolderSource(Source):
 
     may_change = True
 
-    @property
-    def path(self) -> str:
-        """The path, as it was given."""
-        return self.data.source.removeprefix("folder:")
-
     def listing(self) -> tuple[dict[str, Sequence[Any]], Labels]:
         """Returns the images as `(key, label)`; see `Source.listing` and `list_folder`."""
         found = list_folder(
-            self.path,
+            self.data.path,
             validation_share=self.data.validation_share,
             max_images=self.data.max_images,
         )
-        if not found.splits["validation"]:
-            raise VqbeamError(
-                f"{self.data.source} has no image to hold out; it takes two images or more, and "
-                "data.validation_share above 0"
-            )
+        check_splits(self.data.source, found.splits)
         return found.splits, found.labels
+
+    def key(self, image: tuple[str, Any]) -> str:
+        """Returns the path of an image."""
+        return image[0]
 
     def read(self, unit: Unit) -> Iterator[RawImage]:
         """Yields the bytes of the files; see `Source.read`."""
-        root = epath.Path(self.path).expanduser()
+        root = epath.Path(self.data.path).expanduser()
         for key, label in unit.images:
             yield RawImage(key, _bytes_of(root / key), label)
 
@@ -78,13 +72,8 @@ def list_folder(path: str, *, validation_share: float, max_images: int | None) -
     A folder with a table `attributes.csv` has attributes (see `read_attributes`), and its
     subfolders are not classes.
 
-    An image is a file with one of `SUFFIXES`, in upper or lower case. Files and folders whose
-    name starts with "." do not count, and links to folders are not followed. A class may have
-    subfolders of its own.
-
-    The split of an image depends only on its key, so it does not change when others are added. The
-    only exception: an empty split, if there are two or more images and `validation_share` is above
-    0, gets the image whose hash is nearest to it.
+    An image is a file with one of `SUFFIXES`, in upper or lower case (see `list_files`). A class
+    may have subfolders of its own. `split_by_hash` divides the images.
 
     Args:
         path: The folder; local, or any that `etils.epath` can read, such as gs://.
@@ -97,16 +86,18 @@ def list_folder(path: str, *, validation_share: float, max_images: int | None) -
             attributes is damaged or lacks an image.
     """
     folder = check_folder(path)
-    keys = image_keys(folder)
+    keys = sorted(image_keys(folder))
     if not keys:
         raise VqbeamError(
             f"the folder {path!r} holds no image; a file counts whose name ends in one of "
             f"{' '.join(SUFFIXES)}"
         )
     labels, of_keys = _labels(path, folder / FILE, keys)
+    # Ordered by hash, any prefix of a split is a random sample of all classes, whereas sorted
+    # paths would let max_images, or the first shards, see only the first classes.
     splits = {
-        name: [(key, of_keys[key]) for key in members[:max_images]]
-        for name, members in _split(keys, validation_share).items()
+        name: [(keys[i], of_keys[keys[i]]) for i in positions[:max_images]]
+        for name, positions in split_by_hash(keys, validation_share).items()
     }
     return FolderListing(splits=splits, labels=labels)
 
@@ -138,45 +129,7 @@ def image_keys(folder: epath.Path) -> list[str]:
     Raises:
         VqbeamError: A folder cannot be read, or a file name is not UTF-8.
     """
-    keys = []
-    for place, names in _in_folder(folder) if is_local(folder) else _in_bucket(folder):
-        for name in names:
-            key = f"{place}{name}"
-            hidden = any(part.startswith(".") for part in key.split("/"))
-            if key.lower().endswith(SUFFIXES) and not hidden:
-                keys.append(_check_text(key))
-    return keys
-
-
-def _in_folder(folder: epath.Path) -> Iterator[tuple[str, list[str]]]:
-    """Yields the relative path of each folder, with a slash at its end, and its files."""
-    for directory, _, names in folder.walk(on_error=_refuse):
-        place = directory.relative_to(folder).as_posix()
-        yield "" if place == "." else f"{place}/", names
-
-
-def _in_bucket(folder: epath.Path, place: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Yields the same for a bucket, where epath would make a request for every file."""
-    import tensorflow as tf
-
-    names = tf.io.gfile.listdir(f"{folder}/{place}")
-    yield place, [name for name in names if not name.endswith("/")]
-    for name in names:
-        if name.endswith("/"):
-            yield from _in_bucket(folder, f"{place}{name}")
-
-
-def _check_text(key: str) -> str:
-    try:
-        key.encode()
-    except UnicodeEncodeError:
-        raise VqbeamError(f"the file name {key!r} is not valid UTF-8; rename it") from None
-    return key
-
-
-def _refuse(error: OSError) -> None:
-    # Silently omitting a folder would change the dataset.
-    raise VqbeamError(f"a folder of images cannot be read ({error}); fix its permissions")
+    return list_files(folder, lambda name: name.lower().endswith(SUFFIXES))
 
 
 def _label_names(path: str, keys: list[str]) -> tuple[str, ...]:
@@ -191,22 +144,6 @@ def _label_names(path: str, keys: list[str]) -> tuple[str, ...]:
             "or all at the top"
         )
     return ()
-
-
-def _split(keys: list[str], validation_share: float) -> dict[str, list[str]]:
-    # Ordered by hash, any prefix of a split is a random sample of all classes, whereas sorted
-    # paths would let max_images, or the first shards, see only the first classes.
-    ordered = sorted(keys, key=lambda key: (_hash(key), key))
-    count = sum(_hash(key) < validation_share for key in keys)
-    if validation_share > 0:
-        count = min(max(count, 1), len(keys) - 1)
-    return {"train": ordered[count:], "validation": ordered[:count]}
-
-
-def _hash(key: str) -> float:
-    """Returns a number in [0, 1) that depends only on the key, on every machine."""
-    digest = hashlib.blake2b(key.encode(), digest_size=6).digest()
-    return int.from_bytes(digest) / 2**48
 
 
 FILE = "attributes.csv"

@@ -16,8 +16,10 @@ class ImageError(ValueError):
     """An image that cannot be used; the message is one short line that gives the reason."""
 
 
-def decode_image(data: bytes, *, height: int, width: int, channels: int, fit: str) -> np.ndarray:
-    """Decodes an image file and brings it to one shape.
+def decode_image(
+    data: bytes | np.ndarray, *, height: int, width: int, channels: int, fit: str
+) -> np.ndarray:
+    """Decodes an image file, if need be, and brings the image to one shape.
 
     The image is turned upright as its EXIF data say, transparent parts become white, and of an
     animation the first frame is taken. 16-bit gray is scaled to 8 bits; floating-point gray
@@ -26,7 +28,8 @@ def decode_image(data: bytes, *, height: int, width: int, channels: int, fit: st
     at the edges uses only the pixels there are.
 
     Args:
-        data: The bytes of a JPEG, PNG, BMP, GIF, WebP or TIFF file.
+        data: The bytes of a JPEG, PNG, BMP, GIF, WebP or TIFF file; or pixels, uint8 [H, W] or
+            [H, W, C]: gray, gray and alpha, RGB, or RGBA.
         height: Height of the result in pixels.
         width: Width of the result in pixels.
         channels: 1 for grayscale, 3 for RGB.
@@ -58,10 +61,10 @@ def encode_png(image: np.ndarray) -> bytes:
     return data.getvalue()
 
 
-def _load(data: bytes, draft_side: int) -> Image.Image:
+def _load(data: bytes | np.ndarray, draft_side: int) -> Image.Image:
     """Returns the image upright and opaque, 8 bits a channel; raises ImageError."""
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = _opened(data)
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
         # JPEG can decode to 1/2, 1/4 or 1/8 of its size: much faster, and enough to resample.
@@ -73,6 +76,12 @@ def _load(data: bytes, draft_side: int) -> Image.Image:
     # Damaged files make Pillow raise nearly anything: struct.error, SyntaxError, KeyError, ...
     except Exception as error:
         raise ImageError(_reason(error)) from error
+
+
+def _opened(data: bytes | np.ndarray) -> Image.Image:
+    if isinstance(data, bytes):
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    return Image.fromarray(data[..., 0] if data.ndim == 3 and data.shape[-1] == 1 else data)
 
 
 def _reason(error: Exception) -> str:

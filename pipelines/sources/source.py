@@ -15,16 +15,16 @@ DATASET = "images"
 
 
 class RawImage(NamedTuple):
-    """An encoded image of a source.
+    """An image of a source, not yet in the shape of the run.
 
     Attributes:
         key: The image's name in the source.
-        data: The encoded bytes, or the error raised by reading them.
+        data: The encoded bytes, or the pixels, or the error raised by reading them.
         label: The class, −1 for none; or 1 for each attribute of the image, else 0.
     """
 
     key: str
-    data: bytes | OSError
+    data: "bytes | np.ndarray | OSError"
     label: int | tuple[int, ...]
 
 
@@ -86,7 +86,11 @@ class Source:
         raise NotImplementedError
 
     def read(self, unit: Unit) -> Iterator[RawImage]:
-        """Yields the encoded images of a unit, always in the same order."""
+        """Yields the images of a unit, always in the same order."""
+        raise NotImplementedError
+
+    def key(self, image: Any) -> str:
+        """Returns the key of an image of a unit; needed only if the source may change."""
         raise NotImplementedError
 
     def plan(self) -> list[Unit]:

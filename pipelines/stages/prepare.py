@@ -142,7 +142,7 @@ def _was_mended(failures: Sequence[dict], unit: Unit, source: Source) -> bool:
     failed = {failure["key"] for failure in failures}
     if not failed or not source.may_change:
         return False
-    images = [image for image in unit.images if image[0] in failed]
+    images = [image for image in unit.images if source.key(image) in failed]
     for raw in source.read(unit._replace(images=images)):
         with contextlib.suppress(ImageError):
             source.decode(raw)

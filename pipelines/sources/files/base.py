@@ -1,0 +1,151 @@
+"""What the sources of files with many images have in common: splits, classes and order."""
+
+import contextlib
+import itertools
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from vqbeam.configs import VqbeamError, first_line
+from vqbeam.pipelines.sources.files.names import classes, split_by_name
+from vqbeam.pipelines.sources.listing import check_splits, files_at, root_of, split_by_hash
+from vqbeam.pipelines.sources.source import RawImage, Source, Unit
+from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
+
+
+class FilesSource(Source):
+    """`KIND:PATH`: a file, the files in a folder, or those that a glob pattern matches.
+
+    In a unit, an image is `(file, row, label)`: the file's path relative to the folder, what the
+    format calls the image in its file, and the class.
+
+    Attributes:
+        endings: Endings of the names of such files.
+        damage: What reading a damaged file raises, besides an OSError.
+    """
+
+    may_change = True
+    endings: tuple[str, ...] = ()
+    damage: tuple[type[Exception], ...] = (ValueError, EOFError, zlib.error)
+
+    @property
+    def path(self) -> str:
+        """The path of the files."""
+        return self.data.path
+
+    def class_names(self, path: epath.Path) -> Sequence[str] | None:
+        """Checks what a file holds, as far as it tells at once; returns its class names, if any.
+
+        Raises:
+            VqbeamError: It has no such images or labels.
+        """
+        raise NotImplementedError
+
+    def rows(self, path: epath.Path) -> Iterator[tuple[int | str, int | str | None]]:
+        """Yields row and label of each image of a file; reads the images only if it must."""
+        raise NotImplementedError
+
+    def images(self, path: epath.Path, rows: Sequence[Any]) -> Iterator[bytes | np.ndarray]:
+        """Yields the images of some rows of a file, in its order; b"" where there is none."""
+        raise NotImplementedError
+
+    def is_named(self, file: str) -> bool:
+        """Returns whether a file in a folder counts, by its name."""
+        return file.lower().endswith(self.endings)
+
+    def key(self, image: tuple[str, int | str, int]) -> str:
+        """Returns file and row of an image."""
+        return f"{image[0]}/{image[1]}"
+
+    def check(self) -> None:
+        """Checks the names of the files, and what the first holds; see `Source.check`."""
+        root, splits = self._files()
+        path = root / next(file for files in splits.values() for file in files)
+        with self._reading(path):
+            self.class_names(path)
+
+    def listing(self) -> tuple[dict[str, Sequence[Any]], Labels]:
+        """Returns the images in the order of their files; see `Source.listing`.
+
+        In the order of a hash, as in a folder, each shard would take a pass over all files.
+        """
+        root, files_of = self._files()
+        known, images = None, {split: [] for split in files_of}
+        for split, files in files_of.items():
+            for file in files:
+                with self._reading(root / file):
+                    known = self.class_names(root / file) or known
+                    images[split] += [(file, *row) for row in self.rows(root / file)]
+        found = {label for some in images.values() for _, _, label in some}
+        names, numbers = classes(self.data, known, found - {None})
+        splits = self._divide(images)
+        check_splits(self.data.source, splits)
+        for some in splits.values():
+            some[:] = [(file, row, numbers.get(label, NO_CLASS)) for file, row, label in some]
+        return splits, Labels(names)
+
+    def read(self, unit: Unit) -> Iterator[RawImage]:
+        """Yields the images of a unit, in one pass over each of their files; see `Source.read`."""
+        root = root_of(self.path)
+        for file, of_file in itertools.groupby(unit.images, key=lambda image: image[0]):
+            images = list(of_file)
+            with self._reading(root / file):
+                found = self.images(root / file, [row for _, row, _ in images])
+                for image in images:
+                    data = next(found, None)
+                    if data is None:
+                        raise VqbeamError(
+                            f"{root / file} has no image {image[1]} any more; put back the file "
+                            "as it was, or start in a new folder"
+                        )
+                    yield RawImage(self.key(image), data, image[2])
+
+    def label_feature(self, path: epath.Path, features: Sequence[str]) -> str | None:
+        """Returns the name of the feature that holds the class; None if none does.
+
+        Raises:
+            VqbeamError: A file has no feature `data.image_key`, or not the other one asked for.
+        """
+        for flag in ("image_key", "label_key"):
+            wanted = getattr(self.data, flag)
+            # The usual name of the class may be missing: many datasets have no classes.
+            if wanted not in (*features, *(("label", "none") if flag == "label_key" else ())):
+                others = ", ".join(features) + (" or none" if flag == "label_key" else "")
+                raise VqbeamError(f"{path} has no {wanted!r}; set data.{flag} to one of {others}")
+        return self.data.label_key if self.data.label_key in features else None
+
+    def _files(self) -> tuple[epath.Path, dict[str, list[str]]]:
+        """Returns a folder, and the files of each split; or under "all", if names tell none."""
+        root, files = files_at(self.path, self.is_named)
+        if not files:
+            raise VqbeamError(
+                f"the folder {self.path!r} holds no file for {self.data.source.partition(':')[0]}; "
+                f"a file counts whose name ends in {' or '.join(self.endings)}"
+            )
+        return root, split_by_name(files, self.data)
+
+    def _divide(self, images: Mapping[str, list]) -> dict[str, list]:
+        """Returns the images to train on and those to hold out, no more than `max_images` each."""
+        splits = {}
+        for split, some in images.items():
+            share = self.data.validation_share if split == "all" else 0
+            parts = split_by_hash(map(self.key, some), share)
+            for part, positions in parts.items() if split == "all" else [(split, parts["train"])]:
+                chosen = np.sort(positions[: self.data.max_images])
+                splits[part] = [some[position] for position in chosen]
+        return splits
+
+    @contextlib.contextmanager
+    def _reading(self, path: epath.Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, *self.damage) as error:
+            if getattr(error, "errno", None) is not None:  # of the operating system
+                raise
+            raise VqbeamError(
+                f"{path} cannot be read ({first_line(error)}): it is damaged or of another kind; "
+                "replace it"
+            ) from error

@@ -1,0 +1,144 @@
+"""The files of a folder, and the division of images into those to train on and those held out."""
+
+import glob
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from vqbeam.configs import VqbeamError
+from vqbeam.vqvae.storage.files import is_local
+
+
+def list_files(folder: epath.Path, is_wanted: Callable[[str], bool]) -> list[str]:
+    """Returns the paths of the wanted files in a folder, at any depth, relative to it.
+
+    Files and folders whose name starts with "." do not count, and links to folders are not
+    followed.
+
+    Args:
+        folder: The folder; local, or any that `etils.epath` can read, such as gs://.
+        is_wanted: Function of a path.
+
+    Raises:
+        VqbeamError: A folder cannot be read, or a file name is not UTF-8.
+    """
+    found = []
+    for place, names in _in_folder(folder) if is_local(folder) else _in_bucket(folder):
+        for name in names:
+            path = f"{place}{name}"
+            hidden = any(part.startswith(".") for part in path.split("/"))
+            if is_wanted(path) and not hidden:
+                found.append(_check_text(path))
+    return found
+
+
+def _in_folder(folder: epath.Path) -> Iterator[tuple[str, list[str]]]:
+    """Yields the relative path of each folder, with a slash at its end, and its files."""
+    for directory, _, names in folder.walk(on_error=_refuse):
+        place = directory.relative_to(folder).as_posix()
+        yield "" if place == "." else f"{place}/", names
+
+
+def _in_bucket(folder: epath.Path, place: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Yields the same for a bucket, where epath would make a request for every file."""
+    import tensorflow as tf
+
+    names = tf.io.gfile.listdir(f"{folder}/{place}")
+    yield place, [name for name in names if not name.endswith("/")]
+    for name in names:
+        if name.endswith("/"):
+            yield from _in_bucket(folder, f"{place}{name}")
+
+
+def _check_text(path: str) -> str:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise VqbeamError(f"the file name {path!r} is not valid UTF-8; rename it") from None
+    return path
+
+
+def _refuse(error: OSError) -> None:
+    # Silently omitting a folder would change the dataset.
+    raise VqbeamError(f"a folder of images cannot be read ({error}); fix its permissions")
+
+
+def split_by_hash(keys: Iterable[str], validation_share: float) -> dict[str, np.ndarray]:
+    """Returns for "train" and "validation" the positions of their keys, in the order of a hash.
+
+    The split of an image depends only on its key, so it does not change when others are added. The
+    only exception: an empty split, if there are two or more keys and `validation_share` is above
+    0, gets the image whose hash is nearest to it.
+
+    Args:
+        keys: The keys of all images.
+        validation_share: Share of the images to hold out, from 0 to below 1.
+    """
+    hashes = np.fromiter(map(_hash, keys), np.float64)
+    ordered = np.argsort(hashes, kind="stable")
+    count = int(np.sum(hashes < validation_share))
+    if validation_share > 0:
+        count = min(max(count, 1), len(hashes) - 1)
+    return {"train": ordered[count:], "validation": ordered[:count]}
+
+
+def _hash(key: str) -> float:
+    """Returns a number in [0, 1) that depends only on the key, on every machine."""
+    digest = hashlib.blake2b(key.encode(), digest_size=6).digest()
+    return int.from_bytes(digest) / 2**48
+
+
+def check_splits(source: str, splits: Mapping[str, Sequence[Any]]) -> None:
+    """Raises a VqbeamError if a split of a source has no image."""
+    if not splits["train"]:
+        raise VqbeamError(f"{source} has no image to train on")
+    if not splits["validation"]:
+        raise VqbeamError(
+            f"{source} has no image to hold out; it takes two images or more, and "
+            "data.validation_share above 0"
+        )
+
+
+def files_at(path: str, is_wanted: Callable[[str], bool]) -> tuple[epath.Path, list[str]]:
+    """Returns a folder and the sorted paths of files relative to it.
+
+    Args:
+        path: A folder, whose wanted files are taken; or a file, or a glob pattern.
+        is_wanted: Function of a path.
+
+    Raises:
+        VqbeamError: There is no such file, or see `list_files`.
+    """
+    root = root_of(path)
+    if root == epath.Path(path).expanduser():
+        return root, sorted(list_files(root, is_wanted))
+    place = os.fspath(epath.Path(path).expanduser())
+    if epath.Path(place).exists():
+        return root, [epath.Path(place).name]
+    if is_local(root):
+        found = [name for name in glob.glob(place, recursive=True) if os.path.isfile(name)]
+    else:
+        import tensorflow as tf
+
+        found = tf.io.gfile.glob(place)
+    if not found:
+        raise VqbeamError(
+            f"there is no file or folder {path!r}, and as a pattern it matches no file; check the "
+            "path in data.source"
+        )
+    return root, sorted(name.removeprefix(os.fspath(root)).lstrip("/") for name in found)
+
+
+def root_of(path: str) -> epath.Path:
+    """Returns the folder that the paths of `files_at` are relative to."""
+    place = epath.Path(path).expanduser()
+    if place.is_dir():
+        return place
+    if not place.exists():
+        while glob.has_magic(os.fspath(place.parent)):
+            place = place.parent
+    return place.parent

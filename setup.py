@@ -20,6 +20,7 @@ setuptools.setup(
     install_requires=[
         "apache-beam>=2.77",
         "etils[epath]",
+        "huggingface_hub",
         "importlib_resources",  # tensorflow-datasets imports it and does not declare it
         "keras>=3.15",
         "keras-nlp>=0.32",

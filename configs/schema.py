@@ -381,8 +381,8 @@ class DataConfig(Section):
     prefix = "data"
 
     source: str = field(
-        "tfds:NAME[/CONFIG][:VERSION], glyphs, folder:PATH, or images in files: parquet:PATH, "
-        "webdataset:PATH, tfrecord:PATH, array:PATH"
+        "tfds:NAME[/CONFIG][:VERSION], hf:NAME[@REVISION], glyphs, folder:PATH, or files of many "
+        "images: parquet:PATH, webdataset:PATH, tfrecord:PATH, array:PATH"
     )
     data_dir: str | None = field("folder in which TFDS keeps prepared datasets", None)
     manual_dir: str | None = field("folder with files that TFDS wants downloaded by hand", None)
@@ -416,9 +416,11 @@ class DataConfig(Section):
         if self.channels == 2:
             raise VqbeamError("data.channels is 2; use 1 (grayscale) or 3 (RGB)")
         kind, _, rest = self.source.partition(":")
-        if self.source != "glyphs" and not (kind in ("tfds", *PATH_SOURCES) and rest):
+        if self.source != "glyphs" and not (kind in ("tfds", "hf", *PATH_SOURCES) and rest):
             paths = ", ".join(f"{kind}:PATH" for kind in PATH_SOURCES)
-            raise VqbeamError(f"data.source is {self.source!r}; use tfds:NAME, {paths} or glyphs")
+            raise VqbeamError(
+                f"data.source is {self.source!r}; use tfds:NAME, hf:NAME, {paths} or glyphs"
+            )
 
     @property
     def path(self) -> str | None:

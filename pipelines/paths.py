@@ -75,6 +75,8 @@ def source_paths(data: DataConfig) -> dict[str, str]:
     """Returns the path that the images are read from, by the flag that sets it."""
     if data.path:
         return {"--data.source": data.path}
+    if data.source.startswith("hf:"):
+        return {"--data.source": "the downloads of Hugging Face on this machine"}
     return {"--data.data-dir": data.data_dir or "the datasets of TFDS on this machine"}
 
 

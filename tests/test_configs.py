@@ -212,7 +212,7 @@ FSQ = {"vqvae.quantizer": "fsq"}
         ({"data.source": "tfds:"}, "data.source is 'tfds:'; use"),
         (
             {"data.source": "parquet:"},
-            "data.source is 'parquet:'; use tfds:NAME, folder:PATH, parq",
+            "data.source is 'parquet:'; use tfds:NAME, hf:NAME, folder:PATH, parq",
         ),
         ({"data.source": "glyphs:x"}, "data.source is 'glyphs:x'; use"),
         ({"vqvae.downsampling": 6}, "vqvae.downsampling is 6; it must be a power of two"),

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 from commands import status_of
+from hub_server import hub
 from image_files import (
     ENDINGS,
     KINDS,
@@ -19,6 +20,7 @@ from image_files import (
 )
 from pipeline_fixtures import (
     CLASSES,
+    SIDE,
     TWO_THREADS,
     gathered,
     read_records,
@@ -547,3 +549,32 @@ def test_every_stage_on_two_workers(images, tmp_path):
     assert "images: 44 train, 44 validation" in log.read_text()
     assert RunFolder(run).manifest(STAGE)["label_names"] == list(CLASSES)
     assert (run / "samples" / "samples.png").exists()
+
+
+@pytest.mark.slow
+def test_a_dataset_on_the_hub(images, expected, tmp_path):
+    write_file("parquet", tmp_path / "hub" / "data" / "some.parquet", images, names_of(COUNT))
+    (tmp_path / "hub" / "README.md").write_text("Some images.")
+    flags = [f"--data.{side}={SIDE}" for side in ("height", "width")]
+
+    def say(run, name, endpoint, status=0):
+        log = tmp_path / f"{run}.txt"
+        words = ("prepare", "glyphs", "--data.source", f"hf:{name}", "--run-dir", tmp_path / run)
+        where = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*"}
+        assert status_of(log, *words, *flags, environment=where) == status, log.read_text()
+        return log.read_text()
+
+    with hub("me/set", tmp_path / "hub") as endpoint:
+        assert f"hf:me/set is not in {tmp_path / 'home'}" in say("first", "me/set", endpoint)
+        told = say("wrong", "me/sett", endpoint, status=1)
+        assert told.startswith("vqbeam: hf:me/sett cannot be downloaded (404 Client Error")
+        assert told.count("\n") == 1
+        assert "check the name and the connection, or download its Parquet files elsewhere" in told
+        assert not (tmp_path / "wrong").exists()
+    assert_same(by_number(RunFolder(tmp_path / "first")), expected)
+    assert {p.suffix for p in (tmp_path / "home").rglob("snapshots/*/*/*")} == {".parquet"}
+    # By now, nothing answers there.
+    assert "is not in" not in say("second", "me/set", endpoint)
+    told = say("third", "me/other", endpoint, status=1)
+    assert told.startswith("vqbeam: hf:me/other cannot be downloaded ([Errno 111] Connection ref")
+    assert told.count("\n") == 1

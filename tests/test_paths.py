@@ -97,5 +97,6 @@ def test_where_the_images_of_a_section_are():
     assert places("folder:gs://bucket/photos") == {"--data.source": "gs://bucket/photos"}
     assert places("webdataset:/a.tar", "/data") == {"--data.source": "/a.tar"}
     assert places("tfds:cifar10", "/data") == {"--data.data-dir": "/data"}
-    (place,) = places("glyphs").values()
-    assert "TFDS" in place and "://" not in place
+    for source, owner in (("glyphs", "TFDS"), ("hf:me/set", "Hugging Face")):
+        (place,) = places(source).values()
+        assert owner in place and "://" not in place

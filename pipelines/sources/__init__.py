@@ -17,6 +17,10 @@ def open_source(data: DataConfig) -> Source:
             from vqbeam.pipelines.sources.files.parquet import ParquetSource
 
             return ParquetSource(data)
+        case "hf":
+            from vqbeam.pipelines.sources.files.parquet import HubSource
+
+            return HubSource(data)
         case "webdataset":
             from vqbeam.pipelines.sources.files.webdataset import WebdatasetSource
 

@@ -1,17 +1,20 @@
-"""Parquet files, with the columns that datasets of Hugging Face have."""
+"""Parquet files, with the columns that datasets of Hugging Face have; on its hub, too."""
 
 import contextlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
 
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from vqbeam.configs import VqbeamError
+from vqbeam.configs import VqbeamError, first_line
 from vqbeam.pipelines.sources.files.base import FilesSource
 
+_BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())
+_TEXTS = (pa.string(), pa.large_string(), pa.string_view())
 # Of images more would take memory, since they may be large.
 _LABELS_AT_ONCE, _IMAGES_AT_ONCE = 4096, 16
 # Arrow would hold a whole row group, which may be the whole file, without this.
@@ -34,7 +37,8 @@ class ParquetSource(FilesSource):
             schema = file.schema_arrow
         label = self.label_feature(path, schema.names)
         kind = schema.field(self.data.image_key).type
-        if not _is_binary(_field_type(kind, "bytes") or kind):
+        fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
+        if fields.get("bytes", kind) not in _BYTES:
             raise VqbeamError(
                 f"column {self.data.image_key!r} of {path} is of type {kind}, which holds no "
                 "encoded images; set data.image_key"
@@ -43,7 +47,7 @@ class ParquetSource(FilesSource):
             return None
         kind = schema.field(label).type
         values = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_integer(values) or _is_string(values)):
+        if not (pa.types.is_integer(values) or values in _TEXTS):
             raise VqbeamError(
                 f"column {label!r} of {path} is of type {kind}, not integer or string; set "
                 "data.label_key to another, or to none"
@@ -65,15 +69,57 @@ class ParquetSource(FilesSource):
     def images(self, path: epath.Path, rows: Sequence[int]) -> Iterator[bytes]:
         """Yields the encoded images of some rows, from the row groups that hold them."""
         with _opened(path) as file:
-            column = self.data.image_key
-            if _field_type(file.schema_arrow.field(column).type, "bytes"):
-                column += ".bytes"
             wanted, first = set(rows), 0
             for group in range(file.num_row_groups):
                 count = file.metadata.row_group(group).num_rows
                 if not wanted.isdisjoint(range(first, first + count)):
-                    yield from _of_group(file, group, column, first, wanted)
+                    yield from _of_group(file, group, self.data.image_key, first, wanted)
                 first += count
+
+
+class HubSource(ParquetSource):
+    """`hf:NAME[@REVISION]`: the Parquet files of a dataset on the hub of Hugging Face."""
+
+    @property
+    def path(self) -> str:
+        """The folder of the downloaded files."""
+        return self._snapshot(local_files_only=True)
+
+    def check(self) -> None:
+        """Checks the files; before they are downloaded, only that there are some."""
+        if self._is_here():
+            super().check()
+        elif not self._snapshot(dry_run=True):
+            raise VqbeamError(
+                f"{self.data.source} has no Parquet files; the hub may have made some, which have "
+                "the revision refs/convert/parquet"
+            )
+
+    def download(self, beam_args: Sequence[str]) -> None:
+        """Downloads the files into the cache of Hugging Face, if needed."""
+        if not self._is_here():
+            place = huggingface_hub.constants.HF_HUB_CACHE
+            print(f"{self.data.source} is not in {place} yet: it is downloaded", flush=True)
+            self._snapshot()
+
+    def _is_here(self) -> bool:
+        try:
+            return bool(self.path)
+        except VqbeamError:
+            return False
+
+    def _snapshot(self, **options):
+        name, _, revision = self.data.source.removeprefix("hf:").partition("@")
+        chosen = {"revision": revision or None, "allow_patterns": "*.parquet"} | options
+        try:
+            return huggingface_hub.snapshot_download(name, repo_type="dataset", **chosen)
+        except Exception as error:  # of many kinds
+            reason = first_line(error.__cause__ or error)
+            raise VqbeamError(
+                f"{self.data.source} cannot be downloaded ({reason}); check the name and the "
+                "connection, or download its Parquet files elsewhere and give their folder by "
+                "--data.source parquet:PATH"
+            ) from error
 
 
 def _of_group(
@@ -100,19 +146,3 @@ def _opened(path: epath.Path) -> Iterator[pq.ParquetFile]:
         if not hasattr(file, "closed"):  # TensorFlow's files in a bucket, which Arrow asks
             file.closed = False
         yield pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
-
-
-def _field_type(kind: pa.DataType, name: str) -> pa.DataType | None:
-    """Returns the type of a field of a struct; None if there is no such field."""
-    index = kind.get_field_index(name) if pa.types.is_struct(kind) else -1
-    return kind.field(index).type if index >= 0 else None
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    types = pa.types
-    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    types = pa.types
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)

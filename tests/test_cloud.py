@@ -4,9 +4,11 @@ import time
 
 import pytest
 from commands import started, status_of
+from image_files import ENDINGS, KINDS, encoded_images, names_of, write_file
 from pipeline_fixtures import (
     assert_same_run,
     read_records,
+    shard_contents,
     small_config,
     write_images,
     write_preset,
@@ -93,3 +95,20 @@ def test_a_storage_that_is_out_of_order_for_a_while(bucket, config, expected, tm
         assert process.returncode == 0, log.read_text()
     assert bucket.refused > 2
     assert_same_run(RunFolder(bucket.download(tmp_path) / "runs" / "refused"), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_many_images_in_a_bucket(kind, bucket, said, tmp_path):
+    folder = tmp_path / f"{kind}-files"
+    for split in ("train", "test"):
+        path = folder / split / f"some{ENDINGS[kind]}"
+        write_file(kind, path, encoded_images(20), names_of(20))
+    bucket.upload(folder)
+    preset = write_preset(tmp_path / "preset.py", small_config("glyphs"))
+    places = (folder, f"gs://bucket/{folder.name}", f"gs://bucket/{folder.name}/t*/some*")
+    found = []
+    for number, place in enumerate(places):
+        run = tmp_path / f"run-{number}"
+        said("prepare", preset, "--run-dir", run, "--data.source", f"{kind}:{place}")
+        found.append(shard_contents(run / "images"))
+    assert found[0] == found[1] == found[2] and len(found[0]) == 8

@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 import pytest
 import tensorflow as tf
+from broken_off import Killed, broken_off, kill
 from etils import epath
 from event_files import events
 from PIL import Image
@@ -15,11 +16,12 @@ from PIL import Image
 from vqbeam.configs import VqbeamError, to_dict
 from vqbeam.vqvae import training
 from vqbeam.vqvae.building import build_model
+from vqbeam.vqvae.finetuning.decoder import DecoderTraining
+from vqbeam.vqvae.finetuning.features import _Classification
 from vqbeam.vqvae.fitting.fit import load_model
 from vqbeam.vqvae.fitting.optimizers import ConvolutionMuon
-from vqbeam.vqvae.fitting.progress import FitProgress
 from vqbeam.vqvae.metrics import perplexity
-from vqbeam.vqvae.model import scale_images
+from vqbeam.vqvae.model import VQVAE, scale_images
 from vqbeam.vqvae.storage.records import Shard
 from vqbeam.vqvae.storage.run_folder import RunFolder
 from vqbeam.vqvae.training import (
@@ -143,18 +145,10 @@ def times_of_files(folder):
     return {path: path.stat().st_mtime_ns for path in pathlib.Path(folder).rglob("*")}
 
 
-class Killed(BaseException):
-    pass
-
-
-def kill(*_, **__):
-    raise Killed
-
-
 def weights_of_checkpoints(run):
     """Every array of every checkpoint: model, optimizer, averages."""
     found = {}
-    for path in sorted(pathlib.Path(run.folder(STAGE)).glob("checkpoints/*/epoch-*.h5")):
+    for path in sorted(pathlib.Path(run.folder(STAGE)).glob("checkpoints/*/step-*.h5")):
         with h5py.File(path) as file:
             file.visititems(
                 lambda name, item, path=path: (
@@ -200,25 +194,9 @@ def test_all_state_goes_on_where_training_was_broken_off(
     stateful, prepared_run, tiny_config, monkeypatch
 ):
     other, _ = prepared_run(tiny_config(**STATEFUL))
-    with monkeypatch.context() as patch:
-        # After the first epoch, in the middle of the warm-up.
-        plain = Pictures.on_epoch_end
-        patch.setattr(
-            "vqbeam.vqvae.training.Pictures.on_epoch_end",
-            lambda self, epoch, logs=None: (kill if epoch == 1 else plain)(self, epoch, logs),
-        )
-        with pytest.raises(Killed):
-            train(other)
-    with monkeypatch.context() as patch:
-        # In the middle of training the decoder alone.
-        plain = FitProgress.on_epoch_end
-        patch.setattr(
-            "vqbeam.vqvae.fitting.fit.FitProgress.on_epoch_end",
-            lambda self, epoch, logs=None: (kill if "adversarial" in logs and epoch else plain)(
-                self, epoch, logs
-            ),
-        )
-        with pytest.raises(Killed):
+    # In the middle of an epoch and of the warm-up, and of training each network of the second part.
+    for step, model in ((3, VQVAE), (2, _Classification), (3, DecoderTraining)):
+        with broken_off(step, model):
             train(other)
     with monkeypatch.context() as patch:
         # And once more after the last epoch, before the model is written.

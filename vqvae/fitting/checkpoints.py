@@ -198,7 +198,9 @@ class Checkpoints(keras.callbacks.Callback):
 
     def _remove_old(self) -> None:
         files = self._files()
-        kept = {*list(files)[-self.kept :], self._best_step if self.patience else 0}
+        kept = list(files)[-self.kept :]
+        if self.patience and self.history:
+            kept.append(self._best_step)
         for step, file in files.items():
             if step not in kept:
                 # A concurrent attempt may remove it as well.

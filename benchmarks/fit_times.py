@@ -56,7 +56,7 @@ def fit_seconds(
     )
     times = EpochTimes()
     with tempfile.TemporaryDirectory() as folder:
-        module.fit(model, schedule, data, None, epath.Path(folder), "f", callbacks=[times])
+        module.fit(model, schedule, data, None, epath.Path(folder), ["f"], callbacks=[times])
     return statistics.median(times.seconds[1:]) / steps
 
 

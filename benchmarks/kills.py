@@ -1,40 +1,83 @@
-"""Kills a run at random moments, restarts it, and checks whether anything was lost.
+"""Ends a run at random moments, restarts it, and checks whether anything was lost.
 
     python benchmarks/kills.py --kills 20
 
-The run is small and has all stages, on images of noise. Each attempt is killed once with SIGKILL,
-at a moment sampled uniformly from the duration of an unbroken run, and then finished with the same
-command. Its records, weights and images are compared with those of the unbroken run.
+The run is small and has all stages, on images of noise. Each attempt is ended once, by SIGKILL,
+SIGTERM and SIGINT (Ctrl-C) in turn, at a moment sampled uniformly from the duration of an unbroken
+run, and then finished with the same command. Its records, weights and images are compared with
+those of the unbroken run. As the run is short, an epoch is all of a training, and a checkpoint is
+due after a second, not a minute.
 """
 
 import argparse
 import hashlib
 import os
 import pathlib
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from typing import NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path += [str(ROOT), str(ROOT / "tests")]
 
-import numpy as np
-from commands import started
-from pipeline_fixtures import shard_contents, small_config, write_images, write_preset
-from side_by_side import table
-
-from vqbeam.prior.training import load_prior
-from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
-from vqbeam.vqvae.training import load_vqvae
-
-HEADER = ["killed in", "attempts", "another result", "seconds to the end", "of an unbroken run"]
+HEADER = ["ended in", "by", "attempts", "another result", "training steps lost, at most"]
+HEADER += ["seconds to the end", "of an unbroken run"]
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+INTERVAL = 1.0  # seconds between checkpoints
 
 
-def result(run: RunFolder) -> dict[str, str]:
+class Attempt(NamedTuple):
+    """What became of an attempt.
+
+    Attributes:
+        seconds: Time of the second command, which finished the run.
+        other: Whether the result differs from that of the unbroken run.
+        lost: Training steps that the second command did again.
+    """
+
+    seconds: float
+    other: bool
+    lost: int
+
+
+def run_traced(steps: pathlib.Path, words: list[str]) -> int:
+    """Runs a command line of vqbeam, which writes each training step that is done to a file."""
+    from vqbeam.pipelines.cli import main as cli
+    from vqbeam.vqvae.fitting.checkpoints import Checkpoints
+
+    begin = Checkpoints.on_train_batch_begin
+
+    def write_and_begin(self, batch, logs=None):
+        steps.write_text(str(self._begin + batch))
+        begin(self, batch, logs)
+
+    Checkpoints.on_train_batch_begin, Checkpoints.seconds = write_and_begin, INTERVAL
+    return cli.main(words)
+
+
+def start(steps: pathlib.Path, *words: object) -> subprocess.Popen:
+    """Starts `run_traced` in a process of its own."""
+    command = [sys.executable, __file__, "--traced", str(steps), *map(str, words)]
+    log = (steps.parent / "log.txt").open("ab")
+    return subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log
+    )
+
+
+def result(run) -> dict[str, str]:
     """Returns a hash of each record file, weight and image of a run."""
+    import numpy as np
+    from pipeline_fixtures import shard_contents
+
+    from vqbeam.prior.training import load_prior
+    from vqbeam.vqvae.training import load_vqvae
+
     made = {}
     for stage in ("prepare", "encode"):
         made |= shard_contents(run.folder(stage))
@@ -45,58 +88,87 @@ def result(run: RunFolder) -> dict[str, str]:
     return {name: hashlib.sha256(content).hexdigest() for name, content in made.items()}
 
 
-def stage_at_work(run: RunFolder) -> str:
+def stage_at_work(run) -> str:
     """Returns the first unfinished stage."""
+    from vqbeam.vqvae.storage.run_folder import STAGES
+
     if not run.exists():
         return "start"
     return next((stage for stage in STAGES if not run.is_done(stage)), "end")
 
 
-def main() -> None:
-    """Runs all attempts and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--kills", type=int, default=20, help="attempts (default 20)")
-    parser.add_argument("--smoke", action="store_true", help="one kill of a run of few steps")
-    arguments = parser.parse_args()
-    kills, steps, images = (1, 4, 30) if arguments.smoke else (arguments.kills, 60, 600)
+def write_run(folder: pathlib.Path, steps: int, images: int) -> pathlib.Path:
+    """Writes the images and the preset of the run; returns the path of the preset."""
+    from pipeline_fixtures import small_config, write_images, write_preset
+
+    write_images(folder / "source", images)
+    settings = {f"{part}__steps": steps for part in ("vqvae", "prior")}
+    settings |= {f"{part}__steps_per_epoch": steps for part in ("vqvae", "prior")}
+    config = small_config(f"folder:{folder / 'source'}", data__images_per_shard=25, **settings)
+    return write_preset(folder / "preset.py", config)
+
+
+def attempts(kills: int, steps: int, images: int) -> tuple[dict[tuple, list[Attempt]], float]:
+    """Returns the attempts by stage and signal, and the seconds of the unbroken run."""
+    import numpy as np
+
+    from vqbeam.vqvae.storage.run_folder import MODELS, RunFolder
+
     numbers, found = np.random.default_rng(0), defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
-        write_images(folder / "source", images)
-        settings = {"vqvae__steps": steps, "prior__steps": steps, "data__images_per_shard": 25}
-        preset = write_preset(
-            folder / "preset.py", small_config(f"folder:{folder / 'source'}", **settings)
-        )
+        preset, done = write_run(folder, steps, images), folder / "steps.txt"
 
-        def run_in(name):
-            return started(folder / "log.txt", "run", preset, "--run-dir", folder / name)
+        def command(run):
+            return start(done, "run", preset, "--run-dir", run.root)
 
-        begun = time.monotonic()
-        with run_in("unbroken") as process:
-            assert process.wait() == 0
-        unbroken = time.monotonic() - begun
-        expected = result(RunFolder(folder / "unbroken"))
-        for attempt in range(kills):
-            run = RunFolder(folder / f"run-{attempt}")
-            with run_in(run.root.name):
-                time.sleep(numbers.uniform(0, unbroken))  # on exit, the process is killed
+        whole, begun = RunFolder(folder / "unbroken"), time.monotonic()
+        assert command(whole).wait() == 0, (folder / "log.txt").read_text()
+        unbroken, expected = time.monotonic() - begun, result(whole)
+        for index in range(kills):
+            run, number = RunFolder(folder / f"run-{index}"), SIGNALS[index % len(SIGNALS)]
+            done.write_text("0")
+            process = command(run)
+            time.sleep(numbers.uniform(0, unbroken))
+            process.send_signal(number)
+            process.wait()
             stage, begun = stage_at_work(run), time.monotonic()
-            with run_in(run.root.name) as process:
-                assert process.wait() == 0
-            found[stage].append((time.monotonic() - begun, result(run) != expected))
-            print(f"{attempt + 1} of {kills}: {stage}, {found[stage][-1]}", file=sys.stderr)
+            saved = run.trained_steps(stage) if stage in MODELS else 0
+            lost = max(0, int(done.read_text()) - saved) if stage in MODELS else 0
+            assert command(run).wait() == 0, (folder / "log.txt").read_text()
+            seconds = time.monotonic() - begun
+            attempt = Attempt(seconds, result(run) != expected, lost)
+            found[stage, number.name].append(attempt)
+            print(f"{index + 1} of {kills}: {stage}, {number.name}, {attempt}", file=sys.stderr)
+    return found, unbroken
+
+
+def main() -> None:
+    """Makes all attempts and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--kills", type=int, default=21, help="attempts (default 21)")
+    parser.add_argument("--smoke", action="store_true", help="one kill of a run of few steps")
+    arguments = parser.parse_args()
+    # A job in the background ignores it, and so would the processes that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    found, unbroken = attempts(*((1, 4, 30) if arguments.smoke else (arguments.kills, 600, 600)))
+    from side_by_side import table
+
     rows = [
         [
-            stage,
-            str(len(attempts)),
-            str(sum(other for _, other in attempts)),
-            f"{statistics.median(seconds for seconds, _ in attempts):.1f}",
+            *where,
+            str(len(of_one)),
+            str(sum(attempt.other for attempt in of_one)),
+            str(max(attempt.lost for attempt in of_one)),
+            f"{statistics.median(attempt.seconds for attempt in of_one):.1f}",
             f"{unbroken:.1f}",
         ]
-        for stage, attempts in found.items()
+        for where, of_one in sorted(found.items())
     ]
     print(table(HEADER, rows))
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--traced"]:
+        sys.exit(run_traced(pathlib.Path(sys.argv[2]), sys.argv[3:]))
     main()

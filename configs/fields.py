@@ -71,7 +71,7 @@ class Section:
 
 
 def check_epochs(prefix: str, steps: int, steps_per_epoch: int, name: str = "steps") -> None:
-    """Raises a VqbeamError if the last step would not fall on a checkpoint."""
+    """Raises a VqbeamError if the last step would not be the last of an epoch."""
     if steps > steps_per_epoch and steps % steps_per_epoch:
         raise VqbeamError(
             f"{prefix}.{name} is {steps}; make it a multiple of {prefix}.steps_per_epoch "

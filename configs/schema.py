@@ -154,7 +154,9 @@ class PriorConfig(Section):
         choices=("none", "blocks"),
     )
     steps: int = field("number of training steps", 10_000, minimum=1)
-    steps_per_epoch: int = field("steps between checkpoints", 500, minimum=1)
+    steps_per_epoch: int = field(
+        "steps of an epoch, after which held-out losses are measured", 500, minimum=1
+    )
     early_stopping: int = field(
         "stop after this many epochs without a better validation loss, with the weights of the "
         "best; 0 for never",
@@ -277,7 +279,9 @@ class VQVAEConfig(Section):
     )
     batch_size: int = field("images in a training batch, over all devices", 64, minimum=1)
     steps: int = field("number of training steps", 10_000, minimum=1)
-    steps_per_epoch: int = field("steps between checkpoints", 500, minimum=1)
+    steps_per_epoch: int = field(
+        "steps of an epoch, after which held-out losses are measured", 500, minimum=1
+    )
     optimizer: str = field(
         "muon orthogonalizes the updates of convolutions: fewer steps, each a little slower",
         "adam",

@@ -51,8 +51,8 @@ def _quantizer(settings: VQVAEConfig) -> str:
 def _state(run: RunFolder, stage: str) -> str:
     manifest = run.manifest(stage)
     if manifest is None:
-        if epochs := run.epochs(stage):
-            return f"begun, {epochs} epochs done"
+        if steps := run.trained_steps(stage):
+            return f"begun, {steps:,} steps done"
         reports = run.folder(stage) / f".reports-{run.fingerprint(stage)}"
         if shards := matching(reports, "*.json"):
             return f"begun, {len(shards)} shards written"

@@ -162,7 +162,7 @@ def _fit(run: RunFolder, config: Config, codes: dict, callbacks: Sequence) -> Fi
             data=_training(run, config, codes, model),
             validation=_validation(run, config, limit=_VALIDATION_IMAGES),
             folder=run.folder(STAGE),
-            fingerprint=run.fingerprint(STAGE),
+            fingerprints=run.fingerprints(STAGE),
             callbacks=callbacks,
         )
     save_model(model, run.folder(STAGE) / MODEL_FILE)

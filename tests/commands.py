@@ -13,9 +13,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 # The file that tells that a stage is in the middle of its work.
 SIGNS = {
     "prepare": "images/.reports-*/*.json",
-    "train-vqvae": "vqvae/checkpoints/*/epoch-0000[2-9].weights.h5",
+    "train-vqvae": "vqvae/checkpoints/*/step-0000000[4-9].weights.h5",
     "encode": "codes/.reports-*/*.json",
-    "train-prior": "prior/checkpoints/*/epoch-0000[2-9].weights.h5",
+    "train-prior": "prior/checkpoints/*/step-0000000[4-9].weights.h5",
 }
 
 

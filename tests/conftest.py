@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 
 # TensorFlow says much at start-up that no test reads.
@@ -42,6 +43,14 @@ def compiled():
     tf.config.run_functions_eagerly(False)
     yield
     tf.config.run_functions_eagerly(True)
+
+
+@pytest.fixture
+def interruptible():
+    """Lets Ctrl-C end this process and those that it starts; background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def _config(**changes):

@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import signal
 import time
 
 import numpy as np
@@ -55,21 +57,35 @@ def start_run(place, run_dir):
     return started(folder / "log.txt", "run", preset, "--run-dir", run_dir)
 
 
-def kill_in(stage, place, run_dir):
-    """Starts the run and kills it, by SIGKILL, once the stage has begun to write."""
+# How the command is ended in each stage, its exit status, and the last line that it writes.
+ENDS = {
+    "prepare": (signal.SIGKILL, -signal.SIGKILL, ""),
+    "train-vqvae": (signal.SIGTERM, -signal.SIGTERM, "ended by SIGTERM; step .* is saved: run the"),
+    "encode": (signal.SIGKILL, -signal.SIGKILL, ""),
+    "train-prior": (signal.SIGINT, 130, "vqbeam: interrupted; run the same command to go on"),
+}
+
+
+def end_in(stage, place, run_dir):
+    """Starts the run and ends it by a signal once the stage has begun to write."""
+    number, status, told = ENDS[stage]
+    log = place[0] / "log.txt"
     with start_run(place, run_dir) as process:
-        wait_for(SIGNS[stage], run_dir, process, place[0] / "log.txt")
+        wait_for(SIGNS[stage], run_dir, process, log)
+        process.send_signal(number)
+        assert process.wait(60) == status
+    assert re.match(told, log.read_text().splitlines()[-1])
 
 
 def weights(run, stage):
     return load_model(run.folder(stage) / MODEL_FILE).weights
 
 
-def test_killed_in_each_stage_and_run_again(place, compiled):
+def test_ended_in_each_stage_and_run_again(place, compiled, interruptible):
     folder, config, _ = place
     run = RunFolder(folder / "run")
     for stage in SIGNS:
-        kill_in(stage, place, folder / "run")
+        end_in(stage, place, folder / "run")
         # It was in the middle of that stage, and no other.
         assert run.manifest(stage) is None
         before = list(STAGES)[: list(STAGES).index(stage)]

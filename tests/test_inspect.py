@@ -100,7 +100,7 @@ def test_begun_stages(run):
     (run.folder("encode") / MANIFEST).unlink()
     (run.folder("sample")).rmtree()
     found = states(run)
-    assert found["train-prior"] == "begun, 2 epochs done"
+    assert found["train-prior"] == "begun, 4 steps done"
     reports = run.folder("encode") / f".reports-{run.fingerprint('encode')}"
     reports.mkdir()
     older = run.folder("encode") / ".reports-of-other-settings"

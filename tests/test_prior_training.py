@@ -5,6 +5,7 @@ import math
 import keras
 import numpy as np
 import pytest
+from broken_off import Killed, broken_off, kill
 from event_files import events
 from measured_run import add_models
 from PIL import Image
@@ -204,14 +205,6 @@ STATEFUL = {
 }
 
 
-class Killed(BaseException):
-    pass
-
-
-def kill(*_, **__):
-    raise Killed
-
-
 def stateful_run(path, config):
     """A run with codes and a VQ-VAE that has learned nothing."""
     config = override(config, STATEFUL)
@@ -230,13 +223,8 @@ def test_all_state_goes_on_where_training_was_broken_off(tmp_path, config, monke
     best = losses.index(min(losses))
     assert 1 < epochs == best + 2 < 8
     assert manifest["measures"]["nats_per_code"] == pytest.approx(losses[best], rel=1e-5)
-    with monkeypatch.context() as patch:
-        plain = training.Pictures.on_test_begin
-        patch.setattr(
-            "vqbeam.prior.training.Pictures.on_test_begin",
-            lambda self, logs=None: (kill if self.epoch == best + 1 else plain)(self),
-        )
-        with pytest.raises(Killed):
+    for step in (1, 2 * best + 3):  # in the middle of the first and of the last epoch
+        with broken_off(step):
             train_prior(str(other.root))
     with monkeypatch.context() as patch:
         # And once more after the last epoch, before the model is written.

@@ -1,10 +1,11 @@
+import hashlib
 import json
 
 import pytest
 
-from vqbeam.configs import VqbeamError
+from vqbeam.configs import VqbeamError, to_dict
 from vqbeam.vqvae.storage import files
-from vqbeam.vqvae.storage.run_folder import MANIFEST, STAGES, RunFolder, _hash_of, epoch_files
+from vqbeam.vqvae.storage.run_folder import MANIFEST, STAGES, RunFolder, _hash_of, checkpoint_files
 
 
 @pytest.fixture
@@ -58,12 +59,56 @@ def test_settings_of_stages_with_nothing_to_lose_may_change(run, tiny_config):
 
 
 def test_a_checkpoint_is_something_to_lose(run, tiny_config):
-    checkpoint = run.folder("train-vqvae") / "checkpoints" / "f" / "epoch-00001.weights.h5"
-    checkpoint.parent.mkdir(parents=True)
-    checkpoint.write_text("")
+    write_checkpoint(run, "train-vqvae", "step-00000001")
     run.start(tiny_config(prior__layers=2))
     with pytest.raises(VqbeamError, match="a different config .vqvae.num_codes: 12 → 16.; choose"):
         run.start(tiny_config(prior__layers=2, vqvae__num_codes=16))
+
+
+def write_checkpoint(run, stage, name):
+    checkpoint = run.folder(stage) / "checkpoints" / "f" / f"{name}.weights.h5"
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text("")
+
+
+def test_the_length_of_an_epoch_may_change_where_the_result_does_not_depend_on_it(run, tiny_config):
+    write_checkpoint(run, "train-vqvae", "step-00000001")
+    write_checkpoint(run, "train-prior", "step-00000001")
+    prints = [run.fingerprint(stage) for stage in ("train-vqvae", "train-prior")]
+    lengths = dict(vqvae__steps_per_epoch=4, prior__steps_per_epoch=250)
+    run.start(tiny_config(**lengths))
+    assert prints == [run.fingerprint(stage) for stage in ("train-vqvae", "train-prior")]
+    finish_all(run)
+    run.start(tiny_config())
+    assert run.done(STAGES) == set(STAGES)
+
+
+def test_the_length_of_an_epoch_may_not_change_where_epochs_are_counted(tmp_path, tiny_config):
+    # By early stopping.
+    run = RunFolder(tmp_path / "stopping")
+    run.start(tiny_config(prior__early_stopping=2))
+    before = run.fingerprint("train-prior")
+    changed = tiny_config(prior__early_stopping=2, prior__steps_per_epoch=250)
+    run.start(changed)
+    assert run.fingerprint("train-prior") != before
+    write_checkpoint(run, "train-prior", "step-00000250")
+    with pytest.raises(VqbeamError, match="a different config .prior.steps_per_epoch: 250 → 500.;"):
+        run.start(tiny_config(prior__early_stopping=2))
+    # By the names of checkpoints of earlier versions.
+    run = RunFolder(tmp_path / "earlier")
+    run.start(tiny_config())
+    write_checkpoint(run, "train-vqvae", "epoch-00003")
+    assert run.trained_steps("train-vqvae") == 6
+    with pytest.raises(VqbeamError, match="a different config .vqvae.steps_per_epoch: 2 → 4.;"):
+        run.start(tiny_config(vqvae__steps_per_epoch=4))
+
+
+def test_the_fingerprint_of_earlier_versions_is_known(run):
+    finish(run, "prepare")
+    settings = to_dict(run.load_config())["vqvae"]
+    own = ["train-vqvae", [0, settings], {"prepare": run.result_hash("prepare")}]
+    earlier = hashlib.sha256(json.dumps(own).encode()).hexdigest()[:16]
+    assert run.fingerprints("train-vqvae") == (run.fingerprint("train-vqvae"), earlier)
 
 
 def test_a_folder_without_a_run(tmp_path):
@@ -245,21 +290,18 @@ def test_the_limit_of_failed_images_is_no_part_of_what_is_made(tmp_path, tiny_co
 def test_checkpoints_are_found_whatever_the_folder_is_called(tmp_path, tiny_config):
     run = RunFolder(tmp_path / "runs[1]" / "*a?")
     run.start(tiny_config())
-    assert run.epochs("train-prior") == 0
-    folder = run.folder("train-prior") / "checkpoints" / "f"
-    folder.mkdir(parents=True)
-    for name in ("epoch-00010.weights.h5", "epoch-00009.weights.h5", "epoch-00011.json"):
-        (folder / name).write_text("")
-    assert run.epochs("train-prior") == 10
-    assert [path.name for path in epoch_files(folder).values()] == [
-        "epoch-00009.weights.h5",
-        "epoch-00010.weights.h5",
-    ]
-    # By number, and not by name.
-    for epoch in (99_999, 100_000):
-        (folder / f"epoch-{epoch}.weights.h5").write_text("")
-    assert run.epochs("train-prior") == 100_000
-    assert list(epoch_files(folder)) == [9, 10, 99_999, 100_000]
+    assert run.trained_steps("train-prior") == 0
+    names = ["step-00000010", "step-00000009", ".step-00000011"]
+    for name in names:
+        write_checkpoint(run, "train-prior", name)
+    assert run.trained_steps("train-prior") == 10
+    # By number, and not by name; those of earlier versions by the steps of their epochs.
+    for name in ("step-99999999", "step-100000000", "epoch-00002"):
+        write_checkpoint(run, "train-prior", name)
+    assert run.trained_steps("train-prior") == 100_000_000
+    found = checkpoint_files(run.folder("train-prior") / "checkpoints" / "f", 500)
+    assert list(found) == [9, 10, 1000, 99_999_999, 100_000_000]
+    assert found[1000].name == "epoch-00002.weights.h5"
     with pytest.raises(VqbeamError, match="a different config .prior.layers: "):
         run.start(tiny_config(prior__layers=2))
 

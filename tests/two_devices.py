@@ -23,6 +23,7 @@ tf.config.set_logical_device_configuration(
 )
 
 import keras  # noqa: E402
+from broken_off import broken_off  # noqa: E402
 from conftest import _config, _prepared_run  # noqa: E402
 from quantizer_checks import array  # noqa: E402
 from test_prior_training import stateful_run  # noqa: E402
@@ -198,14 +199,22 @@ def check_the_whole_stage_of_the_prior(folder):
     small = {f"prior.{name}": value for name, value in (small | {"remat": "blocks"}).items()}
     config = override(_config(vqvae__num_codes=9), small)
     # TensorFlow's devices take one step at a time.
-    found = []
+    found, history = [], None
     for together in (1, 2) if keras.backend.backend() == "jax" else (1,):
         fit.steps_per_call = lambda steps_per_epoch, together=together: together
         run = stateful_run(folder / f"prior-{together}", config)
         manifest = train_prior(str(run.root))
         assert np.isfinite(list(manifest["measures"].values())).all()
+        history = history or manifest["history"]
         assert list((run.folder("train-prior") / "logs/images").iterdir())
         found.append([array(weight) for weight in load_prior(run).weights])
+    fit.steps_per_call = lambda steps_per_epoch: 1
+    run = stateful_run(folder / "prior-broken-off", config)
+    with broken_off(3):  # in the middle of the second epoch
+        train_prior(str(run.root))
+    assert train_prior(str(run.root))["history"] == history
+    for one, other in zip(found[0], load_prior(run).weights, strict=True):
+        np.testing.assert_array_equal(array(other), one)
     for one, other in zip(found[0], found[-1], strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-6)
 

@@ -141,7 +141,7 @@ def _fit(
             data=data,
             validation=_validation(run, settings.batch_size, _VALIDATION_IMAGES),
             folder=run.folder(STAGE),
-            fingerprint=run.fingerprint(STAGE),
+            fingerprints=run.fingerprints(STAGE),
             callbacks=[
                 Pictures(run.folder(STAGE) / "logs" / "images", _figure_images(run)),
                 *callbacks,

@@ -69,8 +69,13 @@ class TrainingMetrics(keras.callbacks.Callback):
         super().__init__()
         self.steps = Metrics.counter("vqbeam", f"{stage}_steps")
         self.loss = Metrics.gauge("vqbeam", f"{stage}_loss_millionths")
+        self.done = 0
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Counts the steps of this epoch, of which some may have been trained before."""
+        self.done = batch + self.model.steps_per_execution
 
     def on_epoch_end(self, epoch, logs=None):
         """Reports the epoch."""
-        self.steps.inc(self.params["steps"])
+        self.steps.inc(self.done)
         self.loss.set(round(1e6 * logs["loss"]))

@@ -38,7 +38,7 @@ def finetune_decoder(run: RunFolder, model: VQVAE, data: TrainingData) -> Fitted
         seed=config.seed,
     )
     try:
-        return fit(trainer, schedule, data, None, folder, run.fingerprint("train-vqvae"))
+        return fit(trainer, schedule, data, None, folder, run.fingerprints("train-vqvae"))
     finally:
         model.trainable = True
 

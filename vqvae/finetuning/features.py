@@ -99,7 +99,7 @@ def train_features(run: RunFolder, steps: int) -> keras.Model:
         seed=config.seed,
     )
     folder = run.folder("train-vqvae") / "features"
-    fit(model, schedule, data, None, folder, run.fingerprint("train-vqvae"))
+    fit(model, schedule, data, None, folder, run.fingerprints("train-vqvae"))
     return features
 
 

@@ -1,72 +1,94 @@
-"""Checkpoints that are saved after each epoch, to resume from and to restore the best epoch."""
+"""Checkpoints of a training, to resume from and to restore the best epoch."""
 
+import json
 import pathlib
+import signal
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 
+import h5py
 import keras
+import numpy as np
 from etils import epath
 
 from vqbeam.configs import VqbeamError
-from vqbeam.vqvae.storage.files import matching, read_json, write_bytes, write_json
-from vqbeam.vqvae.storage.run_folder import epoch_files
+from vqbeam.vqvae.fitting.signals import EndSignals
+from vqbeam.vqvae.storage.files import matching, read_json, write_bytes
+from vqbeam.vqvae.storage.run_folder import checkpoint_files
 
 
 class Checkpoints(keras.callbacks.Callback):
-    """Saves a checkpoint after each epoch; files are written atomically.
+    """Saves a checkpoint after each epoch, about once a minute, and before a signal ends training.
 
-    Keras's BackupAndRestore writes the weights and the epoch separately, so a kill between the two
-    repeats an epoch. Here, the epoch is part of the file name.
+    A checkpoint is one file, which is written atomically. Beside the weights and the state of the
+    optimizer, which Keras writes, it holds the history, the metrics of the epoch so far, and the
+    states of the random generators. The number of steps is part of the file name.
 
     Args:
-        folder: Output folder for `checkpoints/FINGERPRINT/epoch-NNNNN.weights.h5` and
-            `epoch-NNNNN.json`, which has the metrics of all epochs so far.
-        fingerprint: Checkpoints with another fingerprint are removed.
+        folder: Output folder for `checkpoints/FINGERPRINT/step-NNNNNNNN.weights.h5`.
+        fingerprints: Checkpoints of the first are written, and those of all of them read. Those of
+            others are removed.
+        steps_per_epoch: Steps of an epoch.
         patience: Epochs without a better validation loss after which training ends; 0 disables
             early stopping.
 
     Attributes:
-        history: A dictionary of metrics for each epoch.
+        history: A dictionary of metrics for each complete epoch.
+        signals: The context to train in, so that Ctrl-C and SIGTERM save a checkpoint.
     """
 
     kept = 2
+    # Time between checkpoints within an epoch, and the largest share of it for writing them.
+    seconds, largest_share = 60.0, 0.02
 
-    def __init__(self, folder: epath.Path, fingerprint: str, patience: int = 0):
+    def __init__(
+        self,
+        folder: epath.Path,
+        fingerprints: Sequence[str],
+        steps_per_epoch: int,
+        patience: int = 0,
+    ):
         super().__init__()
-        self.folder = folder / "checkpoints" / fingerprint
-        self.patience = patience
+        self.folders = [folder / "checkpoints" / fingerprint for fingerprint in fingerprints]
+        self.steps_per_epoch, self.patience = steps_per_epoch, patience
         self.history: list[dict[str, float]] = []
+        self.signals = EndSignals()
+        self._metrics: list[np.ndarray] = []  # to be restored when the epoch begins
+        self._begin = self._end = self._saved = 0  # steps: of this epoch, and of the last file
+        self._due = 0.0
 
     def restore(self, model: keras.Model) -> int:
-        """Loads the last readable checkpoint into `model` and returns its number of epochs.
+        """Loads the last readable checkpoint into `model` and returns its number of steps.
 
         Raises:
             VqbeamError: There are checkpoints, but none of them can be loaded.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.parent.iterdir():
-            if stale != self.folder:
+        self.folders[0].mkdir(parents=True, exist_ok=True)
+        for stale in self.folders[0].parent.iterdir():
+            if stale not in self.folders:
                 print(f"{stale} is of other settings or inputs: removed", file=sys.stderr)
                 stale.rmtree()
-        for unfinished in matching(self.folder, ".*"):  # from an attempt that was killed
+        for unfinished in matching(self.folders[0], ".*"):  # from an attempt that was killed
             unfinished.unlink(missing_ok=True)
         damaged = None
-        for epoch, file in reversed(epoch_files(self.folder).items()):
+        for step, file in reversed(self._files().items()):
             try:
                 self._load(model, file)
-                self.history = read_json(self._measures(epoch))
-                return epoch
+                self._begin = self._saved = step
+                return step
             except (VqbeamError, FileNotFoundError) as error:
                 # A power failure can leave a file with a name but no content.
                 damaged = damaged or error
-                print(f"{file} cannot be read: going back an epoch", file=sys.stderr)
+                print(f"{file} cannot be read: going back to the one before", file=sys.stderr)
         if damaged:
             raise damaged
         return 0
 
     def restore_best(self, model: keras.Model) -> None:
         """Loads the checkpoint of the epoch with the lowest validation loss."""
-        self._load(model, self._weights(self.best_epoch))
+        self._load(model, self._files()[self._best_step], weights_only=True)
 
     @property
     def best_epoch(self) -> int:
@@ -81,43 +103,127 @@ class Checkpoints(keras.callbacks.Callback):
             return False
         return len(self.history) - self.best_epoch >= self.patience
 
-    def _weights(self, epoch: int) -> epath.Path:
-        return self.folder / f"epoch-{epoch:05d}.weights.h5"
+    @property
+    def _best_step(self) -> int:
+        return self.best_epoch * self.steps_per_epoch
 
-    def _measures(self, epoch: int) -> epath.Path:
-        return self.folder / f"epoch-{epoch:05d}.json"
+    def _files(self) -> dict[int, epath.Path]:
+        found = {}
+        for folder in reversed(self.folders):
+            found |= checkpoint_files(folder, self.steps_per_epoch)
+        return dict(sorted(found.items()))
 
-    def _load(self, model: keras.Model, file: epath.Path) -> None:
+    def _load(self, model: keras.Model, file: epath.Path, weights_only: bool = False) -> None:
         model.optimizer.build(model.trainable_variables)
         with tempfile.TemporaryDirectory() as local:
             copy = pathlib.Path(local) / file.name
             copy.write_bytes(file.read_bytes())
             try:
                 model.load_weights(copy)
+                if not weights_only:
+                    self._load_rest(model, file, copy)
             except (ValueError, OSError, KeyError) as error:
                 raise VqbeamError(
                     f"{file} does not match this run's model; delete "
-                    f"{self.folder.parent} to train anew"
+                    f"{self.folders[0].parent} to train anew"
                 ) from error
 
+    def _load_rest(self, model: keras.Model, file: epath.Path, copy: pathlib.Path) -> None:
+        with h5py.File(copy) as content:
+            if "vqbeam" not in content:  # of an earlier version, after an epoch
+                self._metrics, self.history = [], read_json(_history_file(file))
+                return
+            rest = content["vqbeam"]
+            for index, state in enumerate(random_states(model)):
+                state.assign(rest[f"random_states/{index}"][()])
+            self._metrics = [rest[f"metrics/{i}"][()] for i in range(len(rest["metrics"]))]
+            self.history = json.loads(rest["history"][()])
+
+    def on_train_begin(self, logs=None):
+        """Starts the clock."""
+        self._due = time.monotonic() + self.seconds
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Restores the metrics of an epoch that was broken off; Keras has just reset them."""
+        if self._metrics:
+            for variable, value in zip(self.model.metrics_variables, self._metrics, strict=True):
+                variable.assign(value)
+            self._metrics = []
+
+    # Keras calls `on_train_batch_end` in another thread, while the next steps run.
+    def on_train_batch_begin(self, batch, logs=None):
+        """Saves the state between two calls of the training program, if it is time to."""
+        step = self._begin + batch
+        self._end = step + self.model.steps_per_execution
+        if step > self._saved:
+            self.signals.waits = True
+            if self.signals.received or time.monotonic() >= self._due:
+                self._save_within_epoch(step)
+        self._deliver_signal()
+
     def on_epoch_end(self, epoch, logs=None):
-        """Saves model, optimizer and history; stops training if it has stalled."""
+        """Saves the state with the metrics of the epoch; stops training if it has stalled."""
         self.history.append({name: float(value) for name, value in logs.items()})
-        # Written first, since the weights file marks the epoch as complete.
-        write_json(self._measures(epoch + 1), self.history)
-        with tempfile.TemporaryDirectory() as local:
-            weights = pathlib.Path(local) / "model.weights.h5"
-            self.model.save_weights(weights)
-            write_bytes(self._weights(epoch + 1), weights.read_bytes())
-        self._remove_old()
+        self._begin = self._end
+        self._save(self._end, metrics=[])
         if self.stalled:
             self.model.stop_training = True
+        self._deliver_signal()
+
+    def _save_within_epoch(self, step: int) -> None:
+        if keras.backend.backend() == "jax":
+            self.model.jax_state_sync()
+        metrics = list(map(keras.ops.convert_to_numpy, self.model.metrics_variables))
+        # Else the loss has become nan, with which training is about to end.
+        if all(np.isfinite(values).all() for values in metrics):
+            self._save(step, metrics)
+
+    def _save(self, step: int, metrics: list[np.ndarray]) -> None:
+        begun = time.monotonic()
+        with tempfile.TemporaryDirectory() as local:
+            file = pathlib.Path(local) / "model.weights.h5"
+            self.model.save_weights(file)
+            with h5py.File(file, "a") as content:
+                rest = content.create_group("vqbeam")
+                rest["history"] = json.dumps(self.history)
+                states = map(keras.ops.convert_to_numpy, random_states(self.model))
+                for name, arrays in (("metrics", metrics), ("random_states", states)):
+                    group = rest.create_group(name)
+                    for index, array in enumerate(arrays):
+                        group[str(index)] = array
+            write_bytes(self.folders[0] / f"step-{step:08d}.weights.h5", file.read_bytes())
+        self._remove_old()
+        self._saved, now = step, time.monotonic()
+        self._due = now + max(self.seconds, (now - begun) / self.largest_share)
 
     def _remove_old(self) -> None:
-        kept = list(epoch_files(self.folder).values())[-self.kept :]
-        if self.patience:
-            kept.append(self._weights(self.best_epoch))
-        names = {path.name.split(".")[0] for path in kept}
-        for path in matching(self.folder, "epoch-*"):
-            if path.name.split(".")[0] not in names:
-                path.unlink(missing_ok=True)  # a concurrent attempt may remove it as well
+        files = self._files()
+        kept = list(files)[-self.kept :]
+        if self.patience and self.history:
+            kept.append(self._best_step)
+        for step, file in files.items():
+            if step not in kept:
+                # A concurrent attempt may remove it as well.
+                file.unlink(missing_ok=True)
+                _history_file(file).unlink(missing_ok=True)
+
+    def _deliver_signal(self) -> None:
+        if self.signals.received == signal.SIGTERM:
+            print(
+                f"\nended by SIGTERM; step {self._saved:,} is saved: run the same command to go on",
+                file=sys.stderr,
+            )
+        self.signals.deliver()
+
+
+def random_states(model: keras.Model) -> list[keras.Variable]:
+    """Returns the states of the random generators of a model's layers, such as dropout.
+
+    Keras does not save them with the weights.
+    """
+    return [v for v in model.non_trainable_variables if "seed_generator" in v.path]
+
+
+def _history_file(file: epath.Path) -> epath.Path:
+    """Returns the file in which earlier versions stored the history of a checkpoint."""
+    return file.with_name(file.name.replace(".weights.h5", ".json"))

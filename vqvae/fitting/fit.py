@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from vqbeam.configs import VqbeamError
-from vqbeam.vqvae.fitting.checkpoints import Checkpoints
+from vqbeam.vqvae.fitting.checkpoints import Checkpoints, random_states
 from vqbeam.vqvae.fitting.data import TrainingData
 from vqbeam.vqvae.fitting.devices import describe_devices, peak_flops, peak_memory
 from vqbeam.vqvae.fitting.program import steps_per_call, training_program
@@ -35,7 +35,8 @@ class Schedule:
     Attributes:
         title: The name of the training in the progress bar.
         steps: Training steps in all.
-        steps_per_epoch: Steps between checkpoints.
+        steps_per_epoch: Steps of an epoch, after which the model is validated. The weights do not
+            depend on it, unless there is early stopping.
         batch_size: Images in a batch, for the progress bar.
         seed: Seed of the random numbers of layers such as dropout.
         patience: Epochs without a better validation loss after which training ends, with the
@@ -50,9 +51,13 @@ class Schedule:
     patience: int = 0
 
     @property
-    def epochs(self) -> int:
-        """The number of epochs; the last may be shorter than the others."""
-        return math.ceil(self.steps / self.steps_per_epoch)
+    def epoch(self) -> int:
+        """The number of steps of an epoch, which is at most that of all steps."""
+        return min(self.steps, self.steps_per_epoch)
+
+    def epochs_after(self, step: int) -> int:
+        """Returns the number of epochs that end after a step."""
+        return math.ceil(self.steps / self.epoch) - step // self.epoch
 
 
 def fit(
@@ -61,14 +66,14 @@ def fit(
     data: TrainingData,
     validation,
     folder: epath.Path,
-    fingerprint: str,
+    fingerprints: Sequence[str],
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> "Fitted":
     """Trains a compiled model, resuming from its last checkpoint if there is one.
 
-    A run that is killed and restarted ends with the same weights as an uninterrupted run (on a GPU,
-    up to the order of summation): model and optimizer state are restored from the checkpoint, and
-    the data continues from the same batch.
+    A run that is killed and restarted ends with the same weights and history as an uninterrupted
+    run (on a GPU, up to the order of summation): the state of model, optimizer, random generators
+    and metrics is restored from the checkpoint, and the data continues from the same batch.
 
     Args:
         model: A compiled and built model.
@@ -76,37 +81,40 @@ def fit(
         data: The batches.
         validation: Dataset evaluated after each epoch.
         folder: Output folder for `checkpoints/` and TensorBoard's `logs/`.
-        fingerprint: Hash of the training inputs; checkpoints with another fingerprint are removed.
+        fingerprints: Hashes of the training inputs, see `Checkpoints`.
         callbacks: Additional callbacks. Metrics that they add to an epoch's logs are stored.
 
     Raises:
         VqbeamError: The loss is not finite, or no existing checkpoint can be loaded.
     """
-    checkpoints = Checkpoints(folder, fingerprint, schedule.patience)
-    first_epoch = checkpoints.restore(model)
+    checkpoints = Checkpoints(folder, fingerprints, schedule.epoch, schedule.patience)
+    seed_layers(model, schedule.seed)
+    step = checkpoints.restore(model)
     # With float16, the optimizer is wrapped for loss scaling.
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     speed = {}
-    if first_epoch < schedule.epochs and not checkpoints.stalled:
-        steps_per_epoch = min(schedule.steps, schedule.steps_per_epoch)
-        first_step, together = first_epoch * steps_per_epoch, steps_per_call(steps_per_epoch)
-        progress = _progress(schedule, first_step, together)
+    if step < schedule.steps and not checkpoints.stalled:
+        done = step % schedule.epoch
+        together = steps_per_call(math.gcd(schedule.epoch, done))
+        progress = _progress(schedule, step, together)
         with (
             contextlib.closing(progress.bar),  # so that error messages start on a new line
             training_program(model, data, together) as program,
+            checkpoints.signals,
         ):
+            first_epoch = len(checkpoints.history)
             model.fit(
-                program.batches(first_step),
+                program.batches(step),
                 initial_epoch=first_epoch,
-                epochs=schedule.epochs,
-                steps_per_epoch=steps_per_epoch,
+                epochs=first_epoch + schedule.epochs_after(step),
+                steps_per_epoch=schedule.epoch,
                 validation_data=validation,
                 shuffle=False,  # the batches are already shuffled
                 verbose=0,
                 callbacks=[
-                    StopOnNaN(),
+                    RestOfEpoch(schedule.epoch - done),
+                    StopOnNaN(done),
                     *([AveragedWeights()] if optimizer.use_ema else []),
-                    Reseed(schedule.seed),
                     *callbacks,
                     EpochLogs(str(folder / "logs"), write_graph=False),
                     progress,
@@ -190,16 +198,26 @@ class EpochLogs(keras.callbacks.TensorBoard):
 
 
 class StopOnNaN(keras.callbacks.Callback):
-    """Stops training with a one-line error message if the loss is not finite."""
+    """Stops training with a one-line error message if the loss is not finite.
+
+    Args:
+        done: Steps of the first epoch that were done before.
+    """
 
     async_safe = True  # the next steps begin before the loss is read
 
+    def __init__(self, done: int):
+        super().__init__()
+        self.done = done
+
     def on_train_batch_end(self, batch, logs=None):
         """Checks the training loss."""
-        self._check(logs["loss"], f"loss became {logs['loss']} at step {batch + 1} of this epoch")
+        step = self.done + batch + 1
+        self._check(logs["loss"], f"loss became {logs['loss']} at step {step} of this epoch")
 
     def on_epoch_end(self, epoch, logs=None):
         """Checks the validation loss, since the epoch's last update may have broken the weights."""
+        self.done = 0
         loss = logs.get("val_loss", 0.0)
         self._check(loss, f"validation loss became {loss} in epoch {epoch + 1}")
 
@@ -210,26 +228,37 @@ class StopOnNaN(keras.callbacks.Callback):
             )
 
 
-class Reseed(keras.callbacks.Callback):
-    """Reseeds the model's layers in each epoch from the seed and the epoch number.
+class RestOfEpoch(keras.callbacks.Callback):
+    """Makes the first epoch of a call of `fit` shorter, if a part of it was trained before.
 
-    Keras does not save the state of random generators with the weights. Without this callback,
-    dropout in a resumed run would differ from that in an uninterrupted one.
+    Where `stop_training` is set, Keras leaves the steps of an epoch. It leaves the epochs only if
+    that is still so after the callbacks at the end of the epoch.
 
     Args:
-        seed: Any non-negative integer.
+        steps: Steps of the first epoch.
     """
 
-    def __init__(self, seed: int):
+    def __init__(self, steps: int):
         super().__init__()
-        self.seed = seed
+        self.steps, self.ended = steps, False
 
-    def on_epoch_begin(self, epoch, logs=None):
-        """Sets the state of all random generators in the model."""
-        states = [v for v in self.model.non_trainable_variables if "seed_generator" in v.path]
-        for index, state in enumerate(states):
-            numbers = np.random.SeedSequence([self.seed, epoch, index]).generate_state(2)
-            state.assign(numbers.astype(state.dtype))
+    # Not at the end of the last batch: Keras calls that in another thread.
+    def on_train_batch_begin(self, batch, logs=None):
+        """Lets this batch be the last one of its epoch, if it is."""
+        if not self.ended and batch + self.model.steps_per_execution == self.steps:
+            self.model.stop_training = self.ended = True
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Lets training go on with whole epochs."""
+        if self.ended and self.steps:
+            self.steps, self.model.stop_training = 0, False
+
+
+def seed_layers(model: keras.Model, seed: int) -> None:
+    """Seeds all random generators in a model's layers, from any non-negative integer."""
+    for index, state in enumerate(random_states(model)):
+        numbers = np.random.SeedSequence([seed, index]).generate_state(2)
+        state.assign(numbers.astype(state.dtype))
 
 
 def save_model(model: keras.Model, path: epath.Path) -> None:

@@ -67,10 +67,15 @@ class RunFolder:
         """Returns the output folder of a stage."""
         return self.root / STAGES[stage][0]
 
-    def epochs(self, stage: str) -> int:
-        """Returns the number of completed epochs of a training stage, by its last checkpoint."""
+    def trained_steps(self, stage: str) -> int:
+        """Returns the number of steps that a stage has trained, by its last checkpoint."""
+        settings = self._settings(stage)
+        steps = min(settings.get("steps", 1), settings.get("steps_per_epoch", 1))
         kept = matching(self.folder(stage) / "checkpoints", "*")
-        return max((epoch for folder in kept for epoch in epoch_files(folder)), default=0)
+        return max((step for folder in kept for step in checkpoint_files(folder, steps)), default=0)
+
+    def _settings(self, stage: str) -> dict[str, Any]:
+        return to_dict(self.load_config())[_SECTIONS[stage]]
 
     @property
     def evaluation(self) -> epath.Path:
@@ -84,7 +89,8 @@ class RunFolder:
     def start(self, config: Config) -> None:
         """Creates the folder and stores the config.
 
-        A setting can be changed until its stage has a result or a checkpoint.
+        A setting can be changed until its stage has a result or a checkpoint; `steps_per_epoch`
+        also later, unless the result depends on it.
 
         Raises:
             VqbeamError: The folder has a run with a different config, and a stage that depends on
@@ -104,12 +110,18 @@ class RunFolder:
 
     def _is_bound(self, change: str) -> bool:
         """Returns whether a change such as `vqvae.num_codes: 256 → 512` comes too late."""
-        section, dot, _ = change.partition(":")[0].partition(".")
+        section, dot, field = change.partition(":")[0].partition(".")
         return any(
-            (self.folder(stage) / MANIFEST).exists() or self.epochs(stage)
-            for stage in STAGES
-            if not dot or _SECTIONS[stage] == section
+            self._binds(stage, field) for stage in STAGES if not dot or _SECTIONS[stage] == section
         )
+
+    def _binds(self, stage: str, field: str) -> bool:
+        done = (self.folder(stage) / MANIFEST).exists()
+        if field == "steps_per_epoch" and not self._settings(stage).get("early_stopping"):
+            # Checkpoints of earlier versions are numbered by epochs.
+            kept = matching(self.folder(stage) / "checkpoints", "*")
+            return not done and any(matching(folder, "epoch-*") for folder in kept)
+        return done or bool(self.trained_steps(stage))
 
     def load_config(self) -> Config:
         """Returns the run's config.
@@ -205,11 +217,20 @@ class RunFolder:
 
     def fingerprint(self, stage: str) -> str:
         """Returns a hash of a stage's settings and inputs, to detect stale partial work."""
-        config = to_dict(self.load_config())
-        settings = config[_SECTIONS[stage]]
+        return self.fingerprints(stage)[0]
+
+    def fingerprints(self, stage: str) -> tuple[str, str]:
+        """Returns the hash of `fingerprint`, and the one that earlier versions computed."""
+        settings = self._settings(stage)
         # It decides whether the result is accepted, but does not affect it.
         settings.pop("max_failed", None)
-        own = [config["seed"], settings]
+        earlier = self._hash_with(stage, settings)
+        if not settings.get("early_stopping"):  # which counts epochs
+            settings.pop("steps_per_epoch", None)
+        return self._hash_with(stage, settings), earlier
+
+    def _hash_with(self, stage: str, settings: dict[str, Any]) -> str:
+        own = [self.load_config().seed, settings]
         inputs = json.dumps([stage, own, self._input_hashes(stage)])
         return hashlib.sha256(inputs.encode()).hexdigest()[:16]
 
@@ -302,12 +323,19 @@ class RunFolder:
         return f"run vqbeam {verb} PRESET --run-dir {self.root} again"
 
 
-def epoch_files(folder: epath.Path) -> dict[int, epath.Path]:
-    """Returns the checkpoints in a folder by their number of epochs, in ascending order."""
-    found = {
-        int(path.name.removeprefix("epoch-").split(".")[0]): path
-        for path in matching(folder, "epoch-*.weights.h5")
-    }
+def checkpoint_files(folder: epath.Path, steps_per_epoch: int) -> dict[int, epath.Path]:
+    """Returns the checkpoints in a folder by their number of steps, in ascending order.
+
+    Args:
+        folder: The folder.
+        steps_per_epoch: Steps of an epoch, for checkpoints of earlier versions: their names have
+            the number of epochs.
+    """
+    found = {}
+    for path in matching(folder, "*.weights.h5"):
+        unit, _, number = path.name.partition(".")[0].rpartition("-")
+        if unit in ("step", "epoch"):
+            found[int(number) * (steps_per_epoch if unit == "epoch" else 1)] = path
     return dict(sorted(found.items()))
 
 

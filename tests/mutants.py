@@ -978,7 +978,7 @@ FAULTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "the name of a folder goes before that of the file",
-            "pipelines/sources/files/names.py",
+            "pipelines/sources/listing.py",
             'reversed(file.split("/"))',
             'file.split("/")',
             "test_image_files.py::test_names_of_splits",

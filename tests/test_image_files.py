@@ -30,7 +30,7 @@ from pipeline_fixtures import (
 
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sources import open_source
-from vqbeam.pipelines.sources.files.names import split_by_name
+from vqbeam.pipelines.sources.listing import split_by_name
 from vqbeam.pipelines.stages.prepare import (
     DEAD_LETTERS,
     STAGE,

@@ -3,14 +3,19 @@
 import glob
 import hashlib
 import os
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from vqbeam.configs import VqbeamError
+from vqbeam.configs import DataConfig, VqbeamError
 from vqbeam.vqvae.storage.files import is_local
+
+# What the files of a split may begin with, where it is not only the name of the split.
+_SPLIT_NAMES = {"validation": "validation|valid|val|dev"}
 
 
 def list_files(folder: epath.Path, is_wanted: Callable[[str], bool]) -> list[str]:
@@ -65,6 +70,49 @@ def _check_text(path: str) -> str:
 def _refuse(error: OSError) -> None:
     # Silently omitting a folder would change the dataset.
     raise VqbeamError(f"a folder of images cannot be read ({error}); fix its permissions")
+
+
+def split_by_name(files: Sequence[str], data: DataConfig) -> dict[str, list[str]]:
+    """Returns the files to train on and those held out; all under "all" if names do not tell.
+
+    A file belongs to a split if its name begins with that of the split, or else that of a folder
+    does, the nearest first. Files of other splits are left out.
+
+    Args:
+        files: Relative paths.
+        data: The section whose `train_split` is taken, and `validation_split`, for which any of
+            "validation" and "test" stands for the first of the two that has files.
+
+    Raises:
+        VqbeamError: A split of any other name has no files.
+    """
+    named, usual = defaultdict(list), ("train", "validation", "test")
+    for file in files:
+        named[_split_of(file, (data.train_split, data.validation_split, *usual))].append(file)
+    for flag in ("train_split", "validation_split"):
+        wanted = getattr(data, flag)
+        if wanted not in (*usual, *named):
+            raise VqbeamError(
+                f"{data.source} has no files of a split {wanted!r}; set data.{flag} to what the "
+                "names of some begin with"
+            )
+    train = named[data.train_split] or named[None]
+    asked = data.validation_split
+    choice = ("validation", "test") if asked in usual else (asked,)
+    held_out = next((named[s] for s in choice if s != data.train_split and named[s]), None)
+    if train and held_out:
+        return {"train": train, "validation": held_out}
+    return {"all": named[data.train_split] or list(files)}
+
+
+def _split_of(file: str, splits: Sequence[str]) -> str | None:
+    """Returns the split that the file's name begins with, or else that of the nearest folder."""
+    for part in reversed(file.split("/")):
+        for split in splits:
+            names = _SPLIT_NAMES.get(split, re.escape(split))
+            if re.match(rf"(?:{names})(?:$|[-_.\d])", part, re.IGNORECASE):
+                return split
+    return None
 
 
 def split_by_hash(keys: Iterable[str], validation_share: float) -> dict[str, np.ndarray]:

@@ -9,11 +9,19 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from vqbeam.configs import VqbeamError, first_line
-from vqbeam.pipelines.sources.files.names import classes, split_by_name
-from vqbeam.pipelines.sources.listing import check_splits, files_at, root_of, split_by_hash
+from vqbeam.configs import DataConfig, VqbeamError, first_line
+from vqbeam.pipelines.sources.listing import (
+    check_splits,
+    files_at,
+    root_of,
+    split_by_hash,
+    split_by_name,
+)
 from vqbeam.pipelines.sources.source import RawImage, Source, Unit
 from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
+
+# More are no classes, but numbers or captions of the images.
+_MAX_CLASSES = 100_000
 
 
 class FilesSource(Source):
@@ -80,7 +88,7 @@ class FilesSource(Source):
                     known = self.class_names(root / file) or known
                     images[split] += [(file, *row) for row in self.rows(root / file)]
         found = {label for some in images.values() for _, _, label in some}
-        names, numbers = classes(self.data, known, found - {None})
+        names, numbers = _classes(self.data, known, found - {None})
         splits = self._divide(images)
         check_splits(self.data.source, splits)
         for some in splits.values():
@@ -149,3 +157,38 @@ class FilesSource(Source):
                 f"{path} cannot be read ({first_line(error)}): it is damaged or of another kind; "
                 "replace it"
             ) from error
+
+
+def _classes(
+    data: DataConfig, known: Sequence[str] | None, labels: set[int | str]
+) -> tuple[tuple[str, ...], dict[int | str, int]]:
+    """Returns the names of the classes, and the number of each label that has one.
+
+    Args:
+        data: The section that names the source.
+        known: The names that the source itself gives to the numbers of classes.
+        labels: The labels that are found. Strings are names of classes, and are sorted; negative
+            numbers stand for no class.
+
+    Raises:
+        VqbeamError: A number has no name, or there are too many classes.
+    """
+    if any(isinstance(label, str) for label in labels):
+        names = sorted(set(map(str, labels)))
+        numbers = {name: number for number, name in enumerate(names)}
+        numbers = {label: numbers[str(label)] for label in labels}
+    else:
+        numbers = {label: label for label in labels if label >= 0}
+        count = max(numbers, default=-1) + 1
+        if known and count > len(known):
+            raise VqbeamError(
+                f"{data.source} has a label {count - 1}, and names for {len(known)} classes; set "
+                "data.label_key to another, or to none"
+            )
+        names = known or range(count)
+    if len(names) > _MAX_CLASSES:
+        raise VqbeamError(
+            f"{data.label_key!r} of {data.source} would have {len(names):,} classes; set "
+            "data.label_key to another, or to none"
+        )
+    return tuple(map(str, names)), numbers

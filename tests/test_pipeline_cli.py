@@ -194,15 +194,24 @@ def data_dir(tmp_path_factory):
 def test_every_preset_runs_when_shrunk(preset, data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Glyphs, "COUNTS", {"train": 70, "test": 20})
     monkeypatch.setattr(cli, "_be_quiet", lambda: None)
-    words = ["run", preset, "--run-dir", str(tmp_path), "--smoke", "--data.data-dir", str(data_dir)]
+    words = ["run", preset, "--run-dir", str(tmp_path / "run"), "--smoke"]
+    if preset == "photos":
+        write_images(tmp_path / "photos", 90)
+        words += ["--data.source", f"folder:{tmp_path / 'photos'}"]
+    else:
+        words += ["--data.data-dir", str(data_dir)]
     assert cli.main(words) == 0, capsys.readouterr().err
-    run = RunFolder(tmp_path)
+    run = RunFolder(tmp_path / "run")
     config = run.load_config()
     assert all(run.is_done(stage) for stage in STAGES)
-    for stage in ("prepare", "encode"):
-        assert run.manifest(stage)["counts"] == {"train": 64, "validation": 20}
+    counts = run.manifest("prepare")["counts"]
+    assert counts["train"] == 64 and counts["validation"] >= 8
+    views = 2 if config.encode.augment == "flip" else 1
+    assert run.manifest("encode")["counts"] == {**counts, "train": 64 * views}
     names = run.manifest("prepare")["label_names"]
-    if preset == "glyphs":
+    if preset == "photos":
+        assert names == list(CLASSES)
+    elif preset == "glyphs":
         assert names == list(LETTERS)
     else:
         assert len(names) == TFDS_SETS[config.data.source.removeprefix("tfds:")][3]

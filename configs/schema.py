@@ -392,7 +392,7 @@ class DataConfig(Section):
     manual_dir: str | None = field("folder with files that TFDS wants downloaded by hand", None)
     train_split: str = field(
         "split to train on: of TFDS, or a part such as train[:90%]; of files, the name they begin "
-        "with",
+        "with; none if the names of folders and files tell no splits",
         "train",
     )
     validation_split: str = field("split that is held out, named in the same ways", "test")

@@ -1,8 +1,12 @@
+import contextlib
+import dataclasses
+import errno
 import os
+import socket
 
 import pytest
 
-from vqbeam.configs import VqbeamError
+from vqbeam.configs import DataConfig, VqbeamError
 from vqbeam.pipelines.sources import folder
 from vqbeam.vqvae.storage.labels import NO_CLASS
 
@@ -168,3 +172,77 @@ def test_name_that_is_not_utf8(tmp_path):
         pass
     with pytest.raises(VqbeamError, match="not valid UTF-8; rename it"):
         _list(tmp_path)
+
+
+TREE = ["Train/cat/1.png", "Train/cat/2.png", "Train/dog/3.png", "val/cat/4.png", "val/emu/5.png"]
+
+
+def test_subfolders_can_be_splits(tmp_path):
+    _fill(tmp_path, [*TREE, "test/dog/6.png"])
+    listing = _list(tmp_path)
+    assert listing.labels.names == ("cat", "dog", "emu")
+    assert sorted(listing.splits["train"]) == [
+        ("Train/cat/1.png", 0),
+        ("Train/cat/2.png", 0),
+        ("Train/dog/3.png", 1),
+    ]
+    assert sorted(listing.splits["validation"]) == [("val/cat/4.png", 0), ("val/emu/5.png", 2)]
+    assert len(_list(tmp_path, max_images=1).splits["train"]) == 1
+
+
+def test_splits_without_classes(tmp_path):
+    _fill(tmp_path, ["training/1.png", "training/2.png", "test/3.png"])
+    listing = _list(tmp_path)
+    assert listing.labels.names == () and len(listing.splits["train"]) == 2
+    assert listing.splits["validation"] == [("test/3.png", NO_CLASS)]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [*TREE, "cat/7.png"],  # a class beside them
+        ["train/cat/1.png", "bus/2.png"],  # a class called "train"
+        ["val/cat/1.png", "test/cat/2.png"],  # nothing to train on
+        ["train/cat/1.png", "training/cat/2.png", "val/cat/3.png"],  # which one?
+    ],
+)
+def test_other_folders_are_classes_whatever_their_names(keys):
+    assert folder.splits_at_top(keys) == {}
+
+
+def test_a_flag_makes_such_folders_classes(tmp_path, capsys):
+    _fill(tmp_path, TREE)
+    data = DataConfig(source=f"folder:{tmp_path}")
+    folder.FolderSource(data).download([])
+    assert "trained on Train/, held out val/" in capsys.readouterr().out
+    source = folder.FolderSource(dataclasses.replace(data, train_split="none"))
+    source.download([])
+    assert capsys.readouterr().out == ""
+    splits, labels = source.listing()
+    assert labels.names == ("Train", "val")
+    assert sorted(len(images) for images in splits.values()) == [1, 4]
+
+
+def test_only_regular_files_of_a_sane_size_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "_MOST_BYTES", 2**20)
+    (tmp_path / "good.png").write_bytes(b"bytes")
+    os.mkfifo(tmp_path / "pipe.png")  # would be waited for without end
+    (tmp_path / "device.png").symlink_to("/dev/zero")  # would fill the memory
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(2**20 + 1)
+    monkeypatch.chdir(tmp_path)  # the names of sockets are short
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as bound:
+        bound.bind("socket.png")
+    source = folder.FolderSource(DataConfig(source=f"folder:{tmp_path}", validation_share=0.3))
+    found = {raw.key: raw.data for unit in source.plan() for raw in source.read(unit)}
+    assert found.pop("good.png") == b"bytes"
+    assert {key: error.strerror for key, error in found.items()} == {
+        "pipe.png": "not a regular file",
+        "device.png": "not a regular file",
+        "socket.png": "not a regular file",
+        "loop.png": os.strerror(errno.ELOOP),
+        "gone.png": os.strerror(errno.ENOENT),
+        "huge.png": "larger than 1 MiB",
+    }

@@ -211,6 +211,7 @@ def test_names_of_splits():
     for files in (["a.x", "b.x"], ["test.x"], ["train.x"]):
         assert split(files) == {"all": files}
     assert split(["train.x", "other.x"]) == {"all": ["train.x"]}
+    assert split(["train.x", "val.x"], train_split="none") == {"all": ["train.x", "val.x"]}
     assert split(["test.x", "other.x"]) == {"train": ["other.x"], "validation": ["test.x"]}
 
 

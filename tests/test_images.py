@@ -295,3 +295,87 @@ def test_png_round_trip(channels):
     data = images.encode_png(pixels)
     assert data == images.encode_png(pixels.copy())
     np.testing.assert_array_equal(_decode(data, 9, 7, channels), pixels)
+
+
+# Chromaticities of the primaries, of Adobe RGB (1998) and of Display P3, adapted to D50.
+ADOBE = [[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]]
+P3 = [[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]]
+SRGB = [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]
+
+
+def icc_profile(space, matrix=(), gamma=2.2, name=b"other"):
+    """A minimal ICC profile, version 2: a gamma, and for "RGB " the XYZ of the primaries."""
+
+    def numbers(kind, values):
+        fixed = (round(value * 65536) for value in values)
+        return kind + bytes(4) + b"".join(struct.pack(">i", value) for value in fixed)
+
+    described = b"desc" + bytes(4) + struct.pack(">I", len(name) + 1) + name + bytes(79)
+    curve = b"curv" + bytes(4) + struct.pack(">IHH", 1, round(gamma * 256), 0)
+    tags = {b"desc": described, b"wtpt": numbers(b"XYZ ", [0.9642, 1, 0.8249])}
+    tags |= {b"cprt": b"text" + bytes(8)}
+    if space == b"GRAY":
+        tags[b"kTRC"] = curve
+    else:
+        tags |= {
+            letter + b"XYZ": numbers(b"XYZ ", column)
+            for letter, column in zip((b"r", b"g", b"b"), np.transpose(matrix), strict=True)
+        }
+        tags |= {letter + b"TRC": curve for letter in (b"r", b"g", b"b")}
+    place, table, body = 128 + 4 + 12 * len(tags), b"", b""
+    for tag, value in tags.items():
+        value += bytes(-len(value) % 4)
+        table += tag + struct.pack(">II", place + len(body), len(value))
+        body += value
+    header = struct.pack(">I4xI", place + len(body), 0x02400000) + b"mntr" + space + b"XYZ "
+    header += bytes(12) + b"acsp" + bytes(28) + struct.pack(">iii", 63190, 65536, 54061)
+    return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
+
+
+def in_srgb(pixels, matrix, gamma=2.2):
+    """The same colours in sRGB, by the definition of both spaces."""
+    linear = (pixels / 255.0) ** gamma
+    linear = linear @ np.transpose(matrix) @ np.linalg.inv(np.transpose(SRGB))
+    linear = np.clip(linear, 0, 1)
+    encoded = np.where(linear < 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return 255 * encoded
+
+
+@pytest.mark.parametrize("matrix", [ADOBE, P3], ids=["adobe", "p3"])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_colours_of_a_profile_become_those_of_srgb(matrix, alpha):
+    pixels = np.random.default_rng(0).integers(60, 200, (16, 16, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    if alpha:
+        image.putalpha(255)
+    data = _file(image, "PNG", icc_profile=icc_profile(b"RGB ", matrix))
+    found, expected = _decode(data, 16, 16), in_srgb(pixels, matrix)
+    assert np.abs(found - expected).max() < 3
+    assert np.abs(pixels - expected).max() > 15  # as they would be without the profile
+
+
+def test_gray_and_palette_have_profiles_too():
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    data = _file(Image.fromarray(levels), "PNG", icc_profile=icc_profile(b"GRAY", gamma=1.6))
+    expected = in_srgb(np.repeat(levels[..., None], 3, axis=-1), SRGB, gamma=1.6)
+    assert np.abs(_decode(data, 16, 16) - expected).max() < 3
+    assert np.abs(_decode(data, 16, 16, channels=1)[..., 0] - expected[..., 0]).max() < 3
+    image = Image.fromarray(levels).convert("P")
+    data = _file(image, "PNG", icc_profile=icc_profile(b"RGB ", ADOBE))
+    shown = np.asarray(image.convert("RGB"))
+    assert np.abs(_decode(data, 16, 16) - in_srgb(shown, ADOBE)).max() < 3
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        b"broken",
+        icc_profile(b"GRAY"),  # of another kind than the pixels
+        icc_profile(b"RGB ", P3, name=b"sRGB IEC61966-2.1"),  # sRGB, by its name
+    ],
+    ids=["broken", "gray", "srgb"],
+)
+def test_pixels_stay_where_a_profile_says_nothing(profile):
+    pixels = _pixels(16, 16, 3)
+    data = _file(Image.fromarray(pixels), "PNG", icc_profile=profile)
+    np.testing.assert_array_equal(_decode(data, 16, 16), pixels)

@@ -2,7 +2,10 @@
 
 import csv
 import dataclasses
+import errno
 import io
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,8 +14,11 @@ from etils import epath
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sources.listing import check_splits, list_files, split_by_hash
 from vqbeam.pipelines.sources.source import RawImage, Source, Unit
+from vqbeam.vqvae.storage.files import is_local
 from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
 
+# Larger than any image that `decode_image` accepts.
+_MOST_BYTES = 2**30
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
@@ -27,6 +33,7 @@ class FolderSource(Source):
             self.data.path,
             validation_share=self.data.validation_share,
             max_images=self.data.max_images,
+            named_splits=self.data.train_split != "none",
         )
         check_splits(self.data.source, found.splits)
         return found.splits, found.labels
@@ -34,6 +41,17 @@ class FolderSource(Source):
     def key(self, image: tuple[str, Any]) -> str:
         """Returns the path of an image."""
         return image[0]
+
+    def download(self, beam_args: Sequence[str]) -> None:
+        """Prints which subfolders are splits; there is nothing to download."""
+        if self.data.train_split != "none":
+            tops = splits_at_top(image_keys(check_folder(self.data.path)))
+            if tops:
+                print(
+                    f"{self.data.source}: trained on {tops['train']}/, held out "
+                    f"{tops['validation']}/; the folders in them are classes (--data.train-split "
+                    "none makes these the classes)"
+                )
 
     def read(self, unit: Unit) -> Iterator[RawImage]:
         """Yields the bytes of the files; see `Source.read`."""
@@ -43,10 +61,16 @@ class FolderSource(Source):
 
 
 def _bytes_of(file: epath.Path) -> bytes | OSError:
-    try:
-        return file.read_bytes()
     # One of a million files that cannot be read, or is gone by now, must not stop the run.
-    except (PermissionError, FileNotFoundError) as error:
+    try:
+        if is_local(file):
+            facts = os.stat(file)
+            if not stat.S_ISREG(facts.st_mode):  # reading a pipe or a device may never end
+                return OSError(errno.EINVAL, "not a regular file")
+            if facts.st_size > _MOST_BYTES:
+                return OSError(errno.EFBIG, f"larger than {_MOST_BYTES / 2**20:.0f} MiB")
+        return file.read_bytes()
+    except OSError as error:
         return error
 
 
@@ -66,19 +90,23 @@ class FolderListing:
     labels: Labels
 
 
-def list_folder(path: str, *, validation_share: float, max_images: int | None) -> FolderListing:
+def list_folder(
+    path: str, *, validation_share: float, max_images: int | None, named_splits: bool = True
+) -> FolderListing:
     """Returns the images of a folder, whose subfolders, if any, are classes.
 
     A folder with a table `attributes.csv` has attributes (see `read_attributes`), and its
     subfolders are not classes.
 
     An image is a file with one of `SUFFIXES`, in upper or lower case (see `list_files`). A class
-    may have subfolders of its own. `split_by_hash` divides the images.
+    may have subfolders of its own. `split_by_hash` divides the images, unless the folder itself has
+    nothing but `train` and `val` or `test` (see `splits_at_top`), each with the classes.
 
     Args:
         path: The folder; local, or any that `etils.epath` can read, such as gs://.
         validation_share: Share of the images to hold out, from 0 to below 1.
         max_images: Limit on the images of each split; None for no limit.
+        named_splits: Whether subfolders can be splits; otherwise they are classes.
 
     Raises:
         VqbeamError: There is no such folder, it cannot be read, it holds no image, it has
@@ -92,14 +120,39 @@ def list_folder(path: str, *, validation_share: float, max_images: int | None) -
             f"the folder {path!r} holds no image; a file counts whose name ends in one of "
             f"{' '.join(SUFFIXES)}"
         )
-    labels, of_keys = _labels(path, folder / FILE, keys)
+    tops = splits_at_top(keys) if named_splits else {}
+    labels, of_keys = _labels(path, folder / FILE, keys, bool(tops))
     # Ordered by hash, any prefix of a split is a random sample of all classes, whereas sorted
     # paths would let max_images, or the first shards, see only the first classes.
+    order = split_by_hash(keys, 0.0)["train"] if tops else ()
+    parts = {split: [i for i in order if keys[i].startswith(f"{tops[split]}/")] for split in tops}
     splits = {
         name: [(keys[i], of_keys[keys[i]]) for i in positions[:max_images]]
-        for name, positions in split_by_hash(keys, validation_share).items()
+        for name, positions in (parts or split_by_hash(keys, validation_share)).items()
     }
     return FolderListing(splits=splits, labels=labels)
+
+
+# What the folders of a split may be called. The first of those for validation that exists is taken.
+_TRAIN = ("train", "training")
+_HELD_OUT = ("validation", "valid", "val", "dev", "test")
+
+
+def splits_at_top(keys: Sequence[str]) -> dict[str, str]:
+    """Returns the top folder for "train" and "validation"; nothing if top folders are no splits.
+
+    They are if there is one to train on and one to hold out, and no other folder or image beside
+    them. A folder `test` beside one for validation is left out.
+
+    Args:
+        keys: Paths of images.
+    """
+    tops = {key.partition("/")[0].lower(): key.partition("/")[0] for key in keys}
+    train = [tops[name] for name in _TRAIN if name in tops]
+    held_out = [tops[name] for name in _HELD_OUT if name in tops]
+    if len(train) != 1 or not held_out or len(train + held_out) < len(tops):
+        return {}
+    return {"train": train[0], "validation": held_out[0]}
 
 
 def check_folder(path: str) -> epath.Path:
@@ -110,7 +163,9 @@ def check_folder(path: str) -> epath.Path:
     return folder
 
 
-def _labels(path: str, table: epath.Path, keys: list[str]) -> tuple[Labels, dict[str, Any]]:
+def _labels(
+    path: str, table: epath.Path, keys: list[str], below_splits: bool
+) -> tuple[Labels, dict[str, Any]]:
     """Returns the labels of the folder, and the label of each key."""
     if table.exists():
         names, values = read_attributes(table)
@@ -118,9 +173,12 @@ def _labels(path: str, table: epath.Path, keys: list[str]) -> tuple[Labels, dict
         if missing:
             raise VqbeamError(f"{table} has no row for {missing!r}; add one")
         return Labels(names, "attributes"), values
-    names = _label_names(path, keys)
+    places = {key: key.partition("/")[2] if below_splits else key for key in keys}
+    names = _label_names(path, list(places.values()))
     numbers = {name: label for label, name in enumerate(names)}
-    return Labels(names), {key: numbers.get(key.partition("/")[0], NO_CLASS) for key in keys}
+    return Labels(names), {
+        key: numbers.get(place.partition("/")[0], NO_CLASS) for key, place in places.items()
+    }
 
 
 def image_keys(folder: epath.Path) -> list[str]:

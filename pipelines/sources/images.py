@@ -3,10 +3,12 @@
 import io
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 # What folders and datasets hold. Pillow knows more, some of which starts other programs.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
+
+_SRGB = ImageCms.createProfile("sRGB")
 
 # Level 6 makes records 1 to 12% smaller, and takes about twice as long (benchmarks/choices.py).
 _COMPRESS_LEVEL = 1
@@ -21,11 +23,12 @@ def decode_image(
 ) -> np.ndarray:
     """Decodes an image file, if need be, and brings the image to one shape.
 
-    The image is turned upright as its EXIF data say, transparent parts become white, and of an
-    animation the first frame is taken. 16-bit gray is scaled to 8 bits; floating-point gray
-    must lie in [0, 1] and is scaled by 255. An image that has the right size already keeps
-    its pixels as they are; any other is resampled with an antialiasing filter (Lanczos), which
-    at the edges uses only the pixels there are.
+    The image is turned upright as its EXIF data say and converted to sRGB from the colours of its
+    ICC profile; transparent parts become white, and of an animation the first frame is taken.
+    16-bit gray is scaled to 8 bits; floating-point gray must lie in [0, 1] and is scaled by 255. An
+    image in sRGB that has the right size already keeps its pixels as they are. Any other size is
+    resampled with an antialiasing filter (Lanczos), which at the edges uses only the pixels there
+    are.
 
     Args:
         data: The bytes of a JPEG, PNG, BMP, GIF, WebP or TIFF file; or pixels, uint8 [H, W] or
@@ -70,7 +73,7 @@ def _load(data: bytes | np.ndarray, draft_side: int) -> Image.Image:
         # JPEG can decode to 1/2, 1/4 or 1/8 of its size: much faster, and enough to resample.
         image.draft(None, (draft_side, draft_side))
         ImageOps.exif_transpose(image, in_place=True)
-        return _flatten(image)
+        return _flatten(_in_srgb(image))
     except ImageError:
         raise
     # Damaged files make Pillow raise nearly anything: struct.error, SyntaxError, KeyError, ...
@@ -91,6 +94,24 @@ def _reason(error: Exception) -> str:
         return f"more than {Image.MAX_IMAGE_PIXELS} pixels, the limit"
     text = str(error).partition("\n")[0]
     return "truncated file" if "truncated" in text.lower() else f"{type(error).__name__}: {text}"
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """Returns the image in sRGB, which others are if they have no profile, or one without use."""
+    embedded = image.info.get("icc_profile")
+    if not embedded:
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(embedded))
+        # Converting from sRGB itself would take time, and round.
+        if "sRGB" in (profile.profile.profile_description or ""):
+            return image
+        if image.mode in ("P", "PA"):
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        return ImageCms.profileToProfile(image, profile, _SRGB, outputMode=mode)
+    except (OSError, ImageCms.PyCMSError):  # damaged, or of another kind of colours
+        return image
 
 
 def _flatten(image: Image.Image) -> Image.Image:

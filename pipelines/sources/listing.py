@@ -80,12 +80,15 @@ def split_by_name(files: Sequence[str], data: DataConfig) -> dict[str, list[str]
 
     Args:
         files: Relative paths.
-        data: The section whose `train_split` is taken, and `validation_split`, for which any of
-            "validation" and "test" stands for the first of the two that has files.
+        data: The section whose `train_split` is taken ("none" if names tell no splits), and
+            `validation_split`, for which any of "validation" and "test" stands for the first of the
+            two that has files.
 
     Raises:
         VqbeamError: A split of any other name has no files.
     """
+    if data.train_split == "none":
+        return {"all": list(files)}
     named, usual = defaultdict(list), ("train", "validation", "test")
     for file in files:
         named[_split_of(file, (data.train_split, data.validation_split, *usual))].append(file)

@@ -57,10 +57,14 @@ def _state(run: RunFolder, stage: str) -> str:
         if shards := matching(reports, "*.json"):
             return f"begun, {len(shards)} shards written"
         return "begun" if run.folder(stage).exists() else "not begun"
-    if not run.is_done(stage):
+    if run.is_stale(stage):
         return "stale: made from inputs that have changed since"
     ended = datetime.datetime.fromtimestamp(modified(run.folder(stage) / MANIFEST))
-    return f"done in {duration(manifest['seconds'])}, {ended:%Y-%m-%d %H:%M}"
+    done = f"done in {duration(manifest['seconds'])}, {ended:%Y-%m-%d %H:%M}"
+    if run.is_elsewhere(stage):
+        return f"{done}; its files are not here"
+    run.require(stage)  # raises if they are damaged
+    return done
 
 
 def _facts(run: RunFolder, stage: str) -> list[str]:

@@ -85,6 +85,14 @@ def test_stages(tmp_path):
         check(*stages("run", "glyphs", tmp_path / "file"))
 
 
+def test_images_are_not_asked_for_again(run):
+    words = ["run", "glyphs", "--run-dir", str(run.root), "--data.source", "folder:/nowhere"]
+    check(*parse(words))
+    run.begin("prepare")  # its manifest is gone
+    with pytest.raises(VqbeamError, match="there is no folder"):
+        check(*parse(words))
+
+
 def test_nothing_heavy_is_loaded_for_it(run):
     code = """
 import sys
@@ -93,7 +101,7 @@ run, lines = sys.argv[1], []
 lines.append(["sample", run, "--label", "plum"])
 lines.append(["sample", run, "--output", "a.jpg"])
 lines.append(["export", run + "/nowhere", "--output", "1"])
-lines.append(["run", "glyphs", "--run-dir", run, "--data.source", "folder:/nowhere"])
+lines.append(["run", "glyphs", "--run-dir", run + "-new", "--data.source", "folder:/nowhere"])
 print([main(line) for line in lines])
 sys.exit(", ".join({"tensorflow", "keras", "apache_beam"} & set(sys.modules)) or 0)
 """

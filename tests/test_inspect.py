@@ -6,6 +6,7 @@ import sys
 import pytest
 from pipeline_fixtures import finish_again, small_config
 
+import vqbeam
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.inspect import describe
 from vqbeam.vqvae.storage.run_folder import MANIFEST, STAGES, RunFolder
@@ -123,6 +124,24 @@ def test_stale_stages(run):
     found = states(run)
     stale = {stage for stage, state in found.items() if state.startswith("stale: made from inputs")}
     assert stale == {"encode", "train-prior", "sample"}
+
+
+def test_a_run_that_is_handed_over(run, capsys):
+    for stage in ("prepare", "encode", "sample"):
+        for path in run.folder(stage).iterdir():
+            if path.name != MANIFEST:
+                path.unlink()
+    shutil.rmtree(run.folder("train-vqvae") / "logs")
+    (run.folder("train-vqvae") / "reconstructions.png").unlink()
+    found = states(run)
+    for stage in STAGES:
+        is_here = stage in ("train-vqvae", "train-prior")
+        assert found[stage].startswith("done in")
+        assert found[stage].endswith("; its files are not here") != is_here
+    for stage in ("prepare", "encode", "sample"):
+        shutil.rmtree(run.folder(stage))
+    assert states(run)["train-prior"].startswith("done in")
+    assert len(vqbeam.open(run.root).sample(3).images) == 3
 
 
 def test_a_damaged_stage_does_not_hide_the_others(run):

@@ -52,18 +52,19 @@ def train_vqvae(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = (
     config = run.load_config()
     run.check_replaceable(STAGE)
     run.begin(STAGE)
-    outputs = [run.folder(STAGE) / MODEL_FILE, run.folder(STAGE) / "reconstructions.png"]
+    path = run.folder(STAGE) / MODEL_FILE
     with damaged_records(run.folder("prepare")):
         fitted, finetuned = _fit(run, config, images, callbacks)
         # Evaluate the model as stored.
-        model = load_model(outputs[0])
+        model = load_model(path)
         model.compile()
         measures = evaluate(model, _validation(run, config.encode.batch_size))
         figure = _figure_images(run)
-    save_png(reconstruction_figure(figure, reconstruct(model, figure)), outputs[1])
+    picture = reconstruction_figure(figure, reconstruct(model, figure))
+    save_png(picture, run.folder(STAGE) / "reconstructions.png")
     return run.finish(
         STAGE,
-        outputs,
+        [path],
         measures=measures,
         history=fitted.history,
         speed=fitted.speed,

@@ -244,10 +244,18 @@ def _check_stages(arguments: dict[str, Any]) -> None:
     if os.path.isfile(run_dir):
         raise VqbeamError(f"{run_dir} is a file, not a folder; choose another --run-dir")
     kind, _, path = data.source.partition(":")
-    if "prepare" in arguments["stages"] and kind == "folder" and "://" not in path:
+    is_needed = "prepare" in arguments["stages"] and not _is_prepared(run_dir)
+    if is_needed and kind == "folder" and "://" not in path:
         from vqbeam.pipelines.sources.folder import check_folder
 
         check_folder(path)
+
+
+def _is_prepared(run_dir: str) -> bool:
+    from vqbeam.vqvae.storage.run_folder import RunFolder
+
+    run = RunFolder(run_dir)
+    return run.exists() and run.manifest("prepare") is not None
 
 
 def _check_run(needs: tuple[str, ...], arguments: dict[str, Any]) -> None:

@@ -200,16 +200,24 @@ class RunFolder:
                 f"--run-dir {self.root} first"
             )
         self._check_outputs(stage, manifest)
-        if self._is_stale(stage, among):
+        if self.is_stale(stage, among):
             raise VqbeamError(
                 f"the {stage} stage of {self.root} was made from inputs that have changed since; "
                 f"run vqbeam run PRESET --run-dir {self.root} first"
             )
         return manifest
 
+    def is_stale(self, stage: str, among: Iterable[str] = tuple(STAGES)) -> bool:
+        """Returns whether a stage was made from other results than those that are there now."""
+        return any(
+            self.result_hash(source) not in (None, hash)
+            for source, hash in self._made_from(stage).items()
+            if source in among
+        )
+
     def check_replaceable(self, stage: str) -> None:
         """Raises a VqbeamError if a stage would replace a finished model by one of new inputs."""
-        if stage in MODELS and self.manifest(stage) is not None and self._is_stale(stage):
+        if stage in MODELS and self.manifest(stage) is not None and self.is_stale(stage):
             raise VqbeamError(
                 f"{self.folder(stage)} holds a finished model, and its inputs have changed since; "
                 f"add --retrain {stage} to replace it, or give another --run-dir to keep it"
@@ -299,19 +307,22 @@ class RunFolder:
             made_from = self._made_from(source) | made_from
         return made_from
 
-    def _is_stale(self, stage: str, among: Iterable[str] = tuple(STAGES)) -> bool:
-        """Returns whether a stage was made from other results than those that are there now."""
-        return any(
-            self.result_hash(source) not in (None, hash)
-            for source, hash in self._made_from(stage).items()
-            if source in among
-        )
+    def _outputs(self, stage: str, manifest: dict[str, Any]) -> dict[epath.Path, int]:
+        """Returns the size of each output file."""
+        outputs = {self.folder(stage) / name: size for name, size in manifest["outputs"].items()}
+        if stage in MODELS:  # earlier versions listed a picture as well
+            outputs = {path: size for path, size in outputs.items() if path.suffix != ".png"}
+        return outputs
+
+    def is_elsewhere(self, stage: str) -> bool:
+        """Returns whether a finished stage has a manifest here, but none of its files."""
+        manifest = self.manifest(stage)
+        outputs = list(self._outputs(stage, manifest)) if manifest else []
+        return bool(outputs) and set(sizes(outputs)) == {None}
 
     def _check_outputs(self, stage: str, manifest: dict[str, Any]) -> None:
-        paths = [self.folder(stage) / name for name in manifest["outputs"]]
-        for path, whole, found in zip(
-            paths, manifest["outputs"].values(), sizes(paths), strict=True
-        ):
+        outputs = self._outputs(stage, manifest)
+        for (path, whole), found in zip(outputs.items(), sizes(list(outputs)), strict=True):
             if found != whole:
                 state = "is missing" if found is None else f"has {found} bytes instead of {whole}"
                 raise VqbeamError(

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import pathlib
 import pkgutil
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -55,12 +56,15 @@ def _preset_module(name: str) -> types.ModuleType:
         raise VqbeamError(f"there is no preset file {name!r}; check the path")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent.resolve()))  # for imports of files beside it
     try:
         spec.loader.exec_module(module)
     except VqbeamError:
         raise
     except Exception as error:
         raise VqbeamError(f"preset file {name!r} does not load: {_one_line(error)}") from error
+    finally:
+        sys.path.pop(0)
     return module
 
 

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import sys
 import types
 import typing
 
@@ -130,6 +131,17 @@ def test_preset_file(tmp_path):
     path.write_text(PRESET)
     assert load_preset(str(path)).data.source == "folder:/pictures"
     assert preset_summary(str(path)) == "My own data."
+
+
+def test_preset_file_may_import_one_beside_it(tmp_path):
+    (tmp_path / "my_common_settings.py").write_text("CODES = 77\n")
+    text = PRESET + "import dataclasses\nimport my_common_settings\n"
+    text += "vqvae = dataclasses.replace(CONFIG.vqvae, num_codes=my_common_settings.CODES)\n"
+    path = tmp_path / "own.py"
+    path.write_text(text + "CONFIG = dataclasses.replace(CONFIG, vqvae=vqvae)\n")
+    before = list(sys.path)
+    assert load_preset(str(path)).vqvae.num_codes == 77
+    assert sys.path == before
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from etils import epath
@@ -5,6 +7,7 @@ from pipeline_fixtures import png
 
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.input_images import image_files, read_image
+from vqbeam.vqvae.figures import PROVENANCE, picture, save_png
 
 
 @pytest.fixture
@@ -36,6 +39,12 @@ def test_read_as_the_run_prepares(folder, tiny_config):
     config = tiny_config(data__channels=3)
     np.testing.assert_array_equal(read_image(path / "b.png", config), image)
     assert read_image(path / "b.png", tiny_config()).shape == (8, 8, 1)
+    own = {"checkpoint": "x", "index": 3}  # a single sample is an image like others
+    save_png(picture(image), path / "b.png", {PROVENANCE: json.dumps(own)})
+    np.testing.assert_array_equal(read_image(path / "b.png", config), image)
+    save_png(picture(image), path / "b.png", {PROVENANCE: json.dumps({"images": [own]})})
+    with pytest.raises(VqbeamError, match="b.png is a grid of many samples; give a single image"):
+        read_image(path / "b.png", config)
     (path / "b.png").write_bytes(b"no image")
     with pytest.raises(VqbeamError, match="b.png cannot be used .*; give another image"):
         read_image(path / "b.png", config)

@@ -52,6 +52,13 @@ def test_arrays(draw, finished_run):
     assert np.abs(decoded.astype(int) - arrays["images"]).max() <= 1
 
 
+def test_as_many_of_a_label_as_the_own_number_has(draw):
+    # Of seven images in three classes, two or three show each.
+    assert draw(labels=["apple"])["labels"].tolist() == [1, 1]
+    assert draw(labels=["cherry", "apple"])["labels"].tolist() == [2, 1, 2, 1]
+    assert len(draw(labels=["apple"], num=5)["labels"]) == 5
+
+
 def test_image_i_of_a_seed_is_always_the_same(draw):
     first, larger = draw(seed=3), draw(seed=3, num=10, batch_size=4)
     np.testing.assert_array_equal(larger["codes"][:7], first["codes"])

@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from vqbeam.vqvae.storage.files import write_bytes
 
+# The name of the text in a PNG, and of the array in an .npz, that says how images were sampled.
+PROVENANCE = "vqbeam"
 _MARGIN = 4
 _SMALLEST_TILE = 64
 _MOST_COLUMNS = 13

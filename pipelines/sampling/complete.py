@@ -14,8 +14,8 @@ from vqbeam.pipelines.sampling.input_images import (
     read_image,
     region_mask,
 )
-from vqbeam.pipelines.sampling.sample import KEY, remove_listed
-from vqbeam.vqvae.figures import label_figure, picture, save_png
+from vqbeam.pipelines.sampling.sample import remove_listed
+from vqbeam.vqvae.figures import PROVENANCE, label_figure, picture, save_png
 from vqbeam.vqvae.storage.files import write_bytes
 
 _GRAY = 128
@@ -81,7 +81,7 @@ def _save_figure(
     rows = np.concatenate([originals[:, None], kept[:, None], images], axis=1)
     headings = ["input", "kept", *map(str, range(1, images.shape[1] + 1))] * len(rows)
     figure = label_figure(rows.reshape(-1, *rows.shape[2:]), headings)
-    save_png(figure, path, {KEY: json.dumps(facts)})
+    save_png(figure, path, {PROVENANCE: json.dumps(facts)})
 
 
 def _save_folder(images: np.ndarray, folder: epath.Path, facts: Sequence[dict]) -> None:
@@ -92,6 +92,6 @@ def _save_folder(images: np.ndarray, folder: epath.Path, facts: Sequence[dict]) 
     for row, of_image in enumerate(images):
         for column, image in enumerate(of_image):
             name = f"{row:05d}-{column + 1}.png"
-            save_png(picture(image), folder / name, {KEY: json.dumps(facts[row])})
+            save_png(picture(image), folder / name, {PROVENANCE: json.dumps(facts[row])})
             lines.append(json.dumps({"file": name, **facts[row]}, ensure_ascii=False) + "\n")
     write_bytes(folder / _LIST, "".join(lines).encode())

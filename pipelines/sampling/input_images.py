@@ -1,11 +1,16 @@
 """Images of the user's own, cropped and resized like those of a run, and masks of their parts."""
 
+import io
+import json
+
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from vqbeam.configs import Config, VqbeamError
 from vqbeam.pipelines.sources.folder import image_keys
 from vqbeam.pipelines.sources.images import ImageError, decode_image
+from vqbeam.vqvae.figures import PROVENANCE
 from vqbeam.vqvae.layout import CodeLayout
 
 
@@ -29,14 +34,31 @@ def read_image(path: epath.Path, config: Config) -> np.ndarray:
     """Returns an image as `vqbeam prepare` would store it, uint8 [H, W, C].
 
     Raises:
-        VqbeamError: The image cannot be decoded.
+        VqbeamError: The image cannot be decoded, or is a grid of samples.
     """
     height, width, channels = config.image_shape
     shape = {"height": height, "width": width, "channels": channels}
+    data = path.read_bytes()
     try:
-        return decode_image(path.read_bytes(), **shape, fit=config.data.fit)
+        image = decode_image(data, **shape, fit=config.data.fit)
     except ImageError as error:
         raise VqbeamError(f"{path} cannot be used ({error}); give another image") from error
+    if _is_grid(data):
+        raise VqbeamError(
+            f"{path} is a grid of many samples; give a single image, such as those that vqbeam "
+            "sample writes into a folder"
+        )
+    return image
+
+
+def _is_grid(data: bytes) -> bool:
+    """Returns whether the provenance in a decodable image names several images."""
+    with Image.open(io.BytesIO(data)) as image:
+        text = getattr(image, "text", {}).get(PROVENANCE, "{}")
+    try:
+        return "images" in json.loads(text)
+    except (ValueError, TypeError):
+        return False
 
 
 HALVES = ("top-half", "bottom-half", "left-half", "right-half")

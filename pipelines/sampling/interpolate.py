@@ -8,8 +8,7 @@ from etils import epath
 
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.api import Run
-from vqbeam.pipelines.sampling.sample import KEY
-from vqbeam.vqvae.figures import label_figure, save_png
+from vqbeam.vqvae.figures import PROVENANCE, label_figure, save_png
 from vqbeam.vqvae.fitting.compilation import in_batches
 from vqbeam.vqvae.storage.labels import label_name, parse_label
 
@@ -65,5 +64,5 @@ def interpolate(
     images = in_batches(run.decoder, codes, chosen.batch_size)
     headings = [names[0], *(f"{weight:.1%}" for weight in weights[1 : steps - 1]), names[1]]
     facts = run.provenance(chosen, seed) | {"num": num, "from": names[0], "to": names[1]}
-    save_png(label_figure(images, headings * num), path, {KEY: json.dumps(facts)})
+    save_png(label_figure(images, headings * num), path, {PROVENANCE: json.dumps(facts)})
     print(f"{num} rows from {names[0]} to {names[1]} in {steps} columns: {path}")

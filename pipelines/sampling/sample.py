@@ -12,15 +12,13 @@ from PIL import Image
 
 from vqbeam.configs import SampleConfig, VqbeamError
 from vqbeam.pipelines.sampling.api import Run, Samples
-from vqbeam.vqvae.figures import label_figure, picture, save_png
+from vqbeam.vqvae.figures import PROVENANCE, label_figure, picture, save_png
 from vqbeam.vqvae.storage.files import sizes, write_bytes
 from vqbeam.vqvae.storage.labels import labels_for
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
 STAGE = "sample"
 SAMPLES_LIST = "samples.jsonl"
-# The name of the text chunk in a PNG, and of the array in an .npz, with the provenance.
-KEY = "vqbeam"
 
 
 def sample(
@@ -45,7 +43,8 @@ def sample(
         output: A .png (one labelled grid; a single picture where `like` is one), a .npz (images,
             codes, labels), or a folder (a PNG for each image and samples.jsonl). By default
             samples.png.
-        **settings: Fields of SampleConfig; by default the run's own.
+        **settings: Fields of SampleConfig; by default the run's own, but `num` images are as many
+            of each label as the run's own number has.
 
     Raises:
         VqbeamError: The run has no trained prior, a setting is out of range, or `like` is of
@@ -55,7 +54,7 @@ def sample(
     path = epath.Path(output or "samples.png").expanduser()
     bare = False
     if like is None:
-        num = settings.pop("num", None) or run.default_settings().num
+        num = settings.pop("num", None) or _usual_number(run, labels)
         samples = run.sample(num, labels, seed, **settings)
     else:
         source = epath.Path(like).expanduser()
@@ -65,6 +64,13 @@ def sample(
         bare = "index" in facts and len(samples.images) == 1
     write_samples(samples, path, bare=bare)
     print(f"{len(samples.images)} new images: {path}")
+
+
+def _usual_number(run: Run, labels: Sequence[str] | None) -> int:
+    num, all_labels = run.default_settings().num, len(run.prior_labels.names)
+    if labels is None or not all_labels:
+        return num
+    return len(labels) * max(1, num // all_labels)
 
 
 def sample_stage(run_path: str) -> None:
@@ -115,7 +121,7 @@ def write_samples(samples: Samples, path: epath.Path, *, bare: bool = False) -> 
     facts = samples.settings | {"images": list(_each(samples))}
     if path.suffix == ".npz":
         arrays = io.BytesIO()
-        own = {KEY: np.array(json.dumps(facts))}
+        own = {PROVENANCE: np.array(json.dumps(facts))}
         np.savez(arrays, images=samples.images, codes=samples.codes, labels=samples.labels, **own)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, arrays.getvalue())
@@ -125,7 +131,7 @@ def write_samples(samples: Samples, path: epath.Path, *, bare: bool = False) -> 
         _write_picture(samples, 0, next(_each(samples)), path)
     else:
         figure = label_figure(samples.images, samples.names, fill=True)
-        save_png(figure, path, {KEY: json.dumps(facts)})
+        save_png(figure, path, {PROVENANCE: json.dumps(facts)})
 
 
 def _write_folder(samples: Samples, folder: epath.Path) -> None:
@@ -177,7 +183,7 @@ def _listed(path: epath.Path) -> list[str]:
 
 
 def _write_picture(samples: Samples, row: int, own: dict, path: epath.Path) -> None:
-    save_png(picture(samples.images[row]), path, {KEY: json.dumps(samples.settings | own)})
+    save_png(picture(samples.images[row]), path, {PROVENANCE: json.dumps(samples.settings | own)})
 
 
 def _each(samples: Samples) -> Iterator[dict]:
@@ -228,6 +234,6 @@ def _text(data: bytes) -> str:
     """Returns the text in a file; raises one of several errors if there is none."""
     if data.startswith(b"PK"):
         with np.load(io.BytesIO(data)) as arrays:
-            return str(arrays[KEY])
+            return str(arrays[PROVENANCE])
     with Image.open(io.BytesIO(data)) as image:
-        return image.text[KEY]
+        return image.text[PROVENANCE]

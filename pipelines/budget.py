@@ -57,7 +57,9 @@ def scaled(config: Config, minutes: float, seconds: dict[str, float]) -> Config:
     changes = {}
     for prefix, names in {"vqvae": ("steps", "finetune_steps"), "prior": ("steps",)}.items():
         section = getattr(config, prefix)
-        epoch = max(1, round(factor * min(section.steps_per_epoch, section.steps)))
+        epoch = factor * min(section.steps_per_epoch, section.steps)
+        # A number with divisors: on a GPU, a call of the training program takes one of them.
+        epoch = 10 * round(epoch / 10) if epoch >= 100 else max(1, round(epoch))
         changes[f"{prefix}.steps_per_epoch"] = epoch
         for name in names:
             epochs = getattr(section, name) / min(section.steps_per_epoch, section.steps)

@@ -26,16 +26,17 @@ def test_the_time_is_used_and_divided_as_in_the_preset():
     config = preset()
     fitted = scaled(config, 10, SECONDS)
     one, decoder, two = steps(fitted)
-    assert one * 0.2 + decoder * 0.3 + two * 0.1 == pytest.approx(0.85 * 600, rel=0.01)
-    assert one == 6 * decoder and two == pytest.approx(one / 2, rel=0.01)
-    assert (fitted.vqvae.steps // fitted.vqvae.steps_per_epoch, 12) == (12, 12)
+    assert one * 0.2 + decoder * 0.3 + two * 0.1 == pytest.approx(0.85 * 600, rel=0.05)
+    assert one == 6 * decoder and two == pytest.approx(one / 2, rel=0.05)
+    assert fitted.vqvae.steps_per_epoch % 10 == fitted.prior.steps_per_epoch % 10 == 0
+    assert fitted.vqvae.steps // fitted.vqvae.steps_per_epoch == 12
     assert fitted.prior.steps // fitted.prior.steps_per_epoch == 6
     assert override(fitted, {}) == fitted  # it is valid
 
 
 def test_twice_the_time_gives_twice_the_steps():
     short, long = (steps(scaled(preset(), minutes, SECONDS)) for minutes in (20, 40))
-    assert [b / a for a, b in zip(short, long, strict=True)] == pytest.approx([2, 2, 2], rel=0.01)
+    assert [b / a for a, b in zip(short, long, strict=True)] == pytest.approx([2, 2, 2], rel=0.05)
 
 
 def test_the_shortest_time_is_a_step_an_epoch():

@@ -85,6 +85,21 @@ def test_a_dataset(finished_run, expected, tmp_path, capsys):
     assert [path.name.split("-")[0] for path in folder.glob(".*")] == [".reports"]
 
 
+def test_an_archive(finished_run, expected, tmp_path, capsys):
+    folder = tmp_path / "new"
+    words = "--num 8 --label cherry apple --seed 3 --shard-images 3 --format npz".split()
+    command = ["generate", str(finished_run.root), *words, "--output", str(folder)]
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"8 images, samples.npz: {folder}\n"
+    assert sorted(path.name for path in folder.iterdir()) == ["generate.json", "samples.npz"]
+    with np.load(folder / "samples.npz") as arrays:
+        assert arrays["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(arrays["arr_0"], expected["images"])
+        np.testing.assert_array_equal(arrays["arr_1"], expected["labels"])
+    assert main(command) == 0
+    assert "done already" in capsys.readouterr().out
+
+
 def test_the_workers_do_not_matter(finished_run, pngs, tmp_path):
     workers = ["--direct_num_workers=2", "--direct_running_mode=multi_threading"]
     order = ORDER | {"beam_args": [*ORDER["beam_args"], *workers]}
@@ -92,7 +107,7 @@ def test_the_workers_do_not_matter(finished_run, pngs, tmp_path):
     assert contents(tmp_path / "two") == contents(pngs)
 
 
-@pytest.mark.parametrize("form", ["png", "tfrecord"])
+@pytest.mark.parametrize("form", ["png", "npz", "tfrecord"])
 def test_goes_on_with_the_shards_that_are_missing(finished_run, tmp_path, monkeypatch, form):
     order = ORDER | {"form": form, "output": str(tmp_path / "new")}
     drawn, fails = [], True

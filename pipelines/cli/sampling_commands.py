@@ -62,8 +62,8 @@ def parse_generate(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     parser.add("--num", count, "number of images", metavar="N", required=True)
     folder = "a new folder, or one that the same command has started"
     parser.add("--output", location, folder, metavar="FOLDER", required=True)
-    forms = "folders of PNGs with samples.jsonl, or a TFDS dataset (default: png)"
-    parser.add("--format", nonempty, forms, choices=("png", "tfrecord"), default="png")
+    forms = "folders of PNGs with samples.jsonl, one samples.npz, or a TFDS dataset (default: png)"
+    parser.add("--format", nonempty, forms, choices=("png", "npz", "tfrecord"), default="png")
     size = "images in a shard, rounded up to full batches (default: 1000)"
     parser.add("--shard-images", count, size, metavar="N", default=1000)
     _add_labels(parser)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import io
 import json
+import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +27,7 @@ from vqbeam.pipelines.stages.shards import (
     remove_leftovers,
     write_dataset_metadata,
 )
-from vqbeam.vqvae.storage.files import matching, read_json, write_json
+from vqbeam.vqvae.storage.files import matching, read_json, write_bytes, write_json
 from vqbeam.vqvae.storage.labels import labels_for
 from vqbeam.vqvae.storage.records import IMAGES_VERSION, Shard, image_features, serialize
 
@@ -41,7 +43,7 @@ class GenerateJob:
     Attributes:
         run: The run's folder.
         output: The folder of the images.
-        form: "png" or "tfrecord".
+        form: "png", "npz" or "tfrecord".
         labels: See `labels_for`.
         seed: Seed of the random numbers; image i of a seed is always the same image.
         shard_images: Images in a shard, a multiple of the batch size.
@@ -121,10 +123,21 @@ class GenerateJob:
         """Returns the writer of a shard of TFRecords."""
         return ShardWriter(self.folder, self.fingerprint, Shard(DATASET, SPLIT, index, self.shards))
 
+    def shard_array(self, index: int) -> epath.Path:
+        """Returns the file of the pixels of a shard of the archive."""
+        return self.folder / f".{self.fingerprint}-{index:05d}-of-{self.shards:05d}.npy"
+
+    @property
+    def archive(self) -> epath.Path:
+        """The .npz file of all images."""
+        return self.folder / "samples.npz"
+
     def has_shard(self, index: int) -> bool:
         """Returns whether all files of a shard are there."""
         if self.form == "png":
             return is_complete(self.shard_folder(index))
+        if self.form == "npz":
+            return self.archive.exists() or self.shard_array(index).exists()
         return self.shard_writer(index).report is not None
 
     @property
@@ -160,8 +173,9 @@ def generate(
 
     Args:
         run_dir: The run's folder.
-        output: The folder to write: a folder of PNGs for each shard, or a TFDS dataset.
-        form: "png" or "tfrecord".
+        output: The folder to write: a folder of PNGs for each shard, an archive `samples.npz`, or a
+            TFDS dataset.
+        form: "png", "npz" or "tfrecord".
         labels: See `Run.sample`.
         shard_images: Images in a shard, rounded up to full batches.
         beam_args: Beam's own options.
@@ -200,7 +214,7 @@ def generate(
         if not done:
             job.finish(False)
             run_pipeline(beam_args, lambda pipeline: pipeline | GenerateImages(job))
-    kind = "a TFDS dataset" if form == "tfrecord" else "PNGs by shard"
+    kind = {"png": "PNGs by shard", "npz": "samples.npz", "tfrecord": "a TFDS dataset"}[form]
     return f"{chosen.num:,} images{' (done already)' if done else ''}, {kind}: {output}"
 
 
@@ -253,12 +267,21 @@ def generate_shard(job: GenerateJob, index: int) -> GeneratedShard:
                     writer.write(record)
         report = writer.report
     elif not job.has_shard(index):
-        folder = job.shard_folder(index)
-        folder.rmtree(missing_ok=True)  # a killed attempt may have left half a picture
-        write_samples(draw(), folder)
+        _write_files(job, index, draw())
     moved(num)  # if an earlier attempt has written them
     Metrics.counter("vqbeam", "images_generated").inc(num)
     return GeneratedShard(job, index, report)
+
+
+def _write_files(job: GenerateJob, index: int, samples: Samples) -> None:
+    if job.form == "npz":
+        pixels = io.BytesIO()
+        np.save(pixels, samples.images)
+        write_bytes(job.shard_array(index), pixels.getvalue())
+        return
+    folder = job.shard_folder(index)
+    folder.rmtree(missing_ok=True)  # a killed attempt may have left half a picture
+    write_samples(samples, folder)
 
 
 def _records(samples: Samples) -> Iterator[bytes]:
@@ -285,12 +308,34 @@ def finish_images(shards: Sequence[GeneratedShard]) -> str:
             version=IMAGES_VERSION,
             description=f"Images sampled by vqbeam: {json.dumps(job.facts)}",
         )
+    if job.form == "npz":
+        _write_archive(job)
     job.finish()
     # With the reports, a shard that is lost later can be sampled again alone.
     reports = matching(job.folder, f".reports-{job.fingerprint}")
     keep = [*matching(job.folder, "[!.]*"), *reports, job.folder / LOCK_FILE]
     remove_leftovers(job.folder, keep)
     return job.output
+
+
+def _write_archive(job: GenerateJob) -> None:
+    """Writes all images as `arr_0` and their classes, if any, as `arr_1`; holds one shard at once.
+
+    These are the names that the evaluation programs of the field read.
+    """
+    run, num = Run(job.run), job.settings.num
+    header = {"descr": "|u1", "fortran_order": False, "shape": (num, *run.config.image_shape)}
+    temporary = job.folder / ".samples.npz"
+    with temporary.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as images:
+            np.lib.format.write_array_header_1_0(images, header)
+            for index in range(job.shards):
+                pixels = io.BytesIO(job.shard_array(index).read_bytes())
+                images.write(np.load(pixels).tobytes())
+        if run.prior_labels.names:
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as labels:
+                np.save(labels, labels_for(job.labels, run.prior_labels, num))
+    temporary.replace(job.archive)
 
 
 def _load_run(job: GenerateJob) -> Run:

@@ -151,7 +151,7 @@ def main() -> None:
     arguments = parser.parse_args()
     # A job in the background ignores it, and so would the processes that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    found, unbroken = attempts(*((1, 4, 30) if arguments.smoke else (arguments.kills, 600, 600)))
+    found, unbroken = attempts(*((1, 4, 30) if arguments.smoke else (arguments.kills, 3000, 600)))
     from side_by_side import table
 
     rows = [

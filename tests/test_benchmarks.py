@@ -25,6 +25,7 @@ def test_every_benchmark_can_be_imported(path, monkeypatch):
     "words",
     [
         ("overhead.py", "--smoke"),
+        ("checkpoint_cost.py", "--smoke"),
         ("stage1_vqbeam.py", "quantizer", "64", "16", "4"),
         ("stage2_vqbeam.py", "sampling", "64", "1"),
     ],
@@ -43,5 +44,10 @@ def test_a_benchmark_runs(words):
     lines = done.stdout.splitlines()
     if program == "overhead.py":
         assert [line.split(",")[0] for line in lines[2:]] == ["| prior", "| VQ-VAE"]
+    elif program == "checkpoint_cost.py":
+        assert [line.split(" | ")[0] for line in lines[2:]] == [
+            "| glyphs, vqvae",
+            "| glyphs, prior",
+        ]
     else:
         assert all(json.loads(line)["seconds"] > 0 for line in lines)

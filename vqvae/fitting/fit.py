@@ -95,6 +95,7 @@ def fit(
     speed = {}
     if step < schedule.steps and not checkpoints.stalled:
         done = step % schedule.epoch
+        # The rest of an epoch that was broken off must be a whole number of calls, too.
         together = steps_per_call(math.gcd(schedule.epoch, done))
         progress = _progress(schedule, step, together)
         with (

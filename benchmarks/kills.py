@@ -54,7 +54,9 @@ def run_traced(steps: pathlib.Path, words: list[str]) -> int:
     begin = Checkpoints.on_train_batch_begin
 
     def write_and_begin(self, batch, logs=None):
-        steps.write_text(str(self._begin + batch))
+        new = steps.with_suffix(".new")
+        new.write_text(str(self._begin + batch))
+        new.replace(steps)  # or a kill could leave an empty file
         begin(self, batch, logs)
 
     Checkpoints.on_train_batch_begin, Checkpoints.seconds = write_and_begin, INTERVAL

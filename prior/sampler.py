@@ -1,4 +1,4 @@
-"""Samples code grids from a prior, one code at a time, with cached keys and values."""
+"""Samples code grids one code at a time, with cached keys and values; scores given grids."""
 
 import functools
 import math
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -220,3 +221,30 @@ def _grown(caches: list, length: int) -> list:
         )
         for keys, values in caches
     ]
+
+
+# Codes, int [B, *layout.shape], and labels, int [B] or [B, A], to nats, float32 [B]; all NumPy.
+Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def code_scorer(prior: CodePrior, counted: np.ndarray | None = None) -> Score:
+    """Returns a compiled function from codes and labels to the log-likelihood of the codes.
+
+    The log-likelihood is the sum over positions of log p(code | label, previous codes), in nats.
+
+    Args:
+        prior: The prior.
+        counted: Bool [*layout.shape], the positions to include; all by default.
+    """
+    weights = np.ones(prior.layout.length, "float32")
+    if counted is not None:
+        weights = np.reshape(counted, -1).astype("float32")
+
+    def score(codes, labels):
+        logits = prior({"codes": codes, "labels": labels}, training=False)
+        flat = ops.reshape(codes, (-1, prior.layout.length))
+        losses = keras.losses.sparse_categorical_crossentropy(flat, logits, from_logits=True)
+        return -ops.sum(weights * losses, axis=-1)
+
+    compiled = compile_function(score, prior.variables, jit=False)
+    return lambda codes, labels: ops.convert_to_numpy(compiled(codes, labels))

@@ -674,7 +674,7 @@ FAULTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "the likelihood is a mean over positions",
-            "prior/likelihood.py",
+            "prior/sampler.py",
             "-ops.sum(weights * losses, axis=-1)",
             "-ops.mean(weights * losses, axis=-1)",
             "test_scoring.py::test_in_numpy_from_the_logits",
@@ -760,7 +760,7 @@ FAULTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "a second interrupt waits as well",
-            "vqvae/fitting/signals.py",
+            "vqvae/fitting/checkpoints.py",
             "        self._restore()\n        self.received = number",
             "        self.received = number",
             "test_fitting.py::test_an_interrupt_ends_at_once",

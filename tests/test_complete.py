@@ -8,7 +8,7 @@ from pipeline_fixtures import CLASSES, SIDE, small_config, write_images
 from vqbeam.pipelines.cli.main import main
 from vqbeam.pipelines.sampling.api import Run, _likeliest
 from vqbeam.pipelines.sampling.complete import _kept_part
-from vqbeam.prior.likelihood import code_scorer
+from vqbeam.prior.sampler import code_scorer
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.layout import CodeLayout

@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 
-from vqbeam.prior.likelihood import code_scorer
+from vqbeam.prior.sampler import code_scorer
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.layout import CodeLayout
 

@@ -19,8 +19,7 @@ from etils import epath
 
 from vqbeam.configs import Config, SampleConfig, VqbeamError
 from vqbeam.pipelines.sampling.input_images import kept_codes, region_mask
-from vqbeam.prior.likelihood import Score, code_scorer
-from vqbeam.prior.sampler import Sampler
+from vqbeam.prior.sampler import Sampler, Score, code_scorer
 from vqbeam.prior.training import load_prior
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.fitting.compilation import compiled_decoder, compiled_encoder, in_batches

@@ -37,8 +37,9 @@ VARIANTS = {
 class LinearVQVAE(VQVAE):
     """Both networks are linear maps of 4×4 patches, so that every gradient has a closed form."""
 
-    def _build_networks(self, *, image_shape, **settings):
-        images, latents = keras.Input(image_shape), keras.Input((2, 2, D))
+    def _build_networks(self):
+        images = keras.Input(self.architecture["image_shape"])
+        latents = keras.Input((2, 2, D))
         encode = layers.Conv2D(D, 4, strides=4, use_bias=False)
         decode = layers.Conv2DTranspose(1, 4, strides=4, use_bias=False)
         self.encoder = keras.Model(images, encode(images))

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import pytest
@@ -7,7 +8,7 @@ from vqbeam import configs
 from vqbeam.pipelines.cli.main import parse
 from vqbeam.pipelines.cli.parser import ELSEWHERE, Parser, UsageError, add_config
 from vqbeam.pipelines.cli.stage_commands import STAGES
-from vqbeam.pipelines.paths import is_dataflow
+from vqbeam.pipelines.paths import is_dataflow, with_absolute_paths
 
 FIELDS = list(configs.field_types())
 PIPELINE_VERBS = ["run", *STAGES[:-1]]
@@ -109,7 +110,8 @@ def test_smoke_comes_before_explicit_flags(parse_run, preset):
 @pytest.mark.parametrize("name", configs.preset_names())
 def test_built_in_presets(name):
     given = parse(["run", name, "--run-dir", "d", "--smoke"])[1]
-    assert given["config"] == configs.smoke(configs.load_preset(name))
+    config = configs.smoke(configs.load_preset(name))
+    assert given["config"] == dataclasses.replace(config, data=with_absolute_paths(config.data))
 
 
 @pytest.mark.parametrize(

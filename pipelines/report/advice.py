@@ -71,15 +71,16 @@ class Finding:
 def collapsed_codebook(facts: Facts) -> Finding | None:
     """Finds a level of the codebook of which few codes are used."""
     encoded, settings = facts.manifests["encode"], facts.config.vqvae
-    for used, spread in zip(
+    levels = zip(
         np.atleast_1d(encoded["codes_used"]), np.atleast_1d(encoded["perplexity"]), strict=True
-    ):
-        of = settings.num_codes
+    )
+    of, single = settings.num_codes, np.ndim(encoded["codes_used"]) == 0
+    for level, (used, spread) in enumerate(levels):
         if used < _LEAST_USED * of or spread < _LEAST_PERPLEXITY * of:
             return Finding(
                 "The codebook has collapsed",
-                f"{used:,} of {of:,} codes are used, about as many as {spread:,.0f} used equally "
-                "(perplexity).",
+                f"{'' if single else f'At level {level}, '}{used:,} of {of:,} codes are used, "
+                f"about as many as {spread:,.0f} used equally (perplexity).",
                 "Images are described with fewer codes than there could be, which costs detail. "
                 "Train stage 1 with more pressure to use all codes.",
                 _AGAINST_COLLAPSE.get(settings.quantizer, _AGAINST_COLLAPSE["vector"]),

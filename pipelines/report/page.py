@@ -191,7 +191,7 @@ def _view(run: RunFolder, facts: Facts, all_facts: list[Facts], budget: int) -> 
     """
     opened = Run(run.root)
     found, checked, unchecked = findings(facts)
-    samples, no_samples = _or_reason(lambda: _samples(run, budget // 2))
+    samples, no_samples = _or_reason(lambda: _samples(run, facts, budget // 2))
     held_out, no_held_out = _or_reason(lambda: _held_out(opened, budget // 4))
     counts, no_counts = _or_reason(lambda: _counts(run, facts))
     codes, no_codes = (
@@ -274,15 +274,18 @@ def _figures(facts: Facts) -> list[tuple[str, str, str]]:
     return figures
 
 
-def _samples(run: RunFolder, most_bytes: int) -> Picture:
+def _samples(run: RunFolder, facts: Facts, most_bytes: int) -> Picture:
     path = run.folder("sample") / "samples.png"
     if not path.exists():
         place = shlex.quote(str(run.root))
         raise VqbeamError(
             f"No samples yet: vqbeam sample {place} --output {shlex.quote(str(path))}"
         )
+    trained = facts.manifests.get("train-prior")
+    labels = Labels.of(trained) if trained else Labels()
+    alt = f"New images of the {labels.kind} {', '.join(labels.names[:30])}" if labels.names else ""
     with Image.open(io.BytesIO(path.read_bytes())) as image:
-        return _picture(image, "New images, by class if there are classes", most_bytes)
+        return _picture(image, alt or "New images", most_bytes)
 
 
 def _held_out(run: Run, most_bytes: int) -> list[dict[str, Picture]]:
@@ -367,7 +370,7 @@ def _code_pictures(run: Run, counts: np.ndarray, most_bytes: int) -> list[list[t
                 (
                     title,
                     [
-                        _picture(picture(images[c]), f"Code {c}: {share[c]:.2%} of all codes", each)
+                        _picture(picture(images[c]), f"Code {c}: {share[c]:.3%} of all codes", each)
                         for c in codes
                     ],
                 )
@@ -401,7 +404,7 @@ def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:
 
 
 def _curves(facts: Facts, all_facts: list[Facts]) -> list[Chart]:
-    """Returns the losses of both stages by epoch, and of the decoder's finetuning if it has some."""
+    """Returns the losses of both stages by epoch, and of the finetuning if there is some."""
     vqvae, prior = facts.config.vqvae, facts.config.prior
     both = {"training": "loss", "held out": "val_loss"}
     charts = []

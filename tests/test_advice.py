@@ -158,6 +158,20 @@ def test_a_stage_1_that_limits_the_samples(reconstructions, real, is_found):
     assert found == ["Stage 1 limits the quality of samples"] * is_found
 
 
+@pytest.mark.parametrize(
+    ("precision", "reconstructions", "is_found"),
+    [(0.61, 1.9, True), (0.62, 1.9, False), (0.61, 2.05, False)],
+)
+def test_a_prior_that_limits_the_samples(precision, reconstructions, is_found):
+    changed = {
+        "samples": {"precision": precision},
+        "reconstructions": {"frechet": reconstructions},
+    }
+    found = titles(facts(measured=changed))
+    assert ("The prior limits the quality of samples" in found) == is_found
+    assert len(found) == (1 if is_found or reconstructions > 2 else 0)
+
+
 @pytest.mark.parametrize("preset", ["cifar10", "glyphs", "fashion_mnist"])
 def test_more_finetuning_is_advised(preset):
     known = facts(measured={"reconstructions": {"frechet": 3.0}})
@@ -196,7 +210,7 @@ def test_what_is_not_there_is_not_checked():
     known = Facts(
         **{**vars(facts()), "prior": measured | {"nearest": None, "settings": {}}},
     )
-    assert [rule.checks for rule in RULES[-3:]] == findings(known)[2]
+    assert [rule.checks for rule in RULES[-4:]] == findings(known)[2]
 
 
 def test_the_page_states_every_threshold():
@@ -211,6 +225,8 @@ def test_the_page_states_every_threshold():
         f"{advice._LEAST_RECALL:.0%} of that of reconstructions",
         f"{advice._LEAST_PRECISION:.0%} of that of real images",
         f"{advice._SHARE_OF_FRECHET:.0%} of that of samples",
+        f"{advice._SHARE_OF_FRECHET:.0%} of theirs",
+        f"{advice._LEAST_OF_PRIOR:.0%} of that of real images",
         f"{advice._TIMES_REAL:g} times that of real images",
         f"{advice._STILL_FALLING['train-vqvae']:.0%} (stage 1)",
         f"{advice._STILL_FALLING['train-prior']:.0%} (prior)",

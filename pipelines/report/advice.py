@@ -25,6 +25,9 @@ _LEAST_RECALL, _LEAST_PRECISION = 0.5, 0.9
 # Stage 1 limits the samples if the reconstructions have this share of their Fréchet distance, and
 # that is this many times what real images have.
 _SHARE_OF_FRECHET, _TIMES_REAL = 0.5, 2.0
+# The prior limits the samples if their precision is below this share of that of real images, and
+# the share above says that stage 1 does not.
+_LEAST_OF_PRIOR = 0.75
 # A loss is still falling if, at its pace, twice the steps would lower it by this share.
 _STILL_FALLING = {"train-vqvae": 0.2, "train-prior": 0.1}
 _FEWEST_EPOCHS = 3
@@ -177,6 +180,24 @@ def limiting_decoder(facts: Facts) -> Finding | None:
     )
 
 
+def limiting_prior(facts: Facts) -> Finding | None:
+    """Finds samples that look like no real image, although reconstructions do."""
+    real, best, found = (facts.prior[name] for name in ("real", "reconstructions", "samples"))
+    if (
+        found["precision"] >= _LEAST_OF_PRIOR * real["precision"]
+        or best["frechet"] > _SHARE_OF_FRECHET * found["frechet"]
+    ):
+        return None
+    return Finding(
+        "The prior limits the quality of samples",
+        f"Only {found['precision']:.0%} of them look like a held-out image (precision; real "
+        f"images: {real['precision']:.0%}), and their Fréchet distance is {found['frechet']:.2f}, "
+        f"against {best['frechet']:.2f} for reconstructions.",
+        "Stage 1 is good enough. Train the prior for longer, or make it larger.",
+        f"--prior.steps {2 * facts.config.prior.steps}",
+    )
+
+
 def _ended_early(stage: str, title: str, flag: str) -> Callable[[Facts], Finding | None]:
     """Returns the rule that finds a training whose held-out loss was still falling."""
 
@@ -242,6 +263,7 @@ RULES = (
     Rule("samples are new", lambda f: bool(f.prior) and f.prior.get("nearest"), copied_images),
     Rule("samples are varied", _measured("recall"), uniform_samples),
     Rule("stage 1 is good enough", _measured("frechet"), limiting_decoder),
+    Rule("prior is good enough", _measured("frechet"), limiting_prior),
 )
 
 

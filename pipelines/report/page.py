@@ -251,8 +251,8 @@ def _figures(facts: Facts) -> list[tuple[str, str, str]]:
     figures = []
     if vqvae := made.get("train-vqvae"):
         psnr = vqvae["measures"]["psnr"]
-        meaning = "held-out reconstructions, PSNR: 20 looks blurry, 30 is close to the original"
-        figures.append((f"{psnr:.1f} dB", "fidelity", meaning))
+        meaning = "of held-out reconstructions: 20 looks blurry, 30 is close to the original"
+        figures.append((f"{psnr:.1f} dB", "fidelity (PSNR)", meaning))
     of = config.vqvae.num_codes
     if encoded := made.get("encode"):
         used, spread = (
@@ -263,14 +263,12 @@ def _figures(facts: Facts) -> list[tuple[str, str, str]]:
         figures.append((f"{used} of {of:,}", "codes in use", meaning))
     if prior := made.get("train-prior"):
         nats = prior["measures"]["nats_per_code"]
-        meaning = (
-            f"surprise of the prior at held-out images; guessing evenly costs {math.log(of):.2f}"
-        )
-        figures.append((f"{nats:.2f} nats", "per code", meaning))
+        meaning = f"of the prior at held-out images; guessing evenly costs {math.log(of):.2f}"
+        figures.append((f"{nats:.2f} nats", "surprise per code", meaning))
     if made:
         seconds = sum(manifest["seconds"] for manifest in made.values())
         meaning = f"{len(made)} of {len(STAGES)} stages done"
-        figures.append((duration(seconds), "in all", meaning))
+        figures.append((duration(seconds), "time in all", meaning))
     return figures
 
 
@@ -556,7 +554,7 @@ def _stage_1(facts: Facts) -> dict[str, Any] | None:
     rows = []
     for name, value in vqvae_rows(facts.vqvae):
         definition, real = _STAGE_1[name.partition(" (")[0]]
-        rows.append((name, definition, [value, real]))
+        rows.append((name, definition, [value.partition(", of")[0], real]))
     return {
         "title": f"Stage 1, on {facts.vqvae['images']:,} held-out images",
         "head": ["reconstructions", "real images"],

@@ -281,8 +281,8 @@ def stored_history(folder: epath.Path, steps_per_epoch: int) -> list[dict[str, f
         steps_per_epoch: Steps of an epoch.
 
     Returns:
-        What the last checkpoint holds; an empty list if there is none, or if it is just being
-        replaced by the next.
+        What the last checkpoint holds; an empty list if there is none, or if it cannot be read,
+        such as one that is just being replaced.
     """
     files: dict[int, epath.Path] = {}
     for kept in matching(folder / "checkpoints", "*"):
@@ -295,7 +295,7 @@ def stored_history(folder: epath.Path, steps_per_epoch: int) -> list[dict[str, f
             if "vqbeam" in content:
                 return json.loads(content["vqbeam/history"][()])
         return read_json(_history_file(file))
-    except OSError:
+    except (OSError, KeyError):
         return []
 
 

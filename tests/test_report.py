@@ -184,6 +184,7 @@ def test_a_run_in_training(run, tmp_path):
     shutil.rmtree(run.folder("sample"))
     page = page_of(run, output=tmp_path / "page.html")
     assert "4 steps done" in page.text
+    assert f"The prior is not trained yet: vqbeam run PRESET.py --run-dir {run.root}" in page.text
     tips = [found.get("data-tip", "") for found in page.all("g")]
     for epoch in history:
         assert any(f"{epoch['val_loss']:.4g} held out" in tip for tip in tips)
@@ -268,6 +269,7 @@ def test_the_command_that_resumes_has_the_settings_of_the_run(tmp_path):
     assert "vqvae.steps 800 1200" in page.text  # beside the preset's
 
 
+@pytest.mark.slow
 def test_large_pictures_stay_below_the_limit(tmp_path):
     run = started(tmp_path / "run")
     run.folder("sample").mkdir()

@@ -274,12 +274,13 @@ def _figures(facts: Facts) -> list[tuple[str, str, str]]:
 
 def _samples(run: RunFolder, facts: Facts, most_bytes: int) -> Picture:
     path = run.folder("sample") / "samples.png"
-    if not path.exists():
-        place = shlex.quote(str(run.root))
-        raise VqbeamError(
-            f"No samples yet: vqbeam sample {place} --output {shlex.quote(str(path))}"
-        )
     trained = facts.manifests.get("train-prior")
+    if not path.exists():
+        sample = shlex.join(["vqbeam", "sample", str(run.root), "--output", str(path)])
+        (*_, (_, resume)) = _commands(facts)
+        raise VqbeamError(
+            f"No samples yet: {sample}" if trained else f"The prior is not trained yet: {resume}"
+        )
     labels = Labels.of(trained) if trained else Labels()
     alt = f"New images of the {labels.kind} {', '.join(labels.names[:30])}" if labels.names else ""
     with Image.open(io.BytesIO(path.read_bytes())) as image:

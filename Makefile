@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Without its compiled files, each start of Python would compile TensorFlow's sources again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-fast test-engines test-engine-faults test-cloud bench-overhead audit lint house clean
+.PHONY: quickstart test test-fast test-engines test-engine-faults test-cloud test-browser bench-overhead audit lint house clean
 
 quickstart: $(BIN)/vqbeam
 	$(BIN)/vqbeam run glyphs --run-dir runs/glyphs
@@ -34,6 +34,10 @@ test-cloud: $(VENV)/.cloud-installed
 $(VENV)/engines/%: tests/engines/%.xml
 	mvn -q -B -f $< dependency:copy-dependencies -DoutputDirectory=$(abspath $@.part)
 	rm -rf $@ && mv $@.part $@ && touch $@
+
+# The page of `vqbeam report` in Chromium; takes the Debian package chromium.
+test-browser: $(VENV)/.browser-installed
+	$(BIN)/python -m pytest -q tests/test_report_browser.py
 
 # What the host adds to a training step, on each backend.
 bench-overhead: $(VENV)/.test-installed
@@ -65,6 +69,10 @@ $(BIN)/vqbeam: setup.py constraints.txt
 
 $(VENV)/.cloud-installed: $(VENV)/.test-installed
 	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e .[test-cloud]
+	touch $@
+
+$(VENV)/.browser-installed: $(VENV)/.test-installed
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e .[test-browser]
 	touch $@
 
 $(VENV)/.test-installed: setup.py constraints.txt

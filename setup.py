@@ -17,11 +17,13 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=["vqbeam", *(f"vqbeam.{package}" for package in PACKAGES)],
     package_dir={f"vqbeam.{package}": package.replace(".", "/") for package in PACKAGES},
+    package_data={"vqbeam.pipelines.report": ["*.html"]},
     install_requires=[
         "apache-beam>=2.77",
         "etils[epath]",
         "huggingface_hub",
         "importlib_resources",  # tensorflow-datasets imports it and does not declare it
+        "jinja2",
         "keras>=3.15",
         "keras-nlp>=0.32",
         "matplotlib",
@@ -36,6 +38,7 @@ setuptools.setup(
     ],
     extras_require={
         "gcp": ["apache-beam[gcp]>=2.77"],
+        "test-browser": ["playwright"],
         "test-cloud": ["apache-beam[gcp]>=2.77", "gcp-storage-emulator", "trustme"],
         "test": [
             "jax",

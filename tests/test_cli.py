@@ -96,6 +96,13 @@ def test_inspect_dispatch(target, capsys):
     assert capsys.readouterr().out == "all about it\n"
 
 
+def test_report_dispatch(target, capsys):
+    calls = target("report.page", "report", "report: d/report.html")
+    assert main(["report", "d", "e", "--output", "f.html"]) == 0
+    assert calls == [{"run_dirs": ["d", "e"], "output": "f.html"}]
+    assert capsys.readouterr().out == "report: d/report.html\n"
+
+
 def test_presets(capsys):
     assert main(["presets"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -22,7 +22,7 @@ from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.fitting import checkpoints as module_of_checkpoints
 from vqbeam.vqvae.fitting import fit as module
 from vqbeam.vqvae.fitting import progress
-from vqbeam.vqvae.fitting.checkpoints import Checkpoints, random_states
+from vqbeam.vqvae.fitting.checkpoints import Checkpoints, random_states, stored_history
 from vqbeam.vqvae.fitting.data import TrainingData
 from vqbeam.vqvae.fitting.fit import Schedule, fit, load_model, save_model, seed_layers
 from vqbeam.vqvae.storage.records import training_batches
@@ -328,6 +328,7 @@ def test_checkpoints_of_earlier_versions_are_read(tmp_path):
         (folder / name).rename(folder / f"epoch-{epoch:05d}.weights.h5")
         (folder / f"epoch-{epoch:05d}.json").write_text(json.dumps(history[:epoch]))
     resumed = build(seed=5, **AVERAGING)
+    assert stored_history(epath.Path(tmp_path), STEPS_PER_EPOCH) == history
     both = Checkpoints(epath.Path(tmp_path), ["f", "earlier"], STEPS_PER_EPOCH)
     assert both.restore(resumed) == 6 and both.history == history
     assert int(np.asarray(resumed.optimizer.iterations)) == 6
@@ -445,6 +446,15 @@ def test_keeps_the_last_two_checkpoints(tmp_path):
     train(build(), tmp_path, 4)
     assert checkpoints(tmp_path) == names(9, 12)
     assert len(list((tmp_path / "checkpoints" / "f").iterdir())) == 2
+
+
+def test_the_history_can_be_read_meanwhile(tmp_path):
+    assert stored_history(epath.Path(tmp_path), STEPS_PER_EPOCH) == []
+    history = train(build(), tmp_path, 2)
+    assert stored_history(epath.Path(tmp_path), STEPS_PER_EPOCH) == history
+    file = tmp_path / "checkpoints" / "f" / names(6)[0]
+    file.write_bytes(file.read_bytes()[:500])
+    assert stored_history(epath.Path(tmp_path), STEPS_PER_EPOCH) == []
 
 
 def test_checkpoints_of_other_inputs_are_removed(tmp_path, capsys):

@@ -115,6 +115,12 @@ VERBS = {
         measure_commands.parse_inspect,
         measure_commands.run_inspect,
     ),
+    "report": Verb(
+        "write a page about a run: pictures, advice, curves, metrics",
+        measure_commands.parse_report,
+        measure_commands.run_report,
+        outputs=(".html",),
+    ),
     "gradients": Verb(
         "plot which losses reach which parts of a model",
         measure_commands.parse_gradients,
@@ -132,7 +138,7 @@ VERBS = {
 _GROUPS = {
     "train a model": ("run", "prepare", "train-vqvae", "encode", "train-prior", "presets"),
     "make images": ("sample", "generate", "complete", "interpolate"),
-    "examine a model": ("inspect", "evaluate", "reconstruct", "score", "gradients"),
+    "examine a model": ("inspect", "report", "evaluate", "reconstruct", "score", "gradients"),
     "use it elsewhere": ("export", "export-codes"),
 }
 

@@ -205,6 +205,25 @@ def run_inspect(**arguments: Any) -> str | None:
     return describe(**arguments)
 
 
+def parse_report(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
+    """Returns the arguments of `report`."""
+    parser.describe("DIR [DIR ...] [--output FILE.html]")
+    parser.add("DIR", location, "the run's folder; several are shown side by side", nargs="+")
+    file = "the .html file to write (default: DIR/report.html)"
+    parser.add("--output", location, file, metavar="FILE.html")
+    given = parser.parse_words(words)
+    if len(given["DIR"]) > 1 and "--output" not in given:
+        parser.error("several folders need --output FILE.html")
+    return {"run_dirs": given["DIR"], "output": given.get("--output")}
+
+
+def run_report(**arguments: Any) -> str | None:
+    """Does the work; its libraries load only now."""
+    from vqbeam.pipelines.report.page import report
+
+    return report(**arguments)
+
+
 def parse_presets(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `describe`."""
     parser.describe("[PRESET]")

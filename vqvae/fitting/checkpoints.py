@@ -1,5 +1,6 @@
 """Checkpoints of a training, to resume from and to restore the best epoch."""
 
+import io
 import json
 import pathlib
 import signal
@@ -270,6 +271,32 @@ def random_states(model: keras.Model) -> list[keras.Variable]:
     Keras does not save them with the weights.
     """
     return [v for v in model.non_trainable_variables if "seed_generator" in v.path]
+
+
+def stored_history(folder: epath.Path, steps_per_epoch: int) -> list[dict[str, float]]:
+    """Returns the metrics of the epochs so far of a training that has not ended.
+
+    Args:
+        folder: The training's output folder.
+        steps_per_epoch: Steps of an epoch.
+
+    Returns:
+        What the last checkpoint holds; an empty list if there is none, or if it cannot be read,
+        such as one that is just being replaced.
+    """
+    files: dict[int, epath.Path] = {}
+    for kept in matching(folder / "checkpoints", "*"):
+        files |= checkpoint_files(kept, steps_per_epoch)
+    if not files:
+        return []
+    file = files[max(files)]
+    try:
+        with h5py.File(io.BytesIO(file.read_bytes())) as content:
+            if "vqbeam" in content:
+                return json.loads(content["vqbeam/history"][()])
+        return read_json(_history_file(file))
+    except (OSError, KeyError):
+        return []
 
 
 def _history_file(file: epath.Path) -> epath.Path:

@@ -1,0 +1,1 @@
+"""A page about trained runs, for people."""

@@ -1,0 +1,275 @@
+"""What is wrong with a run, as far as its manifests and metrics tell; docs/report.md has the list.
+
+Each rule is a function from the facts to a finding, or to None if there is nothing to say.
+"""
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from vqbeam.configs import Config
+
+# A codebook has collapsed if the perplexity, or the codes in use, are below these shares of K.
+_LEAST_PERPLEXITY, _LEAST_USED = 0.25, 0.5
+# A prior memorises if the held-out loss is above its minimum by this factor.
+_RISE = 1.01
+# Samples are copies if they are this many times as far from the training images as held-out ones.
+_NEAREST = 0.5
+# Samples are uniform if their recall is below this share of what reconstructions reach, while their
+# precision is at least this share of that of real images.
+_LEAST_RECALL, _LEAST_PRECISION = 0.5, 0.9
+# Stage 1 limits the samples if the reconstructions have this share of their Fréchet distance, and
+# that is this many times what real images have.
+_SHARE_OF_FRECHET, _TIMES_REAL = 0.5, 2.0
+# The prior limits the samples if their precision is below this share of that of real images, and
+# the share above says that stage 1 does not.
+_LEAST_OF_PRIOR = 0.75
+# A loss is still falling if, at its pace, twice the steps would lower it by this share.
+_STILL_FALLING = {"train-vqvae": 0.2, "train-prior": 0.1}
+_FEWEST_EPOCHS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What is known of a run without its images and models.
+
+    Attributes:
+        root: The run's folder.
+        config: The run's config.
+        manifests: By stage, for those that are finished.
+        histories: By stage, the metrics of each epoch so far.
+        vqvae: The result of `vqbeam evaluate` for stage 1, or None.
+        prior: The same for stage 2.
+    """
+
+    root: str
+    config: Config
+    manifests: Mapping[str, dict[str, Any]]
+    histories: Mapping[str, list[dict[str, float]]]
+    vqvae: dict[str, Any] | None = None
+    prior: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """A fault, how it shows, and what to try.
+
+    Attributes:
+        title: The fault.
+        evidence: The figures that show it.
+        advice: What to do, in words.
+        command: What to type, or the flags to add to the command that trains.
+    """
+
+    title: str
+    evidence: str
+    advice: str
+    command: str
+
+
+def collapsed_codebook(facts: Facts) -> Finding | None:
+    """Finds a level of the codebook of which few codes are used."""
+    encoded, settings = facts.manifests["encode"], facts.config.vqvae
+    levels = zip(
+        np.atleast_1d(encoded["codes_used"]), np.atleast_1d(encoded["perplexity"]), strict=True
+    )
+    of, single = settings.num_codes, np.ndim(encoded["codes_used"]) == 0
+    for level, (used, spread) in enumerate(levels):
+        if used < _LEAST_USED * of or spread < _LEAST_PERPLEXITY * of:
+            return Finding(
+                "The codebook has collapsed",
+                f"{'' if single else f'At level {level}, '}{used:,} of {of:,} codes are used, "
+                f"about as many as {spread:,.0f} used equally (perplexity).",
+                "Images are described with fewer codes than there could be, which costs detail. "
+                "Train stage 1 with more pressure to use all codes.",
+                _AGAINST_COLLAPSE.get(settings.quantizer, _AGAINST_COLLAPSE["vector"]),
+            )
+    return None
+
+
+_AGAINST_COLLAPSE = {
+    "vector": "--vqvae.codebook-init kmeans --vqvae.restart-below 0.1 --vqvae.balance 0.2",
+    "simvq": "--vqvae.codebook-init data --vqvae.entropy 0.1",
+    "lfq": "--vqvae.entropy 0.1",
+    "fsq": "--vqvae.quantizer fsq --vqvae.fsq-levels 8,5,5",
+}
+
+
+def memorising_prior(facts: Facts) -> Finding | None:
+    """Finds a held-out loss of the prior that rises while the training loss falls."""
+    history, settings = facts.histories["train-prior"], facts.config.prior
+    losses = [epoch["val_loss"] for epoch in history]
+    best, last = int(np.argmin(losses)), len(losses) - 1
+    falls = history[last]["loss"] < history[best]["loss"]
+    # With early stopping, the weights are those of the best epoch.
+    if settings.early_stopping or not falls or losses[last] < _RISE * losses[best]:
+        return None
+    dropout = 0.1 if settings.dropout < 0.1 else 0.3
+    return Finding(
+        "The prior memorises the training images",
+        f"The held-out loss was lowest after epoch {best + 1}, at {losses[best]:.3f} nats per "
+        f"code, and rose to {losses[last]:.3f}, while the training loss fell from "
+        f"{history[best]['loss']:.3f} to {history[last]['loss']:.3f}.",
+        "Stop at the best epoch, regularize more, or train on more images.",
+        f"--prior.early-stopping 2 --prior.dropout {dropout}",
+    )
+
+
+def copied_images(facts: Facts) -> Finding | None:
+    """Finds samples that are much nearer to training images than held-out images are."""
+    found = facts.prior["nearest"]
+    ratio = found["median"] / found["held_out"] if found["held_out"] else 1.0
+    if ratio >= _NEAREST:
+        return None
+    return Finding(
+        "Samples resemble training images closely",
+        f"Their median distance to the nearest training image is {ratio:.2f} times that of "
+        "held-out images, which the model has never seen.",
+        "Look at the closest pairs under Metrics. If they are copies, train the prior for fewer "
+        "steps or regularize it more.",
+        "--prior.early-stopping 2 --prior.dropout 0.3",
+    )
+
+
+def uniform_samples(facts: Facts) -> Finding | None:
+    """Finds samples that are as precise as real images, but much less varied."""
+    real, best, found = (facts.prior[name] for name in ("real", "reconstructions", "samples"))
+    if (
+        found["recall"] >= _LEAST_RECALL * best["recall"]
+        or found["precision"] < _LEAST_PRECISION * real["precision"]
+    ):
+        return None
+    settings = facts.prior["settings"]
+    used = ", ".join(f"{name} {settings[name]:g}" for name in ("guidance", "temperature"))
+    guided = settings["guidance"] > 1
+    return Finding(
+        "Guidance is too strong" if guided else "Samples vary too little",
+        f"Recall is {found['recall']:.2f}, against {best['recall']:.2f} for reconstructions, at a "
+        f"precision of {found['precision']:.2f} (real images: {real['precision']:.2f}); sampled "
+        f"with {used}.",
+        "Samples look right but alike. Measure weaker settings, and keep the best.",
+        f"vqbeam evaluate {shlex.quote(facts.root)} --sweep "
+        + ("guidance=1,1.5,2 temperature=0.9,1" if guided else "temperature=0.9,1 top_k=0 top_p=1")
+        + " --store",
+    )
+
+
+def limiting_decoder(facts: Facts) -> Finding | None:
+    """Finds samples whose distance from real images is mostly that of reconstructions."""
+    real, best, found = (
+        facts.prior[name]["frechet"] for name in ("real", "reconstructions", "samples")
+    )
+    share = best / found if found else 0.0
+    if share <= _SHARE_OF_FRECHET or best <= _TIMES_REAL * real:
+        return None
+    settings = facts.config.vqvae
+    steps = 2 * settings.finetune_steps or max(1, settings.steps // 3)
+    perceptual, adversarial = settings.perceptual or 1.0, settings.adversarial or 0.05
+    return Finding(
+        "Stage 1 limits the quality of samples",
+        f"Reconstructions alone have a Fréchet distance of {best:.2f}, {share:.0%} of the "
+        f"{found:.2f} of samples (real images: {real:.2f}).",
+        "A better prior would help little. Train the decoder further for sharper images, or give "
+        "stage 1 more codes or steps.",
+        f"--vqvae.finetune-steps {steps} --vqvae.perceptual {perceptual:g} "
+        f"--vqvae.adversarial {adversarial:g}",
+    )
+
+
+def limiting_prior(facts: Facts) -> Finding | None:
+    """Finds samples that look like no real image, although reconstructions do."""
+    real, best, found = (facts.prior[name] for name in ("real", "reconstructions", "samples"))
+    if (
+        found["precision"] >= _LEAST_OF_PRIOR * real["precision"]
+        or best["frechet"] > _SHARE_OF_FRECHET * found["frechet"]
+    ):
+        return None
+    return Finding(
+        "The prior limits the quality of samples",
+        f"Only {found['precision']:.0%} of them look like a held-out image (precision; real "
+        f"images: {real['precision']:.0%}), and their Fréchet distance is {found['frechet']:.2f}, "
+        f"against {best['frechet']:.2f} for reconstructions.",
+        "Stage 1 is good enough. Train the prior for longer, or make it larger.",
+        f"--prior.steps {2 * facts.config.prior.steps}",
+    )
+
+
+def _ended_early(stage: str, title: str, flag: str) -> Callable[[Facts], Finding | None]:
+    """Returns the rule that finds a training whose held-out loss was still falling."""
+
+    def rule(facts: Facts) -> Finding | None:
+        losses = [epoch["val_loss"] for epoch in facts.histories[stage]]
+        epochs = len(losses)
+        gain = _gain_of_twice_the_steps(losses)
+        if epochs < _FEWEST_EPOCHS or gain < _STILL_FALLING[stage]:
+            return None
+        section = facts.config.vqvae if stage == "train-vqvae" else facts.config.prior
+        return Finding(
+            title,
+            f"The held-out loss fell from {losses[-2]:.4g} to {losses[-1]:.4g} in the last of "
+            f"{epochs} epochs. At this pace, twice the steps would lower it by {gain:.0%}.",
+            "Train for longer, in a new folder.",
+            f"{flag} {2 * section.steps}",
+        )
+
+    return rule
+
+
+def _gain_of_twice_the_steps(losses: list[float]) -> float:
+    """Returns by which share a loss would fall if it goes on as the power law of its last epoch."""
+    if len(losses) < 2 or min(losses[-2:]) <= 0:
+        return 0.0
+    epochs = len(losses)
+    slope = math.log(losses[-2] / losses[-1]) / math.log(epochs / (epochs - 1))
+    return 1 - 2**-slope
+
+
+unconverged_vqvae = _ended_early("train-vqvae", "Stage 1 stopped early", "--vqvae.steps")
+unconverged_prior = _ended_early("train-prior", "The prior stopped early", "--prior.steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A rule, what it checks, and whether a run has the facts for it.
+
+    Attributes:
+        checks: What it checks.
+        applies: Tells whether the facts are there.
+        find: The rule.
+    """
+
+    checks: str
+    applies: Callable[[Facts], Any]
+    find: Callable[[Facts], Finding | None]
+
+
+def _is_trained(stage: str) -> Callable[[Facts], bool]:
+    return lambda facts: stage in facts.manifests and bool(facts.histories.get(stage))
+
+
+def _measured(name: str) -> Callable[[Facts], bool]:
+    return lambda facts: bool(facts.prior) and facts.prior["samples"].get(name) is not None
+
+
+RULES = (
+    Rule("codebook in use", lambda facts: "encode" in facts.manifests, collapsed_codebook),
+    Rule("stage 1 converged", _is_trained("train-vqvae"), unconverged_vqvae),
+    Rule("prior converged", _is_trained("train-prior"), unconverged_prior),
+    Rule("prior generalizes", _is_trained("train-prior"), memorising_prior),
+    Rule("samples are new", lambda f: bool(f.prior) and f.prior.get("nearest"), copied_images),
+    Rule("samples are varied", _measured("recall"), uniform_samples),
+    Rule("stage 1 is good enough", _measured("frechet"), limiting_decoder),
+    Rule("prior is good enough", _measured("frechet"), limiting_prior),
+)
+
+
+def findings(facts: Facts) -> tuple[list[Finding], list[str], list[str]]:
+    """Returns what the rules find, what was checked, and what could not be."""
+    checked = [rule for rule in RULES if rule.applies(facts)]
+    found = [finding for rule in checked if (finding := rule.find(facts))]
+    left_out = [rule.checks for rule in RULES if rule not in checked]
+    return found, [rule.checks for rule in checked], left_out

@@ -1,0 +1,676 @@
+"""The command that writes a page about trained runs: one file, without server and network.
+
+A part that cannot be made, such as the pictures of a run whose images are elsewhere, is left out,
+and the page says why.
+"""
+
+import base64
+import dataclasses
+import datetime
+import functools
+import io
+import math
+import pathlib
+import shlex
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+from etils import epath
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from vqbeam import configs
+from vqbeam.configs import Config, VqbeamError
+from vqbeam.pipelines.evaluation.evaluate import vqvae_rows
+from vqbeam.pipelines.evaluation.reference import FIGURES
+from vqbeam.pipelines.inspect import duration
+from vqbeam.pipelines.report.advice import Facts, findings
+from vqbeam.pipelines.sampling.api import Run
+from vqbeam.vqvae.figures import picture
+from vqbeam.vqvae.fitting.checkpoints import stored_history
+from vqbeam.vqvae.layout import code_layout
+from vqbeam.vqvae.metrics import count_codes
+from vqbeam.vqvae.storage.files import modified, read_json, write_bytes
+from vqbeam.vqvae.storage.labels import Labels
+from vqbeam.vqvae.storage.records import damaged_records, open_dataset, read_split
+from vqbeam.vqvae.storage.run_folder import MANIFEST, STAGES, RunFolder
+
+_TEMPLATE = pathlib.Path(__file__).parent / "page.html"
+# Bytes of all pictures of a page; base64 adds a third, and a page stays below 5 MB.
+_BUDGET = 3_300_000
+_LARGEST_SIDE = 1600
+_HELD_OUT = 16
+# Codes are counted over the first grids, and so many are shown of each kind.
+_MOST_GRIDS = 50_000
+_CODES_SHOWN = 16
+_MOST_BARS = 128
+# The absolute error of a pixel, of 255, that is shown as the brightest colour.
+_LARGEST_ERROR = 100
+# A chart, in units of its own.
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 220, 46, 10, 12, 28
+
+# For each row of `vqvae_rows`, what it is and what real images have.
+_STAGE_1 = {
+    "MSE": ("mean squared error of a pixel", "0"),
+    "NMSE": ("the same as a share of the variance: 1 is what a single grey would reach", "0"),
+    "PSNR": ("the same in decibels: 20 looks blurry, 30 is close to the original", "∞"),
+    "SSIM": ("how well local structure agrees", "1"),
+    "Fréchet distance": ("how far the set is from the originals, in a network's features", "0"),
+    "perplexity": ("how many codes would be as varied if all were used equally", "–"),
+    "codes used": ("codes that occur at all", "–"),
+    "size of the codes": ("what is left of an image", "–"),
+    "compression": ("size of the pixels to that of the codes", "1 to 1"),
+}
+_STAGE_2 = {
+    "frechet": "how far the set is from held-out images, in a network's features; lower is better",
+    "precision": "share that looks like a held-out image",
+    "recall": "share of the held-out images that the set covers: how varied it is",
+    "agreement": "share in which a classifier sees the requested class",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture inside the page: a data URI, its text for those who cannot see it, and its size."""
+
+    uri: str
+    alt: str
+    width: int
+    height: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A chart as the template draws it, in units of the chart.
+
+    Attributes:
+        title: What it shows.
+        ticks: Height and label of each line across.
+        labels: Place and text of each label of the horizontal axis.
+        names: The series.
+        lines: The path of each series; empty for bars.
+        marks: For each place of the horizontal axis: `left`, `width`, `x`, the heights `ys` by
+            series, and `tip`, the text to show there.
+        rows: The table behind the chart; the first row is its head.
+        bars: Whether bars are drawn.
+        even: The height of a dashed line, or None.
+    """
+
+    title: str
+    ticks: list[tuple[float, str]]
+    labels: list[tuple[float, str]]
+    names: list[str]
+    lines: list[str]
+    marks: list[dict[str, Any]]
+    rows: list[list[str]]
+    bars: bool = False
+    even: float | None = None
+    width: int = _WIDTH
+    height: int = _HEIGHT
+    left: int = _LEFT
+    right: int = _WIDTH - _RIGHT
+    bottom: int = _HEIGHT - _BOTTOM
+
+
+def report(run_dirs: Sequence[str], output: str | None = None) -> str:
+    """Writes a page about one run, or several side by side; returns a line that says where.
+
+    Args:
+        run_dirs: Folders of runs.
+        output: The .html file to write; by default `report.html` in the folder of the only run.
+
+    Raises:
+        VqbeamError: A folder holds no run.
+    """
+    runs = [RunFolder(place, remember=True) for place in run_dirs]
+    facts = [read_facts(run) for run in runs]
+    path = epath.Path(output).expanduser() if output else runs[0].root / "report.html"
+    views = [
+        _view(run, known, facts, _BUDGET // len(runs))
+        for run, known in zip(runs, facts, strict=True)
+    ]
+    html = render(views, _differing_settings(facts))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, html.encode())
+    return f"report, {len(html.encode()) / 1e6:.1f} MB: {path}"
+
+
+def render(views: Sequence[dict[str, Any]], differing: list[list[str]]) -> str:
+    """Returns the page; all texts of the views are escaped."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(views=views, differing=differing)
+
+
+def read_facts(run: RunFolder) -> Facts:
+    """Returns what the manifests, checkpoints and metrics of a run say; damaged ones say nothing.
+
+    Raises:
+        VqbeamError: There is no run in the folder.
+    """
+    config = run.load_config()
+    manifests = {stage: _or_reason(lambda s=stage: run.manifest(s))[0] for stage in STAGES}
+    manifests = {stage: manifest for stage, manifest in manifests.items() if manifest}
+    histories = {}
+    for stage, settings in (("train-vqvae", config.vqvae), ("train-prior", config.prior)):
+        if stage in manifests:
+            histories[stage] = manifests[stage].get("history", [])
+        else:
+            found, _ = _or_reason(
+                lambda s=stage, n=settings.steps_per_epoch: stored_history(run.folder(s), n)
+            )
+            histories[stage] = found or []
+    measured = {}
+    for name in ("vqvae", "prior"):
+        path = run.evaluation / f"{name}.json"
+        measured[name] = _or_reason(lambda p=path: read_json(p))[0] if path.exists() else None
+    return Facts(str(run.root), config, manifests, histories, **measured)
+
+
+def _or_reason(make: Callable[[], Any]) -> tuple[Any, str]:
+    """Returns what is made and an empty text; or None, and why it cannot be made."""
+    try:
+        return make(), ""
+    except VqbeamError as error:
+        return None, str(error)
+
+
+def _view(run: RunFolder, facts: Facts, all_facts: list[Facts], budget: int) -> dict[str, Any]:
+    """Returns what the template shows of a run.
+
+    Args:
+        run: The run.
+        facts: Its facts.
+        all_facts: Those of all runs, whose charts have the same axes.
+        budget: Bytes that all pictures together may have.
+    """
+    opened = Run(run.root)
+    found, checked, unchecked = findings(facts)
+    samples, no_samples = _or_reason(lambda: _samples(run, facts, budget // 2))
+    held_out, no_held_out = _or_reason(lambda: _held_out(opened, budget // 4))
+    counts, no_counts = _or_reason(lambda: _counts(run, facts))
+    codes, no_codes = (
+        _or_reason(lambda: _code_pictures(opened, counts, budget // 8))
+        if counts is not None
+        else (None, "")
+    )
+    return {
+        "root": facts.root,
+        "preset": facts.config.name,
+        "sentence": _sentence(facts),
+        "figures": _figures(facts),
+        "samples": samples,
+        "held_out": held_out,
+        "findings": found,
+        "checked": checked,
+        "unchecked": unchecked,
+        "curves": _curves(facts, all_facts),
+        "usage": _usage_curve(facts, all_facts),
+        "counts": [] if counts is None else _count_charts(counts),
+        "codes": codes or [],
+        "missing": {
+            "samples": no_samples,
+            "held_out": no_held_out,
+            "codes": " ".join(filter(None, (no_counts, no_codes))),
+        },
+        "stage_1": _stage_1(facts),
+        "stage_2": _stage_2(facts),
+        "nearest": _nearest(run, budget // 8),
+        "stages": _stages(run, facts),
+        "settings": _settings_table(facts.config),
+        "provenance": _provenance(run, facts),
+        "commands": _commands(facts),
+    }
+
+
+def _sentence(facts: Facts) -> str:
+    """Returns what the run is, for somebody who has not seen one."""
+    config, prepared = facts.config, facts.manifests.get("prepare")
+    height, width, channels = config.image_shape
+    size = f"{height}×{width} pixels" + (" of grey" if channels == 1 else "")
+    data = f"images of {config.data.source} at {size}"
+    if prepared:
+        labels = Labels.of(prepared)
+        kinds = f", {len(labels.names)} {labels.kind}" if labels.names else ""
+        data = f"{prepared['counts']['train']:,} {data}{kinds}"
+    return (
+        f"A generator of images, trained on {data}. Stage 1 turns an image into codes "
+        f"({code_layout(config).describe()}) and back; stage 2, the prior, has learned to write "
+        "such codes, which become new images."
+    )
+
+
+def _figures(facts: Facts) -> list[tuple[str, str, str]]:
+    """Returns the value, the name and the meaning of the figures that tell the most."""
+    config, made = facts.config, facts.manifests
+    figures = []
+    if vqvae := made.get("train-vqvae"):
+        psnr = vqvae["measures"]["psnr"]
+        meaning = "of held-out reconstructions: 20 looks blurry, 30 is close to the original"
+        figures.append((f"{psnr:.1f} dB", "fidelity (PSNR)", meaning))
+    of = config.vqvae.num_codes
+    if encoded := made.get("encode"):
+        used, spread = (
+            ", ".join(f"{value:,.0f}" for value in np.atleast_1d(encoded[name]))
+            for name in ("codes_used", "perplexity")
+        )
+        meaning = f"as varied as {spread} codes used equally (perplexity)"
+        figures.append((f"{used} of {of:,}", "codes in use", meaning))
+    if prior := made.get("train-prior"):
+        nats = prior["measures"]["nats_per_code"]
+        meaning = f"of the prior at held-out images; guessing evenly costs {math.log(of):.2f}"
+        figures.append((f"{nats:.2f} nats", "surprise per code", meaning))
+    if made:
+        seconds = sum(manifest["seconds"] for manifest in made.values())
+        meaning = f"{len(made)} of {len(STAGES)} stages done"
+        figures.append((duration(seconds), "time in all", meaning))
+    return figures
+
+
+def _samples(run: RunFolder, facts: Facts, most_bytes: int) -> Picture:
+    path = run.folder("sample") / "samples.png"
+    trained = facts.manifests.get("train-prior")
+    if not path.exists():
+        sample = shlex.join(["vqbeam", "sample", str(run.root), "--output", str(path)])
+        (*_, (_, resume)) = _commands(facts)
+        raise VqbeamError(
+            f"No samples yet: {sample}" if trained else f"The prior is not trained yet: {resume}"
+        )
+    labels = Labels.of(trained) if trained else Labels()
+    alt = f"New images of the {labels.kind} {', '.join(labels.names[:30])}" if labels.names else ""
+    with Image.open(io.BytesIO(path.read_bytes())) as image:
+        return _picture(image, alt or "New images", most_bytes)
+
+
+def _held_out(run: Run, most_bytes: int) -> list[dict[str, Picture]]:
+    """Returns held-out images with their reconstructions and the maps of the error."""
+    originals = _held_out_images(run.folder)
+    copies = run.reconstruct(originals)
+    colours = matplotlib.colormaps["inferno"]
+    shown = []
+    each = most_bytes // (3 * len(originals))
+    for number, (original, copy) in enumerate(zip(originals, copies, strict=True), 1):
+        error = np.abs(original.astype(float) - copy).mean(axis=-1)
+        heat = colours(np.minimum(error / _LARGEST_ERROR, 1), bytes=True)[..., :3]
+        pictures = {
+            "original": (original, f"Held-out image {number}"),
+            "reconstruction": (copy, f"Reconstruction of held-out image {number}"),
+            "error": (
+                heat,
+                f"Error of reconstruction {number}: {error.mean():.1f} of 255 on average",
+            ),
+        }
+        shown.append(
+            {name: _picture(picture(image), alt, each) for name, (image, alt) in pictures.items()}
+        )
+    return shown
+
+
+def _held_out_images(run: RunFolder) -> np.ndarray:
+    """Returns the first held-out images, uint8 [N, H, W, C]."""
+    if run.is_elsewhere("prepare"):
+        raise VqbeamError(
+            f"The images of this run are not here; put them into {run.folder('prepare')}, or make "
+            f"them again: vqbeam prepare PRESET --run-dir {shlex.quote(str(run.root))}"
+        )
+    prepared = run.require("prepare")
+    last = min(_HELD_OUT, prepared["counts"]["validation"])
+    with damaged_records(run.folder("prepare")):
+        split = read_split(open_dataset(run.folder("prepare")), "validation", last=last)
+        return np.stack([example["image"] for example in split.as_numpy_iterator()])
+
+
+def _counts(run: RunFolder, facts: Facts) -> np.ndarray:
+    """Returns how often each code occurs in the first training images, int64 [levels, K]."""
+    if run.is_elsewhere("encode"):
+        raise VqbeamError(
+            f"The codes of this run are not here; put them into {run.folder('encode')}, or make "
+            f"them again: vqbeam encode PRESET --run-dir {shlex.quote(str(run.root))}"
+        )
+    run.require("encode")
+    layout = code_layout(facts.config)
+    counts = np.zeros((layout.levels, layout.num_codes), np.int64)
+    with damaged_records(run.folder("encode")):
+        split = read_split(open_dataset(run.folder("encode")), "train").take(_MOST_GRIDS)
+        for codes in split.map(lambda example: example["codes"]).batch(1000).as_numpy_iterator():
+            counts += count_codes(codes.astype("int64"), layout)
+    return counts
+
+
+def _code_pictures(run: Run, counts: np.ndarray, most_bytes: int) -> list[list[tuple[str, Any]]]:
+    """Returns for each level the title and the pictures of codes used most, least and never.
+
+    A code is shown as the image that has it everywhere; with several levels, the other levels have
+    their most frequent code.
+    """
+    layout = code_layout(run.config)
+    levels = []
+    for level, of_level in enumerate(counts):
+        order = np.argsort(-of_level, kind="stable")
+        used = order[: np.count_nonzero(of_level)]
+        kinds = {
+            "Used most": used[:_CODES_SHOWN],
+            "Used least": used[_CODES_SHOWN:][::-1][:_CODES_SHOWN],
+            "Never used": order[len(used) :][:_CODES_SHOWN],
+        }
+        chosen = np.concatenate(list(kinds.values()))
+        grids = np.tile(counts.argmax(axis=1)[layout.level], (len(chosen), 1))
+        grids[:, layout.level == level] = chosen[:, None]
+        images = dict(zip(chosen, run.decode(grids.reshape(-1, *layout.shape)), strict=True))
+        each = most_bytes // (3 * _CODES_SHOWN * len(counts))
+        share = of_level / of_level.sum()
+        levels.append(
+            [
+                (
+                    title,
+                    [
+                        _picture(picture(images[c]), f"Code {c}: {share[c]:.3%} of all codes", each)
+                        for c in codes
+                    ],
+                )
+                for title, codes in kinds.items()
+                if len(codes)
+            ]
+        )
+    return levels
+
+
+def _picture(image: Image.Image, alt: str, most_bytes: int) -> Picture:
+    """Returns a picture of at most so many bytes: as PNG, or else as JPEG, and made smaller."""
+    image = image.convert("RGB")
+    width, height = image.size
+    image.thumbnail((_LARGEST_SIDE, 4 * _LARGEST_SIDE))
+    kind, data = "png", _encoded(image, "PNG", optimize=True)
+    while len(data) > most_bytes:
+        kind, data = "jpeg", _encoded(image, "JPEG", quality=85)
+        if min(image.size) < 2:
+            break
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
+    return Picture(
+        f"data:image/{kind};base64,{base64.b64encode(data).decode()}", alt, width, height
+    )
+
+
+def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def _curves(facts: Facts, all_facts: list[Facts]) -> list[Chart]:
+    """Returns the losses of both stages by epoch, and of the finetuning if there is some."""
+    vqvae, prior = facts.config.vqvae, facts.config.prior
+    both = {"training": "loss", "held out": "val_loss"}
+    charts = []
+    for title, stage, steps in (
+        ("Stage 1: loss", "train-vqvae", vqvae.steps_per_epoch),
+        ("Stage 2: nats per code", "train-prior", prior.steps_per_epoch),
+    ):
+        together = [epoch for each in all_facts for epoch in each.histories[stage]]
+        charts += _line_chart(title, both, facts.histories[stage], together, steps)
+    finetuned = facts.manifests.get("train-vqvae", {}).get("finetune_history", [])
+    if len(finetuned) > 1:
+        terms = {"reconstruction": "reconstruction", "perceptual": "perceptual"}
+        title = "Stage 1: finetuning of the decoder"
+        charts += _line_chart(title, terms, finetuned, finetuned, vqvae.steps_per_epoch)
+    return charts
+
+
+def _usage_curve(facts: Facts, all_facts: list[Facts]) -> list[Chart]:
+    stage, settings = "train-vqvae", facts.config.vqvae
+    return _line_chart(
+        f"Perplexity while stage 1 trained, of {settings.num_codes:,} codes",
+        {"training": "perplexity", "held out": "val_perplexity"},
+        facts.histories[stage],
+        [epoch for each in all_facts for epoch in each.histories[stage]],
+        settings.steps_per_epoch,
+    )
+
+
+def _line_chart(
+    title: str,
+    series: dict[str, str],
+    history: list[dict[str, float]],
+    together: list[dict[str, float]],
+    steps_per_epoch: int,
+) -> list[Chart]:
+    """Returns a chart of some metrics by epoch, or none without epochs.
+
+    Args:
+        title: What it shows.
+        series: Metrics by their names in the chart.
+        history: Metrics of each epoch.
+        together: Those of all runs, which determine the axis.
+        steps_per_epoch: Steps of an epoch.
+    """
+    series = {name: key for name, key in series.items() if history and key in history[0]}
+    if not series:
+        return []
+    place, ticks = _axis(
+        [epoch[key] for epoch in together for key in series.values() if key in epoch]
+    )
+    step = (_WIDTH - _LEFT - _RIGHT) / len(history)
+    xs = [_LEFT + (index + 0.5) * step for index in range(len(history))]
+    ys = {name: [place(epoch[key]) for epoch in history] for name, key in series.items()}
+    rows = [
+        [f"{n}", *(f"{epoch[key]:.4g}" for key in series.values())]
+        for n, epoch in enumerate(history, 1)
+    ]
+    marks = [
+        {
+            "left": x - step / 2,
+            "width": step,
+            "x": x,
+            "ys": [of[index] for of in ys.values()],
+            "tip": f"epoch {index + 1}, {(index + 1) * steps_per_epoch:,} steps: "
+            + ", ".join(f"{v} {name}" for name, v in zip(series, rows[index][1:], strict=True)),
+        }
+        for index, x in enumerate(xs)
+    ]
+    return [
+        Chart(
+            title=title,
+            ticks=ticks,
+            labels=[(xs[i], f"epoch {i + 1}") for i in sorted({0, len(xs) - 1})],
+            names=list(series),
+            lines=[
+                "M" + " L".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, of, strict=True))
+                for of in ys.values()
+            ],
+            marks=marks,
+            rows=[["epoch", *series], *rows],
+        )
+    ]
+
+
+def _axis(
+    values: Sequence[float], form: str = "{:.6g}"
+) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
+    """Returns the function from a value to its height in a chart, and the ticks."""
+    finite = [value for value in values if math.isfinite(value)]
+    ends = (min(finite, default=0.0), max(finite, default=1.0))
+    found = MaxNLocator(4).tick_values(*ends) if ends[0] < ends[1] else [ends[0], ends[0] + 1]
+    low, high = float(found[0]), float(found[-1])
+
+    def place(value: float) -> float:
+        share = (min(max(value, low), high) - low) / (high - low) if math.isfinite(value) else 1.0
+        return round(_HEIGHT - _BOTTOM - share * (_HEIGHT - _BOTTOM - _TOP), 1)
+
+    return place, [(place(value), form.format(value)) for value in map(float, found)]
+
+
+def _count_charts(counts: np.ndarray) -> list[Chart]:
+    """Returns for each level a chart of the shares of its codes, from the most used on."""
+    return [
+        _bar_chart(f"Codes by use{f', level {level}' if len(counts) > 1 else ''}", of_level)
+        for level, of_level in enumerate(counts)
+    ]
+
+
+def _bar_chart(title: str, counts: np.ndarray) -> Chart:
+    shares = np.sort(counts / counts.sum())[::-1]
+    together = math.ceil(len(shares) / _MOST_BARS)
+    bars = [shares[first : first + together] for first in range(0, len(shares), together)]
+    means = [float(bar.mean()) for bar in bars]
+    place, ticks = _axis([0.0, *means], form="{:.2%}")
+    width = (_WIDTH - _LEFT - _RIGHT) / len(bars)
+    rows, marks = [], []
+    for index, (bar, mean) in enumerate(zip(bars, means, strict=True)):
+        first = index * together + 1
+        last = first + len(bar) - 1
+        rows.append([f"{first}–{last}" if last > first else f"{first}", f"{mean:.3%}"])
+        left = _LEFT + index * width
+        each = " each on average" if last > first else ""
+        marks.append(
+            {
+                "left": left,
+                "width": width,
+                "x": left + width / 2,
+                "ys": [place(mean)],
+                "tip": f"codes {rows[-1][0]} by use: {rows[-1][1]} of all codes{each}",
+            }
+        )
+    return Chart(
+        title=title,
+        ticks=ticks,
+        labels=[(_LEFT + 24, "most used"), (_WIDTH - _RIGHT - 24, "least used")],
+        names=["share of all codes"],
+        lines=[],
+        marks=marks,
+        rows=[["codes by use", "share of all codes"], *rows],
+        bars=True,
+        even=place(1 / len(shares)),
+    )
+
+
+def _stage_1(facts: Facts) -> dict[str, Any] | None:
+    """Returns the table of stage 1's metrics, or None."""
+    if not facts.vqvae:
+        return None
+    rows = []
+    for name, value in vqvae_rows(facts.vqvae):
+        definition, real = _STAGE_1[name.partition(" (")[0]]
+        rows.append((name, definition, [value.partition(", of")[0], real]))
+    return {
+        "title": f"Stage 1, on {facts.vqvae['images']:,} held-out images",
+        "head": ["reconstructions", "real images"],
+        "rows": rows,
+    }
+
+
+def _stage_2(facts: Facts) -> dict[str, Any] | None:
+    """Returns the table of stage 2's metrics, or None."""
+    if not facts.prior:
+        return None
+    sets = [facts.prior[name] for name in ("samples", "reconstructions", "real")]
+    rows = [
+        (title, _STAGE_2[name], [form.format(each[name]) for each in sets])
+        for name, (title, form) in FIGURES.items()
+        if all(each.get(name) is not None for each in sets)
+    ]
+    return {
+        "title": f"Stage 2, sets of {facts.prior['images']:,} images against as many held out",
+        "head": ["samples", "reconstructions", "real images"],
+        "rows": rows,
+    }
+
+
+def _nearest(run: RunFolder, most_bytes: int) -> Picture | None:
+    """Returns the samples that are nearest to a training image, each above it, if evaluated."""
+    path = run.evaluation / "nearest.png"
+    if not path.exists():
+        return None
+    with Image.open(io.BytesIO(path.read_bytes())) as image:
+        alt = "The ten samples nearest to a training image, each above that image"
+        return _picture(image, alt, most_bytes)
+
+
+def _stages(run: RunFolder, facts: Facts) -> list[list[str]]:
+    """Returns the table of times, speeds and memory; its first row is the head."""
+    rows = [["stage", "time", "images/s", "device memory", "parameters"]]
+    for stage in STAGES:
+        manifest = facts.manifests.get(stage)
+        if manifest is None:
+            steps = run.trained_steps(stage) if stage in facts.histories else 0
+            rows.append([stage, f"{steps:,} steps done" if steps else "not done", "", "", ""])
+            continue
+        speed = manifest.get("speed", {})
+        rate, memory = speed.get("images_per_second"), speed.get("device_bytes")
+        rows.append(
+            [
+                stage,
+                duration(manifest["seconds"]),
+                f"{rate:,.0f}" if rate else "",
+                f"{memory / 2**30:.1f} GiB" if memory else "",
+                f"{manifest['parameters']:,}" if "parameters" in manifest else "",
+            ]
+        )
+    # On a CPU, no stage knows its memory.
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _settings(config: Config) -> dict[str, str]:
+    """Returns every setting as it would be typed, by its dotted name."""
+    found = {}
+    for name, *_ in configs.field_types():
+        value = functools.reduce(getattr, name.split("."), config)
+        found[name] = "none" if value is None else str(value)
+    return found
+
+
+def _preset_settings(config: Config) -> dict[str, str] | None:
+    """Returns the settings of the preset of a run; None if the preset is not vqbeam's own."""
+    is_known = config.name in configs.preset_names()
+    return _settings(configs.load_preset(config.name)) if is_known else None
+
+
+def _settings_table(config: Config) -> list[tuple[str, str, str | None]]:
+    """Returns name and value of every setting, and the preset's value where it is another."""
+    preset = _preset_settings(config) or {}
+    return [
+        (name, value, preset[name] if preset.get(name, value) != value else None)
+        for name, value in _settings(config).items()
+    ]
+
+
+def _differing_settings(facts: Sequence[Facts]) -> list[list[str]]:
+    """Returns the name and the value in each run of the settings that are not the same in all."""
+    settings = [_settings(each.config) for each in facts]
+    rows = [[name, *(of[name] for of in settings)] for name in settings[0]]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def _provenance(run: RunFolder, facts: Facts) -> list[tuple[str, str, str]]:
+    """Returns for each finished stage when it ended, and the hash of its result."""
+    rows = []
+    for stage, manifest in facts.manifests.items():
+        ended = datetime.datetime.fromtimestamp(modified(run.folder(stage) / MANIFEST))
+        rows.append((stage, f"{ended:%Y-%m-%d %H:%M}", manifest["sha256"]))
+    return rows
+
+
+def _commands(facts: Facts) -> list[tuple[str, str]]:
+    """Returns what to type next, and what it does."""
+    root, settings = facts.root, _settings(facts.config)
+    preset = _preset_settings(facts.config)
+    changed = [
+        word
+        for name, value in settings.items()
+        if preset and preset[name] != value
+        for word in (f"--{name.replace('_', '-')}", value)
+    ]
+    name = facts.config.name if preset else "PRESET.py"
+    return [
+        ("Sample new images", shlex.join(["vqbeam", "sample", root, "--output", "new.png"])),
+        ("Measure the run", shlex.join(["vqbeam", "evaluate", root])),
+        (
+            "Resume, or make what is missing",
+            shlex.join(["vqbeam", "run", name, "--run-dir", root, *changed]),
+        ),
+    ]

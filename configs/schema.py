@@ -221,8 +221,8 @@ class VQVAEConfig(Section):
     fsq_levels: str = field("levels of each channel, such as 8,8,8 for K = 512 (fsq)", "8,8,8")
     downsampling: int = field("ratio of image height to grid height, a power of two", 4, minimum=2)
     network: str = field(
-        "conv: residual blocks on the grid alone; resnet: normalized blocks at every resolution, "
-        "sharper and slower",
+        "conv: residual blocks on the grid alone; resnet: normalized blocks at every resolution "
+        "as in VQGAN, several times slower",
         "conv",
         choices=("conv", "resnet"),
     )

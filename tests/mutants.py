@@ -595,6 +595,13 @@ FAULTS: dict[str, list[Mutant]] = {
             "test_sampler.py::test_guidance_zero_is_the_null_class",
         ),
         Mutant(
+            "the cosine ramp ignores its exponent",
+            "prior/filters.py",
+            "way**settings.guidance_power",
+            "way",
+            "test_guidance.py::test_scales",
+        ),
+        Mutant(
             "the linear schedule falls",
             "prior/filters.py",
             "np.linspace(1, 0, length)[::-1]",
@@ -960,6 +967,13 @@ FAULTS: dict[str, list[Mutant]] = {
             "digest_size=8",
             "test_folder.py::test_split_and_order_never_change",
         ),
+        Mutant(
+            "a class called train is a split",
+            "pipelines/sources/folder.py",
+            "or len(train + held_out) < len(tops)",
+            "",
+            "test_folder.py::test_other_folders_are_classes_whatever_their_names",
+        ),
     ],
     "Files of many images are read row by row": [
         Mutant(
@@ -1013,6 +1027,13 @@ FAULTS: dict[str, list[Mutant]] = {
             "len(failures) > total",
             "test_prepare.py::test_too_many_failures_end_the_stage_until_they_are_mended",
         ),
+        Mutant(
+            "a file may have any size",
+            "pipelines/sources/folder.py",
+            "facts.st_size > _MOST_BYTES",
+            "facts.st_size < 0",
+            "test_folder.py::test_only_regular_files_of_a_sane_size_are_read",
+        ),
     ],
     "Images are decoded as people see them": [
         Mutant(
@@ -1049,6 +1070,13 @@ FAULTS: dict[str, list[Mutant]] = {
             "_scale_gray(np.asarray(image), top=65535)",
             'image.convert("L")',
             "test_images.py::test_16_bit_gray_is_scaled_not_clipped",
+        ),
+        Mutant(
+            "profiles of colours are ignored",
+            "pipelines/sources/images.py",
+            'embedded = image.info.get("icc_profile")',
+            "embedded = None",
+            "test_images.py::test_colours_of_a_profile_become_those_of_srgb",
         ),
     ],
     "Augmentation mirrors and shifts, by seed and step": [
@@ -1123,6 +1151,38 @@ FAULTS: dict[str, list[Mutant]] = {
             "255.0**2 / mse",
             "255.0 / mse",
             "test_metrics.py::test_psnr",
+        ),
+        Mutant(
+            "the nearest image is the farthest",
+            "pipelines/evaluation/distances.py",
+            "distances.argmin(axis=1)",
+            "distances.argmax(axis=1)",
+            "test_manifolds.py::test_nearest_is_that_of_all_pairs",
+        ),
+    ],
+    "Networks are those of the papers": [
+        Mutant(
+            "a normalized block has no shortcut",
+            "vqvae/resnet.py",
+            "return h + (self.shortcut(x) if self.shortcut.built else x)",
+            "return h",
+            "test_resnet.py::test_block_in_numpy",
+        ),
+        Mutant(
+            "the decoder has a block too few at each resolution",
+            "vqvae/resnet.py",
+            "range(residual_layers + 1)",
+            "range(residual_layers)",
+            "test_resnet.py::test_channels_and_blocks_at_each_resolution",
+        ),
+    ],
+    "A time becomes a number of steps": [
+        Mutant(
+            "minutes are taken for seconds",
+            "pipelines/budget.py",
+            "factor = 60 * minutes",
+            "factor = minutes",
+            "test_budget.py::test_the_time_is_used_and_divided_as_in_the_preset",
         ),
     ],
     "A second command in a folder is refused": [

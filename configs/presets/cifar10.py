@@ -44,5 +44,6 @@ CONFIG = Config(
         warmup_steps=200,
         dtype="mixed_bfloat16",
     ),
-    sample=SampleConfig(num=80, temperature=0.95, guidance=2.0, batch_size=80),
+    # By a sweep: as many labels agree as with a constant 2 at 0.95, at a lower distance.
+    sample=SampleConfig(num=80, guidance=4.0, guidance_schedule="cosine", batch_size=80),
 )

@@ -12,7 +12,12 @@ from typing import Any
 from etils import epath
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.sources.listing import check_splits, list_files, split_by_hash
+from vqbeam.pipelines.sources.listing import (
+    VALIDATION_NAMES,
+    check_splits,
+    list_files,
+    split_by_hash,
+)
 from vqbeam.pipelines.sources.source import RawImage, Source, Unit
 from vqbeam.vqvae.storage.files import is_local
 from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
@@ -135,7 +140,7 @@ def list_folder(
 
 # What the folders of a split may be called. The first of those for validation that exists is taken.
 _TRAIN = ("train", "training")
-_HELD_OUT = ("validation", "valid", "val", "dev", "test")
+_HELD_OUT = (*VALIDATION_NAMES, "test")
 
 
 def splits_at_top(keys: Sequence[str]) -> dict[str, str]:

@@ -14,8 +14,8 @@ from etils import epath
 from vqbeam.configs import DataConfig, VqbeamError
 from vqbeam.vqvae.storage.files import is_local
 
-# What the files of a split may begin with, where it is not only the name of the split.
-_SPLIT_NAMES = {"validation": "validation|valid|val|dev"}
+# What the split "validation" may be called in the names of folders and files.
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
 
 def list_files(folder: epath.Path, is_wanted: Callable[[str], bool]) -> list[str]:
@@ -112,7 +112,7 @@ def _split_of(file: str, splits: Sequence[str]) -> str | None:
     """Returns the split that the file's name begins with, or else that of the nearest folder."""
     for part in reversed(file.split("/")):
         for split in splits:
-            names = _SPLIT_NAMES.get(split, re.escape(split))
+            names = "|".join(VALIDATION_NAMES) if split == "validation" else re.escape(split)
             if re.match(rf"(?:{names})(?:$|[-_.\d])", part, re.IGNORECASE):
                 return split
     return None

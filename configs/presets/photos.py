@@ -1,7 +1,7 @@
 """Your own images at 64×64, from the folder that --data.source names; for a 2-core CPU.
 
-`vqbeam run photos --data.source folder:PATH --minutes 45 --run-dir DIR` chooses the training steps for
-about that time; without `--minutes`, they are those below.
+`vqbeam run photos --data.source folder:PATH --minutes 45 --run-dir DIR` chooses the training steps
+for about that time; without `--minutes`, they are those below.
 """
 
 from vqbeam.configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig

@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Each file of tests runs in one of two processes, the longest first.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 # Without its compiled files, each start of Python would compile TensorFlow's sources again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-fast test-engines test-engine-faults test-cloud test-browser bench-overhead audit lint house clean
+.PHONY: quickstart test test-fast test-system test-engines test-engine-faults test-cloud test-browser bench-overhead audit lint house clean
 
 quickstart: $(BIN)/vqbeam
 	$(BIN)/vqbeam run glyphs --run-dir runs/glyphs
@@ -13,11 +15,15 @@ quickstart: $(BIN)/vqbeam
 
 # On JAX, most of the time would go to optimizing small programs, which tests do not need.
 test: $(VENV)/.test-installed lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not engines and not cloud"
-	KERAS_BACKEND=jax JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m backend
+	$(PYTEST) -m "not system and not engines and not cloud"
+	KERAS_BACKEND=jax JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m "backend and not system"
 
 test-fast: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not engines and not cloud"
+	$(PYTEST) -m "not slow and not system and not engines and not cloud"
+
+# Whole programs: killed and started again, on a full disk, on two devices, with every preset.
+test-system: $(VENV)/.test-installed
+	$(PYTEST) -m system
 
 # Beam's other engines, each on this machine; takes Java, and Maven to fetch them.
 test-engines: $(VENV)/.test-installed $(VENV)/engines/flink $(VENV)/engines/spark

@@ -18,7 +18,7 @@ import pytest
 from vqbeam.configs import Config, DataConfig, override
 
 # The files that take longest, which start first, so that both workers end at about the same time.
-LONGEST = ("test_faults", "test_replicas", "test_pipeline_cli")
+LONGEST = ("test_training", "test_transformer", "test_sampler", "test_pipeline_cli", "test_faults")
 
 
 def pytest_collection_modifyitems(items):

@@ -20,7 +20,7 @@ def test_every_benchmark_can_be_imported(path, monkeypatch):
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize(
     "words",
     [

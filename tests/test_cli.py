@@ -173,7 +173,7 @@ sys.exit(", ".join(heavy) or 0)
     assert done.stderr.endswith("[0, 0, 0, 2, 2]\n")
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_python_m_vqbeam():
     done = vqbeam("run", "glyphs", "--run-dir", "d", "--runer=DataflowRunner")
     assert done.returncode == 2
@@ -194,7 +194,7 @@ def test_programs_share_a_gpu_unless_told_otherwise(monkeypatch):
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/home/someone/.cache/vqbeam/jax"
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_the_libraries_start_quietly():
     code = """
 from vqbeam.pipelines.cli import main as cli

@@ -10,7 +10,7 @@ from vqbeam.pipelines.cli import main as cli
 from vqbeam.pipelines.run import run_stages
 from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 
 LEFT = 8 * 1024  # less than any stage writes
 

@@ -87,7 +87,7 @@ open_source(DataConfig(source="tfds:fashion_mnist", data_dir=sys.argv[1])).downl
 """
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_ctrl_c_does_not_wait_for_a_host(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, str(tmp_path)],

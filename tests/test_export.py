@@ -52,6 +52,7 @@ def loud(monkeypatch):
     monkeypatch.setattr(cli, "_be_quiet", lambda: None)
 
 
+@pytest.mark.system
 def test_draws_the_same_images_without_vqbeam_and_keras(run, tmp_path, capsys):
     run, vqvae = run
     folder = tmp_path / "models" / "1"

@@ -81,6 +81,7 @@ def weights(run, stage):
     return load_model(run.folder(stage) / MODEL_FILE).weights
 
 
+@pytest.mark.system
 def test_ended_in_each_stage_and_run_again(place, compiled, interruptible):
     folder, config, _ = place
     run = RunFolder(folder / "run")
@@ -112,6 +113,7 @@ def test_ended_in_each_stage_and_run_again(place, compiled, interruptible):
         assert len(run.manifest(stage)["history"]) == 12
 
 
+@pytest.mark.system
 def test_generate_killed_and_run_again(finished_run, tmp_path):
     log = tmp_path / "log.txt"
     words = ("generate", finished_run.root, "--num", 300, "--shard-images", 3)
@@ -128,6 +130,7 @@ def test_generate_killed_and_run_again(finished_run, tmp_path):
         assert (whole / name).read_bytes() == (killed / name).read_bytes()
 
 
+@pytest.mark.system
 def test_a_second_command_in_the_same_folder(place, failure, tmp_path):
     with start_run(place, tmp_path / "run") as process:
         wait_for(".lock.json", tmp_path / "run", process, place[0] / "log.txt")
@@ -150,6 +153,7 @@ def test_one_image_in_a_hundred_is_corrupt(tmp_path):
     assert sorted(read_keys(run.folder("encode"))) == sorted(set(keys) - set(damaged))
 
 
+@pytest.mark.system
 def test_a_clock_that_jumps(tmp_path, monkeypatch):
     write_images(tmp_path / "source", 24)
     config = small_config(f"folder:{tmp_path / 'source'}")

@@ -214,6 +214,7 @@ def process_of(folder, number):
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_process_that_was_killed_is_resumed_bit_for_bit(tmp_path, number):
     unbroken = build()

@@ -49,7 +49,7 @@ def test_glyph_depends_on_seed_and_index_alone():
     assert (glyphs.draw_glyph(4, 0)[0] != forwards[0]).any()
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_glyph_is_the_same_in_another_process():
     script = (
         "import hashlib\nfrom vqbeam.pipelines.sources import glyphs\n"

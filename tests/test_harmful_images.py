@@ -94,6 +94,7 @@ print(said, (peak() - before) // 1024, time.process_time() - start, sep="|")
 """
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("fit", ["crop", "pad"])
 @pytest.mark.parametrize("name", [*REFUSED, *TAKEN])
 def test_memory_and_time_are_bounded(folder, name, fit):

@@ -539,7 +539,7 @@ def test_labels_that_are_no_classes(images, tmp_path):
         open_source(data(f"parquet:{path}")).plan()
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_every_stage_on_two_workers(images, tmp_path):
     for split, labels in (("train", names_of(COUNT)), ("test", [*names_of(COUNT - 1), "apple"])):
         write_file("parquet", tmp_path / "data" / f"{split}.parquet", images, labels)
@@ -552,7 +552,7 @@ def test_every_stage_on_two_workers(images, tmp_path):
     assert (run / "samples" / "samples.png").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_a_dataset_on_the_hub(images, expected, tmp_path):
     write_file("parquet", tmp_path / "hub" / "data" / "some.parquet", images, names_of(COUNT))
     (tmp_path / "hub" / "README.md").write_text("Some images.")

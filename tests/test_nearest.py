@@ -175,7 +175,7 @@ def test_float32_keeps_all_digits_on_gpus():
         assert "Precision.HIGHEST" in str(program)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_memory_is_bounded():
     program = """
     import pathlib

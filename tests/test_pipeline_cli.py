@@ -14,7 +14,7 @@ from vqbeam.pipelines.cli import main as cli
 from vqbeam.pipelines.sources.glyphs import LETTERS, Glyphs
 from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 
 ROOT = pathlib.Path(__file__).parent.parent
 

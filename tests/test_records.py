@@ -248,7 +248,7 @@ def test_serialize_writes_what_tfds_writes(content, kind):
     assert found == tf.train.Example.FromString(theirs) and len(found.features.feature) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_serialize_gives_the_same_bytes_in_every_process():
     # Left alone, protobuf orders the features by an address, which differs between processes.
     processes = [

@@ -46,7 +46,7 @@ def test_replicas_in_numpy(monkeypatch):
     np.testing.assert_array_equal(from_first_replica(x), [3, 6])
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_two_devices_train_as_one(tmp_path, backend):
     program = pathlib.Path(__file__).parent / "two_devices.py"

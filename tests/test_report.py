@@ -318,7 +318,7 @@ def test_codes_of_several_levels(prepared_run, tiny_config):
     np.testing.assert_array_equal(decoded(most.uri)[..., :1], opened.decode(grid)[0])
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_the_package_holds_the_template(tmp_path):
     built = subprocess.run(
         [sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path, "build", "-b", tmp_path],

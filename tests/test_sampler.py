@@ -374,7 +374,7 @@ np.savez(sys.argv[3], free=free, clamped=clamped)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_backends_draw_the_same_images(sampler, tmp_path):
     pytest.importorskip("jax")
     other = "jax" if keras.backend.backend() == "tensorflow" else "tensorflow"

@@ -198,7 +198,7 @@ with tempfile.TemporaryFile() as file:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
-@pytest.mark.slow
+@pytest.mark.system
 def test_threads_do_not_each_keep_memory_of_their_own(tmp_path):
     cores, counts = max(2, os.cpu_count()), {}
     for what in ("write", "nothing"):

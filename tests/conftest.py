@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import sys
@@ -35,14 +36,21 @@ def pytest_collection_finish():
         sys.modules["tensorflow"].config.run_functions_eagerly(True)
 
 
-@pytest.fixture
-def compiled():
-    """For tests of compiled functions."""
+@contextlib.contextmanager
+def compiling():
+    """A context in which TensorFlow compiles functions, as it does outside of the tests."""
     import tensorflow as tf
 
     tf.config.run_functions_eagerly(False)
     yield
     tf.config.run_functions_eagerly(True)
+
+
+@pytest.fixture
+def compiled():
+    """For tests of compiled functions, and for training of more than about twenty steps."""
+    with compiling():
+        yield
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import compiling
 from pipeline_fixtures import finish_again
 
 import vqbeam.pipelines.evaluation.features as classifier
@@ -27,7 +28,8 @@ def array(tensor):
 def trained(prepared_run, tiny_config):
     """A run with a classifier, for all tests that only look at it."""
     run, pixels = prepared_run(tiny_config(), labels=("a", "b", "c"))
-    return run, pixels, load_classifier(run)
+    with compiling():
+        return run, pixels, load_classifier(run)
 
 
 @pytest.fixture
@@ -59,6 +61,7 @@ def test_accuracy_in_numpy(trained):
     assert classifier_accuracy(run) == pytest.approx((found == np.arange(10) % 3).mean())
 
 
+@pytest.mark.usefixtures("compiled")
 def test_learns_what_can_be_learned(prepared_run, tiny_config, monkeypatch):
     def told_by_brightness(builder, split):
         def brighten(example):
@@ -74,6 +77,7 @@ def test_learns_what_can_be_learned(prepared_run, tiny_config, monkeypatch):
     assert classifier_accuracy(run) == 1
 
 
+@pytest.mark.usefixtures("compiled")
 def test_the_same_images_give_the_same_weights(trained, prepared_run, tiny_config):
     other, _ = prepared_run(tiny_config(), labels=("a", "b", "c"))
     for one, two in zip(trained[2].weights, load_classifier(other).weights, strict=True):

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 from commands import status_of
-from hub_server import hub
+from hub_server import files_in, hub
 from image_files import (
     ENDINGS,
     KINDS,
@@ -565,7 +565,8 @@ def test_a_dataset_on_the_hub(images, expected, tmp_path):
         assert status_of(log, *words, *flags, environment=where) == status, log.read_text()
         return log.read_text()
 
-    with hub("me/set", tmp_path / "hub") as endpoint:
+    with hub("me/set", files_in(tmp_path / "hub"), "datasets") as repository:
+        endpoint = repository.endpoint
         assert f"hf:me/set is not in {tmp_path / 'home'}" in say("first", "me/set", endpoint)
         told = say("wrong", "me/sett", endpoint, status=1)
         assert told.startswith("vqbeam: hf:me/sett cannot be downloaded (404 Client Error")

@@ -150,6 +150,7 @@ def test_diveq_takes_the_gradient_along_each_error_away():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled")
 def test_predictions_learn_from_the_commitment_loss():
     # Columns alike, so that neighbours can be told exactly.
     images = np.repeat(latents(16, 4, 1, D), 4, axis=2)

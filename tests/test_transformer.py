@@ -121,6 +121,7 @@ def test_the_token_of_attributes_in_numpy():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled")
 def test_attributes_are_learned_and_stored(tmp_path):
     model = compiled(build(False, conditioning="attributes", num_labels=3), 3e-2)
     inputs = examples(64)

@@ -104,6 +104,7 @@ def test_loss_in_numpy(make, update):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("update", ["ema", "gradient"])
+@pytest.mark.usefixtures("compiled")
 def test_fit_lowers_the_loss(make, update):
     model = make(codebook_update=update)
     model.compile(keras.optimizers.Adam(3e-3))

@@ -110,6 +110,12 @@ VERBS = {
         needs=("train-vqvae", "encode"),
         outputs=(".npz", ".parquet"),
     ),
+    "push": Verb(
+        "publish the models of a run on the Hugging Face hub",
+        measure_commands.parse_push,
+        measure_commands.run_push,
+        needs=("train-vqvae",),
+    ),
     "inspect": Verb(
         "show the state of a run: stages, sizes, losses, codebook usage",
         measure_commands.parse_inspect,
@@ -139,7 +145,7 @@ _GROUPS = {
     "train a model": ("run", "prepare", "train-vqvae", "encode", "train-prior", "presets"),
     "make images": ("sample", "generate", "complete", "interpolate"),
     "examine a model": ("inspect", "report", "evaluate", "reconstruct", "score", "gradients"),
-    "use it elsewhere": ("export", "export-codes"),
+    "use it elsewhere": ("push", "export", "export-codes"),
 }
 
 _TOP_DESCRIPTION = """\
@@ -188,6 +194,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(verb: str, arguments: dict[str, Any]) -> None:
+    place = arguments.get("run_dir")
+    if place and place.startswith("hf://"):
+        from vqbeam.pipelines.hub import local_run
+
+        arguments = arguments | {"run_dir": local_run(place)}
     check(verb, arguments)
     text = VERBS[verb].run(**arguments)
     if isinstance(text, str):

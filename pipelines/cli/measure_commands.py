@@ -10,6 +10,7 @@ from vqbeam import configs
 from vqbeam.configs import Config, SampleConfig, SamplerSettings, VqbeamError
 from vqbeam.pipelines.cli.parser import (
     KINDS,
+    RUN,
     Parser,
     add_config,
     count,
@@ -17,6 +18,7 @@ from vqbeam.pipelines.cli.parser import (
     natural,
     nonempty,
     overridden,
+    run_location,
 )
 
 
@@ -114,7 +116,7 @@ def _swept(parser: Parser, words: Sequence[str]) -> dict[str, list[Any]]:
 def parse_score(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `score`."""
     parser.describe("DIR --input IMAGE-OR-FOLDER [options]")
-    parser.add("DIR", location, "the run's folder")
+    parser.add("DIR", run_location, RUN)
     place = "an image, or a folder with images at any depth"
     parser.add("--input", location, place, metavar="IMAGE-OR-FOLDER", required=True)
     parser.add("--label", nonempty, "class of all the images (default: none)", metavar="NAME-OR-ID")
@@ -143,7 +145,7 @@ def run_score(**arguments: Any) -> str | None:
 def parse_export(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `export`."""
     parser.describe("DIR --output FOLDER")
-    parser.add("DIR", location, "the run's folder")
+    parser.add("DIR", run_location, RUN)
     folder = "the folder to write; for TensorFlow Serving, its name is the version: models/NAME/1"
     parser.add("--output", location, folder, metavar="FOLDER", required=True)
     given = parser.parse_words(words)
@@ -191,10 +193,35 @@ def run_reconstruct(**arguments: Any) -> str | None:
     return reconstruct(**arguments)
 
 
+def parse_push(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
+    """Returns the arguments of `push`."""
+    example = "\nexample:\n  vqbeam push runs/fashion hf://me/fashion"
+    parser.describe("DIR TARGET [--private]", epilog=example)
+    parser.add("DIR", location, "the run's folder")
+    parser.add("TARGET", run_location, "hf://USER/NAME, or a new folder")
+    parser.add_argument(
+        "--private",
+        dest="--private",
+        action="store_true",
+        help="create the repository as a private one",
+    )
+    given = parser.parse_words(words)
+    if given["--private"] and not given["TARGET"].startswith("hf://"):
+        parser.error("--private is for hf://USER/NAME")
+    return {"run_dir": given["DIR"], "target": given["TARGET"], "private": given["--private"]}
+
+
+def run_push(**arguments: Any) -> str | None:
+    """Does the work; its libraries load only now."""
+    from vqbeam.pipelines.hub import push
+
+    return push(**arguments)
+
+
 def parse_inspect(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `describe`."""
     parser.describe("DIR")
-    parser.add("DIR", location, "the run's folder")
+    parser.add("DIR", run_location, RUN)
     return {"run_dir": parser.parse_words(words)["DIR"]}
 
 

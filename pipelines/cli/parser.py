@@ -207,6 +207,15 @@ def location(text: str) -> str:
     return os.path.expanduser(text)
 
 
+# Where a run is that only its models are taken from.
+RUN = "the run's folder, or hf://USER/NAME[@REVISION]"
+
+
+def run_location(text: str) -> str:
+    """Returns the path of a run, with "~" expanded; it may begin with hf://."""
+    return text if text.startswith("hf://") else location(text)
+
+
 def _whole(text: str) -> int:
     try:
         return int(text)

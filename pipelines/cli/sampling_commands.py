@@ -6,7 +6,16 @@ from typing import Any
 
 from vqbeam.configs import SampleConfig
 from vqbeam.pipelines.cli.beam_flags import BEAM_HELP
-from vqbeam.pipelines.cli.parser import Parser, count, in_range, location, natural, nonempty
+from vqbeam.pipelines.cli.parser import (
+    RUN,
+    Parser,
+    count,
+    in_range,
+    location,
+    natural,
+    nonempty,
+    run_location,
+)
 from vqbeam.pipelines.paths import is_dataflow, with_runner
 
 _ORDER = """\
@@ -27,7 +36,7 @@ example:
 def parse_sample(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `sample`."""
     parser.describe("DIR [options]")
-    parser.add("DIR", location, "the run's folder")
+    parser.add("DIR", run_location, RUN)
     forms = "a .png (labelled grid), .npz (arrays) or folder (default: samples.png)"
     parser.add("--output", location, forms, metavar="PATH")
     _add_labels(parser)
@@ -58,7 +67,7 @@ def parse_generate(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `generate`."""
     rest = "DIR --num N --output FOLDER [options] [Beam options]"
     parser.describe(rest, epilog=BEAM_HELP + _GENERATE_EXAMPLE)
-    parser.add("DIR", location, "the run's folder")
+    parser.add("DIR", run_location, RUN)
     parser.add("--num", count, "number of images", metavar="N", required=True)
     folder = "a new folder, or one that the same command has started"
     parser.add("--output", location, folder, metavar="FOLDER", required=True)
@@ -97,7 +106,7 @@ def parse_complete(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `complete`."""
     rest = "DIR --input IMAGE-OR-FOLDER --keep REGION --output PATH [options]"
     parser.describe(rest, epilog=_ORDER)
-    parser.add("DIR", location, "the run's folder")
+    parser.add("DIR", run_location, RUN)
     source = "an image or a folder of images; cropped and resized like the run's"
     parser.add("--input", location, source, metavar="PATH", required=True)
     region = "top-half, bottom-half, left-half, right-half, or a mask, an image: white is kept"
@@ -138,7 +147,7 @@ def parse_interpolate(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `interpolate`."""
     rest = "DIR --from LABEL --to LABEL --output FILE.png [options]"
     parser.describe(rest)
-    parser.add("DIR", location, "the run's folder")
+    parser.add("DIR", run_location, RUN)
     for flag, place in {"--from": "leftmost", "--to": "rightmost"}.items():
         text = f"class of the {place} column"
         parser.add(flag, nonempty, text, metavar="NAME-OR-ID", required=True)

@@ -9,6 +9,7 @@ import difflib
 import functools
 import hashlib
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from vqbeam.configs import Config, SampleConfig, VqbeamError
+from vqbeam.pipelines.hub import local_run
 from vqbeam.pipelines.sampling.input_images import kept_codes, region_mask
 from vqbeam.prior.sampler import Sampler, Score, code_scorer
 from vqbeam.prior.training import load_prior
@@ -41,15 +43,16 @@ _OF_SCHEDULE = {
 
 
 def open(path: epath.PathLike) -> "Run":
-    """Returns the run in a folder.
+    """Returns the run in a folder, or on the Hugging Face hub.
 
     Args:
-        path: The folder that `vqbeam run` was given as --run-dir, local or gs://.
+        path: The folder that `vqbeam run` was given as --run-dir, local or gs://; or
+            hf://USER/NAME[@REVISION], which is downloaded if it is not in the cache.
 
     Raises:
-        VqbeamError: The folder holds no run.
+        VqbeamError: The folder holds no run, or the run cannot be downloaded.
     """
-    return Run(path)
+    return Run(local_run(os.fspath(path)))
 
 
 @dataclasses.dataclass(frozen=True)

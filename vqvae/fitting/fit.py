@@ -266,7 +266,7 @@ def save_model(model: keras.Model, path: epath.Path) -> None:
     """Writes a model to a .keras file atomically."""
     with tempfile.TemporaryDirectory() as local:
         file = pathlib.Path(local) / "model.keras"
-        model.save(file)
+        model.save(file, include_optimizer=False)
         write_bytes(path, file.read_bytes())
 
 

@@ -1,0 +1,163 @@
+import json
+
+import numpy as np
+import pytest
+from commands import started, status_of
+from hub_server import files_in, hub
+
+import vqbeam
+from vqbeam.configs import VqbeamError, from_dict
+from vqbeam.pipelines.cli import main as cli
+from vqbeam.pipelines.hub import push
+
+NAME = "me/fruit"
+PUBLISHED = {
+    "README.md",
+    "checksums.json",
+    "config.json",
+    "prior/manifest.json",
+    "prior/model.keras",
+    "samples.png",
+    "vqvae/manifest.json",
+    "vqvae/model.keras",
+}
+
+
+def test_a_folder_holds_what_sampling_needs_and_no_more(finished_run, tmp_path):
+    target = tmp_path / "published"
+    assert push(str(finished_run.root), str(target)) == f"published: {target}"
+    files = files_in(target)
+    assert set(files) == PUBLISHED
+    assert [path.name for path in tmp_path.iterdir()] == ["published"]
+    # Folders of this machine are nobody's business.
+    config = from_dict(json.loads(files["config.json"]))
+    assert (
+        config.data.source == "folder:source" and config.vqvae == finished_run.load_config().vqvae
+    )
+    place = str(finished_run.root.parent).encode()
+    assert not [name for name, content in files.items() if place in content]
+    ours, theirs = vqbeam.open(finished_run.root), vqbeam.open(target)
+    expected, found = (run.sample(4, seed=1) for run in (ours, theirs))
+    np.testing.assert_array_equal(found.images, expected.images)
+    assert theirs.labels == ours.labels
+
+
+def test_the_card_says_what_it_is_and_how_to_use_it(finished_run, tmp_path):
+    push(str(finished_run.root), str(tmp_path / "fruit"))
+    card = (tmp_path / "fruit" / "README.md").read_text()
+    front, body = card.removeprefix("---\n").split("\n---\n")
+    assert "library_name: vqbeam" in front.splitlines()
+    psnr = finished_run.manifest("train-vqvae")["measures"]["psnr"]
+    assert f"| reconstruction of held-out images | PSNR {psnr:.2f} dB |" in body
+    assert "| classes | Banana, apple, cherry |" in body and "| data | folder:source |" in body
+    code = body.partition("```python\n")[2].partition("```")[0]
+    found: dict = {}
+    exec(code, found)
+    assert found["samples"].images.shape[0] == 8
+
+
+def test_a_vqvae_alone(own_run, tmp_path):
+    run, _ = own_run
+    run.folder("train-prior").rmtree()
+    push(str(run.root), str(tmp_path / "tokenizer"))
+    expected = {name for name in PUBLISHED if not name.startswith(("prior", "samples"))}
+    assert set(files_in(tmp_path / "tokenizer")) == expected
+    code = (tmp_path / "tokenizer" / "README.md").read_text()
+    assert "codes = run.encode(images)" in code
+
+
+def test_an_existing_folder_is_kept(finished_run, tmp_path, failure):
+    (tmp_path / "mine").mkdir()
+    message = failure("push", finished_run.root, tmp_path / "mine")
+    assert f"{tmp_path / 'mine'} is there already; choose another folder, or delete it" in message
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_only_a_repository_is_private(finished_run, capsys):
+    assert cli.main(["push", str(finished_run.root), "new", "--private"]) == 2
+    assert "--private is for hf://USER/NAME" in capsys.readouterr().err
+
+
+@pytest.fixture
+def commands(tmp_path):
+    """Runs commands with an empty cache of the hub; returns what they say."""
+
+    def run(repository, *words, status=0):
+        log = tmp_path / "log.txt"
+        log.write_text("")
+        assert status_of(log, *words, environment=environment(repository)) == status, (
+            log.read_text()
+        )
+        return log.read_text()
+
+    def environment(repository):
+        return {
+            "HF_ENDPOINT": repository.endpoint,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": "hf_of_mine",
+            "NO_PROXY": "*",
+        }
+
+    run.environment = environment
+    return run
+
+
+@pytest.mark.system
+def test_published_in_one_commit_and_used_by_name(finished_run, tmp_path, commands):
+    with hub(NAME, {}, "models") as repository:
+        said = commands(repository, "push", finished_run.root, f"hf://{NAME}")
+        assert said.splitlines()[-1] == f"published: {repository.endpoint}/{NAME}"
+        assert set(repository.files) == PUBLISHED and repository.commits == 1
+        drawn = tmp_path / "drawn.npz"
+        words = ("--num", 4, "--seed", 1, "--output", drawn)
+        commands(repository, "sample", f"hf://{NAME}@main", *words)
+        told = commands(repository, "sample", "hf://me/fruits", *words, status=1)
+        assert told.startswith("vqbeam: hf://me/fruits cannot be downloaded (")
+        assert told.count("\n") == 1
+    expected = vqbeam.open(finished_run.root).sample(4, seed=1)
+    with np.load(drawn) as arrays:
+        np.testing.assert_array_equal(arrays["images"], expected.images)
+
+
+@pytest.mark.system
+def test_killed_while_files_are_sent_and_run_again(finished_run, tmp_path, commands):
+    log = tmp_path / "killed.txt"
+    with hub(NAME, {}, "models") as repository:
+
+        def killed(*words):
+            repository.stalls = 1
+            with started(log, *words, environment=commands.environment(repository)) as process:
+                while repository.stalls > 0:
+                    assert process.poll() is None, log.read_text()
+                process.kill()
+
+        killed("push", finished_run.root, f"hf://{NAME}")
+        assert not repository.files and not repository.commits
+        commands(repository, "push", finished_run.root, f"hf://{NAME}")
+        assert set(repository.files) == PUBLISHED
+        killed("inspect", f"hf://{NAME}")
+        assert "bits per dimension" in commands(repository, "inspect", f"hf://{NAME}")
+        # What was damaged on the way, or on this disk, is not used.
+        model = next((tmp_path / "home").rglob("snapshots/*/prior/model.keras"))
+        model.write_bytes(model.read_bytes()[:-1])
+        told = commands(repository, "inspect", f"hf://{NAME}", status=1)
+        assert told.startswith(f"vqbeam: {model} is damaged; delete ") and told.count("\n") == 1
+
+
+@pytest.mark.system
+def test_a_repository_of_something_else(commands):
+    with hub(NAME, {"config.json": b"{}"}, "models") as repository:
+        told = commands(repository, "inspect", f"hf://{NAME}", status=1)
+    assert told == f"vqbeam: hf://{NAME} is not a run that `vqbeam push` has published\n"
+
+
+def test_what_cannot_be_written_to(failure, finished_run, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    message = failure("push", finished_run.root, f"hf://{NAME}")
+    assert f"hf://{NAME} cannot be written (" in message and "hf auth login" in message
+    with pytest.raises(VqbeamError, match="cannot be downloaded"):
+        vqbeam.open(f"hf://{NAME}")

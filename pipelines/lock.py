@@ -1,27 +1,41 @@
-"""One command at a time in a folder."""
+"""One command at a time in a folder.
 
+On one machine, the kernel knows: a command flocks the folder itself, and that lock ends with the
+process, however it ends, in whatever container. Across machines, `.lock.json` is a lease: its
+holder counts it up every few seconds, and a command that finds one of another machine, or of this
+one before it was started anew, watches whether the count moves. Neither asks a clock or a process
+number.
+"""
+
+import _thread
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import pathlib
 import socket
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from etils import epath
 
 from vqbeam.configs import VqbeamError
-from vqbeam.vqvae.storage.files import is_local, modified, write_json
+from vqbeam.vqvae.storage.files import is_local, read_regular, write_json
 
 LOCK_FILE = ".lock.json"
 # Errors of folders that cannot be created or written to.
 _NOT_A_PLACE = {errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EROFS}
-_SECONDS_BETWEEN_SIGNS = 60
-# For a command on another machine, about which nothing else is known.
-_SECONDS_TO_BE_DEAD = 600
+# Errors of something else that is called like the lock.
+_NOT_A_PLACE |= {errno.EISDIR, errno.EINVAL, errno.EFBIG}
+_SECONDS_BETWEEN_SIGNS = 15
+# Without a sign for so long, a command counts as dead; several may be late or fail.
+_SECONDS_TO_BE_DEAD = 120
+_SECONDS_BETWEEN_LOOKS = 1
 # Longer than it takes to write a lock: if two commands find none at the same time, both have
 # written theirs before either reads it again.
 _SECONDS_TO_SETTLE = {"local": 0.1, "remote": 3.0}
@@ -31,9 +45,6 @@ _SECONDS_TO_SETTLE = {"local": 0.1, "remote": 3.0}
 def locked(folder: epath.Path, flag: str) -> Iterator[None]:
     """Creates a folder, and keeps other commands out of it while the block runs.
 
-    The lock of a killed command does not count: the operating system knows whether a local process
-    is alive, and a command on another machine renews its lock.
-
     Args:
         folder: The folder.
         flag: The flag by which the user chose it.
@@ -41,83 +52,214 @@ def locked(folder: epath.Path, flag: str) -> Iterator[None]:
     Raises:
         VqbeamError: Another command is running in the folder, or it cannot be written to.
     """
-    path = folder / LOCK_FILE
-    own = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "kernel": _kernel()}
+    own |= {"token": uuid.uuid4().hex, "signs": 0}
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = _lock_file(folder / LOCK_FILE)
+            try:
+                is_flocked = stack.enter_context(_flocked(folder))
+            except BlockingIOError:
+                _refuse(file, file.read(), flag)
+            _take(file, own, flag, is_flocked)
+        except OSError as error:
+            if error.errno not in _NOT_A_PLACE:
+                raise
+            raise VqbeamError(
+                f"cannot write to {error.filename or folder} ({error.strerror}); choose another "
+                f"{flag}"
+            ) from error
+        stack.enter_context(_renewed(file, own))
+        yield
+
+
+def _kernel() -> str:
+    """Returns a name of the running kernel, which changes when it is started anew."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _take(path, own, flag)
-    except OSError as error:
-        if error.errno not in _NOT_A_PLACE:
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # not Linux
+        return socket.gethostname()
+
+
+@contextlib.contextmanager
+def _flocked(folder: epath.Path) -> Iterator[bool]:
+    """Locks a folder while the block runs; yields whether its file system can.
+
+    Raises:
+        BlockingIOError: Another process of this kernel has it.
+    """
+    if not is_local(folder):
+        yield False
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise
+        except OSError:  # such as NFS
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+class _LockFile:
+    """The lease as a file; of two that write it at the same moment, the last one has it."""
+
+    def __init__(self, path: epath.Path):
+        self.path = path
+
+    def read(self) -> dict[str, Any] | None:
+        """Returns the lease; None if there is none, or none that vqbeam wrote."""
+        try:
+            return _parsed(read_regular(self.path))
+        except FileNotFoundError:
+            return None
+
+    def write(self, lease: dict[str, Any]) -> None:
+        """Writes a lease over the one that was read last."""
+        write_json(self.path, lease)
+
+    def settle(self, is_flocked: bool) -> None:
+        """Waits until a lease that was written is the one that any command reads."""
+        time.sleep(_SECONDS_TO_SETTLE["local" if is_flocked else "remote"])
+
+    def remove(self) -> None:
+        """Removes the lease."""
+        self.path.unlink(missing_ok=True)
+
+
+class _LockObject(_LockFile):
+    """The lease as an object of a bucket, written only over the generation that was read."""
+
+    def __init__(self, path: epath.Path, client):
+        super().__init__(path)
+        bucket, _, self._name = os.fspath(path).removeprefix("gs://").partition("/")
+        self._bucket, self._generation = client.bucket(bucket), 0
+
+    def read(self) -> dict[str, Any] | None:
+        from google.api_core.exceptions import NotFound
+
+        blob = self._bucket.get_blob(self._name)
+        self._generation = blob.generation if blob else 0
+        try:
+            return _parsed(blob.download_as_bytes()) if blob else None
+        except NotFound:  # removed at this moment
+            return self.read()
+
+    def write(self, lease: dict[str, Any]) -> None:
+        from google.api_core.exceptions import PreconditionFailed
+
+        blob, content = self._bucket.blob(self._name), json.dumps(lease)
+        # Whoever was faster is seen by the next `read`.
+        with contextlib.suppress(PreconditionFailed):
+            blob.upload_from_string(content, if_generation_match=self._generation)
+
+    def settle(self, is_flocked: bool) -> None:
+        pass  # the storage has already decided
+
+
+def _lock_file(path: epath.Path) -> _LockFile:
+    """Returns the lease at a path; with generations, if Google's library is there and logged in."""
+    if is_local(path):
+        return _LockFile(path)
+    try:
+        from google.auth.exceptions import GoogleAuthError
+        from google.cloud import storage
+    except ImportError:
+        return _LockFile(path)
+    try:
+        return _LockObject(path, storage.Client(project="none"))  # only buckets belong to one
+    except GoogleAuthError:
+        return _LockFile(path)
+
+
+def _parsed(content: bytes) -> dict[str, Any] | None:
+    try:
+        lease = json.loads(content)
+        kinds = {"host": str, "pid": int, "token": str}
+        return lease if all(isinstance(lease[name], kinds[name]) for name in kinds) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _take(file: _LockFile, own: dict[str, Any], flag: str, is_flocked: bool) -> None:
+    """Writes the lease; raises a VqbeamError if another command holds it."""
+    holder = file.read()
+    # Under this kernel, the holder would have the flock, if it lived.
+    is_dead = holder is None or (is_flocked and holder.get("kernel") == own["kernel"])
+    if not is_dead and _gives_signs(file, holder):
+        _refuse(file, holder, flag)
+    file.write(own)
+    file.settle(is_flocked)
+    holder = file.read()
+    if holder is None or holder["token"] != own["token"]:
         raise VqbeamError(
-            f"cannot write to {folder} ({error.strerror}); choose another {flag}"
-        ) from error
+            f"{file.path.parent} was taken by {_name(holder)} at this moment; wait until it ends, "
+            f"or choose another {flag}"
+        )
+
+
+def _gives_signs(file: _LockFile, holder: dict[str, Any]) -> bool:
+    print(
+        f"{file.path.parent} was used by {_name(holder)}, and it may still be: waiting up to "
+        f"{_SECONDS_TO_BE_DEAD} seconds for a sign of it",
+        file=sys.stderr,
+        flush=True,
+    )
+    end = time.monotonic() + _SECONDS_TO_BE_DEAD
+    while time.monotonic() < end:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        found = file.read()
+        if found != holder:
+            return found is not None
+    return False
+
+
+def _refuse(file: _LockFile, holder: dict[str, Any] | None, flag: str) -> NoReturn:
+    raise VqbeamError(
+        f"{file.path.parent} is in use by {_name(holder)}; wait until it ends, or choose another "
+        f"{flag}"
+    )
+
+
+def _name(holder: dict[str, Any] | None) -> str:
+    # A lock may be one that someone else has made.
+    return f"process {holder['pid']} on {holder['host'][:80]!a}" if holder else "another command"
+
+
+@contextlib.contextmanager
+def _renewed(file: _LockFile, own: dict[str, Any]) -> Iterator[None]:
+    """Gives signs of life while the block runs; removes the lease when it ends."""
     stop = threading.Event()
-    signs = threading.Thread(target=_give_signs, args=(path, own, stop), daemon=True)
+    signs = threading.Thread(target=_give_signs, args=(file, own, stop), daemon=True)
     signs.start()
     try:
         yield
     finally:
         stop.set()
         signs.join()
-        if _read(path) == own:
-            path.unlink(missing_ok=True)
+        holder = file.read()
+        if holder and holder["token"] == own["token"]:
+            file.remove()
 
 
-def _take(path: epath.Path, own: dict[str, Any], flag: str) -> None:
-    """Writes the lock; raises a VqbeamError if another command holds it."""
-    holder = _read(path)
-    if holder and _is_alive(path, holder, own):
-        raise VqbeamError(
-            f"{path.parent} is in use by {_name(holder)}; wait until it ends, or choose another "
-            f"{flag} (if there is no such process, delete {path})"
-        )
-    write_json(path, own)
-    time.sleep(_SECONDS_TO_SETTLE["local" if is_local(path) else "remote"])
-    # If two found no lock at the same time, the one that wrote last has it.
-    holder = _read(path)
-    if holder and holder != own:
-        raise VqbeamError(
-            f"{path.parent} was taken by {_name(holder)} at this moment; wait until it ends, or "
-            f"choose another {flag}"
-        )
-
-
-def _name(holder: dict[str, Any]) -> str:
-    return f"process {holder['pid']} on {holder['host']}"
-
-
-def _read(path: epath.Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def _is_alive(path: epath.Path, holder: dict[str, Any], own: dict[str, Any]) -> bool:
-    if holder["host"] == own["host"]:
-        return holder["pid"] != own["pid"] and _is_running(holder["pid"])
-    # Both times are the file system's, since clocks of two machines differ, and may jump.
-    probe = path.parent / f"{LOCK_FILE}.{own['token']}"
-    probe.write_text("")
-    now = modified(probe)
-    probe.unlink()
-    return now - modified(path) < _SECONDS_TO_BE_DEAD
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True  # of another user
-    return True
-
-
-def _give_signs(path: epath.Path, own: dict[str, Any], stop: threading.Event) -> None:
+def _give_signs(file: _LockFile, own: dict[str, Any], stop: threading.Event) -> None:
     while not stop.wait(_SECONDS_BETWEEN_SIGNS):
         # A folder that is unreachable for a while is no reason to stop the command;
-        # for a bucket, the error is TensorFlow's.
+        # for a bucket, the error is TensorFlow's or Google's.
         with contextlib.suppress(Exception):
-            write_json(path, own)
+            holder = file.read()
+            if holder and holder["token"] != own["token"]:
+                print(
+                    f"\n{file.path.parent} was taken by {_name(holder)}, since this command gave "
+                    f"no sign for {_SECONDS_TO_BE_DEAD} seconds: it ends",
+                    file=sys.stderr,
+                )
+                _thread.interrupt_main()
+                return
+            own["signs"] += 1
+            file.write(own)

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import email
 import http.client
 import http.server
+import io
 import json
 import pathlib
 import ssl
@@ -15,7 +17,8 @@ from collections.abc import Iterator
 
 import trustme
 from engine_servers import free_ports
-from gcp_storage_emulator.server import create_server
+from gcp_storage_emulator import server as emulator_server
+from gcp_storage_emulator.exceptions import NotFound
 
 BUCKET = "bucket"
 # Whatever proxy this process may have for other addresses.
@@ -86,7 +89,10 @@ class Storage:
 def storage(folder: pathlib.Path) -> Iterator[Storage]:
     """Runs a storage with one empty bucket while the block runs; keeps certificates in `folder`."""
     (port,) = free_ports(1)
-    emulator = create_server("localhost", port, in_memory=True, default_bucket=BUCKET)
+    emulator_server.RequestHandler = _EmulatorWithConditions
+    emulator = emulator_server.create_server(
+        "localhost", port, in_memory=True, default_bucket=BUCKET
+    )
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(folder / "authority.pem"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -124,6 +130,30 @@ def _credentials(folder: pathlib.Path) -> pathlib.Path:
     far = {"type": "authorized_user", "token": "token", "expiry": "2100-01-01T00:00:00Z"}
     path.write_text(json.dumps(facts | far))
     return path
+
+
+class _EmulatorWithConditions(emulator_server.RequestHandler):
+    """Answers 412 to an upload whose ifGenerationMatch is wrong, which the emulator ignores."""
+
+    def do_POST(self):  # noqa: N802
+        query = urllib.parse.parse_qs(urllib.parse.urlparse(self.path).query)
+        if "ifGenerationMatch" in query:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            kind = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
+            facts = json.loads(email.message_from_bytes(kind + body).get_payload(0).get_payload())
+            if query["ifGenerationMatch"] != [self._generation(facts["name"])]:
+                self.send_response(412)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            self.rfile = io.BytesIO(body)
+        super().do_POST()
+
+    def _generation(self, name: str) -> str:
+        try:
+            return self.storage.get_file_obj(BUCKET, name)["generation"]
+        except NotFound:
+            return "0"
 
 
 class _Proxy(http.server.BaseHTTPRequestHandler):

@@ -1,9 +1,11 @@
 """Runs the whole pipeline on gs:// paths of a storage on this machine."""
 
+import threading
 import time
 
 import pytest
 from commands import started, status_of
+from etils import epath
 from image_files import ENDINGS, KINDS, encoded_images, names_of, write_file
 from pipeline_fixtures import (
     assert_same_run,
@@ -14,6 +16,8 @@ from pipeline_fixtures import (
     write_preset,
 )
 
+from vqbeam.configs import VqbeamError
+from vqbeam.pipelines import lock
 from vqbeam.pipelines.run import run_stages
 from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
 
@@ -95,6 +99,56 @@ def test_a_storage_that_is_out_of_order_for_a_while(bucket, config, expected, tm
         assert process.returncode == 0, log.read_text()
     assert bucket.refused > 2
     assert_same_run(RunFolder(bucket.download(tmp_path) / "runs" / "refused"), expected)
+
+
+@pytest.fixture
+def lock_path(bucket, monkeypatch):
+    """The path of a lock in the bucket, for this process."""
+    for name, value in bucket.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(lock, "_SECONDS_TO_BE_DEAD", 1)
+    return epath.Path("gs://bucket/locked/.lock.json")
+
+
+def lease(token):
+    return {"host": "a", "pid": 1, "kernel": token, "token": token, "signs": 0}
+
+
+def test_one_lock_of_a_bucket_is_written_over_one_generation(lock_path):
+    one, other = lock._lock_file(lock_path), lock._lock_file(lock_path)
+    assert one.read() is other.read() is None
+    lock._take(one, lease("one"), "--run-dir", is_flocked=False)
+    other.write(lease("other"))  # it has read that there is none
+    assert one.read()["token"] == other.read()["token"] == "one"
+    told = "gs://bucket/locked is in use by process 1"
+    signs = threading.Timer(0.3, lambda: one.write(lease("one") | {"signs": 1}))
+    signs.start()
+    with pytest.raises(VqbeamError, match=told):
+        lock._take(other, lease("other"), "--run-dir", is_flocked=False)
+    signs.join()
+    lock._take(other, lease("other"), "--run-dir", is_flocked=False)  # one gives no more signs
+    assert one.read()["token"] == "other"
+    other.remove()
+    assert one.read() is None
+
+
+def test_two_that_take_a_lock_of_a_bucket_at_the_same_moment(lock_path):
+    files = [lock._lock_file(lock_path) for _ in range(8)]
+    inside, together = [], threading.Barrier(len(files))
+
+    def take(number):
+        assert files[number].read() is None
+        together.wait(20)
+        files[number].write(lease(f"{number}"))
+        inside.append(files[number].read()["token"] == f"{number}")
+
+    threads = [threading.Thread(target=take, args=(i,)) for i in range(len(files))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    files[0].remove()
+    assert len(inside) == len(files) and sum(inside) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ import pytest
 
 from vqbeam.configs import DataConfig, VqbeamError
 from vqbeam.pipelines.sources import folder
+from vqbeam.vqvae.storage import files
 from vqbeam.vqvae.storage.labels import NO_CLASS
 
 
@@ -224,7 +225,7 @@ def test_a_flag_makes_such_folders_classes(tmp_path, capsys):
 
 
 def test_only_regular_files_of_a_sane_size_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "_MOST_BYTES", 2**20)
+    monkeypatch.setattr(files, "MOST_BYTES", 2**20)
     (tmp_path / "good.png").write_bytes(b"bytes")
     os.mkfifo(tmp_path / "pipe.png")  # would be waited for without end
     (tmp_path / "device.png").symlink_to("/dev/zero")  # would fill the memory

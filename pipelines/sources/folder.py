@@ -2,10 +2,7 @@
 
 import csv
 import dataclasses
-import errno
 import io
-import os
-import stat
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,11 +16,9 @@ from vqbeam.pipelines.sources.listing import (
     split_by_hash,
 )
 from vqbeam.pipelines.sources.source import RawImage, Source, Unit
-from vqbeam.vqvae.storage.files import is_local
+from vqbeam.vqvae.storage.files import read_regular
 from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
 
-# Larger than any image that `decode_image` accepts.
-_MOST_BYTES = 2**30
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
@@ -68,13 +63,7 @@ class FolderSource(Source):
 def _bytes_of(file: epath.Path) -> bytes | OSError:
     # One of a million files that cannot be read, or is gone by now, must not stop the run.
     try:
-        if is_local(file):
-            facts = os.stat(file)
-            if not stat.S_ISREG(facts.st_mode):  # reading a pipe or a device may never end
-                return OSError(errno.EINVAL, "not a regular file")
-            if facts.st_size > _MOST_BYTES:
-                return OSError(errno.EFBIG, f"larger than {_MOST_BYTES / 2**20:.0f} MiB")
-        return file.read_bytes()
+        return read_regular(file)  # no image that `decode_image` accepts is larger
     except OSError as error:
         return error
 

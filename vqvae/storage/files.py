@@ -1,8 +1,10 @@
 """Atomic writes, reads and listings of files, local or in a bucket."""
 
+import errno
 import fnmatch
 import json
 import os
+import stat
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +13,9 @@ from typing import Any
 from etils import epath
 
 from vqbeam.configs import VqbeamError
+
+# More than any file that is read at once has: images, and JSON of vqbeam.
+MOST_BYTES = 2**30
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
@@ -29,6 +34,22 @@ def write_json(path: epath.Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+def read_regular(path: epath.Path) -> bytes:
+    """Returns the content of a file, which others may have put there.
+
+    Raises:
+        OSError: It cannot be read, has more than `MOST_BYTES`, or is no regular file: to read a
+            pipe or a device may never end.
+    """
+    if is_local(path):
+        facts = os.stat(path)
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        if facts.st_size > MOST_BYTES:
+            raise OSError(errno.EFBIG, f"larger than {MOST_BYTES / 2**20:.0f} MiB", os.fspath(path))
+    return path.read_bytes()
+
+
 def read_json(path: epath.Path) -> Any:
     """Returns the contents of a JSON file written by vqbeam.
 
@@ -36,8 +57,8 @@ def read_json(path: epath.Path) -> Any:
         VqbeamError: The file is not valid JSON.
     """
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        return json.loads(read_regular(path))
+    except (ValueError, RecursionError) as error:
         raise VqbeamError(
             f"{path} is not valid JSON ({error}): it was changed by hand, or is damaged; put it "
             "back, or delete it"

@@ -174,7 +174,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
         }
         rest = {name: value for name, value in values.items() if name not in SECTIONS}
         return Config(**rest, **sections)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise VqbeamError(
             f"the stored config is not compatible with this version of vqbeam ({error}); "
             "use the version that wrote it"

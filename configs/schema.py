@@ -462,6 +462,7 @@ class Config:
 
     def __post_init__(self):
         seed = next(f for f in dataclasses.fields(self) if f.name == "seed")
+        check_type("name", self.name, str)
         check_type("seed", self.seed, int)
         check("seed", self.seed, seed.metadata)
         for side in ("height", "width"):

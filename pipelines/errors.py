@@ -1,8 +1,11 @@
 """The message of an error: one line for the user, or none if it is a bug."""
 
+import contextlib
 import http
 import re
 import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from vqbeam.configs import LESS_MEMORY, VqbeamError
 
@@ -60,6 +63,9 @@ _STORAGE_ERROR = re.compile(
 _GOOGLE_ERROR = re.compile(r"\bgoogle\.(?:api_core|auth)\.exceptions\.\w+: (.*)")
 
 
+# All but the tab and the line end; and marks that reverse the direction of writing.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
 INTERRUPTED = "\nvqbeam: interrupted; run the same command to go on"
 
 
@@ -80,6 +86,27 @@ def user_message(error: BaseException) -> str | None:
         if re.search(pattern, text):
             return told
     return _of_storage(text) or _of_file(message)
+
+
+@contextlib.contextmanager
+def if_removed(is_there: Callable[[], bool], folder: Any) -> Iterator[None]:
+    """Makes one line of all errors of a block if its folder is gone by then."""
+    try:
+        yield
+    except Exception as error:
+        if is_interrupt(error) or is_there():
+            raise
+        raise VqbeamError(
+            f"{folder} was removed while this command was at work in it; run it again"
+        ) from error
+
+
+def printable(text: str) -> str:
+    """Returns a text with control characters as escapes, such as those that change a terminal.
+
+    Texts of others may hold them: names of files and classes, and what files say.
+    """
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def is_interrupt(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 
 from vqbeam.configs import Config, VqbeamError
+from vqbeam.pipelines.errors import if_removed
 from vqbeam.pipelines.inspect import duration
 from vqbeam.pipelines.lock import locked
 from vqbeam.pipelines.paths import (
@@ -65,7 +66,8 @@ def run_stages(
             run.start(config)
             for stage in retrain:
                 run.folder(stage).rmtree(missing_ok=True)
-            _do(run, config, stages, beam_args)
+            with if_removed(run.exists, run.root):
+                _do(run, config, stages, beam_args)
     for line in _closing_lines(run, stages):
         print(line)
 

@@ -139,15 +139,19 @@ class _EmulatorWithConditions(emulator_server.RequestHandler):
         query = urllib.parse.parse_qs(urllib.parse.urlparse(self.path).query)
         if "ifGenerationMatch" in query:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            kind = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
-            facts = json.loads(email.message_from_bytes(kind + body).get_payload(0).get_payload())
-            if query["ifGenerationMatch"] != [self._generation(facts["name"])]:
+            name = query["name"][0] if "name" in query else self._name_in(body)
+            if query["ifGenerationMatch"] != [self._generation(name)]:
                 self.send_response(412)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
             self.rfile = io.BytesIO(body)
         super().do_POST()
+
+    def _name_in(self, body: bytes) -> str:
+        kind = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
+        facts = email.message_from_bytes(kind + body).get_payload(0).get_payload()
+        return json.loads(facts)["name"]
 
     def _generation(self, name: str) -> str:
         try:

@@ -1030,8 +1030,8 @@ FAULTS: dict[str, list[Mutant]] = {
         Mutant(
             "a file may have any size",
             "vqvae/storage/files.py",
-            "facts.st_size > MOST_BYTES",
-            "facts.st_size < 0",
+            "os.stat(path).st_size > MOST_BYTES",
+            "os.stat(path).st_size < 0",
             "test_folder.py::test_only_regular_files_of_a_sane_size_are_read",
         ),
     ],

@@ -144,6 +144,34 @@ def test_who_reads_may_stop_reading():
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+def test_control_characters_are_shown_and_not_obeyed(target, capsys):
+    target("inspect", "describe", "a\tlabel \x1b[31m\x07\n\x9b2J\u202e")
+    assert main(["inspect", "d"]) == 0
+    assert capsys.readouterr().out == "a\tlabel \\x1b[31m\\x07\n\\x9b2J\\u202e\n"
+    target("inspect", "describe", VqbeamError("file \x1b]0;title\x07"))
+    assert main(["inspect", "d"]) == 1
+    assert capsys.readouterr().err == "vqbeam: file \\x1b]0;title\\x07\n"
+    assert main(["\x1b[2J"]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_a_terminal_of_few_characters(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = vqbeam("presets")
+    assert done.returncode == 0 and r"32\xd732" in done.stdout
+
+
+def test_closed_output():
+    done = subprocess.run(
+        [sys.executable, "-m", "vqbeam", "presets"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: os.close(1),
+    )
+    assert done.returncode == 1 and done.stderr.startswith("vqbeam: the output is closed")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_bug_keeps_its_traceback(target):
     target("inspect", "describe", ValueError("a bug"))
     with pytest.raises(ValueError, match="a bug"):

@@ -488,6 +488,34 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
         train(build(), tmp_path, 2)
 
 
+@pytest.mark.parametrize("text", ["7", "[7]", "{", '[{"loss": "low"}]', "[[1.0]]", "[" * 100_000])
+def test_a_history_that_is_none_counts_as_damage(tmp_path, text):
+    train(build(), tmp_path, 1)
+    with h5py.File(tmp_path / "checkpoints" / "f" / names(3)[0], "a") as parts:
+        del parts["vqbeam/history"]
+        parts["vqbeam/history"] = text
+    assert stored_history(epath.Path(tmp_path), STEPS_PER_EPOCH) == []
+    with pytest.raises(VqbeamError, match="step-00000003.* does not match this run's model"):
+        train(build(), tmp_path, 2)
+
+
+def test_stray_files_among_checkpoints_are_left_alone(tmp_path):
+    unbroken = build()
+    expected = train(unbroken, tmp_path / "unbroken", 2)
+    train(build(), tmp_path, 1)
+    own = tmp_path / "checkpoints" / "f"
+    for name in ("notes.txt", "step-new.weights.h5", "step-.weights.h5", "best.weights.h5"):
+        (own / name).write_text("")
+    (own / "step-00000005.weights.h5").mkdir()
+    (own / ".ipynb_checkpoints").mkdir()
+    (own.parent / ".DS_Store").write_text("")
+    resumed = build(seed=5)
+    keras.utils.set_random_seed(1)
+    assert train(resumed, tmp_path, 2) == expected
+    assert_same_state(state(resumed), state(unbroken))
+    assert len(list(own.iterdir())) == 6 + 2 and (own.parent / ".DS_Store").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"\x89HDF and no more", None])
 def test_goes_back_where_the_last_checkpoint_is_damaged(tmp_path, capsys, content):
     unbroken = build()

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -51,7 +52,7 @@ def test_another_checkpoint_is_refused(run):
 
 
 def save_array(path, text):
-    np.savez(path, vqbeam=np.array(text))
+    np.savez(path, vqbeam=np.array(text), images=np.zeros((1, 4, 4, 1), np.uint8))
 
 
 def save_picture(path, text):
@@ -60,7 +61,7 @@ def save_picture(path, text):
 
 @pytest.mark.parametrize("name,save", [("a.png", save_picture), ("a.npz", save_array)])
 def test_reads_what_is_written(tmp_path, name, save):
-    facts = {"checkpoint": "01", "images": [{"index": 3, "name": "é"}]}
+    facts = {"checkpoint": "01", "preset": "p", "seed": 0, "images": [{"index": 3, "name": "é"}]}
     save(epath.Path(tmp_path / name), json.dumps(facts))
     assert read_provenance(epath.Path(tmp_path / name)) == facts
 
@@ -101,9 +102,46 @@ def test_a_grid_larger_than_pillow_opens(tmp_path, monkeypatch):
         read_provenance(epath.Path(tmp_path / "x.png"))
 
 
-@pytest.mark.parametrize("facts", ["[]", "7", '{"seed": 1, "index": 2}', '{"checkpoint": "01"}'])
+RIGHT = {"checkpoint": "01", "preset": "p", "seed": 0, "images": [{"index": 0}, {"index": 1}]}
+
+
+def test_what_the_wrong_texts_are_made_of_is_right(tmp_path):
+    save_png(Image.new("L", (8, 4)), epath.Path(tmp_path / "x.png"), {"vqbeam": json.dumps(RIGHT)})
+    assert read_provenance(epath.Path(tmp_path / "x.png")) == RIGHT
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        [],
+        7,
+        {"seed": 1, "index": 2},
+        {"checkpoint": "01"},
+        *(RIGHT | {"checkpoint": one} for one in (None, 7, [], {})),
+        *(RIGHT | {"preset": one} for one in (None, 7)),
+        *(RIGHT | {"seed": one} for one in (None, "1", 1.5, True, -1, 2**70)),
+        *(RIGHT | {"images": one} for one in (None, [], {}, "ab", [7], [{}], [[]], 9)),
+        *(RIGHT | {"images": [{"index": i}]} for i in (None, -1, "0", 1.0, 2**64, [0])),
+        RIGHT | {"images": [{"index": 0}, {"index": 2}]},
+        RIGHT | {"images": [{"index": i} for i in range(300_000)]},  # all would be sampled
+    ],
+)
 def test_text_of_another_kind(tmp_path, facts):
+    path = epath.Path(tmp_path / "x.png")
+    save_png(Image.new("L", (8, 4)), path, {"vqbeam": json.dumps(facts)})
+    with pytest.raises(VqbeamError, match="x.png does not hold the settings of its images"):
+        read_provenance(path)
+
+
+@pytest.mark.parametrize("facts", ["[" * 100_000, "", "{", '{"seed": ' + "9" * 5000 + "}"])
+def test_text_that_is_no_json(tmp_path, facts):
     save_picture(epath.Path(tmp_path / "x.png"), facts)
+    with pytest.raises(VqbeamError, match="does not hold the settings of its images"):
+        read_provenance(epath.Path(tmp_path / "x.png"))
+
+
+def test_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "x.png")  # would be waited for without end
     with pytest.raises(VqbeamError, match="does not hold the settings of its images"):
         read_provenance(epath.Path(tmp_path / "x.png"))
 

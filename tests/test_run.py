@@ -1,6 +1,8 @@
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 
 import apache_beam as beam
@@ -239,6 +241,27 @@ def test_a_command_that_is_refused_changes_nothing(ran, tmp_path, source):
             go(tmp_path / "run", source, vqvae__num_codes=16, data__height=16)
     assert {path.name: path.read_bytes() for path in run.root.iterdir()} == before
     assert ran.names() == []
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_removed_while_a_command_is_at_work(tmp_path):
+    write_images(tmp_path / "source", 300)
+
+    def remove():
+        while not list((tmp_path / "run").glob("images/.reports-*/*.json")):
+            time.sleep(0.001)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+    remover = threading.Thread(target=remove)
+    remover.start()
+    with pytest.raises(VqbeamError, match="run was removed while this command was at work in it"):
+        go(
+            tmp_path / "run",
+            f"folder:{tmp_path / 'source'}",
+            ("prepare",),
+            data__images_per_shard=1,
+        )
+    remover.join()
 
 
 def test_a_mistyped_source_binds_no_folder(ran, tmp_path, source):

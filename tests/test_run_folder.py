@@ -140,6 +140,48 @@ def test_a_manifest_changed_by_hand(run, change):
     assert not run.is_done("prepare")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"inputs": []},
+        {"outputs": None},
+        {"outputs": 7},
+        {"seconds": "long"},
+        {"made_from": []},
+        {"counts": [5]},
+        {"history": {}},
+        {"label_names": "abc"},
+    ],
+)
+def test_a_manifest_of_another_kind_with_a_right_hash(run, change):
+    manifest = finish(run, "prepare", counts={"train": 5}) | change
+    path = run.folder("prepare") / MANIFEST
+    path.write_text(json.dumps(manifest | {"sha256": _hash_of(manifest)}))
+    for look in (run.manifest, run.is_done, run.require, run.result_hash):
+        with pytest.raises(VqbeamError, match="manifest.json is not as vqbeam writes it"):
+            look("prepare")
+
+
+def test_an_entry_that_a_manifest_lacks_is_named(run):
+    finish(run, "prepare")
+    with pytest.raises(VqbeamError, match="images/manifest.json has no entry 'counts'; restore"):
+        _ = run.manifest("prepare")["counts"]
+
+
+@pytest.mark.parametrize("text", ["[]", "7", '{"data": []}', "null", '{"vqvae": 7, "data": {}}'])
+def test_a_config_of_another_kind(run, text):
+    path = run.root / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(
+        json.dumps(values | found) if isinstance(found := json.loads(text), dict) else text
+    )
+    with pytest.raises(VqbeamError, match="config.json"):
+        run.load_config()
+    path.write_text(json.dumps(values | {"name": 7}))
+    with pytest.raises(VqbeamError, match="config.json: name is 7; give a text"):
+        run.load_config()
+
+
 def test_manifest_holds_outputs_and_facts(run):
     manifest = finish(run, "prepare", text="12345", counts={"train": 5})
     assert manifest == run.manifest("prepare") == run.require("prepare")

@@ -211,6 +211,51 @@ def test_a_picture_of_another_checkpoint_or_of_none(finished_run, written, tmp_p
     assert not (tmp_path / "no.png").exists()
 
 
+@pytest.mark.parametrize(
+    "change,told",
+    [
+        ({"label": 99}, "has no label 99"),
+        ({"label": "\x1b[31m"}, r"has no label '\x1b[31m'"),
+        ({"label": [0, 1]}, "has no label [0, 1]"),
+        ({"label": None}, None),
+        ({"temperature": "warm"}, "sample.temperature is 'warm'; give a number"),
+        ({"temperature": -1}, "sample.temperature is -1; it must be at least 0"),
+        ({"top_k": 2**70}, "top_k"),
+        ({"guidance_schedule": []}, "sample.guidance_schedule is []"),
+        ({"batch_size": 2**40}, None),
+        ({"checkpoint": "\x1b]0;title\x07"}, r"was sampled from checkpoint \x1b]0;title\x07"),
+    ],
+)
+def test_metadata_that_others_have_changed(finished_run, written, tmp_path, capsys, change, told):
+    with Image.open(written[0] / "00000.png") as picture:
+        facts = json.loads(picture.text["vqbeam"]) | change
+        save_png(picture, epath.Path(tmp_path / "x.png"), {"vqbeam": json.dumps(facts)})
+    words = ["--like", str(tmp_path / "x.png"), "--output", str(tmp_path / "no.png")]
+    status = main(["sample", str(finished_run.root), *words])
+    error = capsys.readouterr().err
+    if told:
+        assert status == 1 and told in error and "x.png" in error
+        # A bar may have been shown before.
+        assert error.count("\n") <= 2 and "Traceback" not in error and "\x1b" not in error
+        assert not (tmp_path / "no.png").exists()
+    else:
+        assert status == 0
+
+
+def test_more_images_than_memory_holds(finished_run, tmp_path):
+    told = "num is 10,000,000,000,000; at most 89,478,485 images are sampled at once, and any"
+    with pytest.raises(VqbeamError, match=told):
+        sample(str(finished_run.root), num=10**13, output=str(tmp_path / "no.png"))
+
+
+@pytest.mark.parametrize("content", ["[]", '{"temperature": []}', '{"warmth": 1}', "7", "[" * 9999])
+def test_settings_of_a_run_that_others_have_changed(finished_run, tmp_path, content):
+    shutil.copytree(finished_run.root, tmp_path / "run")
+    (tmp_path / "run" / "sample.json").write_text(content)
+    with pytest.raises(VqbeamError, match="sample.json"):
+        Run(tmp_path / "run").default_settings()
+
+
 def test_what_is_stored_for_a_run_goes_before_its_config(finished_run, tmp_path):
     for name in ("config.json", "vqvae", "prior"):
         (tmp_path / name).symlink_to(finished_run.root / name)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.machinery
+import io
 import logging
 import os
 import re
@@ -19,7 +20,7 @@ from vqbeam.pipelines.cli import (
     stage_commands,
 )
 from vqbeam.pipelines.cli.parser import Parser, UsageError
-from vqbeam.pipelines.errors import INTERRUPTED, is_interrupt, user_message
+from vqbeam.pipelines.errors import INTERRUPTED, is_interrupt, printable, user_message
 from vqbeam.pipelines.paths import check_output
 
 
@@ -170,13 +171,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _be_quiet()
         _set_up_devices()
-        _dispatch(*parse(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
+        with _checked_output():
+            _dispatch(*parse(sys.argv[1:] if argv is None else argv))
         return 0
     except SystemExit as end:
         return end.code or 0
     except UsageError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader, such as `head`, has closed the pipe; Python would print an error at exit.
@@ -189,8 +190,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = user_message(error)
         if message is None:
             raise
-        print(f"vqbeam: {message}", file=sys.stderr)
+        print(f"vqbeam: {printable(message)}", file=sys.stderr)
         return 1
+
+
+@contextlib.contextmanager
+def _checked_output() -> Iterator[None]:
+    """Prints what a terminal can show: no control characters, escapes where its encoding ends."""
+    if sys.stdout is None:  # closed by the shell
+        raise VqbeamError("the output is closed; give it a place, such as > /dev/null")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    with contextlib.redirect_stdout(_Printable(sys.stdout)):
+        yield
+        sys.stdout.flush()
+
+
+class _Printable:
+    """A text stream that writes control characters as escapes."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(printable(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _dispatch(verb: str, arguments: dict[str, Any]) -> None:

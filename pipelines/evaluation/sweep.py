@@ -127,7 +127,8 @@ def _measured(
 
 def _earlier(path, identity: dict) -> list[dict]:
     found = read_json(path) if path.exists() else {}
-    return found["results"] if identity.items() <= found.items() else []
+    is_of_this = all(found.get(name) == value for name, value in identity.items())
+    return found.get("results", []) if is_of_this else []
 
 
 def sweep_figure(

@@ -9,6 +9,7 @@ import difflib
 import functools
 import hashlib
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,8 @@ from vqbeam.vqvae.storage.run_folder import MODELS, STAGES, RunFolder
 from vqbeam.vqvae.training import MODEL_FILE, load_vqvae
 
 _DEFAULTS_FILE = "sample.json"
+# Of the pixels of images that are sampled at once.
+_MOST_BYTES = 2**34
 # Settings of one schedule alone, and that schedule.
 _OF_SCHEDULE = {
     "guidance_power": "cosine",
@@ -157,6 +160,7 @@ class Run:
         if num is None and labels is not None:
             num = len(labels)
         chosen = self.settings(num=num, **settings)
+        self.check_count(chosen.num)
         rows = labels_for(labels, self.prior_labels, chosen.num)
         return self.sample_rows(rows, self.seed(seed), chosen)
 
@@ -307,7 +311,7 @@ class Run:
         if path.exists():
             try:
                 settings = SampleConfig(**read_json(path))
-            except TypeError as error:
+            except (TypeError, VqbeamError) as error:
                 raise VqbeamError(
                     f"{path} does not fit this version of vqbeam ({error}); delete it"
                 ) from error
@@ -346,6 +350,15 @@ class Run:
         """Returns the settings; raises a VqbeamError if this prior cannot be guided so."""
         settings.check_guidance(bool(self.prior_labels.names), self.config.prior.label_dropout)
         return settings
+
+    def check_count(self, num: int) -> None:
+        """Raises a VqbeamError if so many images are too many to hold at once."""
+        most = _MOST_BYTES // math.prod(self.config.image_shape)
+        if num > most:
+            raise VqbeamError(
+                f"num is {num:,}; at most {most:,} images are sampled at once, and any number by "
+                "vqbeam generate"
+            )
 
     def provenance(self, settings: SampleConfig, seed: int) -> dict[str, Any]:
         """Returns what sampled images depend on, by name, to be stored in their files."""

@@ -12,6 +12,7 @@ from vqbeam.pipelines.sources.folder import image_keys
 from vqbeam.pipelines.sources.images import ImageError, decode_image
 from vqbeam.vqvae.figures import PROVENANCE
 from vqbeam.vqvae.layout import CodeLayout
+from vqbeam.vqvae.storage.files import read_regular
 
 
 def image_files(path: epath.Path) -> dict[str, epath.Path]:
@@ -38,7 +39,7 @@ def read_image(path: epath.Path, config: Config) -> np.ndarray:
     """
     height, width, channels = config.image_shape
     shape = {"height": height, "width": width, "channels": channels}
-    data = path.read_bytes()
+    data = read_regular(path)
     try:
         image = decode_image(data, **shape, fit=config.data.fit)
     except ImageError as error:
@@ -57,7 +58,7 @@ def _is_grid(data: bytes) -> bool:
         text = getattr(image, "text", {}).get(PROVENANCE, "{}")
     try:
         return "images" in json.loads(text)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return False
 
 
@@ -89,7 +90,7 @@ def region_mask(region: str, config: Config) -> np.ndarray:
         raise VqbeamError(f"keep is {region!r}; give {', '.join(HALVES)} or an image file")
     try:
         shape = {"height": height, "width": width, "channels": 1}
-        mask = decode_image(path.read_bytes(), **shape, fit=config.data.fit)
+        mask = decode_image(read_regular(path), **shape, fit=config.data.fit)
     except ImageError as error:
         raise VqbeamError(f"the mask {path} cannot be read ({error}); give another") from error
     return mask[..., 0].astype(np.float32) / 255

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,11 +14,13 @@ from PIL import Image
 from vqbeam.configs import SampleConfig, VqbeamError
 from vqbeam.pipelines.sampling.api import Run, Samples
 from vqbeam.vqvae.figures import PROVENANCE, label_figure, picture, save_png
-from vqbeam.vqvae.storage.files import sizes, write_bytes
-from vqbeam.vqvae.storage.labels import labels_for
+from vqbeam.vqvae.storage.files import check_regular, read_regular, sizes, write_bytes
+from vqbeam.vqvae.storage.labels import Label, labels_for, parse_label
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
 STAGE = "sample"
+# Of the smallest image that a run can have.
+_LEAST_PIXELS = 16
 SAMPLES_LIST = "samples.jsonl"
 
 
@@ -60,7 +63,10 @@ def sample(
         source = epath.Path(like).expanduser()
         facts = read_provenance(source)
         check_checkpoint(facts, run, source)
-        samples = _sample_again(run, facts, settings, labels, seed)
+        try:
+            samples = _sample_again(run, facts, settings, labels, seed)
+        except VqbeamError as error:
+            raise VqbeamError(f"{source}: {error}") from error
         bare = "index" in facts and len(samples.images) == 1
     write_samples(samples, path, bare=bare)
     print(f"{len(samples.images)} new images: {path}")
@@ -98,7 +104,9 @@ def _sample_again(
     stored = {name: facts[name] for name in fields if name in facts}
     listed = facts.get("images", [facts])
     num = changes.get("num", len(listed))
-    rows = np.asarray([image.get("label", -1) for image in listed], np.int32)
+    run.check_count(num)
+    rows = [parse_label(image.get("label", _unlabelled(run)), run.prior_labels) for image in listed]
+    rows = np.asarray(rows, np.int32)
     if labels is not None:
         rows = labels_for(labels, run.prior_labels, num)
     elif num != len(listed):
@@ -108,6 +116,10 @@ def _sample_again(
     chosen = run.checked(SampleConfig(**stored | changes))
     seed = facts["seed"] if seed is None else seed
     return run.sample_rows(rows, seed, chosen, listed[0]["index"])
+
+
+def _unlabelled(run: Run) -> Label:
+    return parse_label(None, run.prior_labels)
 
 
 def write_samples(samples: Samples, path: epath.Path, *, bare: bool = False) -> None:
@@ -174,8 +186,9 @@ def remove_listed(folder: epath.Path, name: str) -> None:
 
 def _listed(path: epath.Path) -> list[str]:
     try:
-        return [json.loads(line)["file"] for line in path.read_text().splitlines()]
-    except (ValueError, KeyError, TypeError) as error:
+        names = [json.loads(line)["file"] for line in read_regular(path).decode().splitlines()]
+        return [os.fspath(epath.Path(name)) for name in names]  # a TypeError if it is no text
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise VqbeamError(
             f"{path} does not list pictures, one a line, as vqbeam does; delete it, or give "
             "another --output"
@@ -200,24 +213,43 @@ def read_provenance(path: epath.Path) -> dict[str, Any]:
         path: A .png or .npz file.
 
     Raises:
-        VqbeamError: The file is missing, or `vqbeam sample` did not write it.
+        VqbeamError: The file is missing, `vqbeam sample` did not write it, or it was changed.
     """
     if not path.exists():
         raise VqbeamError(f"there is no file {path}; --like takes a .png or .npz of vqbeam sample")
     try:
-        facts = json.loads(_text(path.read_bytes()))
+        text, pixels = _text(path)
+        facts = json.loads(text)
+        is_right = _is_provenance(facts, pixels)
     except Exception:  # Pillow and zipfile raise many kinds of errors
-        facts = {}
-    if (
-        not isinstance(facts, dict)
-        or "checkpoint" not in facts
-        or not facts.keys() & {"index", "images"}
-    ):
+        is_right = False
+    if not is_right:
         raise VqbeamError(
             f"{path} does not hold the settings of its images; give a .png or .npz of vqbeam "
             "sample, as it was written"
         )
     return facts
+
+
+def _is_provenance(facts: Any, pixels: int) -> bool:
+    """Returns whether JSON that others may have written is of the kind of `Run.provenance`.
+
+    Settings and labels are checked where they are used. May raise a KeyError or TypeError instead.
+    """
+    listed = facts.get("images", [facts])
+    # A list of millions in a small file would have as many sampled.
+    is_list = isinstance(listed, list) and 0 < len(listed) <= max(1, pixels // _LEAST_PIXELS)
+    texts = all(isinstance(facts[name], str) for name in ("preset", "checkpoint"))
+    first = is_list and _natural(facts["seed"]) and _natural(listed[0]["index"])
+    return (
+        texts
+        and first
+        and all(image["index"] - i == listed[0]["index"] for i, image in enumerate(listed))
+    )
+
+
+def _natural(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
 
 
 def check_checkpoint(facts: dict[str, Any], run: Run, path: epath.Path) -> None:
@@ -230,10 +262,14 @@ def check_checkpoint(facts: dict[str, Any], run: Run, path: epath.Path) -> None:
         )
 
 
-def _text(data: bytes) -> str:
-    """Returns the text in a file; raises one of several errors if there is none."""
-    if data.startswith(b"PK"):
-        with np.load(io.BytesIO(data)) as arrays:
-            return str(arrays[PROVENANCE])
-    with Image.open(io.BytesIO(data)) as image:
-        return image.text[PROVENANCE]
+def _text(path: epath.Path) -> tuple[str, int]:
+    """Returns the text in a file and its pixels; raises one of several errors if it has none."""
+    check_regular(path)
+    with path.open("rb") as file:
+        if file.read(2) == b"PK":
+            file.seek(0)
+            with np.load(file) as arrays:
+                return str(arrays[PROVENANCE]), arrays["images"].size
+        file.seek(0)
+        with Image.open(file, formats=("PNG",)) as image:
+            return image.text[PROVENANCE], image.width * image.height

@@ -16,6 +16,7 @@ from etils import epath
 
 from vqbeam.configs import SampleConfig, VqbeamError
 from vqbeam.pipelines.beam import advance, run_pipeline
+from vqbeam.pipelines.errors import if_removed
 from vqbeam.pipelines.lock import LOCK_FILE, locked
 from vqbeam.pipelines.paths import absolute, check_shared, is_dataflow
 from vqbeam.pipelines.sampling.api import Run, Samples
@@ -91,8 +92,8 @@ class GenerateJob:
         Raises:
             VqbeamError: The folder has other contents.
         """
-        if self._file.exists():
-            found, facts = read_json(self._file)["order"], self.facts
+        if self.exists():
+            found, facts = self._stored["order"], self.facts
             changed = [
                 f"{name} {found.get(name)}" for name in facts if found.get(name) != facts[name]
             ]
@@ -107,9 +108,13 @@ class GenerateJob:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self._file, {"order": self.facts, "done": False})
 
+    def exists(self) -> bool:
+        """Returns whether the folder is there, and reserved for images."""
+        return self._file.exists()
+
     def is_done(self) -> bool:
         """Returns whether the job was finished."""
-        return read_json(self._file)["done"]
+        return self._stored["done"]
 
     def finish(self, done: bool = True) -> None:
         """Declares the job finished, or not."""
@@ -139,6 +144,13 @@ class GenerateJob:
         if self.form == "npz":
             return self.archive.exists() or self.shard_array(index).exists()
         return self.shard_writer(index).report is not None
+
+    @property
+    def _stored(self) -> dict[str, Any]:
+        stored = read_json(self._file)
+        if not isinstance(stored.get("order"), dict) or not isinstance(stored.get("done"), bool):
+            raise VqbeamError(f"{self._file} is not as vqbeam writes it; give another --output")
+        return stored
 
     @property
     def _file(self) -> epath.Path:
@@ -213,7 +225,8 @@ def generate(
         done = job.is_done() and all(map(job.has_shard, range(job.shards)))
         if not done:
             job.finish(False)
-            run_pipeline(beam_args, lambda pipeline: pipeline | GenerateImages(job))
+            with if_removed(job.exists, job.folder):
+                run_pipeline(beam_args, lambda pipeline: pipeline | GenerateImages(job))
     kind = {"png": "PNGs by shard", "npz": "samples.npz", "tfrecord": "a TFDS dataset"}[form]
     return f"{chosen.num:,} images{' (done already)' if done else ''}, {kind}: {output}"
 

@@ -157,6 +157,6 @@ def _earlier(path: epath.Path) -> ShardReport | None:
     """Returns the report of an earlier attempt, or None if there is none or it is damaged."""
     try:
         values = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):  # emptied by a power failure
+        return ShardReport(**{**values, "shard": Shard(*values["shard"])})
+    except (FileNotFoundError, ValueError, TypeError, KeyError):  # emptied by a power failure
         return None
-    return ShardReport(**{**values, "shard": Shard(*values["shard"])})

@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import h5py
 import keras
@@ -16,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from vqbeam.configs import VqbeamError
-from vqbeam.vqvae.storage.files import matching, read_json, write_bytes
+from vqbeam.vqvae.storage.files import matching, read_json, read_regular, write_bytes
 from vqbeam.vqvae.storage.run_folder import checkpoint_files
 
 
@@ -68,10 +69,10 @@ class Checkpoints(keras.callbacks.Callback):
         """
         self.folders[0].mkdir(parents=True, exist_ok=True)
         for stale in self.folders[0].parent.iterdir():
-            if stale not in self.folders:
+            if stale not in self.folders and stale.is_dir():
                 print(f"{stale} is of other settings or inputs: removed", file=sys.stderr)
                 stale.rmtree()
-        for unfinished in matching(self.folders[0], ".*"):  # from an attempt that was killed
+        for unfinished in matching(self.folders[0], ".*.weights.h5.*"):  # from a killed attempt
             unfinished.unlink(missing_ok=True)
         damaged = None
         for step, file in reversed(self._files().items()):
@@ -79,7 +80,7 @@ class Checkpoints(keras.callbacks.Callback):
                 self._load(model, file)
                 self._begin = self._saved = step
                 return step
-            except (VqbeamError, FileNotFoundError) as error:
+            except (VqbeamError, OSError) as error:
                 # A power failure can leave a file with a name but no content.
                 damaged = damaged or error
                 print(f"{file} cannot be read: going back to the one before", file=sys.stderr)
@@ -118,12 +119,13 @@ class Checkpoints(keras.callbacks.Callback):
         model.optimizer.build(model.trainable_variables)
         with tempfile.TemporaryDirectory() as local:
             copy = pathlib.Path(local) / file.name
-            copy.write_bytes(file.read_bytes())
+            copy.write_bytes(read_regular(file))
             try:
                 model.load_weights(copy)
                 if not weights_only:
                     self._load_rest(model, file, copy)
-            except (ValueError, OSError, KeyError) as error:
+            # What Keras and HDF5 raise of a damaged file is of many kinds.
+            except Exception as error:
                 raise VqbeamError(
                     f"{file} does not match this run's model; delete "
                     f"{self.folders[0].parent} to train anew"
@@ -132,13 +134,13 @@ class Checkpoints(keras.callbacks.Callback):
     def _load_rest(self, model: keras.Model, file: epath.Path, copy: pathlib.Path) -> None:
         with h5py.File(copy) as content:
             if "vqbeam" not in content:  # of an earlier version, after an epoch
-                self._metrics, self.history = [], read_json(_history_file(file))
+                self._metrics, self.history = [], _checked(read_json(_history_file(file), list))
                 return
             rest = content["vqbeam"]
             for index, state in enumerate(random_states(model)):
                 state.assign(rest[f"random_states/{index}"][()])
             self._metrics = [rest[f"metrics/{i}"][()] for i in range(len(rest["metrics"]))]
-            self.history = json.loads(rest["history"][()])
+            self.history = _checked(json.loads(rest["history"][()]))
 
     def on_train_begin(self, logs=None):
         """Starts the clock."""
@@ -291,12 +293,20 @@ def stored_history(folder: epath.Path, steps_per_epoch: int) -> list[dict[str, f
         return []
     file = files[max(files)]
     try:
-        with h5py.File(io.BytesIO(file.read_bytes())) as content:
+        with h5py.File(io.BytesIO(read_regular(file))) as content:
             if "vqbeam" in content:
-                return json.loads(content["vqbeam/history"][()])
-        return read_json(_history_file(file))
-    except (OSError, KeyError):
+                return _checked(json.loads(content["vqbeam/history"][()]))
+        return _checked(read_json(_history_file(file), list))
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, VqbeamError):
         return []
+
+
+def _checked(history: Any) -> list[dict[str, float]]:
+    """Returns a history; raises a ValueError if it is none."""
+    is_list = isinstance(history, list) and all(isinstance(epoch, dict) for epoch in history)
+    if not is_list or any(not isinstance(value, float) for of in history for value in of.values()):
+        raise ValueError("the history is not as vqbeam writes it")
+    return history
 
 
 def _history_file(file: epath.Path) -> epath.Path:

@@ -34,35 +34,43 @@ def write_json(path: epath.Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+def check_regular(path: epath.Path) -> None:
+    """Raises an OSError unless a file is regular: to read a pipe or a device may never end."""
+    if is_local(path) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+
+
 def read_regular(path: epath.Path) -> bytes:
     """Returns the content of a file, which others may have put there.
 
     Raises:
-        OSError: It cannot be read, has more than `MOST_BYTES`, or is no regular file: to read a
-            pipe or a device may never end.
+        OSError: It cannot be read, is no regular file, or has more than `MOST_BYTES`.
     """
-    if is_local(path):
-        facts = os.stat(path)
-        if not stat.S_ISREG(facts.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-        if facts.st_size > MOST_BYTES:
-            raise OSError(errno.EFBIG, f"larger than {MOST_BYTES / 2**20:.0f} MiB", os.fspath(path))
+    check_regular(path)
+    if is_local(path) and os.stat(path).st_size > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"larger than {MOST_BYTES / 2**20:.0f} MiB", os.fspath(path))
     return path.read_bytes()
 
 
-def read_json(path: epath.Path) -> Any:
+def read_json(path: epath.Path, kind: type = dict) -> Any:
     """Returns the contents of a JSON file written by vqbeam.
 
     Raises:
-        VqbeamError: The file is not valid JSON.
+        VqbeamError: The file is not valid JSON, or holds anything else than a `kind`.
     """
     try:
-        return json.loads(read_regular(path))
+        found = json.loads(read_regular(path))
     except (ValueError, RecursionError) as error:
         raise VqbeamError(
             f"{path} is not valid JSON ({error}): it was changed by hand, or is damaged; put it "
             "back, or delete it"
         ) from error
+    if not isinstance(found, kind):
+        raise VqbeamError(
+            f"{path} is not as vqbeam writes it: it holds a {type(found).__name__}; put it back, "
+            "or delete it"
+        )
+    return found
 
 
 def size(path: epath.Path) -> int | None:

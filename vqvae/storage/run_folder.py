@@ -150,12 +150,12 @@ class RunFolder:
         if not path.exists():
             return None
         manifest = read_json(path)
-        if not isinstance(manifest, dict) or manifest.get("sha256") != _hash_of(manifest):
+        if manifest.get("sha256") != _hash_of(manifest) or not _is_right(manifest):
             raise VqbeamError(
                 f"{path} is not as vqbeam writes it: it was changed by hand, is damaged, or is of "
                 f"an earlier version; restore it, or delete it and {self._again(stage)}"
             )
-        return manifest
+        return _Manifest(path, manifest)
 
     def is_done(self, stage: str) -> bool:
         """Returns whether a stage has finished with the current inputs.
@@ -260,7 +260,7 @@ class RunFolder:
         folder = self.folder(stage)
         begun = self._begun_file(stage)
         # A concurrent attempt may already have finished the stage.
-        start = read_json(begun) if begun.exists() else time.time()
+        start = read_json(begun, float) if begun.exists() else time.time()
         inputs = self._input_hashes(stage)
         made_from = {}
         for source in inputs:
@@ -345,9 +345,33 @@ def checkpoint_files(folder: epath.Path, steps_per_epoch: int) -> dict[int, epat
     found = {}
     for path in matching(folder, "*.weights.h5"):
         unit, _, number = path.name.partition(".")[0].rpartition("-")
-        if unit in ("step", "epoch"):
+        # Others may have put something else there.
+        if unit in ("step", "epoch") and number.isdecimal() and not path.is_dir():
             found[int(number) * (steps_per_epoch if unit == "epoch" else 1)] = path
     return dict(sorted(found.items()))
+
+
+class _Manifest(dict):
+    """The manifest at a path; an entry that another program has left out is named."""
+
+    def __init__(self, path: epath.Path, entries: dict[str, Any]):
+        super().__init__(entries)
+        self._path = path
+
+    def __missing__(self, name):
+        raise VqbeamError(f"{self._path} has no entry {name!r}; restore it as vqbeam wrote it")
+
+
+# The kind of each entry of a manifest; the first are in all of them.
+_ENTRIES = {"inputs": dict, "outputs": dict, "seconds": (int, float)}
+_FURTHER = {"made_from": dict, "counts": dict, "label_names": list, "label_kind": str}
+_FURTHER |= {"history": list, "measures": dict, "settings": dict, "failed": int}
+
+
+def _is_right(manifest: dict[str, Any]) -> bool:
+    return all(isinstance(manifest.get(name), kind) for name, kind in _ENTRIES.items()) and all(
+        isinstance(manifest[name], kind) for name, kind in _FURTHER.items() if name in manifest
+    )
 
 
 def _hash_of(manifest: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ setuptools.setup(
         "keras-nlp>=0.32",
         "matplotlib",
         "numpy",
-        "pillow",
+        "pillow>=11.3",
         "protobuf",
         "pyarrow",
         "tensorboard",
@@ -37,12 +37,15 @@ setuptools.setup(
         "tqdm",
     ],
     extras_require={
+        "formats": ["pillow-heif", "pillow-jxl-plugin"],  # HEIC and JPEG XL
         "gcp": ["apache-beam[gcp]>=2.77"],
         "test-browser": ["playwright"],
         "test-cloud": ["apache-beam[gcp]>=2.77", "gcp-storage-emulator", "trustme"],
         "test": [
             "jax",
             "pandas",
+            "pillow-heif",
+            "pillow-jxl-plugin",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",

@@ -138,6 +138,9 @@ def _closing_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:
         images = run.require("prepare")
         counts = ", ".join(f"{count:,} {split}" for split, count in images["counts"].items())
         lines.append(f"images: {counts}, in {run.folder('prepare')}")
+        if left_out := images.get("left_out"):
+            named = ", ".join(f"{count:,} {what}" for what, count in sorted(left_out.items()))
+            lines.append(f"left out: {named}")
         if images["failed"]:
             letters = run.folder("prepare") / "dead_letters.jsonl"
             images = f"{images['failed']} image{'s' if images['failed'] > 1 else ''}"

@@ -266,7 +266,7 @@ def test_a_damaged_record_is_one_line(run, mode):
 def test_a_truncated_shard_is_one_line(run):
     shard = run.folder("prepare") / Shard("images", "train", 1, 3).filename
     shard.write_bytes(shard.read_bytes()[:-3])
-    with pytest.raises(VqbeamError, match=f"{shard.name} has .* bytes instead of .*; delete"):
+    with pytest.raises(VqbeamError, match=f"{shard.name} has .* bytes instead of .*; run vqbeam"):
         parts(run)
 
 

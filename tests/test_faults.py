@@ -208,18 +208,28 @@ def test_no_write_permission_for_samples(failure, finished_run, tmp_path):
     assert str(tmp_path / "file") in failure("sample", finished_run.root, *output, alone=False)
 
 
+def times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*.tfrecord-*")}
+
+
 @pytest.mark.parametrize("stage", ["prepare", "encode"])
-def test_a_truncated_shard(failure, own_run, stage):
+def test_a_truncated_shard(failure, own_run, stage, capsys):
     run, preset = own_run
     shard = next(run.folder(stage).glob("*-train.tfrecord-00001-*"))
-    shard.write_bytes(shard.read_bytes()[:-7])
+    manifest, content = run.manifest(stage), shard.read_bytes()
+    models = {name: run.result_hash(name) for name in ("train-vqvae", "train-prior")}
+    shard.write_bytes(content[:-7])
     following = list(STAGES)[list(STAGES).index(stage) + 1]
-    for verb in ("run", following):
-        message = failure(verb, preset, "--run-dir", run.root)
-        assert f"{shard} has " in message and f"run vqbeam {stage} PRESET --run-dir" in message
-    # Nothing was lost: what it says helps.
-    run.folder(stage).rmtree()
+    message = failure(following, preset, "--run-dir", run.root)
+    assert f"{shard} has " in message and f"run vqbeam {stage} PRESET --run-dir" in message
+    # That shard is written again, and nothing else.
+    before = times(run.folder(stage))
     assert cli.main(["run", str(preset), "--run-dir", str(run.root)]) == 0
+    after = times(run.folder(stage))
+    assert {path for path in after if after[path] != before[path]} == {shard}
+    assert shard.read_bytes() == content
+    assert run.manifest(stage)["sha256"] == manifest["sha256"]
+    assert models == {name: run.result_hash(name) for name in models}
     assert all(run.is_done(name) for name in STAGES)
 
 
@@ -230,13 +240,17 @@ def test_a_truncated_shard(failure, own_run, stage):
 def test_a_damaged_record(failure, own_run, stage, following):
     run, preset = own_run
     run.folder(following).rmtree()
-    for shard in run.folder(stage).glob("*-train.tfrecord-*"):
-        content = bytearray(shard.read_bytes())
-        content[len(content) // 2] ^= 1
-        shard.write_bytes(bytes(content))
+    shards = sorted(run.folder(stage).glob("*-train.tfrecord-*"))
+    content = bytearray(shards[1].read_bytes())
+    content[len(content) // 2] ^= 1
+    shards[1].write_bytes(bytes(content))
     message = failure(following, preset, "--run-dir", run.root, alone=False)
-    assert f"a record in {run.folder(stage)} is damaged" in message
+    assert f"a record in {shards[1]} is damaged" in message and f"delete {shards[1]}" in message
     assert not run.is_done(following)
+    # What it says helps.
+    shards[1].unlink()
+    assert cli.main([stage, str(preset), "--run-dir", str(run.root)]) == 0
+    assert run.is_done(stage)
 
 
 @pytest.mark.parametrize("stage", ["prepare", "train-vqvae", "encode", "train-prior"])

@@ -65,6 +65,57 @@ def test_only_visible_images_count(tmp_path):
     assert _keys(_list(tmp_path, validation_share=0), "train") == ["a/1.png"]
 
 
+def left_out(root, **changes):
+    source = folder.FolderSource(DataConfig(source=f"folder:{root}", **changes))
+    units = source.plan()
+    return {what: n for what, n in source.left_out.items() if n}, units
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    _fill(
+        tmp_path, ["a/1.png", "a/2.png", "a/5.txt", "a/6.TXT", "a/7.psd", "a/Makefile", "a/.8.png"]
+    )
+    (tmp_path / "linked").symlink_to(tmp_path / "a")
+    (tmp_path / "attributes.csv").write_text("path,young\na/1.png,1\na/2.png,0")
+    # A run in the folder that it reads from.
+    _fill(tmp_path, ["runs/one/config.json", "runs/one/images/shard", "runs/one/vqvae/recon.png"])
+    found, units = left_out(tmp_path)
+    assert sum(len(unit.images) for unit in units) == 2
+    assert found == {
+        "files that end in .txt": 2,
+        "files that end in .psd": 1,
+        "files without ending": 1,
+        "linked folders": 1,
+        "folders of runs": 1,
+    }
+
+
+def test_another_split_is_counted_as_left_out(tmp_path):
+    _fill(tmp_path, ["train/1.png", "val/2.png", "test/3.png", "test/4.png"])
+    assert left_out(tmp_path)[0] == {"images of other splits": 2}
+
+
+def test_copies_are_kept_on_the_side_of_training(tmp_path):
+    _fill(tmp_path, [f"{index}.png" for index in range(40)])
+    for index in range(40):
+        (tmp_path / f"{index}.png").write_bytes(b"image %02d" % index)
+    _, whole = left_out(tmp_path, validation_share=0.25)
+    sides = {unit.shard.split: [key for key, _ in unit.images] for unit in whole}
+    one, two, other = *sides["validation"][:2], sides["train"][0]
+    content = (tmp_path / other).read_bytes()
+    (tmp_path / one).write_bytes(content)
+    (tmp_path / two).write_bytes(content[::-1])  # of the same size alone
+    found, units = left_out(tmp_path, validation_share=0.25)
+    assert found == {"held-out images that are copies of training images": 1}
+    kept = {unit.shard.split: [key for key, _ in unit.images] for unit in units}
+    assert kept["train"] == sides["train"]
+    assert kept["validation"] == [key for key in sides["validation"] if key != one]
+    for key in sides["validation"]:
+        (tmp_path / key).write_bytes(content)
+    with pytest.raises(VqbeamError, match="has no image to hold out that is not trained on"):
+        left_out(tmp_path, validation_share=0.25)
+
+
 @pytest.mark.parametrize("suffix", folder.SUFFIXES)
 def test_every_suffix_counts_in_both_cases(tmp_path, suffix):
     _fill(tmp_path, ["1" + suffix, "2" + suffix.upper()])
@@ -144,7 +195,7 @@ def test_a_file_is_not_a_folder(tmp_path):
 
 def test_folder_without_images(tmp_path):
     _fill(tmp_path, ["a/1.txt", ".2.png"])
-    with pytest.raises(VqbeamError, match=r"holds no image; .* \.jpg \.jpeg \.png"):
+    with pytest.raises(VqbeamError, match=r"holds no image; .* \.jpg \.jpeg \.jfif \.png"):
         _list(tmp_path)
 
 

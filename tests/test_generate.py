@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -141,16 +142,30 @@ def test_what_is_done_is_not_done_again(finished_run, pngs, monkeypatch):
     assert said == f"8 images (done already), PNGs by shard: {pngs}"
 
 
-@pytest.mark.parametrize("form", ["png", "tfrecord"])
-def test_a_lost_shard_is_sampled_again_and_no_other(finished_run, tmp_path, monkeypatch, form):
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+# The form, what becomes of its files, and the first images of the shards that are sampled again.
+DAMAGE = [
+    ("png", lambda folder: (folder / SHARDS[1] / "00004.png").unlink(), [3]),
+    ("png", lambda folder: cut(folder / SHARDS[1] / "00004.png"), [3]),
+    ("png", lambda folder: (folder / SHARDS[2] / "samples.jsonl").write_text("{"), [6]),
+    ("png", lambda folder: shutil.rmtree(folder / SHARDS[0]), [0]),
+    ("tfrecord", lambda folder: cut(folder / "samples-train.tfrecord-00001-of-00003"), [3]),
+    ("tfrecord", lambda folder: (folder / "dataset_info.json").unlink(), []),
+    ("npz", lambda folder: cut(folder / "samples.npz"), [0, 3, 6]),
+]
+
+
+@pytest.mark.parametrize(("form", "damage", "again"), DAMAGE)
+def test_a_lost_shard_is_sampled_again_and_no_other(
+    finished_run, tmp_path, monkeypatch, form, damage, again
+):
     order = ORDER | {"form": form, "output": str(tmp_path / "new")}
     generate(str(finished_run.root), **order)
     before = contents(tmp_path / "new")
-    if form == "png":
-        (tmp_path / "new" / SHARDS[1] / "00004.png").unlink()
-        (tmp_path / "new" / SHARDS[2] / "samples.jsonl").write_text("{")
-    else:
-        (tmp_path / "new" / "samples-train.tfrecord-00001-of-00003").write_bytes(b"x")
+    damage(tmp_path / "new")
     sample_rows, sampled = Run.sample_rows, []
 
     def watched(run, labels, seed, settings, first, on_batch):
@@ -159,7 +174,7 @@ def test_a_lost_shard_is_sampled_again_and_no_other(finished_run, tmp_path, monk
 
     monkeypatch.setattr(Run, "sample_rows", watched)
     assert "done already" not in generate(str(finished_run.root), **order)
-    assert sorted(sampled) == ([3, 6] if form == "png" else [3])
+    assert sorted(sampled) == again
     assert contents(tmp_path / "new") == before
     assert "done already" in generate(str(finished_run.root), **order)
 

@@ -256,6 +256,31 @@ def test_not_an_image(data):
         _decode(data, 8, 8)
 
 
+@pytest.mark.parametrize("format", ["AVIF", "HEIF", "JXL"])
+def test_formats_of_telephones_and_the_web(format):
+    colour = Image.new("RGB", (24, 16), (200, 40, 90))
+    shown = _decode(_file(colour, format), 16, 24)
+    np.testing.assert_allclose(shown.reshape(-1, 3).mean(0), (200, 40, 90), atol=4)
+
+
+@pytest.mark.parametrize("in_boxes", [False, True])
+@pytest.mark.parametrize(
+    "size", [(8, 8), (5, 7), (16, 9), (12, 10), (300, 200), (513, 4), (8192, 3)]
+)
+def test_pixels_in_the_header_of_jpeg_xl(size, in_boxes):
+    data = _file(Image.new("RGB", size), "JXL", use_container=in_boxes)
+    assert images._jxl_pixels(data) == size[0] * size[1]
+    assert images._jxl_pixels(b"no " + data) == 0
+
+
+@pytest.mark.parametrize("format", ["AVIF", "HEIF", "JXL"])
+def test_too_large_in_the_header_of_newer_formats(format, monkeypatch):
+    data = _file(Image.new("RGB", (64, 64)), format)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)
+    with pytest.raises(images.ImageError, match="^more than [0-9]+ pixels, the limit$"):
+        _decode(data, 8, 8)
+
+
 @pytest.mark.parametrize("size", [(0, 8), (8, 0)])
 def test_side_of_0_is_refused(size):
     with pytest.raises(images.ImageError):

@@ -148,7 +148,9 @@ def test_a_damaged_stage_does_not_hide_the_others(run):
     shard = next(run.folder("encode").glob("codes-train.tfrecord-*"))
     shard.write_bytes(shard.read_bytes()[:-1])
     found = states(run)
-    assert re.match(f"damaged: .*{shard.name} has .* bytes instead of .*; delete", found["encode"])
+    assert re.match(
+        f"damaged: .*{shard.name} has .* bytes instead of .*; run vqbeam", found["encode"]
+    )
     assert found["train-vqvae"].startswith("done in")
 
 

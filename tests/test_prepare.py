@@ -365,3 +365,20 @@ def test_a_file_in_the_way(tmp_path):
     run.folder(STAGE).write_text("a file where the folder should be")
     with pytest.raises(Exception, match="File exists: .*images"):
         run_transform(PrepareImages(), run)
+
+
+def test_what_is_left_out_is_part_of_the_result_but_not_of_its_hash(tmp_path):
+    def prepared(name):
+        run = RunFolder(tmp_path / name)
+        run.start(small_config(f"folder:{tmp_path / 'source'}"))
+        run_transform(PrepareImages(), run)
+        return run.require(STAGE)
+
+    write_images(tmp_path / "source", 12)
+    (tmp_path / "source" / "apple" / "notes.txt").write_text("")
+    one = prepared("one")
+    assert one["left_out"] == {"files that end in .txt": 1}
+    (tmp_path / "source" / "apple" / "notes.txt").unlink()
+    other = prepared("other")
+    assert other["left_out"] == {} and one["sha256"] == other["sha256"]
+    assert not (tmp_path / "one" / "images" / ".left_out").exists()

@@ -83,6 +83,13 @@ def test_all_stages_in_their_order(ran, tmp_path, source, capsys):
     assert len(lines) == 4
 
 
+def test_what_was_left_out_is_told(ran, tmp_path, source, capsys, monkeypatch):
+    monkeypatch.setitem(DONE, "left_out", {"files that end in .psd": 1200, "linked folders": 1})
+    go(tmp_path / "run", source, ("prepare",))
+    told = "left out: 1,200 files that end in .psd, 1 linked folders\n"
+    assert told in capsys.readouterr().out
+
+
 def test_a_finished_run_is_left_alone(ran, tmp_path, source, capsys):
     go(tmp_path / "run", source)
     ran.clear()
@@ -206,16 +213,17 @@ def test_a_stage_needs_those_before_it(ran, tmp_path, source, stage):
 
 
 def test_a_damaged_result_is_named(ran, tmp_path, source):
-    go(tmp_path / "run", source, ("prepare",))
+    both = ("prepare", "train-vqvae")
+    go(tmp_path / "run", source, both)
     run = RunFolder(tmp_path / "run")
-    shard = run.folder("prepare") / "shard"
-    shard.write_text("whole")
-    run.begin("prepare")
-    run.finish("prepare", [shard], **DONE)
-    shard.write_text("hal")
-    with pytest.raises(VqbeamError, match="shard has 3 bytes instead of 5; delete .*images and ru"):
+    model = run.folder("train-vqvae") / "model"
+    model.write_text("whole")
+    run.begin("train-vqvae")
+    run.finish("train-vqvae", [model], **DONE)
+    model.write_text("hal")
+    with pytest.raises(VqbeamError, match="model has 3 bytes instead of 5; delete .*vqvae and ru"):
         go(tmp_path / "run", source)
-    assert ran.names() == ["prepare"]
+    assert ran.names() == list(both)
 
 
 def test_another_config_is_refused(ran, tmp_path, source):

@@ -249,6 +249,25 @@ def test_a_damaged_output_is_named(run, damage):
     assert run.is_done("prepare")
 
 
+def test_a_dataset_that_lacks_a_file_is_not_done(run):
+    run.begin("prepare")
+    outputs = [run.folder("prepare") / name for name in ("a", "b")]
+    for output in outputs:
+        output.write_text("content")
+    run.finish("prepare", outputs)
+    assert run.is_done("prepare")
+    outputs[0].write_text("cont")
+    assert not run.is_done("prepare")
+    told = "images/a has 4 bytes instead of 7; run vqbeam prepare .* again, which writes no others"
+    with pytest.raises(VqbeamError, match=told):
+        run.require("prepare")
+    # A run that was handed over without its images is not prepared again unasked.
+    for output in outputs:
+        output.unlink()
+    with pytest.raises(VqbeamError, match="images/a is missing"):
+        run.is_done("prepare")
+
+
 def test_outputs_may_lie_in_folders(run):
     run.begin("sample")
     output = run.folder("sample") / "images" / "0.png"

@@ -154,8 +154,9 @@ def test_removes_what_does_not_belong(run):
     (folder / "images-train.tfrecord-00000-of-00003").write_text("of an older division")
     (folder / ".reports-of-before").mkdir()
     (folder / ".reports-of-before" / "x.json").write_text("{}")
-    remove_leftovers(folder, files)
-    assert sorted(folder.iterdir()) == sorted(files)
+    remove_leftovers(folder, files, run.fingerprint(STAGE))
+    reports = folder / f".reports-{run.fingerprint(STAGE)}"
+    assert sorted(folder.iterdir()) == sorted([*files, reports])
 
 
 def test_reports_are_json(run):

@@ -159,13 +159,14 @@ def _write_folder(samples: Samples, folder: epath.Path) -> None:
     write_bytes(folder / SAMPLES_LIST, "".join(lines).encode())
 
 
-def is_complete(folder: epath.Path) -> bool:
-    """Returns whether a folder of samples has its list and every picture that the list names."""
+def size_of_samples(folder: epath.Path) -> int | None:
+    """Returns the bytes of a folder's list and of the pictures in it; None if one is missing."""
     listing = folder / SAMPLES_LIST
     try:
-        return listing.exists() and all(sizes([folder / name for name in _listed(listing)]))
-    except VqbeamError:  # a damaged list
-        return False
+        found = sizes([listing, *(folder / name for name in _listed(listing))])
+    except (VqbeamError, OSError):  # a damaged list, or none
+        return None
+    return sum(found) if all(found) else None
 
 
 def remove_listed(folder: epath.Path, name: str) -> None:

@@ -2,13 +2,17 @@
 
 import csv
 import dataclasses
+import hashlib
 import io
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
 from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.sources.images import SUFFIXES
 from vqbeam.pipelines.sources.listing import (
     VALIDATION_NAMES,
     check_splits,
@@ -16,10 +20,8 @@ from vqbeam.pipelines.sources.listing import (
     split_by_hash,
 )
 from vqbeam.pipelines.sources.source import RawImage, Source, Unit
-from vqbeam.vqvae.storage.files import read_regular
+from vqbeam.vqvae.storage.files import read_regular, sizes
 from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
 class FolderSource(Source):
@@ -36,7 +38,26 @@ class FolderSource(Source):
             named_splits=self.data.train_split != "none",
         )
         check_splits(self.data.source, found.splits)
+        self.left_out = found.left_out
         return found.splits, found.labels
+
+    def check(self) -> None:
+        """Checks the folder, without comparing its images; see `Source.check`."""
+        self.listing()
+
+    def plan(self) -> list[Unit]:
+        """Divides the images into units, without those held out that are trained on as well."""
+        splits, labels = self.listing()
+        root = epath.Path(self.data.path).expanduser()
+        copies = _copies(root, *([key for key, _ in splits[name]] for name in _SPLITS))
+        splits["validation"] = [image for image in splits["validation"] if image[0] not in copies]
+        self.left_out["held-out images that are copies of training images"] = len(copies)
+        if not splits["validation"]:
+            raise VqbeamError(
+                f"{self.data.source} has no image to hold out that is not trained on as well: all "
+                "are copies; remove these, or add others"
+            )
+        return self.units(splits, labels)
 
     def key(self, image: tuple[str, Any]) -> str:
         """Returns the path of an image."""
@@ -60,6 +81,30 @@ class FolderSource(Source):
             yield RawImage(key, _bytes_of(root / key), label)
 
 
+_SPLITS = ("train", "validation")
+
+
+def _copies(root: epath.Path, train: Sequence[str], held_out: Sequence[str]) -> set[str]:
+    """Returns the held-out files whose bytes are those of a training file.
+
+    Only files of the same size are read.
+    """
+    bytes_of = [
+        dict(zip(keys, sizes([root / k for k in keys]), strict=True)) for keys in (train, held_out)
+    ]
+    both = set(bytes_of[0].values()) & set(bytes_of[1].values())
+    both -= {None, 0}
+    known = {_content(root / key) for key, size in bytes_of[0].items() if size in both}
+    found = {key for key, size in bytes_of[1].items() if size in both}
+    return {key for key in found if _content(root / key) in known - {None}}
+
+
+def _content(file: epath.Path) -> bytes | None:
+    """Returns a hash of a file's bytes; None if it cannot be read."""
+    data = _bytes_of(file)
+    return hashlib.blake2b(data, digest_size=16).digest() if isinstance(data, bytes) else None
+
+
 def _bytes_of(file: epath.Path) -> bytes | OSError:
     # One of a million files that cannot be read, or is gone by now, must not stop the run.
     try:
@@ -78,10 +123,12 @@ class FolderListing:
             `labels.names`, `NO_CLASS` where there are none, or a 0 or 1 for each attribute.
         labels: The attributes of the folder's table, where it has one. Otherwise the subfolders,
             sorted, are classes; none if the images lie in the folder itself.
+        left_out: See `Source.left_out`.
     """
 
     splits: dict[str, list[tuple[str, int | tuple[int, ...]]]]
     labels: Labels
+    left_out: Counter[str]
 
 
 def list_folder(
@@ -107,8 +154,9 @@ def list_folder(
             images both at the top and in subfolders, a file name is not UTF-8, or the table of
             attributes is damaged or lacks an image.
     """
-    folder = check_folder(path)
-    keys = sorted(image_keys(folder))
+    folder, left_out = check_folder(path), Counter()
+    keys = sorted(image_keys(folder, left_out))
+    left_out[f"files that end in {os.path.splitext(FILE)[1]}"] -= (folder / FILE).exists()
     if not keys:
         raise VqbeamError(
             f"the folder {path!r} holds no image; a file counts whose name ends in one of "
@@ -124,7 +172,12 @@ def list_folder(
         name: [(keys[i], of_keys[keys[i]]) for i in positions[:max_images]]
         for name, positions in (parts or split_by_hash(keys, validation_share)).items()
     }
-    return FolderListing(splits=splits, labels=labels)
+    if tops:
+        places = {f"{top}/" for top in tops.values()}
+        left_out["images of other splits"] = sum(
+            key[: key.index("/") + 1] not in places for key in keys
+        )
+    return FolderListing(splits=splits, labels=labels, left_out=left_out)
 
 
 # What the folders of a split may be called. The first of those for validation that exists is taken.
@@ -175,13 +228,17 @@ def _labels(
     }
 
 
-def image_keys(folder: epath.Path) -> list[str]:
+def image_keys(folder: epath.Path, left_out: Counter | None = None) -> list[str]:
     """Returns the paths of the images in a folder, at any depth, relative to it.
+
+    Args:
+        folder: The folder.
+        left_out: See `list_files`.
 
     Raises:
         VqbeamError: A folder cannot be read, or a file name is not UTF-8.
     """
-    return list_files(folder, lambda name: name.lower().endswith(SUFFIXES))
+    return list_files(folder, lambda name: name.lower().endswith(SUFFIXES), left_out)
 
 
 def _label_names(path: str, keys: list[str]) -> tuple[str, ...]:

@@ -1,12 +1,43 @@
 """Image files of any common kind, brought to one shape; and PNG, in which records hold them."""
 
+import contextlib
 import io
+import itertools
+import re
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, features
 
-# What folders and datasets hold. Pillow knows more, some of which starts other programs.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
+
+def _suffixes() -> dict[str, tuple[str, ...]]:
+    """Returns the formats that can be read here, and how the names of their files end."""
+    # What folders and datasets hold. Pillow knows more, some of which starts other programs.
+    found = {
+        "JPEG": (".jpg", ".jpeg", ".jfif"),
+        "PNG": (".png",),
+        "BMP": (".bmp",),
+        "GIF": (".gif",),
+        "WEBP": (".webp",),
+        "TIFF": (".tif", ".tiff"),
+    }
+    if features.check("avif"):
+        found["AVIF"] = (".avif",)
+    # The extra `formats`.
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        found["HEIF"] = (".heic", ".heif", ".hif")
+    with contextlib.suppress(ImportError):
+        import pillow_jxl  # noqa: F401, registers itself
+
+        found["JXL"] = (".jxl",)
+    return found
+
+
+_SUFFIXES = _suffixes()
+FORMATS = tuple(_SUFFIXES)
+SUFFIXES = tuple(itertools.chain(*_SUFFIXES.values()))
 
 _SRGB = ImageCms.createProfile("sRGB")
 
@@ -31,7 +62,7 @@ def decode_image(
     are.
 
     Args:
-        data: The bytes of a JPEG, PNG, BMP, GIF, WebP or TIFF file; or pixels, uint8 [H, W] or
+        data: The bytes of a file in one of `FORMATS`; or pixels, uint8 [H, W] or
             [H, W, C]: gray, gray and alpha, RGB, or RGBA.
         height: Height of the result in pixels.
         width: Width of the result in pixels.
@@ -83,8 +114,39 @@ def _load(data: bytes | np.ndarray, draft_side: int) -> Image.Image:
 
 def _opened(data: bytes | np.ndarray) -> Image.Image:
     if isinstance(data, bytes):
+        if _jxl_pixels(data) > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError
         return Image.open(io.BytesIO(data), formats=FORMATS)
     return Image.fromarray(data[..., 0] if data.ndim == 3 and data.shape[-1] == 1 else data)
+
+
+# A code stream of JPEG XL: bare, or in a box, of which the second kind begins with a number.
+_JXL = re.compile(rb"\A\xff\x0a|(?:jxlc|jxlp....)\xff\x0a", re.DOTALL)
+_JXL_RATIOS = (None, (1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
+
+
+def _jxl_pixels(data: bytes) -> int:
+    """Returns the pixels of a JPEG XL file, 0 for any other.
+
+    Its plugin decodes all of them when it opens a file. The header is that of ISO/IEC 18181-1, D.3.
+    """
+    start = _JXL.search(data[: 2**16]) if data[:2] == b"\xff\x0a" or data[4:8] == b"JXL " else None
+    if start is None:
+        return 0
+    bits, at = int.from_bytes(data[start.end() : start.end() + 16], "little"), 0
+
+    def take(count):
+        nonlocal at
+        at += count
+        return bits >> (at - count) & (2**count - 1)
+
+    def side():
+        return 8 * (take(5) + 1) if is_small else take((9, 13, 18, 30)[take(2)]) + 1
+
+    is_small = take(1)
+    height = side()
+    ratio = _JXL_RATIOS[take(3)]
+    return height * (height * ratio[0] // ratio[1] if ratio else side())
 
 
 def _reason(error: Exception) -> str:

@@ -4,7 +4,7 @@ import glob
 import hashlib
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,37 +14,53 @@ from etils import epath
 from vqbeam.configs import DataConfig, VqbeamError
 from vqbeam.vqvae.storage.files import is_local
 
+# What the folder of a run that has begun holds.
+_RUN = {"config.json", "images"}
 # What the split "validation" may be called in the names of folders and files.
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
 
-def list_files(folder: epath.Path, is_wanted: Callable[[str], bool]) -> list[str]:
+def list_files(
+    folder: epath.Path, is_wanted: Callable[[str], bool], left_out: Counter | None = None
+) -> list[str]:
     """Returns the paths of the wanted files in a folder, at any depth, relative to it.
 
-    Files and folders whose name starts with "." do not count, and links to folders are not
-    followed.
+    Files and folders whose name starts with "." do not count, links to folders are not followed,
+    and the folders of runs of vqbeam are passed over.
 
     Args:
         folder: The folder; local, or any that `etils.epath` can read, such as gs://.
         is_wanted: Function of a path.
+        left_out: Counts what is left out, by what it is called in a message.
 
     Raises:
         VqbeamError: A folder cannot be read, or a file name is not UTF-8.
     """
-    found = []
-    for place, names in _in_folder(folder) if is_local(folder) else _in_bucket(folder):
+    found, left_out = [], Counter() if left_out is None else left_out
+    inside = _in_folder(folder, left_out) if is_local(folder) else _in_bucket(folder)
+    for place, names in inside:
         for name in names:
             path = f"{place}{name}"
-            hidden = any(part.startswith(".") for part in path.split("/"))
-            if is_wanted(path) and not hidden:
+            if any(part.startswith(".") for part in path.split("/")):
+                continue
+            if is_wanted(path):
                 found.append(_check_text(path))
+            else:
+                ending = os.path.splitext(name)[1].lower()[:10]
+                left_out[f"files that end in {ending}" if ending else "files without ending"] += 1
     return found
 
 
-def _in_folder(folder: epath.Path) -> Iterator[tuple[str, list[str]]]:
+def _in_folder(folder: epath.Path, left_out: Counter) -> Iterator[tuple[str, list[str]]]:
     """Yields the relative path of each folder, with a slash at its end, and its files."""
-    for directory, _, names in folder.walk(on_error=_refuse):
-        place = directory.relative_to(folder).as_posix()
+    for directory, folders, names in os.walk(folder, onerror=_refuse):
+        place = os.path.relpath(directory, folder)
+        if place != "." and _RUN <= {*folders, *names}:
+            left_out["folders of runs"] += 1
+            folders.clear()
+            continue
+        links = [name for name in folders if os.path.islink(os.path.join(directory, name))]
+        left_out["linked folders"] += len(links)
         yield "" if place == "." else f"{place}/", names
 
 

@@ -1,5 +1,6 @@
 """The interface of all sources of images."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,12 +53,14 @@ class Source:
 
     Attributes:
         may_change: Whether an image that could not be decoded may be repaired by the next try.
+        left_out: What `plan` has left out: counts by what it is called in a message.
     """
 
     may_change = False
 
     def __init__(self, data: DataConfig):
         self.data = data
+        self.left_out: Counter[str] = Counter()
 
     def check(self) -> None:
         """Checks the source before anything is written or downloaded.
@@ -95,9 +98,12 @@ class Source:
 
     def plan(self) -> list[Unit]:
         """Divides the source into units of `data.images_per_shard` images; raises as `listing`."""
+        return self.units(*self.listing())
+
+    def units(self, splits: dict[str, Sequence[Any]], labels: Labels) -> list[Unit]:
+        """Returns the units of a listing."""
         from vqbeam.vqvae.storage.records import Shard
 
-        splits, labels = self.listing()
         total = sum(len(images) for images in splits.values())
         units = []
         for split, images in splits.items():

@@ -155,7 +155,7 @@ def finish_codes(run_path: str, gathered: Gathered) -> str:
         perplexity=by_level([perplexity(counts) for counts in use]),
         codes_used=by_level(np.count_nonzero(use, axis=1).tolist()),
     )
-    remove_leftovers(run.folder(STAGE), files)
+    remove_leftovers(run.folder(STAGE), files, run.fingerprint(STAGE))
     return run_path
 
 

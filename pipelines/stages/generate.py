@@ -20,7 +20,7 @@ from vqbeam.pipelines.errors import if_removed
 from vqbeam.pipelines.lock import LOCK_FILE, locked
 from vqbeam.pipelines.paths import absolute, check_shared, is_dataflow
 from vqbeam.pipelines.sampling.api import Run, Samples
-from vqbeam.pipelines.sampling.sample import is_complete, write_samples
+from vqbeam.pipelines.sampling.sample import size_of_samples, write_samples
 from vqbeam.pipelines.sources.images import encode_png
 from vqbeam.pipelines.stages.shards import (
     ShardReport,
@@ -28,7 +28,7 @@ from vqbeam.pipelines.stages.shards import (
     remove_leftovers,
     write_dataset_metadata,
 )
-from vqbeam.vqvae.storage.files import matching, read_json, write_bytes, write_json
+from vqbeam.vqvae.storage.files import matching, read_json, size, write_bytes, write_json
 from vqbeam.vqvae.storage.labels import labels_for
 from vqbeam.vqvae.storage.records import IMAGES_VERSION, Shard, image_features, serialize
 
@@ -113,12 +113,31 @@ class GenerateJob:
         return self._file.exists()
 
     def is_done(self) -> bool:
-        """Returns whether the job was finished."""
-        return self._stored["done"]
+        """Returns whether the job was finished, and all that it wrote is there and whole."""
+        return self._stored["done"] and not self._damaged
 
-    def finish(self, done: bool = True) -> None:
-        """Declares the job finished, or not."""
-        write_json(self._file, {"order": self.facts, "done": done})
+    def begin_again(self) -> None:
+        """Declares the job not finished, and removes what is damaged."""
+        for path in self._damaged:
+            path.rmtree() if path.is_dir() else path.unlink(missing_ok=True)
+        write_json(self._file, {"order": self.facts, "done": False})
+
+    def finish(self) -> None:
+        """Declares the job finished; with the sizes of what it wrote."""
+        paths = [path for path in matching(self.folder, "[!.]*") if path != self._file]
+        found = {path.name: self._size(path) for path in paths}
+        write_json(self._file, {"order": self.facts, "done": True, "sizes": found})
+
+    @property
+    def _damaged(self) -> list[epath.Path]:
+        """What a finished job wrote, and is not there or not whole."""
+        written = self._stored.get("sizes", {})
+        paths = [self.folder / epath.Path(name).name for name in written]
+        return [path for path in paths if self._size(path) != written.get(path.name)]
+
+    def _size(self, path: epath.Path) -> int | None:
+        """Returns the bytes of a file, or of a folder of PNGs; None for one that lacks some."""
+        return size_of_samples(path) if self.form == "png" else size(path)
 
     def shard_folder(self, index: int) -> epath.Path:
         """Returns the folder of a shard of PNGs."""
@@ -140,7 +159,7 @@ class GenerateJob:
     def has_shard(self, index: int) -> bool:
         """Returns whether all files of a shard are there."""
         if self.form == "png":
-            return is_complete(self.shard_folder(index))
+            return self._size(self.shard_folder(index)) is not None
         if self.form == "npz":
             return self.archive.exists() or self.shard_array(index).exists()
         return self.shard_writer(index).report is not None
@@ -148,7 +167,8 @@ class GenerateJob:
     @property
     def _stored(self) -> dict[str, Any]:
         stored = read_json(self._file)
-        if not isinstance(stored.get("order"), dict) or not isinstance(stored.get("done"), bool):
+        kinds = {"order": dict, "done": bool} | ({"sizes": dict} if "sizes" in stored else {})
+        if any(not isinstance(stored.get(name), kind) for name, kind in kinds.items()):
             raise VqbeamError(f"{self._file} is not as vqbeam writes it; give another --output")
         return stored
 
@@ -224,7 +244,7 @@ def generate(
         job.bind_folder()
         done = job.is_done() and all(map(job.has_shard, range(job.shards)))
         if not done:
-            job.finish(False)
+            job.begin_again()
             with if_removed(job.exists, job.folder):
                 run_pipeline(beam_args, lambda pipeline: pipeline | GenerateImages(job))
     kind = {"png": "PNGs by shard", "npz": "samples.npz", "tfrecord": "a TFDS dataset"}[form]
@@ -324,10 +344,8 @@ def finish_images(shards: Sequence[GeneratedShard]) -> str:
     if job.form == "npz":
         _write_archive(job)
     job.finish()
-    # With the reports, a shard that is lost later can be sampled again alone.
-    reports = matching(job.folder, f".reports-{job.fingerprint}")
-    keep = [*matching(job.folder, "[!.]*"), *reports, job.folder / LOCK_FILE]
-    remove_leftovers(job.folder, keep)
+    keep = [*matching(job.folder, "[!.]*"), job.folder / LOCK_FILE]
+    remove_leftovers(job.folder, keep, job.fingerprint)
     return job.output
 
 

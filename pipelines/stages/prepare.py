@@ -20,13 +20,15 @@ from vqbeam.pipelines.stages.shards import (
     remove_leftovers,
     write_dataset_metadata,
 )
-from vqbeam.vqvae.storage.files import write_bytes
+from vqbeam.vqvae.storage.files import read_json, write_bytes, write_json
 from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
 from vqbeam.vqvae.storage.records import IMAGES_VERSION, image_features, serialize
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
 STAGE = "prepare"
 DEAD_LETTERS = "dead_letters.jsonl"
+# From the plan, for the worker that finishes the stage.
+_LEFT_OUT = ".left_out"
 
 
 class PrepareImages(ShardedStage):
@@ -41,8 +43,11 @@ class PrepareImages(ShardedStage):
 def plan_units(run_path: str) -> Iterator[tuple[str, Unit]]:
     """Starts the stage and yields its units of work."""
     run = RunFolder(run_path)
-    run.begin(STAGE)
-    for unit in open_source(run.load_config().data).plan():
+    source = open_source(run.load_config().data)
+    units = source.plan()
+    run.begin(STAGE)  # not before, since the source may be gone
+    write_json(run.folder(STAGE) / _LEFT_OUT, {what: n for what, n in source.left_out.items() if n})
+    for unit in units:
         yield run_path, unit
 
 
@@ -129,11 +134,12 @@ def finish_images(run_path: str, gathered: Gathered) -> str:
         source=config.data.source,
         counts=counts,
         failed=len(failures),
+        left_out=read_json(run.folder(STAGE) / _LEFT_OUT),
         label_names=labels.names,
         label_kind=labels.kind,
         statistics=_scaled(facts["statistics"]),
     )
-    remove_leftovers(run.folder(STAGE), [*files, letters])
+    remove_leftovers(run.folder(STAGE), [*files, letters], run.fingerprint(STAGE))
     return run_path
 
 

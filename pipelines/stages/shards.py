@@ -142,12 +142,18 @@ def write_dataset_metadata(
     return files, counts
 
 
-def remove_leftovers(folder: epath.Path, keep: Sequence[epath.Path]) -> None:
-    """Removes from a folder of shards the reports, and the remains of earlier attempts.
+def remove_leftovers(folder: epath.Path, keep: Sequence[epath.Path], fingerprint: str) -> None:
+    """Removes from a folder of shards the remains of earlier attempts, and of other inputs.
 
-    To be called after the manifest is written: until then, a restart needs the reports.
+    To be called after the manifest is written: until then, a restart needs all reports. Those of
+    the shards that are there stay, so that one that is lost later can be written again alone.
+
+    Args:
+        folder: The folder.
+        keep: Files that stay.
+        fingerprint: That of the shards.
     """
-    kept = {path.name for path in keep} | {MANIFEST}
+    kept = {path.name for path in keep} | {MANIFEST, f".reports-{fingerprint}"}
     for path in folder.iterdir():
         if path.name not in kept:
             path.rmtree() if path.is_dir() else path.unlink(missing_ok=True)

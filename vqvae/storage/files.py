@@ -74,11 +74,15 @@ def read_json(path: epath.Path, kind: type = dict) -> Any:
 
 
 def size(path: epath.Path) -> int | None:
-    """Returns the size of a file in bytes, or None if it is missing."""
+    """Returns the size of a file in bytes, or None if it is missing, or a link to nothing."""
     try:
         # For local files, epath's stat also looks up the owner's name, which may not exist.
         return os.stat(path).st_size if is_local(path) else path.stat().length
     except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
         return None
 
 

@@ -27,6 +27,7 @@ from etils import epath
 
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.layout import CodeLayout
+from vqbeam.vqvae.storage.files import matching
 from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
 from vqbeam.vqvae.storage.run_folder import MANIFEST
 
@@ -284,11 +285,23 @@ def training_batches(dataset, *, size: int, batch_size: int, first_step: int, se
 
 @contextlib.contextmanager
 def damaged_records(folder: epath.Path):
-    """Converts TensorFlow's error for a damaged record into a VqbeamError that names the folder."""
+    """Converts TensorFlow's error for a damaged record into a VqbeamError that names its shard."""
     try:
         yield
     except tf.errors.DataLossError as error:
+        damaged = [path for path in matching(folder, "*.tfrecord-*") if not _is_sound(path)]
+        files = " and ".join(map(str, damaged[:3])) or folder
         raise VqbeamError(
-            f"a record in {folder} is damaged ({error.message.splitlines()[0]}); delete {folder} "
-            "and run the stage that writes it again"
+            f"a record in {files} is damaged ({error.message.splitlines()[0]}); delete {files} "
+            "and run the stage that writes it again, which writes no others"
         ) from error
+
+
+def _is_sound(path: epath.Path) -> bool:
+    """Returns whether all checksums in a shard are right; only read when one is known to be not."""
+    try:
+        for _ in tf.data.TFRecordDataset(os.fspath(path)):
+            pass
+    except tf.errors.DataLossError:
+        return False
+    return True

@@ -43,8 +43,9 @@ _SECTIONS = {
     "train-prior": "prior",
     "sample": "sample",
 }
-# The stages that make a model.
+# The stages that make a model, and those that write a dataset shard by shard.
 MODELS = ("train-vqvae", "train-prior")
+SHARDED = ("prepare", "encode")
 MANIFEST = "manifest.json"
 _CONFIG = "config.json"
 
@@ -160,8 +161,11 @@ class RunFolder:
     def is_done(self, stage: str) -> bool:
         """Returns whether a stage has finished with the current inputs.
 
+        A dataset of which some files are missing or damaged is not done: its stage writes them
+        again, and no others.
+
         Raises:
-            VqbeamError: It has finished, but an output is missing or has a different size.
+            VqbeamError: It has finished, but all files are missing, or a model is damaged.
         """
         return stage in self.done([stage])
 
@@ -173,8 +177,10 @@ class RunFolder:
             if stage not in found:
                 manifest = self.manifest(stage)
                 fits = manifest is not None and manifest["inputs"] == self._input_hashes(stage)
-                if fits:
+                if fits and (stage not in SHARDED or self.is_elsewhere(stage)):
                     self._check_outputs(stage, manifest)
+                elif fits:
+                    fits = not self._damage(stage, manifest)
                 found[stage] = fits and all(map(look, STAGES[stage][1]))
             return found[stage]
 
@@ -321,13 +327,19 @@ class RunFolder:
         return bool(outputs) and set(sizes(outputs)) == {None}
 
     def _check_outputs(self, stage: str, manifest: dict[str, Any]) -> None:
+        if damage := self._damage(stage, manifest):
+            delete = "" if stage in SHARDED else f"delete {self.folder(stage)} and "
+            alone = ", which writes no others" if stage in SHARDED else ""
+            raise VqbeamError(f"{damage}; {delete}{self._again(stage)}{alone}")
+
+    def _damage(self, stage: str, manifest: dict[str, Any]) -> str:
+        """Returns which output is missing or has another size; an empty text if none."""
         outputs = self._outputs(stage, manifest)
         for (path, whole), found in zip(outputs.items(), sizes(list(outputs)), strict=True):
             if found != whole:
                 state = "is missing" if found is None else f"has {found} bytes instead of {whole}"
-                raise VqbeamError(
-                    f"{path} {state}; delete {self.folder(stage)} and {self._again(stage)}"
-                )
+                return f"{path} {state}"
+        return ""
 
     def _again(self, stage: str) -> str:
         verb = "run" if stage == "sample" else stage  # `vqbeam sample` does not write the stage
@@ -365,7 +377,7 @@ class _Manifest(dict):
 # The kind of each entry of a manifest; the first are in all of them.
 _ENTRIES = {"inputs": dict, "outputs": dict, "seconds": (int, float)}
 _FURTHER = {"made_from": dict, "counts": dict, "label_names": list, "label_kind": str}
-_FURTHER |= {"history": list, "measures": dict, "settings": dict, "failed": int}
+_FURTHER |= {"history": list, "measures": dict, "settings": dict, "failed": int, "left_out": dict}
 
 
 def _is_right(manifest: dict[str, Any]) -> bool:
@@ -376,6 +388,6 @@ def _is_right(manifest: dict[str, Any]) -> bool:
 
 def _hash_of(manifest: dict[str, Any]) -> str:
     """Returns a hash of a manifest without what varies between identical results."""
-    varies = "sha256", "seconds", "speed"
+    varies = "sha256", "seconds", "speed", "left_out"
     said = {name: value for name, value in manifest.items() if name not in varies}
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()

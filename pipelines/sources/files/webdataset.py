@@ -9,7 +9,7 @@ from etils import epath
 
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sources.files.base import FilesSource
-from vqbeam.pipelines.sources.folder import SUFFIXES
+from vqbeam.pipelines.sources.images import SUFFIXES
 
 
 class WebdatasetSource(FilesSource):

@@ -59,7 +59,7 @@ def locked(folder: epath.Path, flag: str) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             file = _lock_file(folder / LOCK_FILE)
             try:
-                is_flocked = stack.enter_context(_flocked(folder))
+                is_flocked = stack.enter_context(flocked(folder))
             except BlockingIOError:
                 _refuse(file, file.read(), flag)
             _take(file, own, flag, is_flocked)
@@ -83,8 +83,11 @@ def _kernel() -> str:
 
 
 @contextlib.contextmanager
-def _flocked(folder: epath.Path) -> Iterator[bool]:
+def flocked(folder: epath.Path) -> Iterator[bool]:
     """Locks a folder while the block runs; yields whether its file system can.
+
+    Args:
+        folder: The folder; one in a bucket is not locked.
 
     Raises:
         BlockingIOError: Another process of this kernel has it.

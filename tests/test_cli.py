@@ -2,9 +2,12 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 import types
 
 import pytest
+from commands import started, status_of, wait_for
+from pipeline_fixtures import small_config, write_images, write_preset
 
 from vqbeam import configs
 from vqbeam.configs import VqbeamError
@@ -170,6 +173,31 @@ def test_closed_output():
     )
     assert done.returncode == 1 and done.stderr.startswith("vqbeam: the output is closed")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_temporary_files_do_not_stay_behind(tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    write_images(tmp_path / "source", 300)
+    preset = write_preset(
+        tmp_path / "preset.py",
+        small_config(f"folder:{tmp_path / 'source'}", data__images_per_shard=1),
+    )
+    words = ("prepare", preset, "--run-dir", tmp_path / "run")
+    log = tmp_path / "log.txt"
+    with started(log, *words) as process:
+        wait_for("images/.reports-*/*.json", tmp_path / "run", process, log)
+    # Killed; its files are there, among which is a folder of Beam's.
+    (left,) = (tmp_path / "tmp").iterdir()
+    assert any(path.name.startswith("beam-pipeline-temp") for path in left.iterdir())
+    with cli._temporary_folder():  # of a command that is at work
+        own = tempfile.gettempdir()
+        assert status_of(log, *words) == 0, log.read_text()
+        assert [str(path) for path in (tmp_path / "tmp").iterdir()] == [own]
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert tempfile.gettempdir() == os.environ["TMPDIR"] == str(tmp_path / "tmp")
 
 
 def test_a_bug_keeps_its_traceback(target):

@@ -89,7 +89,7 @@ def test_codes_are_those_of_the_model(make_run):
     assert manifest["counts"] == COUNTS and manifest["label_names"] == ["a", "b"]
     assert run.is_done(STAGE)
     found = {path.name for path in run.folder(STAGE).iterdir()}
-    assert found == {*manifest["outputs"], "manifest.json"}
+    assert found == {*manifest["outputs"], "manifest.json", f".reports-{run.fingerprint(STAGE)}"}
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_a_damaged_record_is_one_line(run, mode):
     with pytest.raises(Exception) as caught:
         run_transform(EncodeImages(), run, *mode)
     message = user_message(caught.value)
-    assert message.startswith(f"a record in {run.folder('prepare')} is damaged")
+    assert message.startswith(f"a record in {shard} is damaged")
     assert "\n" not in message
     assert run.manifest(STAGE) is None
 

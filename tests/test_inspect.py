@@ -1,3 +1,4 @@
+import pathlib
 import re
 import shutil
 import subprocess
@@ -58,9 +59,9 @@ def test_a_finished_run(finished_run):
     ):
         assert fact in text, fact
     size = sum(
-        path.stat().length
-        for path in finished_run.folder("encode").iterdir()
-        if path.name != MANIFEST
+        path.stat().st_size
+        for path in pathlib.Path(finished_run.folder("encode")).rglob("*")
+        if path.name != MANIFEST and path.is_file()
     )
     unit = f"{size} bytes" if size < 1000 else f"{size / 1000:.0f} kB"
     assert f"{finished_run.folder('encode')}, {unit}" in text
@@ -100,13 +101,14 @@ def test_begun_stages(run):
     (run.folder("train-prior") / MANIFEST).unlink()
     (run.folder("encode") / MANIFEST).unlink()
     (run.folder("sample")).rmtree()
-    found = states(run)
-    assert found["train-prior"] == "begun, 4 steps done"
     reports = run.folder("encode") / f".reports-{run.fingerprint('encode')}"
+    reports.rmtree()  # of the finished stage
     reports.mkdir()
     older = run.folder("encode") / ".reports-of-other-settings"
     older.mkdir()
     (older / "codes-0.json").write_text("{}")
+    found = states(run)
+    assert found["train-prior"] == "begun, 4 steps done"
     assert found["encode"] == "begun" and found["sample"] == "not begun"
     assert found["train-vqvae"].startswith("done in")
     for shard in range(3):
@@ -130,7 +132,7 @@ def test_a_run_that_is_handed_over(run, capsys):
     for stage in ("prepare", "encode", "sample"):
         for path in run.folder(stage).iterdir():
             if path.name != MANIFEST:
-                path.unlink()
+                path.rmtree() if path.is_dir() else path.unlink()
     shutil.rmtree(run.folder("train-vqvae") / "logs")
     (run.folder("train-vqvae") / "reconstructions.png").unlink()
     found = states(run)

@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,7 @@ class Verb:
     outputs: tuple[str, ...] = ()
 
 
+_TEMPORARY = "vqbeam-temporary-"
 _MODELS = ("train-vqvae", "train-prior")
 _STAGES = (stage_commands.parse_stages, stage_commands.run_stages)
 
@@ -227,9 +229,37 @@ def _dispatch(verb: str, arguments: dict[str, Any]) -> None:
 
         arguments = arguments | {"run_dir": local_run(place)}
     check(verb, arguments)
-    text = VERBS[verb].run(**arguments)
+    with _temporary_folder():
+        text = VERBS[verb].run(**arguments)
     if isinstance(text, str):
         print(text)
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[None]:
+    """Gives the libraries a folder for temporary files; removes those of commands that were killed.
+
+    Beam and TensorFlow leave theirs behind when they are. A living command has its folder locked.
+    """
+    from etils import epath
+
+    from vqbeam.pipelines.lock import flocked
+
+    system, before = epath.Path(tempfile.gettempdir()), os.environ.get("TMPDIR")
+    for left in system.glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(OSError), flocked(left) as is_dead:
+            if is_dead and os.stat(left).st_uid == os.getuid():
+                left.rmtree()
+    own = tempfile.mkdtemp(prefix=_TEMPORARY)
+    with flocked(epath.Path(own)):
+        tempfile.tempdir = os.environ["TMPDIR"] = own
+        try:
+            yield
+        finally:
+            tempfile.tempdir = None
+            del os.environ["TMPDIR"]
+            os.environ.update({"TMPDIR": before} if before else {})
+            shutil.rmtree(own, ignore_errors=True)
 
 
 def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:

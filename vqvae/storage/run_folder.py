@@ -177,10 +177,10 @@ class RunFolder:
             if stage not in found:
                 manifest = self.manifest(stage)
                 fits = manifest is not None and manifest["inputs"] == self._input_hashes(stage)
-                if fits and (stage not in SHARDED or self.is_elsewhere(stage)):
-                    self._check_outputs(stage, manifest)
-                elif fits:
-                    fits = not self._damage(stage, manifest)
+                if fits and (damage := self._damage(stage, manifest)):
+                    if stage not in SHARDED or self.is_elsewhere(stage):
+                        raise self._error_of(stage, damage)
+                    fits = False
                 found[stage] = fits and all(map(look, STAGES[stage][1]))
             return found[stage]
 
@@ -328,9 +328,12 @@ class RunFolder:
 
     def _check_outputs(self, stage: str, manifest: dict[str, Any]) -> None:
         if damage := self._damage(stage, manifest):
-            delete = "" if stage in SHARDED else f"delete {self.folder(stage)} and "
-            alone = ", which writes no others" if stage in SHARDED else ""
-            raise VqbeamError(f"{damage}; {delete}{self._again(stage)}{alone}")
+            raise self._error_of(stage, damage)
+
+    def _error_of(self, stage: str, damage: str) -> VqbeamError:
+        delete = "" if stage in SHARDED else f"delete {self.folder(stage)} and "
+        alone = ", which writes no others" if stage in SHARDED else ""
+        return VqbeamError(f"{damage}; {delete}{self._again(stage)}{alone}")
 
     def _damage(self, stage: str, manifest: dict[str, Any]) -> str:
         """Returns which output is missing or has another size; an empty text if none."""

@@ -1,10 +1,10 @@
-"""Ends a run at random moments, restarts it, and checks whether anything was lost.
+"""Ends a run at even moments, restarts it, and checks whether anything was lost.
 
-    python benchmarks/kills.py --kills 20
+    python benchmarks/kills.py --kills 100
 
 The run is small and has all stages, on images of noise. Each attempt is ended once, by SIGKILL,
-SIGTERM and SIGINT (Ctrl-C) in turn, at a moment sampled uniformly from the duration of an unbroken
-run, and then finished with the same command. Its records, weights and images are compared with
+SIGTERM and SIGINT (Ctrl-C) in turn, at moments that divide the duration of an unbroken run evenly,
+and then finished with the same command. Its records, weights and images are compared with
 those of the unbroken run. As the run is short, an epoch is all of a training, and a checkpoint is
 due after a second, not a minute.
 """
@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import os
 import pathlib
+import shutil
 import signal
 import statistics
 import subprocess
@@ -27,7 +28,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path += [str(ROOT), str(ROOT / "tests")]
 
 HEADER = ["ended in", "by", "attempts", "another result", "training steps lost, at most"]
-HEADER += ["seconds to the end", "of an unbroken run"]
+HEADER += ["seconds of work lost, median", "at most", "seconds to the end", "of an unbroken run"]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 INTERVAL = 1.0  # seconds between checkpoints
 
@@ -39,11 +40,14 @@ class Attempt(NamedTuple):
         seconds: Time of the second command, which finished the run.
         other: Whether the result differs from that of the unbroken run.
         lost: Training steps that the second command did again.
+        since: Seconds from the last file that was kept to the signal: work that was done again, or
+            the time in which the libraries load and the models are compiled.
     """
 
     seconds: float
     other: bool
     lost: int
+    since: float
 
 
 def run_traced(steps: pathlib.Path, words: list[str]) -> int:
@@ -99,6 +103,13 @@ def stage_at_work(run) -> str:
     return next((stage for stage in STAGES if not run.is_done(stage)), "end")
 
 
+def last_kept(run) -> float | None:
+    """Returns when the last file was written that a restart goes on from; None if none was."""
+    kept = ("*/manifest.json", "*/.reports-*/*.json", "*/checkpoints/*/step-*.weights.h5")
+    paths = [path for pattern in kept for path in pathlib.Path(run.root).glob(pattern)]
+    return max((path.stat().st_mtime for path in paths), default=None)
+
+
 def write_run(folder: pathlib.Path, steps: int, images: int) -> pathlib.Path:
     """Writes the images and the preset of the run; returns the path of the preset."""
     from pipeline_fixtures import small_config, write_images, write_preset
@@ -112,11 +123,9 @@ def write_run(folder: pathlib.Path, steps: int, images: int) -> pathlib.Path:
 
 def attempts(kills: int, steps: int, images: int) -> tuple[dict[tuple, list[Attempt]], float]:
     """Returns the attempts by stage and signal, and the seconds of the unbroken run."""
-    import numpy as np
-
     from vqbeam.vqvae.storage.run_folder import MODELS, RunFolder
 
-    numbers, found = np.random.default_rng(0), defaultdict(list)
+    found = defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         preset, done = write_run(folder, steps, images), folder / "steps.txt"
@@ -131,17 +140,21 @@ def attempts(kills: int, steps: int, images: int) -> tuple[dict[tuple, list[Atte
             run, number = RunFolder(folder / f"run-{index}"), SIGNALS[index % len(SIGNALS)]
             done.write_text("0")
             process = command(run)
-            time.sleep(numbers.uniform(0, unbroken))
+            begun = time.time()
+            time.sleep(unbroken * (index + 0.5) / kills)
+            ended = time.time()
             process.send_signal(number)
             process.wait()
+            since = max(0.0, ended - (last_kept(run) or begun))
             stage, begun = stage_at_work(run), time.monotonic()
             saved = run.trained_steps(stage) if stage in MODELS else 0
             lost = max(0, int(done.read_text()) - saved) if stage in MODELS else 0
             assert command(run).wait() == 0, (folder / "log.txt").read_text()
             seconds = time.monotonic() - begun
-            attempt = Attempt(seconds, result(run) != expected, lost)
+            attempt = Attempt(seconds, result(run) != expected, lost, since)
             found[stage, number.name].append(attempt)
             print(f"{index + 1} of {kills}: {stage}, {number.name}, {attempt}", file=sys.stderr)
+            shutil.rmtree(run.root)
     return found, unbroken
 
 
@@ -162,6 +175,8 @@ def main() -> None:
             str(len(of_one)),
             str(sum(attempt.other for attempt in of_one)),
             str(max(attempt.lost for attempt in of_one)),
+            f"{statistics.median(attempt.since for attempt in of_one):.1f}",
+            f"{max(attempt.since for attempt in of_one):.1f}",
             f"{statistics.median(attempt.seconds for attempt in of_one):.1f}",
             f"{unbroken:.1f}",
         ]

@@ -69,6 +69,8 @@ def check_output(output: str, endings: Sequence[str]) -> None:
         files = " or ".join(ending for ending in endings if ending)
         folder = ", or a folder" if "" in endings else ""
         raise VqbeamError(f"--output is {output!r}; give a name that ends in {files}{folder}")
+    if ending in endings and ending and os.path.isdir(output):
+        raise VqbeamError(f"--output is {output!r}, which is a folder; give the name of a file")
 
 
 def source_paths(data: DataConfig) -> dict[str, str]:

@@ -13,6 +13,10 @@ from vqbeam.pipelines.cli.parser import UsageError
         (["run", "x", "--run-dir", ""], "vqbeam run: --run-dir: is empty (see"),
         (["sample"], "vqbeam sample: missing DIR (see"),
         (["sample", "d", "--runner", "x"], "vqbeam: unknown flag --runner; see vqbeam sample"),
+        (
+            ["sample", "d", "--label", "-cat"],
+            "vqbeam: unknown flag -cat; a value that begins with a dash is given as --label=-cat",
+        ),
         (["sample", "d", "--topk", "1"], "vqbeam: unknown flag --topk; did you mean --top-k?"),
         (["sample", "d", "--top-k", "x"], "vqbeam sample: --top-k: 'x' is not an integer"),
         (["sample", "d", "--label"], "vqbeam sample: --label: needs a value"),

@@ -24,6 +24,13 @@ def test_a_table_is_read(table, end, encoding):
     assert values == {"a.png": (1, 0), "b, c.png": (0, 1), "d/e.png": (0, 0)}
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_tables_of_other_spreadsheets(table, separator):
+    lines = ["path,smiling,young", "a.png,1,0"]
+    names, values = read_attributes(table("\n".join(lines).replace(",", separator)))
+    assert names == ("smiling", "young") and values == {"a.png": (1, 0)}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -155,6 +155,12 @@ def test_transparent_palette_entry_becomes_white(format):
     np.testing.assert_array_equal(_decode(_file(image, format, transparency=1), 2, 2), expected)
 
 
+def test_transparent_value_of_16_bit_gray():
+    data = _file(Image.fromarray(np.array([[0, 257, 65535]], np.uint16)), "PNG", transparency=257)
+    assert b"tRNS" in data
+    np.testing.assert_array_equal(_decode(data, 1, 3, 1)[..., 0], [[0, 255, 255]])
+
+
 def test_black_and_white():
     data = _file(Image.fromarray(np.array([[True, False]])), "PNG")
     np.testing.assert_array_equal(_decode(data, 1, 2, 1)[..., 0], [[255, 0]])

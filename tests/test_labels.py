@@ -1,3 +1,5 @@
+import unicodedata
+
 import numpy as np
 import pytest
 
@@ -21,6 +23,12 @@ def test_names_numbers_and_case_in_turn():
 def test_a_name_goes_before_its_like_in_another_case():
     numbers = labels_for(["a", "A", "0", "1", "3"], Labels(("A", "a", "1", "0")), 5)
     assert numbers.tolist() == [1, 0, 3, 2, 3]
+
+
+def test_the_unicode_form_of_a_name_does_not_matter():
+    decomposed = unicodedata.normalize("NFD", "Café")
+    assert label_number("café", ["tea", decomposed]) == 1
+    assert label_number(decomposed, ["tea", "café"]) == 1
 
 
 def test_all_classes_or_none():

@@ -83,6 +83,13 @@ def test_endings():
         check_output("a", [".png"])
 
 
+def test_a_folder_where_a_file_would_be_written(tmp_path):
+    (tmp_path / "new.png").mkdir()
+    with pytest.raises(VqbeamError, match="new.png', which is a folder; give the name of a file"):
+        check_output(str(tmp_path / "new.png"), [".png", ""])
+    check_output(str(tmp_path), [".png", ""])
+
+
 def test_what_other_machines_cannot_reach():
     check_shared({"--run-dir": "gs://bucket/run", "--data.data-dir": "gs://bucket/data"})
     with pytest.raises(VqbeamError, match="cannot reach /here/run; give a gs:// path by --run-dir"):

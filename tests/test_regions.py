@@ -30,6 +30,14 @@ def test_a_mask_is_brought_to_the_size_of_the_images(config, tmp_path):
     np.testing.assert_array_equal(kept_cells(mask, (2, 2)), [[False, True], [False, False]])
 
 
+def test_where_a_mask_is_transparent_nothing_is_kept(config, tmp_path):
+    pixels = np.full((16, 16, 4), 255, np.uint8)
+    pixels[:8, 8:, 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    mask = region_mask(str(tmp_path / "mask.png"), config)
+    np.testing.assert_array_equal(kept_cells(mask, (2, 2)), [[True, False], [True, True]])
+
+
 def test_what_is_no_mask(config, tmp_path):
     with pytest.raises(VqbeamError, match="keep is 'middle'; give top-half, .* or an image file"):
         region_mask("middle", config)

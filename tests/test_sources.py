@@ -1,15 +1,18 @@
 import dataclasses
 import re
+import types
 
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_datasets as tfds
 from pipeline_fixtures import CLASSES, SIDE, small_config, write_images, write_tfds
 
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sources import open_source
 from vqbeam.pipelines.sources.glyphs import LETTERS, Glyphs, draw_glyph
 from vqbeam.pipelines.sources.images import decode_image
+from vqbeam.pipelines.sources.tfds import _labels as tfds_labels
 from vqbeam.pipelines.sources.tfds import _labels_of
 from vqbeam.vqvae.storage.labels import Labels
 
@@ -211,6 +214,7 @@ def test_other_splits_and_no_label(prepared, tmp_path):
         ({"validation_split": "train+test"}, "no split 'train.test'; set data.validation_split"),
         ({"validation_split": "train[x"}, "has no split 'train\\[x'; set data.validation_split to"),
         ({"image_key": "label"}, "feature 'label' of own_set/1.2.3 holds no image"),
+        ({"label_key": "image"}, "feature 'image' .* holds neither classes nor attributes; set"),
     ],
 )
 def test_what_a_dataset_lacks(prepared, tmp_path, changes, message):
@@ -245,6 +249,29 @@ def test_a_damaged_record_of_tfds(prepared, tmp_path):
     shard.write_bytes(bytes(content))
     with pytest.raises(VqbeamError, match="a record in .*own_set/1.2.3 is damaged"):
         read_all(settings)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_only_images_of_integers_are_read_from_tfds(tmp_path, dtype):
+    # Of floats, TFDS stores the bytes as if they were colours.
+    features = tfds.features.FeaturesDict(
+        {"image": tfds.features.Image(shape=(SIDE, SIDE, 1), dtype=dtype)}
+    )
+    info = types.SimpleNamespace(features=features, full_name="own_set/1.2.3")
+    settings = data("tfds:own_set")
+    if dtype is np.float32:
+        with pytest.raises(VqbeamError, match="own_set/1.2.3 holds images of float32; prepare"):
+            tfds_labels(settings, info)
+    else:
+        assert tfds_labels(settings, info) == Labels()
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a ", "\ta", "a\x85b", "a\u2028b"])
+def test_names_of_classes_that_no_line_can_hold(tmp_path, name):
+    write_images(tmp_path / "source", 12, classes=(name, "b"))
+    for look in (plan, check_source):
+        with pytest.raises(VqbeamError, match="has a class .*; give it a name without line breaks"):
+            look(data(f"folder:{tmp_path / 'source'}"))
 
 
 def test_lists_of_classes_of_one_length():

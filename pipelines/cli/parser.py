@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
             words = self._spelled(words)
             unknown = self._unknown_flags(words)
         if unknown:
-            hint = _flag_hint(unknown[0], self.flags) or f"see {self.prog} --help"
+            hint = _flag_hint(unknown[0], self.flags) or self._value_hint(words, unknown[0])
             raise UsageError(f"vqbeam: unknown flag {unknown[0]}; {hint}")
         given, stray = self.parse_known_args(words)
         if stray:
@@ -107,6 +107,13 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown_flags(self, words: Sequence[str]) -> list[str]:
         return [_flag(word) for word in words if _flag(word) and _flag(word) not in self.flags]
+
+    def _value_hint(self, words: Sequence[str], unknown: str) -> str:
+        """Returns how to give a value that begins with a dash, if the word may be one."""
+        before = [_flag(word) for word in words[: list(map(_flag, words)).index(unknown)]]
+        if before and before[-1] and not unknown.startswith("--"):
+            return f"a value that begins with a dash is given as {before[-1]}={unknown}"
+        return f"see {self.prog} --help"
 
     def error(self, message: str) -> NoReturn:
         """Raises a UsageError; argparse would print the usage and exit."""

@@ -69,8 +69,8 @@ def region_mask(region: str, config: Config) -> np.ndarray:
     """Returns the mask of a region.
 
     Args:
-        region: One of `HALVES`, or the path of an image, whose white pixels are the region. It is
-            cropped, or padded with black, and resized like the run's images.
+        region: One of `HALVES`, or the path of an image, whose white and opaque pixels are the
+            region. It is cropped, or padded with black, and resized like the run's images.
         config: The run's config.
 
     Returns:
@@ -90,7 +90,8 @@ def region_mask(region: str, config: Config) -> np.ndarray:
         raise VqbeamError(f"keep is {region!r}; give {', '.join(HALVES)} or an image file")
     try:
         shape = {"height": height, "width": width, "channels": 1}
-        mask = decode_image(read_regular(path), **shape, fit=config.data.fit)
+        # Where it is transparent, nothing is kept.
+        mask = decode_image(read_regular(path), **shape, fit=config.data.fit, background="black")
     except ImageError as error:
         raise VqbeamError(f"the mask {path} cannot be read ({error}); give another") from error
     return mask[..., 0].astype(np.float32) / 255

@@ -19,7 +19,7 @@ from vqbeam.pipelines.sources.listing import (
     list_files,
     split_by_hash,
 )
-from vqbeam.pipelines.sources.source import RawImage, Source, Unit
+from vqbeam.pipelines.sources.source import RawImage, Source, Unit, check_names
 from vqbeam.vqvae.storage.files import read_regular, sizes
 from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
 
@@ -43,7 +43,8 @@ class FolderSource(Source):
 
     def check(self) -> None:
         """Checks the folder, without comparing its images; see `Source.check`."""
-        self.listing()
+        _, labels = self.listing()
+        check_names(self.data, labels)
 
     def plan(self) -> list[Unit]:
         """Divides the images into units, without those held out that are trained on as well."""
@@ -261,7 +262,8 @@ FILE = "attributes.csv"
 def read_attributes(file: epath.Path) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
     """Reads a table whose first column is the path of an image relative to the table.
 
-    Each other column is an attribute, with 1 for the images that have it and 0 for the others. Rows
+    Columns are separated by commas, semicolons or tabs, whichever the first line has more of. Each
+    other column is an attribute, with 1 for the images that have it and 0 for the others. Rows
     of images that are not in the folder are ignored.
 
     Returns:
@@ -272,7 +274,8 @@ def read_attributes(file: epath.Path) -> tuple[tuple[str, ...], dict[str, tuple[
     """
     try:
         text = file.read_bytes().decode("utf-8-sig")  # spreadsheets write a byte-order mark
-        rows = csv.reader(io.StringIO(text, newline=""))
+        heading = text.partition("\n")[0]
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=heading.count))
         _, *names = next(rows, [""])
         lines = {row[0]: _values(file, rows.line_num, row, names) for row in rows if row}
     except (UnicodeDecodeError, csv.Error) as error:

@@ -50,16 +50,22 @@ class ImageError(ValueError):
 
 
 def decode_image(
-    data: bytes | np.ndarray, *, height: int, width: int, channels: int, fit: str
+    data: bytes | np.ndarray,
+    *,
+    height: int,
+    width: int,
+    channels: int,
+    fit: str,
+    background: str = "white",
 ) -> np.ndarray:
     """Decodes an image file, if need be, and brings the image to one shape.
 
     The image is turned upright as its EXIF data say and converted to sRGB from the colours of its
-    ICC profile; transparent parts become white, and of an animation the first frame is taken.
-    16-bit gray is scaled to 8 bits; floating-point gray must lie in [0, 1] and is scaled by 255. An
-    image in sRGB that has the right size already keeps its pixels as they are. Any other size is
-    resampled with an antialiasing filter (Lanczos), which at the edges uses only the pixels there
-    are.
+    ICC profile; transparent parts take the colour of the background, and of an animation the first
+    frame is taken. 16-bit gray is scaled to 8 bits; floating-point gray must lie in [0, 1] and is
+    scaled by 255. An image in sRGB that has the right size already keeps its pixels as they are.
+    Any other size is resampled with an antialiasing filter (Lanczos), which at the edges uses only
+    the pixels there are.
 
     Args:
         data: The bytes of a file in one of `FORMATS`; or pixels, uint8 [H, W] or
@@ -69,6 +75,7 @@ def decode_image(
         channels: 1 for grayscale, 3 for RGB.
         fit: "crop" covers the shape and cuts off, evenly on both sides, what juts out; "pad"
             fits the whole image inside and fills the rest, evenly on both sides, with black.
+        background: "white" or "black".
 
     Returns:
         uint8 [height, width, channels].
@@ -77,7 +84,7 @@ def decode_image(
         ImageError: The data are damaged, of another format, or too large to decode safely
             (more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, found before any is decoded).
     """
-    image = _load(data, draft_side=2 * max(height, width))
+    image = _load(data, 2 * max(height, width), background)
     image = _in_mode(image, "L" if channels == 1 else "RGB")
     image = _crop(image, (width, height)) if fit == "crop" else _pad(image, (width, height))
     return np.array(image).reshape(height, width, channels)
@@ -95,7 +102,7 @@ def encode_png(image: np.ndarray) -> bytes:
     return data.getvalue()
 
 
-def _load(data: bytes | np.ndarray, draft_side: int) -> Image.Image:
+def _load(data: bytes | np.ndarray, draft_side: int, background: str) -> Image.Image:
     """Returns the image upright and opaque, 8 bits a channel; raises ImageError."""
     try:
         image = _opened(data)
@@ -104,7 +111,7 @@ def _load(data: bytes | np.ndarray, draft_side: int) -> Image.Image:
         # JPEG can decode to 1/2, 1/4 or 1/8 of its size: much faster, and enough to resample.
         image.draft(None, (draft_side, draft_side))
         ImageOps.exif_transpose(image, in_place=True)
-        return _flatten(_in_srgb(image))
+        return _flatten(_in_srgb(image), background)
     except ImageError:
         raise
     # Damaged files make Pillow raise nearly anything: struct.error, SyntaxError, KeyError, ...
@@ -176,14 +183,18 @@ def _in_srgb(image: Image.Image) -> Image.Image:
         return image
 
 
-def _flatten(image: Image.Image) -> Image.Image:
+def _flatten(image: Image.Image, background: str) -> Image.Image:
     if image.mode == "F":
         return _scale_gray(np.asarray(image), top=1)
     if image.mode.startswith("I"):  # "I;16", "I;16B", and "I" for 16 bits in 32
-        return _scale_gray(np.asarray(image), top=65535)
+        gray = _scale_gray(np.asarray(image), top=65535)
+        if "transparency" in image.info:  # a value, of which Pillow makes nothing in this mode
+            hole = Image.fromarray(np.asarray(image) == image.info["transparency"])
+            gray.paste(255 if background == "white" else 0, mask=hole)
+        return gray
     if image.has_transparency_data:
         layer = _in_mode(image, "RGBA")
-        image = Image.new("RGB", image.size, "white")
+        image = Image.new("RGB", image.size, background)
         image.paste(layer, mask=layer)
     return image if image.mode == "L" else _in_mode(image, "RGB")
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vqbeam.configs import DataConfig
+from vqbeam.configs import DataConfig, VqbeamError
 from vqbeam.vqvae.storage.labels import Labels
 
 if TYPE_CHECKING:
@@ -43,6 +43,16 @@ class Unit(NamedTuple):
     images: Sequence[Any]
     labels: Labels
     total: int
+
+
+def check_names(data: DataConfig, labels: Labels) -> None:
+    """Raises a VqbeamError if TFDS, which keeps a name a line, would read one back as another."""
+    for name in labels.names if labels.kind == "classes" else ():
+        if [name] != name.splitlines() or name != name.strip():
+            raise VqbeamError(
+                f"{data.source} has a class {name!r}; give it a name without line breaks, and "
+                "without blanks at its ends"
+            )
 
 
 class Source:
@@ -101,7 +111,8 @@ class Source:
         return self.units(*self.listing())
 
     def units(self, splits: dict[str, Sequence[Any]], labels: Labels) -> list[Unit]:
-        """Returns the units of a listing."""
+        """Returns the units of a listing; raises as `check_names`."""
+        check_names(self.data, labels)
         from vqbeam.vqvae.storage.records import Shard
 
         total = sum(len(images) for images in splits.values())

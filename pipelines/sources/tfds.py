@@ -167,6 +167,15 @@ def _labels(data: DataConfig, info) -> Labels:
         raise VqbeamError(
             f"feature {data.image_key!r} of {info.full_name} holds no image; set data.image_key"
         )
+    dtype = info.features[data.image_key].np_dtype
+    if dtype not in (
+        np.uint8,
+        np.uint16,
+    ):  # TFDS stores the bytes of floats as if they were colours
+        raise VqbeamError(
+            f"feature {data.image_key!r} of {info.full_name} holds images of {np.dtype(dtype)}; "
+            "prepare a dataset of uint8 images, or a folder of image files"
+        )
     # Not of the usual name, which most datasets without classes do not have.
     if data.label_key not in (*info.features, DataConfig.label_key, "none"):
         raise VqbeamError(
@@ -178,7 +187,14 @@ def _labels(data: DataConfig, info) -> Labels:
         return Labels(tuple(label.names))
     if _is_multi_hot(label):
         return Labels(tuple(label.feature.names), "attributes")
-    return Labels(tuple(label), "attributes") if _is_flags(label) else Labels()
+    if _is_flags(label):
+        return Labels(tuple(label), "attributes")
+    if data.label_key not in (DataConfig.label_key, "none"):
+        raise VqbeamError(
+            f"feature {data.label_key!r} of {info.full_name} holds neither classes nor attributes; "
+            "set data.label_key to one that does, or to none"
+        )
+    return Labels()
 
 
 def _is_multi_hot(label) -> bool:

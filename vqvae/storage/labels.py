@@ -1,5 +1,6 @@
 """Labels of a dataset: classes or attributes."""
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -95,6 +96,11 @@ def label_name(label: Label, labels: Labels) -> str:
     return ",".join(name for name, on in zip(labels.names, label, strict=True) if on > 0)
 
 
+def _folded(name: str) -> str:
+    """Returns a name in lower case and one Unicode form; those of file systems differ."""
+    return unicodedata.normalize("NFC", name).lower()
+
+
 def label_number(label: str, names: Sequence[str]) -> int:
     """Returns the number of what is called `label`, or has it as its number.
 
@@ -105,9 +111,9 @@ def label_number(label: str, names: Sequence[str]) -> int:
         raise VqbeamError(f"label {label!r} was asked for, but the run has no classes")
     if label in names:
         return names.index(label)
-    lowered = [name.lower() for name in names]
-    if label.lower() in lowered:
-        return lowered.index(label.lower())
+    folded = list(map(_folded, names))
+    if _folded(label) in folded:
+        return folded.index(_folded(label))
     if label.isdecimal() and int(label) < len(names):
         return int(label)
     shown = ", ".join(names[:30]) + (", …" if len(names) > 30 else "")

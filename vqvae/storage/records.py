@@ -290,10 +290,12 @@ def damaged_records(folder: epath.Path):
         yield
     except tf.errors.DataLossError as error:
         damaged = [path for path in matching(folder, "*.tfrecord-*") if not _is_sound(path)]
-        files = " and ".join(map(str, damaged[:3])) or folder
+        # Only a stage writes single shards again.
+        is_of_run = damaged and (folder / MANIFEST).exists()
+        what = " and ".join(map(str, damaged)) if is_of_run else folder
         raise VqbeamError(
-            f"a record in {files} is damaged ({error.message.splitlines()[0]}); delete {files} "
-            "and run the stage that writes it again, which writes no others"
+            f"a record in {what} is damaged ({error.message.splitlines()[0]}); delete {what} and "
+            f"run the stage that writes it again{', which writes no others' if is_of_run else ''}"
         ) from error
 
 

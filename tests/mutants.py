@@ -889,7 +889,7 @@ FAULTS: dict[str, list[Mutant]] = {
         Mutant(
             "a manifest that was changed is trusted",
             "vqvae/storage/run_folder.py",
-            ' or manifest.get("sha256") != _hash_of(manifest)',
+            'manifest.get("sha256") != _hash_of(manifest) or ',
             "",
             "test_run_folder.py::test_a_manifest_changed_by_hand",
         ),
@@ -906,6 +906,13 @@ FAULTS: dict[str, list[Mutant]] = {
             "if found != whole:",
             "if found is None:",
             "test_run_folder.py::test_a_damaged_output_is_named",
+        ),
+        Mutant(
+            "a dataset that lacks a file counts as done",
+            "vqvae/storage/run_folder.py",
+            "fits = False",
+            "fits = True",
+            "test_run_folder.py::test_a_dataset_that_lacks_a_file_is_not_done",
         ),
     ],
     "Folders and words name the same classes": [
@@ -926,8 +933,8 @@ FAULTS: dict[str, list[Mutant]] = {
         Mutant(
             "a name in another case goes first",
             "vqvae/storage/labels.py",
-            "if label in names:\n        return names.index(label)\n    lowered",
-            "lowered",
+            "if label in names:\n        return names.index(label)\n    folded",
+            "folded",
             "test_labels.py::test_a_name_goes_before_its_like_in_another_case",
         ),
         Mutant(
@@ -1034,6 +1041,13 @@ FAULTS: dict[str, list[Mutant]] = {
             "os.stat(path).st_size < 0",
             "test_folder.py::test_only_regular_files_of_a_sane_size_are_read",
         ),
+        Mutant(
+            "a held-out copy of a training image stays",
+            "pipelines/sources/folder.py",
+            "image[0] not in copies",
+            "image[0]",
+            "test_folder.py::test_copies_are_kept_on_the_side_of_training",
+        ),
     ],
     "Images are decoded as people see them": [
         Mutant(
@@ -1053,7 +1067,7 @@ FAULTS: dict[str, list[Mutant]] = {
         Mutant(
             "what is transparent becomes black",
             "pipelines/sources/images.py",
-            'Image.new("RGB", image.size, "white")',
+            'Image.new("RGB", image.size, background)',
             'Image.new("RGB", image.size, "black")',
             "test_images.py::test_alpha_is_composited_on_white",
         ),
@@ -1266,6 +1280,13 @@ FAULTS: dict[str, list[Mutant]] = {
             'facts["checkpoint"] != run.checkpoint',
             'facts["checkpoint"] is None',
             "test_provenance.py::test_another_checkpoint_is_refused",
+        ),
+        Mutant(
+            "a small picture may list any number of images",
+            "pipelines/sampling/sample.py",
+            " <= max(1, pixels // _LEAST_PIXELS)",
+            "",
+            "test_provenance.py::test_text_of_another_kind",
         ),
     ],
     "An image of a seed is the same at any batch size": [

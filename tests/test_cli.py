@@ -175,7 +175,7 @@ def test_closed_output():
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_temporary_files_do_not_stay_behind(tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))

@@ -112,7 +112,7 @@ def other(run):
     process.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_of_a_process_that_is_alive_or_dead(run, other):
     told = rf"run is in use by process {other.pid} on \S+; wait until it ends, or choose another"
     refused(run, told)

@@ -56,7 +56,13 @@ def base_image(format: str, number: int) -> bytes:
         "TIFF": ("RGB", "RGBA", "L", "CMYK", "F", "I;16", "1"),
     }.get(format, ("RGB", "RGBA"))
     mode = modes[number % len(modes)]
-    image = image.convert("L").convert("I").convert(mode) if mode == "I;16" else image.convert(mode)
+    match mode:
+        case "I;16":
+            image = image.convert("L").convert("I").convert(mode)
+        case "F":
+            image = Image.fromarray(np.asarray(image.convert("L"), np.float32) / 255)
+        case _:
+            image = image.convert(mode)
     options = {}
     if format == "TIFF" and mode not in ("F", "I;16"):
         options["compression"] = (None, "tiff_lzw", "tiff_deflate", "packbits")[number % 4]

@@ -1023,7 +1023,7 @@ FAULTS: dict[str, list[Mutant]] = {
         Mutant(
             "any number of failures is allowed",
             "pipelines/stages/prepare.py",
-            "len(failures) > config.data.max_failed * total",
+            "len(failures) > data.max_failed * total",
             "len(failures) > total",
             "test_prepare.py::test_too_many_failures_end_the_stage_until_they_are_mended",
         ),
@@ -1312,6 +1312,22 @@ FAULTS: dict[str, list[Mutant]] = {
             "ops.rot90(images, k, axes=(1, 2))",
             "ops.rot90(images, -k, axes=(1, 2))",
             "test_finetuning.py::test_turned_images",
+        ),
+    ],
+    "New images cost only themselves": [
+        Mutant(
+            "images that are there are encoded again",
+            "pipelines/stages/encode_source.py",
+            "for key, image in pairs if key not in known",
+            "for key, image in pairs",
+            "test_encode_source.py::test_new_images_cost_only_themselves",
+        ),
+        Mutant(
+            "classes that are there get other numbers",
+            "pipelines/stages/encode_source.py",
+            "Labels((*before.names, *new), before.kind)",
+            "Labels((*new, *before.names), before.kind)",
+            "test_encode_source.py::test_new_images_cost_only_themselves",
         ),
     ],
 }

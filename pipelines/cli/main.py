@@ -49,7 +49,12 @@ VERBS = {
     "run": Verb("take a dataset to new images: all stages as one Beam pipeline", *_STAGES),
     "prepare": Verb("write the images of a dataset, cropped and resized, as TFRecords", *_STAGES),
     "train-vqvae": Verb("train the VQ-VAE on the prepared images", *_STAGES),
-    "encode": Verb("turn every image into a grid of codes, as TFRecords", *_STAGES),
+    "encode": Verb(
+        "turn every image into a grid of codes, as TFRecords",
+        stage_commands.parse_encode,
+        stage_commands.run_encode,
+        needs=("train-vqvae",),  # with --model; a stage checks its inputs itself
+    ),
     "train-prior": Verb("train the transformer prior on the codes", *_STAGES),
     "sample": Verb(
         "sample new images from a trained run",

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from vqbeam import configs
-from vqbeam.configs import SECTIONS
+from vqbeam.configs import SECTIONS, DataConfig
 from vqbeam.pipelines.cli.beam_flags import BEAM_HELP
 from vqbeam.pipelines.cli.parser import (
     Parser,
     above_zero,
     add_config,
+    in_range,
     location,
     nonempty,
     overridden,
@@ -46,7 +47,8 @@ example:
 def parse_stages(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `run_stages`: one stage, or for `run` all of them."""
     rest = "PRESET --run-dir DIR [--smoke] [--SECTION.FIELD VALUE ...] [Beam options]"
-    parser.describe(rest, epilog=BEAM_HELP + _EXAMPLE.format(verb=parser.verb))
+    others = _OTHERS if parser.verb == "encode" else ""
+    parser.describe(rest, epilog=BEAM_HELP + _EXAMPLE.format(verb=parser.verb) + others)
     _add_own_flags(parser)
     if {"-h", "--help"} & {*words}:
         _show_help(parser, words)
@@ -64,6 +66,54 @@ def parse_stages(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
         "retrain": given.get("--retrain", []),
         "minutes": given.get("--minutes"),
     }
+
+
+_MODEL_EXAMPLE = """
+
+example:
+  vqbeam encode --model runs/fashion --data.source folder:shoes --output codes/shoes"""
+_OTHERS = """
+
+The codes of other images by a trained model: vqbeam encode --model --help"""
+
+
+def parse_encode(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
+    """Returns the arguments of `run_encode`: the stage of a run, or a model and other images."""
+    if not any(word.partition("=")[0] == "--model" for word in words):
+        return parse_stages(parser, words)
+    rest = "--model RUN --data.source SOURCE --output DIR [--data.FIELD VALUE ...] [Beam options]"
+    parser.describe(rest, epilog=BEAM_HELP + _MODEL_EXAMPLE)
+    folder = "the folder of a run with a trained VQ-VAE, which also says how large images are"
+    parser.add("--model", location, folder, metavar="RUN", required=True)
+    output = "the folder of the codes; images that are there already, by key, are skipped"
+    parser.add("--output", location, output, metavar="DIR", required=True)
+    names = [name for name, *_ in configs.field_types() if name.startswith("data.")]
+    of_run = ("data.height", "data.width", "data.channels", "data.fit")
+    group = parser.add_argument_group("data", "The images; by default, none is held out.")
+    wanted = [name for name in names if name not in of_run]
+    flags = parser.add_fields(wanted, "--data.", group)
+    if {"-h", "--help"} & {*words}:
+        parser.print_help()
+        raise SystemExit(0)
+    given = parser.parse_words(words, beam=True)
+    if "--data.source" not in given:
+        parser.error("missing --data.source")
+    values = {name.partition(".")[2]: given[flag] for name, flag in flags.items() if flag in given}
+    return {
+        "run_dir": given["--model"],
+        "output": given["--output"],
+        "data": in_range(lambda: DataConfig(**{"validation_share": 0.0} | values), flags),
+        "beam_args": with_runner(given.get("beam_args", [])),
+    }
+
+
+def run_encode(**arguments: Any) -> str | None:
+    """Does the work; its libraries load only now."""
+    if "stages" in arguments:
+        return run_stages(**arguments)
+    from vqbeam.pipelines.stages.encode_source import encode_source
+
+    return encode_source(**arguments)
 
 
 def _show_help(parser: Parser, words: Sequence[str]) -> NoReturn:

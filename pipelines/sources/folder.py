@@ -40,12 +40,12 @@ class FolderSource(Source):
             max_images=self.data.max_images,
             named_splits=self.data.train_split != "none",
         )
-        check_splits(self.data.source, found.splits)
+        check_splits(self.data, found.splits)
         return found.splits, found.labels
 
-    def key(self, image: tuple[str, Any]) -> str:
-        """Returns the path of an image."""
-        return image[0]
+    def keys(self, split: str, images: Sequence[tuple[str, Any]]) -> list[str]:
+        """Returns the paths of images."""
+        return [path for path, _ in images]
 
     def download(self, beam_args: Sequence[str]) -> None:
         """Prints which subfolders are splits; there is nothing to download."""

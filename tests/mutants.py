@@ -1330,6 +1330,29 @@ FAULTS: dict[str, list[Mutant]] = {
             "test_encode_source.py::test_new_images_cost_only_themselves",
         ),
     ],
+    "Training starts from the weights of another run": [
+        Mutant(
+            "a class takes the embedding of the same number",
+            "prior/training.py",
+            "there[theirs.names.index(name)]",
+            "there[number]",
+            "test_init_from.py::test_embeddings_go_by_the_names_of_classes",
+        ),
+        Mutant(
+            "a training that goes on needs the other run",
+            "vqvae/training.py",
+            "if run.parent(stage) is None or run.has_begun(stage):",
+            "if run.parent(stage) is None:",
+            "test_init_from.py::test_goes_on_exactly_without_the_parent",
+        ),
+        Mutant(
+            "a longer training begins anew",
+            "vqvae/storage/run_folder.py",
+            "                self._take_along(stage, config)",
+            "                pass",
+            "test_init_from.py::test_a_finished_model_goes_on_as_if_it_had_not_ended",
+        ),
+    ],
 }
 
 

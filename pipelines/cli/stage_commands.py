@@ -58,6 +58,11 @@ def parse_stages(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     config = configs.load_preset(given["PRESET"])
     if given["--smoke"]:
         config = configs.smoke(config)
+    if "--init-from" in given:
+        for section in ("vqvae", "prior"):
+            given.setdefault(flags[f"{section}.init_from"], given["--init-from"])
+    if given.get("--extend") and given.get("--minutes"):
+        parser.error("--minutes and --extend exclude each other; give the steps")
     return {
         "config": overridden(config, given, flags),
         "run_dir": given["--run-dir"],
@@ -65,6 +70,7 @@ def parse_stages(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
         "beam_args": with_runner(given.get("beam_args", [])),
         "retrain": given.get("--retrain", []),
         "minutes": given.get("--minutes"),
+        "extend": given.get("--extend", False),
     }
 
 
@@ -150,6 +156,15 @@ def _add_own_flags(parser: Parser) -> None:
     again = "train the model of this stage again: deletes the stage's folder first"
     models = ("train-vqvae", "train-prior")
     parser.add("--retrain", str, again, choices=models, action="append", metavar="STAGE")
+    begin = "start training from the weights of another run, of each model that it has"
+    parser.add("--init-from", location, begin, metavar="DIR")
+    if parser.verb in ("run", *models):
+        parser.add_argument(
+            "--extend",
+            dest="--extend",
+            action="store_true",
+            help="a finished model goes on to more training steps",
+        )
 
 
 def run_stages(**arguments: Any) -> str | None:

@@ -1353,6 +1353,15 @@ FAULTS: dict[str, list[Mutant]] = {
             "test_init_from.py::test_a_finished_model_goes_on_as_if_it_had_not_ended",
         ),
     ],
+    "Transforms give what the run gives": [
+        Mutant(
+            "all images of a batch have one label",
+            "pipelines/elements.py",
+            "            rows[number - first] = label",
+            "            pass",
+            "test_elements.py::test_images_are_those_of_sample",
+        ),
+    ],
 }
 
 

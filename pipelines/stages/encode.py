@@ -181,11 +181,14 @@ def load_encoder(run: RunFolder, model: str) -> Callable[[Any], Any]:
             )
         return _Encoder(compiled_encoder(load_vqvae(run)))
 
-    return _model.acquire(load, tag=f"{run.root} {model}").function
+    return _model.acquire(load, tag=f"{run.root} {model}")
 
 
 class _Encoder:
-    """A holder of the compiled function, since `Shared` needs weakly referenceable objects."""
+    """The compiled function as an object, since `Shared` needs weakly referenceable ones."""
 
     def __init__(self, function):
         self.function = function
+
+    def __call__(self, images):
+        return self.function(images)

@@ -1362,6 +1362,22 @@ FAULTS: dict[str, list[Mutant]] = {
             "test_elements.py::test_images_are_those_of_sample",
         ),
     ],
+    "Exported weights are what their names say elsewhere": [
+        Mutant(
+            "kernels are transposed",
+            "pipelines/sampling/weights.py",
+            "(3, 2, 0, 1)",
+            "(3, 2, 1, 0)",
+            "test_weights.py::test_what_is_written",
+        ),
+        Mutant(
+            "pairs that are rotated stay half a head apart",
+            "pipelines/sampling/weights.py",
+            "rotated = np.swapaxes(heads[: block.heads + block.kv_heads], 1, 2)",
+            "rotated = heads[: block.heads + block.kv_heads]",
+            "test_weights.py::test_the_prior_in_numpy",
+        ),
+    ],
 }
 
 

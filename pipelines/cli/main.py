@@ -103,7 +103,7 @@ VERBS = {
         needs=_MODELS,
     ),
     "export": Verb(
-        "write a trained run as a SavedModel, which needs neither vqbeam nor Keras",
+        "write a trained run as a SavedModel, or its weights as safetensors",
         measure_commands.parse_export,
         measure_commands.run_export,
         needs=_MODELS,

@@ -80,13 +80,15 @@ def _with_parents(config: Config, run: RunFolder, elsewhere: bool) -> Config:
 
     Where both stages name the same run, it may lack one of the models.
     """
+    from vqbeam.pipelines.hub import local_run
+
     before = run.load_config() if run.exists() else config
     found, missing = {}, {}
     for stage, section in {"train-vqvae": "vqvae", "train-prior": "prior"}.items():
         given, stored = (getattr(of, section).init_from for of in (config, before))
         if given is None:
             continue
-        path = absolute(given)
+        path = absolute(local_run(given))
         if elsewhere:
             check_shared({"--init-from": path})
         if stored and stored.rpartition("@")[0] == path:

@@ -119,10 +119,8 @@ def load_parent(run: RunFolder, stage: str) -> keras.Model | None:
 
 def parent_facts(run: RunFolder, stage: str) -> dict[str, Any]:
     """Returns what the manifest of a stage says of the model that its training started from."""
-    if run.parent(stage) is None:
-        return {}
-    path, model = run.parent(stage)
-    return {"init_from": {"run": path, "model": model}}
+    parent = run.parent(stage)
+    return {"init_from": parent[1]} if parent else {}
 
 
 # The settings that the shapes of the weights depend on.

@@ -7,6 +7,7 @@ from vqbeam import configs
 from vqbeam.configs import SECTIONS, DataConfig
 from vqbeam.pipelines.cli.beam_flags import BEAM_HELP
 from vqbeam.pipelines.cli.parser import (
+    RUN,
     Parser,
     above_zero,
     add_config,
@@ -14,6 +15,7 @@ from vqbeam.pipelines.cli.parser import (
     location,
     nonempty,
     overridden,
+    run_location,
 )
 from vqbeam.pipelines.paths import with_runner
 
@@ -89,8 +91,8 @@ def parse_encode(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
         return parse_stages(parser, words)
     rest = "--model RUN --data.source SOURCE --output DIR [--data.FIELD VALUE ...] [Beam options]"
     parser.describe(rest, epilog=BEAM_HELP + _MODEL_EXAMPLE)
-    folder = "the folder of a run with a trained VQ-VAE, which also says how large images are"
-    parser.add("--model", location, folder, metavar="RUN", required=True)
+    folder = f"{RUN}, with a trained VQ-VAE; it also says how large images are"
+    parser.add("--model", run_location, folder, metavar="RUN", required=True)
     output = "the folder of the codes; images that are there already, by key, are skipped"
     parser.add("--output", location, output, metavar="DIR", required=True)
     names = [name for name, *_ in configs.field_types() if name.startswith("data.")]
@@ -156,8 +158,8 @@ def _add_own_flags(parser: Parser) -> None:
     again = "train the model of this stage again: deletes the stage's folder first"
     models = ("train-vqvae", "train-prior")
     parser.add("--retrain", str, again, choices=models, action="append", metavar="STAGE")
-    begin = "start training from the weights of another run, of each model that it has"
-    parser.add("--init-from", location, begin, metavar="DIR")
+    begin = "start training from the weights of another run or hf://USER/NAME, both if it has them"
+    parser.add("--init-from", run_location, begin, metavar="DIR")
     if parser.verb in ("run", *models):
         parser.add_argument(
             "--extend",

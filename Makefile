@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 # Without its compiled files, each start of Python would compile TensorFlow's sources again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-fast test-system test-engines test-engine-faults test-cloud test-browser bench-overhead audit lint house clean
+.PHONY: quickstart test test-fast test-system test-engines test-engine-faults test-cloud test-browser test-diffusers bench-overhead audit lint house clean
 
 quickstart: $(BIN)/vqbeam
 	$(BIN)/vqbeam run glyphs --run-dir runs/glyphs
@@ -44,6 +44,15 @@ $(VENV)/engines/%: tests/engines/%.xml
 # The page of `vqbeam report` in Chromium; takes the Debian package chromium.
 test-browser: $(VENV)/.browser-installed
 	$(BIN)/python -m pytest -q tests/test_report_browser.py
+
+# The exported weights in diffusers, which has an environment of its own.
+test-diffusers: $(VENV)/.test-installed $(VENV)/diffusers/.installed
+	DIFFUSERS_PYTHON=$(abspath $(VENV)/diffusers/bin/python) $(BIN)/python -m pytest -q tests/test_weights.py
+
+$(VENV)/diffusers/.installed:
+	$(PYTHON) -m venv $(VENV)/diffusers
+	$(VENV)/diffusers/bin/python -m pip install -q torch diffusers safetensors
+	touch $@
 
 # What the host adds to a training step, on each backend.
 bench-overhead: $(VENV)/.test-installed

@@ -51,6 +51,11 @@ def weight_ema_field() -> Any:
     )
 
 
+def init_from_field() -> Any:
+    """Returns the field for the run that a model's weights come from."""
+    return field("run whose model of this stage to start from, instead of random weights", None)
+
+
 def dtype_field(of: str) -> Any:
     """Returns the field for the compute precision; `of` names the network in the help text."""
     choices = ("float32", "mixed_bfloat16", "mixed_float16")

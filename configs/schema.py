@@ -16,6 +16,7 @@ from vqbeam.configs.fields import (
     check_type,
     dtype_field,
     field,
+    init_from_field,
     schedule_field,
     weight_ema_field,
 )
@@ -169,6 +170,7 @@ class PriorConfig(Section):
     weight_decay: float = field("decoupled weight decay", 0.05, minimum=0)
     clip_norm: float = field("clip the gradient to this norm; 0 for never", 1.0, minimum=0)
     weight_ema: float = weight_ema_field()
+    init_from: str | None = init_from_field()
     pictures: int = field(
         "samples shown in TensorBoard after each epoch; 0 for none", 16, minimum=0, maximum=16
     )
@@ -292,6 +294,7 @@ class VQVAEConfig(Section):
     warmup_steps: int = field("steps of linear warm-up", 0, minimum=0)
     clip_norm: float = field("clip the gradient to this norm; 0 for never", 0.0, minimum=0)
     weight_ema: float = weight_ema_field()
+    init_from: str | None = init_from_field()
     augment: str = field(
         "augmentation of the training images: horizontal flips, shifts, or both",
         "none",

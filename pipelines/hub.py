@@ -69,9 +69,20 @@ def _without_local_paths(config: Config) -> Config:
     """Returns the config without the names of folders of this machine."""
     data = dataclasses.replace(config.data, data_dir=None, manual_dir=None)
     if data.path:
-        source = data.source.removesuffix(data.path) + os.path.basename(data.path.rstrip("/"))
+        source = data.source.removesuffix(data.path) + _last_part(data.path)
         data = dataclasses.replace(data, source=source)
-    return dataclasses.replace(config, data=data)
+    return dataclasses.replace(
+        config,
+        data=data,
+        **{
+            section: dataclasses.replace(of, init_from=of.init_from and _last_part(of.init_from))
+            for section, of in {"vqvae": config.vqvae, "prior": config.prior}.items()
+        },
+    )
+
+
+def _last_part(path: str) -> str:
+    return os.path.basename(path.rstrip("/"))
 
 
 def _upload(files: dict[str, bytes], name: str, private: bool) -> str:

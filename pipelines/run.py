@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
-from vqbeam.configs import Config, VqbeamError
+from vqbeam.configs import Config, VqbeamError, override
 from vqbeam.pipelines.errors import if_removed
 from vqbeam.pipelines.inspect import duration
 from vqbeam.pipelines.lock import locked
@@ -25,6 +25,7 @@ def run_stages(
     beam_args: Sequence[str],
     retrain: Sequence[str] = (),
     minutes: float | None = None,
+    extend: bool = False,
 ) -> None:
     """Runs stages of a run, one after the other, as one pipeline.
 
@@ -36,11 +37,13 @@ def run_stages(
         retrain: Stages whose folders are deleted first, so that their models are trained again.
         minutes: Time for all stages: the training steps are those of the run, if it has begun, or
             else as many as take that time on this machine.
+        extend: Whether models may have more steps than before; see `RunFolder.start`.
 
     Raises:
         VqbeamError: The folder holds another run, another command is at work in it, an earlier
             stage is missing, a finished model would be replaced, workers elsewhere could not read
-            a path, or a stage failed for a reason that the user can fix.
+            a path, `init_from` names a run without such a model, or a stage failed for a reason
+            that the user can fix.
     """
     run = RunFolder(run_dir)
     config = dataclasses.replace(config, data=with_absolute_paths(config.data))
@@ -50,6 +53,8 @@ def run_stages(
         check_shared({"--run-dir": run_dir})
         if "prepare" in stages and not run.is_done("prepare"):
             check_shared(source_paths(config.data))
+    if config.vqvae.init_from or config.prior.init_from:
+        config = _with_parents(config, run, is_dataflow(beam_args))
     if "prepare" in stages and not run.exists():
         # First, so that a mistyped dataset does not create a folder.
         from vqbeam.pipelines.sources import open_source
@@ -58,18 +63,49 @@ def run_stages(
     if minutes:
         config = _fitted(config, minutes, run)
     is_done = run.exists() and run.load_config() == config and run.done(stages) == set(stages)
-    if is_done and not retrain:
+    if is_done and not retrain and not extend:
         _tell_what_is_done(run, stages)
     else:
         # The config is written only while holding the lock.
         with locked(run.root, "--run-dir"):
-            run.start(config)
+            run.start(config, extend)
             for stage in retrain:
                 run.folder(stage).rmtree(missing_ok=True)
             with if_removed(run.exists, run.root):
                 _do(run, config, stages, beam_args)
     for line in _closing_lines(run, stages):
         print(line)
+
+
+def _with_parents(config: Config, run: RunFolder, elsewhere: bool) -> Config:
+    """Returns the config in which `init_from` names the model by its hash: `PATH@HASH`.
+
+    Where both stages name the same run, it may lack one of the models.
+    """
+    from vqbeam.pipelines.hub import local_run
+
+    before = run.load_config() if run.exists() else config
+    found, missing = {}, {}
+    for stage, section in {"train-vqvae": "vqvae", "train-prior": "prior"}.items():
+        given, stored = (getattr(of, section).init_from for of in (config, before))
+        if given is None:
+            continue
+        path = absolute(local_run(given))
+        if elsewhere:
+            check_shared({"--init-from": path})
+        if stored and stored.rpartition("@")[0] == path:
+            found[f"{section}.init_from"] = stored  # whatever has become of the other run
+        elif model := RunFolder(path).result_hash(stage):
+            found[f"{section}.init_from"] = f"{path}@{model[:16]}"
+        else:
+            missing[f"{section}.init_from"] = path, stage
+    named = {value.rpartition("@")[0] for value in found.values()}
+    for path, stage in missing.values():
+        if path not in named:
+            raise VqbeamError(
+                f"{path} has no finished {stage} stage to start from; see --init-from"
+            )
+    return override(config, found | dict.fromkeys(missing))
 
 
 def _fitted(config: Config, minutes: float, run: RunFolder) -> Config:

@@ -9,7 +9,7 @@ import tensorflow as tf
 from etils import epath
 from keras import ops
 
-from vqbeam.configs import Config, PriorConfig
+from vqbeam.configs import Config, PriorConfig, VqbeamError
 from vqbeam.prior.sampler import Sampler
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.figures import label_figure
@@ -28,7 +28,15 @@ from vqbeam.vqvae.storage.records import (
     read_split,
 )
 from vqbeam.vqvae.storage.run_folder import MODELS, RunFolder
-from vqbeam.vqvae.training import MODEL_FILE, check_fits, load_vqvae
+from vqbeam.vqvae.training import (
+    MODEL_FILE,
+    check_fits,
+    copy_weights,
+    load_parent,
+    load_vqvae,
+    misfit,
+    parent_facts,
+)
 
 STAGE = "train-prior"
 # Validation images per epoch, to monitor training; the complete split is evaluated at the end.
@@ -74,6 +82,7 @@ def train_prior(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = (
         label_names=codes["label_names"],
         label_kind=Labels.of(codes).kind,
         parameters=model.count_params(),
+        **parent_facts(run, STAGE),
     )
 
 
@@ -147,6 +156,7 @@ def _fit(run: RunFolder, config: Config, codes: dict, callbacks: Sequence) -> Fi
         model.parts = settings.grad_accumulation
         for block in model.blocks:
             block.remat = settings.remat == "blocks"
+        _start_from_parent(model, run, Labels.of(codes))
         model.compile(build_optimizer(settings))
         schedule = Schedule(
             title="train prior",
@@ -167,6 +177,34 @@ def _fit(run: RunFolder, config: Config, codes: dict, callbacks: Sequence) -> Fi
         )
     save_model(model, run.folder(STAGE) / MODEL_FILE)
     return fitted
+
+
+def _start_from_parent(model: CodePrior, run: RunFolder, labels: Labels) -> None:
+    """Copies the weights of the parent, if there is one; labels are told apart by their names."""
+    parent = load_parent(run, STAGE)
+    if parent is None:
+        return
+    path, _ = run.parent(STAGE)
+    theirs = Labels.of(RunFolder(path).manifest(STAGE))
+    why = misfit(run, STAGE)
+    if theirs.kind != labels.kind:
+        raise VqbeamError(
+            f"the prior of {path} has {theirs.kind}, and this run {labels.kind}; leave out "
+            "--init-from for the prior"
+        )
+    if parent.heads != model.heads:  # which no shape tells
+        raise VqbeamError(f"{why}; give the settings of that run, or leave out --init-from")
+    embeddings = model.label_embedding.embeddings
+    copy_weights(parent, model, why, skip=[embeddings])
+    there = ops.convert_to_numpy(parent.label_embedding.embeddings)
+    if there.shape[1] == embeddings.shape[1]:
+        here = np.array(ops.convert_to_numpy(embeddings))
+        # Behind the names are the rows for no label, and with attributes for all images.
+        here[len(labels.names) :] = there[len(theirs.names) :]
+        for number, name in enumerate(labels.names):
+            if name in theirs.names:
+                here[number] = there[theirs.names.index(name)]
+        embeddings.assign(here)
 
 
 class _BitsPerDimension(keras.callbacks.Callback):

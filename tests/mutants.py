@@ -1030,7 +1030,7 @@ FAULTS: dict[str, list[Mutant]] = {
         Mutant(
             "any number of failures is allowed",
             "pipelines/stages/prepare.py",
-            "len(failures) > config.data.max_failed * total",
+            "len(failures) > data.max_failed * total",
             "len(failures) > total",
             "test_prepare.py::test_too_many_failures_end_the_stage_until_they_are_mended",
         ),
@@ -1347,6 +1347,70 @@ FAULTS: dict[str, list[Mutant]] = {
             "ops.rot90(images, k, axes=(1, 2))",
             "ops.rot90(images, -k, axes=(1, 2))",
             "test_finetuning.py::test_turned_images",
+        ),
+    ],
+    "New images cost only themselves": [
+        Mutant(
+            "images that are there are encoded again",
+            "pipelines/stages/encode_source.py",
+            "for key, image in pairs if key not in known",
+            "for key, image in pairs",
+            "test_encode_source.py::test_new_images_cost_only_themselves",
+        ),
+        Mutant(
+            "classes that are there get other numbers",
+            "pipelines/stages/encode_source.py",
+            "Labels((*before.names, *new), before.kind)",
+            "Labels((*new, *before.names), before.kind)",
+            "test_encode_source.py::test_new_images_cost_only_themselves",
+        ),
+    ],
+    "Training starts from the weights of another run": [
+        Mutant(
+            "a class takes the embedding of the same number",
+            "prior/training.py",
+            "there[theirs.names.index(name)]",
+            "there[number]",
+            "test_init_from.py::test_embeddings_go_by_the_names_of_classes",
+        ),
+        Mutant(
+            "a training that goes on needs the other run",
+            "vqvae/training.py",
+            "if run.parent(stage) is None or run.has_begun(stage):",
+            "if run.parent(stage) is None:",
+            "test_init_from.py::test_goes_on_exactly_without_the_parent",
+        ),
+        Mutant(
+            "a longer training begins anew",
+            "vqvae/storage/run_folder.py",
+            "                self._take_along(stage, config)",
+            "                pass",
+            "test_init_from.py::test_a_finished_model_goes_on_as_if_it_had_not_ended",
+        ),
+    ],
+    "Transforms give what the run gives": [
+        Mutant(
+            "all images of a batch have one label",
+            "pipelines/elements.py",
+            "            rows[number - first] = label",
+            "            pass",
+            "test_elements.py::test_images_are_those_of_sample",
+        ),
+    ],
+    "Exported weights are what their names say elsewhere": [
+        Mutant(
+            "kernels are transposed",
+            "pipelines/sampling/weights.py",
+            "(3, 2, 0, 1)",
+            "(3, 2, 1, 0)",
+            "test_weights.py::test_what_is_written",
+        ),
+        Mutant(
+            "pairs that are rotated stay half a head apart",
+            "pipelines/sampling/weights.py",
+            "rotated = np.swapaxes(heads[: block.heads + block.kv_heads], 1, 2)",
+            "rotated = heads[: block.heads + block.kv_heads]",
+            "test_weights.py::test_the_prior_in_numpy",
         ),
     ],
 }

@@ -35,7 +35,7 @@ def images():
 def test_importing_loads_next_to_nothing():
     code = (
         "import sys, vqbeam\n"
-        "assert {'open', 'Run', 'VectorQuantizer', 'VqbeamError'} <= set(dir(vqbeam))\n"
+        "assert {'open', 'Run', 'VqbeamError', 'EncodeImages'} <= set(dir(vqbeam))\n"
         "vqbeam.VqbeamError, hasattr(vqbeam, 'nothing')\n"
         "heavy = {'tensorflow', 'keras', 'numpy', 'apache_beam', 'jax', 'etils', 'matplotlib'}\n"
         "print(sorted(heavy & set(sys.modules)))"
@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_refused(run, images):
 
 def test_the_page_of_examples(finished_run, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "fashion").symlink_to(finished_run.root)
     monkeypatch.chdir(tmp_path)

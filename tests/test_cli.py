@@ -68,6 +68,7 @@ def test_run_dispatch(target, tmp_path):
             "beam_args": ["--runner=FnApiRunner"],
             "retrain": [],
             "minutes": None,
+            "extend": False,
         }
     ]
 

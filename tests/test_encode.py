@@ -16,7 +16,7 @@ from vqbeam.pipelines.errors import user_message
 from vqbeam.pipelines.stages import encode
 from vqbeam.pipelines.stages.encode import (
     STAGE,
-    EncodeImages,
+    EncodeStage,
     ImageShard,
     add_facts,
     encode_shard,
@@ -68,7 +68,7 @@ def run(make_run):
 
 def test_codes_are_those_of_the_model(make_run):
     run, pixels = make_run()
-    run_transform(EncodeImages(), run)
+    run_transform(EncodeStage(), run)
     model = load_vqvae(run)
     records, images = (read_records(run.folder(stage)) for stage in (STAGE, "prepare"))
     every = []
@@ -101,7 +101,7 @@ def test_codes_are_those_of_the_model(make_run):
 )
 def test_codes_of_several_levels(make_run, settings, shape, level):
     run, pixels = make_run(settings)
-    run_transform(EncodeImages(), run)
+    run_transform(EncodeStage(), run)
     model, records = load_vqvae(run), read_records(run.folder(STAGE))
     for split, count in COUNTS.items():
         found = np.stack([example["codes"] for example in records[split]])
@@ -119,10 +119,10 @@ def test_codes_of_several_levels(make_run, settings, shape, level):
 
 
 def test_two_workers_write_the_same(run, tmp_path):
-    run_transform(EncodeImages(), run)
+    run_transform(EncodeStage(), run)
     one, manifest = shard_contents(run.folder(STAGE)), run.manifest(STAGE)
     run.folder(STAGE).rmtree()
-    run_transform(EncodeImages(), run, *TWO_THREADS)
+    run_transform(EncodeStage(), run, *TWO_THREADS)
     assert shard_contents(run.folder(STAGE)) == one and len(one) == 5
     again = run.manifest(STAGE)
     assert {**again, "seconds": 0} == {**manifest, "seconds": 0}
@@ -136,12 +136,12 @@ def test_the_model_is_loaded_once(run, monkeypatch):
         return load_vqvae(run)
 
     monkeypatch.setattr(encode, "load_vqvae", load)
-    run_transform(EncodeImages(), run)
+    run_transform(EncodeStage(), run)
     assert len(loaded) == 1
     # Another model in the same process is another.
     codes = read_records(run.folder(STAGE))["train"]
     finish_vqvae(run, seed=1)
-    run_transform(EncodeImages(), run)
+    run_transform(EncodeStage(), run)
     assert len(loaded) == 2
     others = read_records(run.folder(STAGE))["train"]
     assert any((a["codes"] != b["codes"]).any() for a, b in zip(codes, others, strict=True))
@@ -149,7 +149,7 @@ def test_the_model_is_loaded_once(run, monkeypatch):
 
 def test_attributes_go_along(make_run):
     run, _ = make_run(labels=("young", "smiling", "hat"), kind="attributes")
-    run_transform(EncodeImages(), run)
+    run_transform(EncodeStage(), run)
     found = read_records(run.folder(STAGE))
     assert {split: len(some) for split, some in found.items()} == COUNTS
     for some in found.values():
@@ -162,7 +162,7 @@ def test_attributes_go_along(make_run):
 
 def test_without_labels(make_run):
     run, _ = make_run(labels=())
-    run_transform(EncodeImages(), run)
+    run_transform(EncodeStage(), run)
     assert set(read_records(run.folder(STAGE))["train"][0]) == {"codes", "key"}
     assert run.manifest(STAGE)["label_names"] == []
 
@@ -174,7 +174,7 @@ def test_variants_of_the_training_images(make_run, kind, count):
     for part in parts(run)[:2]:
         encode_shard(str(run.root), part)
     written = shard_contents(run.folder(STAGE))
-    run_transform(EncodeImages(), run)
+    run_transform(EncodeStage(), run)
     assert written.items() < shard_contents(run.folder(STAGE)).items()
     model, records = load_vqvae(run), read_records(run.folder(STAGE))
     found = {example["key"].decode(): example for example in records["train"]}
@@ -256,7 +256,7 @@ def test_a_damaged_record_is_one_line(run, mode):
     content[len(content) // 2] ^= 255
     shard.write_bytes(bytes(content))
     with pytest.raises(Exception) as caught:
-        run_transform(EncodeImages(), run, *mode)
+        run_transform(EncodeStage(), run, *mode)
     message = user_message(caught.value)
     assert message.startswith(f"a record in {shard} is damaged")
     assert "\n" not in message

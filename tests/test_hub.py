@@ -1,12 +1,14 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from commands import started, status_of
 from hub_server import files_in, hub
+from pipeline_fixtures import write_preset
 
 import vqbeam
-from vqbeam.configs import VqbeamError, from_dict
+from vqbeam.configs import VqbeamError, from_dict, to_dict
 from vqbeam.pipelines.cli import main as cli
 from vqbeam.pipelines.hub import push
 
@@ -40,6 +42,16 @@ def test_a_folder_holds_what_sampling_needs_and_no_more(finished_run, tmp_path):
     expected, found = (run.sample(4, seed=1) for run in (ours, theirs))
     np.testing.assert_array_equal(found.images, expected.images)
     assert theirs.labels == ours.labels
+
+
+def test_a_run_that_started_from_another(own_run, tmp_path):
+    run, _ = own_run
+    config = run.load_config()
+    vqvae = replace(config.vqvae, init_from="/home/me/runs/first@0123456789abcdef")
+    (run.root / "config.json").write_text(json.dumps(to_dict(replace(config, vqvae=vqvae))))
+    push(str(run.root), str(tmp_path / "published"))
+    published = vqbeam.open(tmp_path / "published").config.vqvae.init_from
+    assert published == "first@0123456789abcdef"
 
 
 def test_the_card_says_what_it_is_and_how_to_use_it(finished_run, tmp_path):
@@ -118,6 +130,22 @@ def test_published_in_one_commit_and_used_by_name(finished_run, tmp_path, comman
     expected = vqbeam.open(finished_run.root).sample(4, seed=1)
     with np.load(drawn) as arrays:
         np.testing.assert_array_equal(arrays["images"], expected.images)
+
+
+@pytest.mark.system
+def test_trained_on_and_encoded_with_by_name(finished_run, tmp_path, commands):
+    preset = write_preset(tmp_path / "preset.py", finished_run.load_config())
+    source = finished_run.load_config().data.source
+    with hub(NAME, {}, "models") as repository:
+        commands(repository, "push", finished_run.root, f"hf://{NAME}")
+        words = ("--model", f"hf://{NAME}", "--data.source", source, "--data.max-failed", 0.1)
+        said = commands(repository, "encode", *words, "--output", tmp_path / "codes")
+        model = finished_run.result_hash("train-vqvae")[:16]
+        assert "codes: 24 new, 0 there before" in said and f"model: {model}" in said
+        words = (preset, "--run-dir", tmp_path / "run", "--init-from", f"hf://{NAME}")
+        commands(repository, "prepare", *words)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["vqvae"]["init_from"].endswith(f"@{model}") and config["prior"]["init_from"]
 
 
 @pytest.mark.system

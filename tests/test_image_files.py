@@ -54,7 +54,7 @@ def listed(source, **changes):
     opened.check()
     found, names = {}, set()
     for unit in opened.plan():
-        found.setdefault(unit.shard.split, []).extend((opened.key(i), i[2]) for i in unit.images)
+        found.setdefault(unit.shard.split, []).extend((f"{i[0]}/{i[1]}", i[2]) for i in unit.images)
         names.add(unit.labels.names)
     (names,) = names
     return found, names

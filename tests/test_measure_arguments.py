@@ -77,4 +77,7 @@ def test_score():
 
 
 def test_export():
-    assert parse(["export", "d", "--output=o"])[1] == {"run_dir": "d", "output": "o"}
+    wanted = {"run_dir": "d", "output": "o", "form": "savedmodel"}
+    assert parse(["export", "d", "--output=o"])[1] == wanted
+    words = ["export", "d", "--output=o", "--format", "safetensors"]
+    assert parse(words)[1] == wanted | {"form": "safetensors"}

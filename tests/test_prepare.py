@@ -320,6 +320,13 @@ def test_a_split_of_which_nothing_is_left(tmp_path, split, purpose):
     assert run.manifest(STAGE) is None
 
 
+def test_without_an_image_to_hold_out(tmp_path):
+    write_images(tmp_path / "source", 8)
+    run = start(tmp_path / "run", f"folder:{tmp_path / 'source'}", data__validation_share=0.0)
+    with pytest.raises(VqbeamError, match="no image to hold out; set data.validation_share"):
+        list(plan_units(str(run.root)))
+
+
 def test_goes_on_after_a_kill_though_files_were_added(tmp_path):
     folder = tmp_path / "source"
     pixels = write_images(folder, 23)

@@ -67,7 +67,47 @@ def ran(monkeypatch, tmp_path):
 
 
 def go(run_dir, source, stages=ALL, beam_args=BEAM, retrain=(), minutes=None, **changes):
-    run_stages(small_config(source, **changes), str(run_dir), stages, beam_args, retrain, minutes)
+    extend = changes.pop("extend", False)
+    config = small_config(source, **changes)
+    run_stages(config, str(run_dir), stages, beam_args, retrain, minutes, extend)
+
+
+def test_a_run_that_training_starts_from(ran, tmp_path, source, capsys):
+    parent, child = RunFolder(tmp_path / "parent"), RunFolder(tmp_path / "child")
+    given = {f"{section}__init_from": str(parent.root) for section in ("vqvae", "prior")}
+    with pytest.raises(VqbeamError, match="parent has no finished train-vqvae stage to start from"):
+        go(child.root, source, **given)
+    assert not child.exists()
+    # A run that lacks the prior, which is no fault if it is meant for both.
+    go(parent.root, source, ALL[:2])
+    model = parent.result_hash("train-vqvae")[:16]
+    with pytest.raises(VqbeamError, match="parent has no finished train-prior stage to start from"):
+        go(child.root, source, prior__init_from=str(parent.root))
+    go(child.root, source, **given)
+    config = child.load_config()
+    assert config.vqvae.init_from == f"{parent.root}@{model}" and config.prior.init_from is None
+    # The same command later, whatever has become of the parent.
+    go(parent.root, source, ALL[:2], retrain=["train-vqvae"])
+    go(child.root, source, **given)
+    parent.root.rmtree()
+    go(child.root, source, **given)
+    assert child.load_config() == config
+    assert capsys.readouterr().out.count("train-prior: done already") == 2
+    with pytest.raises(VqbeamError, match=r"vqvae.init_from: .*@.{16} → None.*; choose another"):
+        go(child.root, source)
+
+
+def test_more_steps(ran, tmp_path, source):
+    go(tmp_path / "run", source)
+    ran.clear()
+    with pytest.raises(VqbeamError, match="a different config .vqvae.steps: 4 → 8"):
+        go(tmp_path / "run", source, vqvae__steps=8)
+    run = RunFolder(tmp_path / "run")
+    place = run.folder("train-vqvae") / "checkpoints" / run.fingerprint("train-vqvae")
+    place.mkdir(parents=True)
+    (place / "step-00000004.weights.h5").write_text("")
+    go(tmp_path / "run", source, vqvae__steps=8, extend=True)
+    assert ran.names() == ["train-vqvae", "encode", "train-prior", "sample"]
 
 
 def test_all_stages_in_their_order(ran, tmp_path, source, capsys):

@@ -1,5 +1,6 @@
 import dataclasses
 import re
+import shutil
 import types
 
 import numpy as np
@@ -121,7 +122,6 @@ def test_a_folder_without_classes(tmp_path):
     [
         (0, 0.1, "holds no image"),
         (1, 0.1, "has no image to hold out; it takes two images or more"),
-        (5, 0, "and data.validation_share above 0"),
     ],
 )
 def test_a_folder_with_too_few_images(tmp_path, count, share, message):
@@ -298,3 +298,25 @@ def test_an_image_is_not_held_out_and_trained_on(prepared, tmp_path, part):
     settings = data("tfds:own_set", data_dir=str(tmp_path), validation_split=part)
     with pytest.raises(VqbeamError, match="data.train_split train and .* share images; take parts"):
         plan(settings)
+
+
+def test_keys_are_known_without_reading(prepared_run, tiny_config, tmp_path):
+    # A dataset of TFDS in two files, of 12 and of 8 images.
+    run, _ = prepared_run(tiny_config())
+    shutil.copytree(run.folder("prepare"), tmp_path / "images" / "1.0.0")
+    settings = data(
+        "tfds:images",
+        data_dir=str(tmp_path),
+        train_split="train[3:]",
+        validation_split="validation",
+        images_per_shard=15,
+    )
+    source = open_source(settings)
+    splits, labels = source.listing()
+    for unit in source.plan():
+        keys = source.keys(unit.shard.split, unit.images)
+        assert [raw.key for raw in source.read(unit)] == keys and len(set(keys)) == len(keys)
+    chosen = [4, 11, 12, 19]
+    (unit,) = source.units({"train": chosen}, labels)
+    assert [raw.key for raw in source.read(unit)] == source.keys("train", chosen)
+    assert [raw.label for raw in source.read(unit)] == [0, 1, 0, 1]

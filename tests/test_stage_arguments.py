@@ -41,7 +41,25 @@ def test_pipeline_verbs(verb, preset):
         "beam_args": ["--runner=FnApiRunner"],
         "retrain": [],
         "minutes": None,
+        "extend": False,
     }
+
+
+def test_models_to_start_from(parse_run, preset):
+    config = parse_run("--init-from", "runs/a")["config"]
+    assert config.vqvae.init_from == config.prior.init_from == "runs/a"
+    config = parse_run("--init-from", "runs/a", "--prior.init-from", "runs/b")["config"]
+    assert (config.vqvae.init_from, config.prior.init_from) == ("runs/a", "runs/b")
+    config = parse_run("--vqvae.init-from", "runs/a")["config"]
+    assert (config.vqvae.init_from, config.prior.init_from) == ("runs/a", None)
+
+
+def test_models_to_extend(parse_run, preset):
+    assert parse_run("--vqvae.steps", "200", "--extend")["extend"] is True
+    with pytest.raises(UsageError, match="--minutes and --extend exclude each other"):
+        parse_run("--extend", "--minutes", "3")
+    with pytest.raises(UsageError, match="unknown flag --extend"):
+        parse(["encode", preset, "--run-dir", "runs/x", "--extend"])
 
 
 def test_models_to_train_again(parse_run):

@@ -2,6 +2,7 @@
 
     run = vqbeam.open("runs/fashion")      a trained run: sample, encode, decode and more
     vqbeam.VectorQuantizer(512, 64)        a layer for your own Keras models
+    vqbeam.EncodeImages("runs/fashion")    transforms for your own Beam pipelines; SampleImages, too
 
 The folders `configs`, `vqvae`, `prior` and `pipelines` are imported as `vqbeam.configs` and so on,
 so a folder with one of these names beside a notebook does not shadow them.
@@ -18,12 +19,14 @@ if not (_HERE / "configs").is_dir():
 
 # The module of each public name. Imports are lazy because TensorFlow takes seconds to load.
 _SOURCES = {
+    "EncodeImages": "vqbeam.pipelines.elements",
     "Run": "vqbeam.pipelines.sampling.api",
+    "SampleImages": "vqbeam.pipelines.elements",
     "VectorQuantizer": "vqbeam.vqvae.quantizers.layer",
     "VqbeamError": "vqbeam.configs",
     "open": "vqbeam.pipelines.sampling.api",
 }
-__all__ = ["Run", "VectorQuantizer", "VqbeamError", "open"]  # noqa: F822
+__all__ = ["EncodeImages", "Run", "SampleImages", "VectorQuantizer", "VqbeamError", "open"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:

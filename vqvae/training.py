@@ -1,13 +1,16 @@
 """Trains, loads and evaluates the VQ-VAE of a run."""
 
+import itertools
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 from etils import epath
 
-from vqbeam.configs import Config, VqbeamError
+from vqbeam.configs import Config, VqbeamError, differences
 from vqbeam.vqvae.augmentation import augment, random_changes
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.figures import reconstruction_figure, save_png
@@ -69,6 +72,7 @@ def train_vqvae(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = (
         history=fitted.history,
         speed=fitted.speed,
         parameters=model.count_params(),
+        **parent_facts(run, STAGE),
         **({"finetune_history": finetuned.history} if finetuned else {}),
     )
 
@@ -84,6 +88,106 @@ def load_vqvae(run: RunFolder) -> VQVAE:
     model = load_model(path)
     check_fits(model, run.load_config(), path)
     return model
+
+
+def load_parent(run: RunFolder, stage: str) -> keras.Model | None:
+    """Returns the model whose weights a training starts from.
+
+    Args:
+        run: The run that is trained.
+        stage: Its stage.
+
+    Returns:
+        The model of another run; None without `init_from`, or if there is a checkpoint already.
+
+    Raises:
+        VqbeamError: The other run has no such model, or a different one by now.
+    """
+    if run.parent(stage) is None or run.has_begun(stage):
+        return None
+    path, model = run.parent(stage)
+    parent = RunFolder(path)
+    parent.require(stage, among=MODELS)
+    found = parent.result_hash(stage)
+    if not found.startswith(model):
+        raise VqbeamError(
+            f"{parent.folder(stage)} holds another model than when this run was set up "
+            f"({found[: len(model)]}, not {model}); start a new run from it"
+        )
+    return load_model(parent.folder(stage) / MODEL_FILE)
+
+
+def parent_facts(run: RunFolder, stage: str) -> dict[str, Any]:
+    """Returns what the manifest of a stage says of the model that its training started from."""
+    parent = run.parent(stage)
+    return {"init_from": parent[1]} if parent else {}
+
+
+# The settings that the shapes of the weights depend on.
+_SHAPING = {
+    "train-vqvae": (
+        *("data.channels", "vqvae.quantizer", "vqvae.num_codes", "vqvae.code_dim", "vqvae.depth"),
+        *("vqvae.grids", "vqvae.fsq_levels", "vqvae.downsampling", "vqvae.network"),
+        *("vqvae.width", "vqvae.residual_layers", "vqvae.residual_width"),
+        *("vqvae.codebook_update", "vqvae.balance"),
+    ),
+    "train-prior": (
+        *("data.height", "data.width", "vqvae.num_codes", "vqvae.depth", "vqvae.grids"),
+        *("vqvae.downsampling", "prior.layers", "prior.width", "prior.heads", "prior.kv_heads"),
+    ),
+}
+
+
+def misfit(run: RunFolder, stage: str) -> str:
+    """Returns the start of a message that weights of the parent do not fit, with the settings."""
+    path, _ = run.parent(stage)
+    changed = differences(RunFolder(path).load_config(), run.load_config())
+    named = [change for change in changed if change.partition(":")[0] in _SHAPING[stage]]
+    return f"the {stage} model of {path} does not fit ({'; '.join(named) or 'see its config'})"
+
+
+def copy_weights(
+    parent: keras.Model,
+    model: keras.Model,
+    misfit: str,
+    skip: Sequence[keras.Variable] = (),
+) -> None:
+    """Gives a model the weights of another one that is built in the same way.
+
+    Args:
+        parent: The model to copy from.
+        model: The model to copy to.
+        misfit: The start of the message of an error.
+        skip: Weights of `model` to leave as they are.
+
+    Raises:
+        VqbeamError: A weight has another shape, or is missing.
+    """
+    left = {id(variable) for variable in skip}
+    pairs = list(itertools.zip_longest(parent.weights, model.weights))
+    shapes = [
+        f"{_layer(there if here is None else here)} {_shape(there)} → {_shape(here)}"
+        for there, here in pairs
+        if id(here) not in left and _shape(there) != _shape(here)
+    ]
+    if shapes:
+        more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
+        raise VqbeamError(
+            f"{misfit}: {', '.join(shapes[:3])}{more}; give the settings of that run, or leave "
+            "out --init-from"
+        )
+    for there, here in pairs:
+        if id(here) not in left:
+            here.assign(there.value)
+
+
+def _layer(weight: keras.Variable) -> str:
+    """Returns the path of a weight, without the numbers by which Keras tells layers apart."""
+    return re.sub(r"_\d+(?=/)", "", weight.path)
+
+
+def _shape(weight: keras.Variable | None) -> str:
+    return "none" if weight is None else str(list(weight.shape))
 
 
 def check_fits(model, config: Config, path) -> None:
@@ -126,7 +230,9 @@ def _fit(
         model = build_model(config, data_variance=images["statistics"]["variance"])
         model.compile(build_optimizer(settings))
         data = training_images(run, settings.augment)
-        if settings.codebook_init != "random":  # "random" does not need the first batch
+        if parent := load_parent(run, STAGE):
+            copy_weights(parent, model, misfit(run, STAGE))
+        elif settings.codebook_init != "random":  # "random" does not need the first batch
             first = next(data.inputs())
             model.initialize_codebook(first, settings.codebook_init, config.seed)
         schedule = Schedule(

@@ -52,7 +52,12 @@ VERBS = {
     "run": Verb("take a dataset to new images: all stages as one Beam pipeline", *_STAGES),
     "prepare": Verb("write the images of a dataset, cropped and resized, as TFRecords", *_STAGES),
     "train-vqvae": Verb("train the VQ-VAE on the prepared images", *_STAGES),
-    "encode": Verb("turn every image into a grid of codes, as TFRecords", *_STAGES),
+    "encode": Verb(
+        "turn every image into a grid of codes, as TFRecords",
+        stage_commands.parse_encode,
+        stage_commands.run_encode,
+        needs=("train-vqvae",),  # with --model; a stage checks its inputs itself
+    ),
     "train-prior": Verb("train the transformer prior on the codes", *_STAGES),
     "sample": Verb(
         "sample new images from a trained run",
@@ -101,7 +106,7 @@ VERBS = {
         needs=_MODELS,
     ),
     "export": Verb(
-        "write a trained run as a SavedModel, which needs neither vqbeam nor Keras",
+        "write a trained run as a SavedModel, or its weights as safetensors",
         measure_commands.parse_export,
         measure_commands.run_export,
         needs=_MODELS,

@@ -144,12 +144,15 @@ def run_score(**arguments: Any) -> str | None:
 
 def parse_export(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `export`."""
-    parser.describe("DIR --output FOLDER")
+    parser.describe("DIR --output FOLDER [--format FORMAT]")
     parser.add("DIR", run_location, RUN)
     folder = "the folder to write; for TensorFlow Serving, its name is the version: models/NAME/1"
     parser.add("--output", location, folder, metavar="FOLDER", required=True)
+    forms = "a SavedModel (default), or weights that diffusers loads; the latter of a resnet"
+    choices = ("savedmodel", "safetensors")
+    parser.add("--format", nonempty, forms, choices=choices, default="savedmodel")
     given = parser.parse_words(words)
-    return {"run_dir": given["DIR"], "output": given["--output"]}
+    return {"run_dir": given["DIR"], "output": given["--output"], "form": given["--format"]}
 
 
 def run_export(**arguments: Any) -> str | None:

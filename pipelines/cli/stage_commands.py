@@ -4,15 +4,18 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from vqbeam import configs
-from vqbeam.configs import SECTIONS
+from vqbeam.configs import SECTIONS, DataConfig
 from vqbeam.pipelines.cli.beam_flags import BEAM_HELP
 from vqbeam.pipelines.cli.parser import (
+    RUN,
     Parser,
     above_zero,
     add_config,
+    in_range,
     location,
     nonempty,
     overridden,
+    run_location,
 )
 from vqbeam.pipelines.paths import with_runner
 
@@ -46,7 +49,8 @@ example:
 def parse_stages(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `run_stages`: one stage, or for `run` all of them."""
     rest = "PRESET --run-dir DIR [--smoke] [--SECTION.FIELD VALUE ...] [Beam options]"
-    parser.describe(rest, epilog=BEAM_HELP + _EXAMPLE.format(verb=parser.verb))
+    others = _OTHERS if parser.verb == "encode" else ""
+    parser.describe(rest, epilog=BEAM_HELP + _EXAMPLE.format(verb=parser.verb) + others)
     _add_own_flags(parser)
     if {"-h", "--help"} & {*words}:
         _show_help(parser, words)
@@ -56,6 +60,11 @@ def parse_stages(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     config = configs.load_preset(given["PRESET"])
     if given["--smoke"]:
         config = configs.smoke(config)
+    if "--init-from" in given:
+        for section in ("vqvae", "prior"):
+            given.setdefault(flags[f"{section}.init_from"], given["--init-from"])
+    if given.get("--extend") and given.get("--minutes"):
+        parser.error("--minutes and --extend exclude each other; give the steps")
     return {
         "config": overridden(config, given, flags),
         "run_dir": given["--run-dir"],
@@ -63,7 +72,56 @@ def parse_stages(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
         "beam_args": with_runner(given.get("beam_args", [])),
         "retrain": given.get("--retrain", []),
         "minutes": given.get("--minutes"),
+        "extend": given.get("--extend", False),
     }
+
+
+_MODEL_EXAMPLE = """
+
+example:
+  vqbeam encode --model runs/fashion --data.source folder:shoes --output codes/shoes"""
+_OTHERS = """
+
+The codes of other images by a trained model: vqbeam encode --model --help"""
+
+
+def parse_encode(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
+    """Returns the arguments of `run_encode`: the stage of a run, or a model and other images."""
+    if not any(word.partition("=")[0] == "--model" for word in words):
+        return parse_stages(parser, words)
+    rest = "--model RUN --data.source SOURCE --output DIR [--data.FIELD VALUE ...] [Beam options]"
+    parser.describe(rest, epilog=BEAM_HELP + _MODEL_EXAMPLE)
+    folder = f"{RUN}, with a trained VQ-VAE; it also says how large images are"
+    parser.add("--model", run_location, folder, metavar="RUN", required=True)
+    output = "the folder of the codes; images that are there already, by key, are skipped"
+    parser.add("--output", location, output, metavar="DIR", required=True)
+    names = [name for name, *_ in configs.field_types() if name.startswith("data.")]
+    of_run = ("data.height", "data.width", "data.channels", "data.fit")
+    group = parser.add_argument_group("data", "The images; by default, none is held out.")
+    wanted = [name for name in names if name not in of_run]
+    flags = parser.add_fields(wanted, "--data.", group)
+    if {"-h", "--help"} & {*words}:
+        parser.print_help()
+        raise SystemExit(0)
+    given = parser.parse_words(words, beam=True)
+    if "--data.source" not in given:
+        parser.error("missing --data.source")
+    values = {name.partition(".")[2]: given[flag] for name, flag in flags.items() if flag in given}
+    return {
+        "run_dir": given["--model"],
+        "output": given["--output"],
+        "data": in_range(lambda: DataConfig(**{"validation_share": 0.0} | values), flags),
+        "beam_args": with_runner(given.get("beam_args", [])),
+    }
+
+
+def run_encode(**arguments: Any) -> str | None:
+    """Does the work; its libraries load only now."""
+    if "stages" in arguments:
+        return run_stages(**arguments)
+    from vqbeam.pipelines.stages.encode_source import encode_source
+
+    return encode_source(**arguments)
 
 
 def _show_help(parser: Parser, words: Sequence[str]) -> NoReturn:
@@ -100,6 +158,15 @@ def _add_own_flags(parser: Parser) -> None:
     again = "train the model of this stage again: deletes the stage's folder first"
     models = ("train-vqvae", "train-prior")
     parser.add("--retrain", str, again, choices=models, action="append", metavar="STAGE")
+    begin = "start training from the weights of another run or hf://USER/NAME, both if it has them"
+    parser.add("--init-from", run_location, begin, metavar="DIR")
+    if parser.verb in ("run", *models):
+        parser.add_argument(
+            "--extend",
+            dest="--extend",
+            action="store_true",
+            help="a finished model goes on to more training steps",
+        )
 
 
 def run_stages(**arguments: Any) -> str | None:

@@ -1,10 +1,10 @@
-"""Exports for other programs: a run as a SavedModel, and its codes as NumPy arrays or Parquet."""
+"""Exports for other programs: the models of a run, and its codes as NumPy arrays or Parquet."""
 
 import io
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -16,24 +16,30 @@ from etils import epath
 
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.api import Run
+from vqbeam.pipelines.sampling.weights import check_exportable, write_weights
 from vqbeam.prior.serving import serving_signatures
 from vqbeam.vqvae.storage.files import write_bytes
 from vqbeam.vqvae.storage.labels import Labels
 from vqbeam.vqvae.storage.records import damaged_records, label_of, open_dataset, read_split
+from vqbeam.vqvae.storage.run_folder import RunFolder
 
 
-def export(run_dir: str, output: str) -> None:
-    """Writes the models of a run as a SavedModel, atomically, and prints its signatures.
+def export(run_dir: str, output: str, form: str = "savedmodel") -> None:
+    """Writes the models of a run, completely or not at all, and prints what it has written.
 
     Args:
         run_dir: Folder of a run with both models.
         output: A new or empty folder. For TensorFlow Serving its name must be the version number.
+        form: "savedmodel", with signatures to sample, encode and decode; or "safetensors", the
+            weights under the names of other libraries.
 
     Raises:
-        VqbeamError: The run lacks a model, the folder is not empty, or the backend of Keras is not
-            TensorFlow.
+        VqbeamError: The run lacks a model, the folder is not empty, a SavedModel is asked for and
+            the backend of Keras is not TensorFlow, or the VQ-VAE has no counterpart in diffusers.
     """
-    if keras.backend.backend() != "tensorflow":
+    if form == "safetensors":
+        check_exportable(RunFolder(run_dir))
+    elif keras.backend.backend() != "tensorflow":
         raise VqbeamError(
             f"export writes a TensorFlow SavedModel, and KERAS_BACKEND is "
             f"{keras.backend.backend()!r}; unset it"
@@ -42,10 +48,17 @@ def export(run_dir: str, output: str) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise VqbeamError(f"{folder} is there already; choose another --output, or delete it")
     run = Run(run_dir)
+    if form == "safetensors":
+        _save(lambda place: write_weights(run, place), folder)
+        print(f"for diffusers' VQModel.from_pretrained: {folder / 'vqvae'}")
+        print(f"the prior, with LlamaGen's names: {folder / 'prior'}")
+        return
     signatures = serving_signatures(run.vqvae, run.prior, run.default_settings())
     module = tf.Module()
     module.weights = [variable.value for variable in (*run.vqvae.variables, *run.prior.variables)]
-    _save(module, signatures, folder)
+    _save(
+        lambda place: tf.saved_model.save(module, os.fspath(place), signatures=signatures), folder
+    )
     for name, function in signatures.items():
         inputs = {spec.name: spec for spec in tf.nest.flatten(function.structured_input_signature)}
         print(f"{name:<20}  {_listed(inputs)}")
@@ -53,11 +66,12 @@ def export(run_dir: str, output: str) -> None:
     print(f"SavedModel: {folder}")
 
 
-def _save(module: tf.Module, signatures: dict, folder: epath.Path) -> None:
+def _save(write: Callable[[epath.Path], None], folder: epath.Path) -> None:
+    """Lets a function write a folder under another name, which is then renamed."""
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        tf.saved_model.save(module, os.fspath(temporary), signatures=signatures)
+        write(temporary)
         if folder.exists():
             folder.rmdir()  # it is empty
         temporary.rename(folder)

@@ -37,7 +37,7 @@ class FolderSource(Source):
             max_images=self.data.max_images,
             named_splits=self.data.train_split != "none",
         )
-        check_splits(self.data.source, found.splits)
+        check_splits(self.data, found.splits)
         self.left_out = found.left_out
         return found.splits, found.labels
 
@@ -53,16 +53,16 @@ class FolderSource(Source):
         copies = _copies(root, *([key for key, _ in splits[name]] for name in _SPLITS))
         splits["validation"] = [image for image in splits["validation"] if image[0] not in copies]
         self.left_out["held-out images that are copies of training images"] = len(copies)
-        if not splits["validation"]:
+        if copies and not splits["validation"]:
             raise VqbeamError(
                 f"{self.data.source} has no image to hold out that is not trained on as well: all "
                 "are copies; remove these, or add others"
             )
         return self.units(splits, labels)
 
-    def key(self, image: tuple[str, Any]) -> str:
-        """Returns the path of an image."""
-        return image[0]
+    def keys(self, split: str, images: Sequence[tuple[str, Any]]) -> list[str]:
+        """Returns the paths of images."""
+        return [path for path, _ in images]
 
     def download(self, beam_args: Sequence[str]) -> None:
         """Prints which subfolders are splits; there is nothing to download."""

@@ -159,15 +159,12 @@ def _hash(key: str) -> float:
     return int.from_bytes(digest) / 2**48
 
 
-def check_splits(source: str, splits: Mapping[str, Sequence[Any]]) -> None:
-    """Raises a VqbeamError if a split of a source has no image."""
+def check_splits(data: DataConfig, splits: Mapping[str, Sequence[Any]]) -> None:
+    """Raises a VqbeamError if a split of a source has no image, and is meant to have some."""
     if not splits["train"]:
-        raise VqbeamError(f"{source} has no image to train on")
-    if not splits["validation"]:
-        raise VqbeamError(
-            f"{source} has no image to hold out; it takes two images or more, and "
-            "data.validation_share above 0"
-        )
+        raise VqbeamError(f"{data.source} has no image to train on")
+    if not splits["validation"] and data.validation_share:
+        raise VqbeamError(f"{data.source} has no image to hold out; it takes two images or more")
 
 
 def files_at(path: str, is_wanted: Callable[[str], bool]) -> tuple[epath.Path, list[str]]:

@@ -1,7 +1,7 @@
 """The interface of all sources of images."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vqbeam.configs import DataConfig, VqbeamError
@@ -102,16 +102,16 @@ class Source:
         """Yields the images of a unit, always in the same order."""
         raise NotImplementedError
 
-    def key(self, image: Any) -> str:
-        """Returns the key of an image of a unit; needed only if the source may change."""
+    def keys(self, split: str, images: Sequence[Any]) -> list[str]:
+        """Returns the keys of images of a split, which are as in `Unit.images`."""
         raise NotImplementedError
 
     def plan(self) -> list[Unit]:
         """Divides the source into units of `data.images_per_shard` images; raises as `listing`."""
         return self.units(*self.listing())
 
-    def units(self, splits: dict[str, Sequence[Any]], labels: Labels) -> list[Unit]:
-        """Returns the units of a listing; raises as `check_names`."""
+    def units(self, splits: Mapping[str, Sequence[Any]], labels: Labels) -> list[Unit]:
+        """Divides images, those of `listing` or some, into units; raises as `check_names`."""
         check_names(self.data, labels)
         from vqbeam.vqvae.storage.records import Shard
 

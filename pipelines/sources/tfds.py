@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import itertools
 import os
 import signal
 import sys
@@ -105,8 +106,17 @@ class TfdsSource(Source):
             )
         return splits, _labels(data, info)
 
+    def keys(self, split: str, images: Sequence[int]) -> list[str]:
+        """Returns the ids that TFDS gives to examples: the file, and the number in it."""
+        theirs = self.builder().info.splits[_split_of(self.data, split)]
+        ends = np.cumsum(theirs.shard_lengths)
+        files = np.searchsorted(ends, images, side="right")
+        rows = np.asarray(images) - (ends - theirs.shard_lengths)[files]
+        names = [path.name for path in theirs.filepaths]
+        return [f"{names[file]}__{row}" for file, row in zip(files, rows, strict=True)]
+
     def read(self, unit: Unit) -> Iterator[RawImage]:
-        """Yields the encoded images of a slice of a split; see `Source.read`.
+        """Yields the encoded images of a slice of a split, or some of it; see `Source.read`.
 
         `tfds.beam.ReadFromTFDS` reads the same files, one worker a file, but leaves the examples
         of a one-file dataset in no particular order: sorting them would shuffle pixels.
@@ -114,6 +124,7 @@ class TfdsSource(Source):
         data, builder = self.data, self.builder()
         theirs = _split_of(data, unit.shard.split)
         bounds = unit.images[0], unit.images[-1] + 1
+        chosen = unit.images if isinstance(unit.images, range) else {*unit.images}
         wanted = [data.image_key, *([data.label_key] if unit.labels.names else [])]
         examples = builder.as_dataset(
             split=tfds.core.ReadInstruction(theirs, from_=bounds[0], to=bounds[1], unit="abs"),
@@ -126,13 +137,16 @@ class TfdsSource(Source):
         )
         with damaged_records(builder.data_path):
             # One by one, reading would take as long as decoding and encoding.
+            number = itertools.count(bounds[0])
             for batch in examples.ragged_batch(_READ_AT_ONCE).prefetch(2):
                 keys, images = batch["tfds_id"].numpy(), batch[data.image_key].numpy()
                 labels = (
                     _labels_of(batch[data.label_key], unit.labels) if unit.labels.names else None
                 )
                 for row, image in enumerate(images):
-                    yield RawImage(os.fsdecode(keys[row]), image, labels[row] if labels else -1)
+                    if next(number) in chosen:
+                        label = labels[row] if labels else -1
+                        yield RawImage(os.fsdecode(keys[row]), image, label)
 
 
 def _split_of(data: DataConfig, split: str) -> str:

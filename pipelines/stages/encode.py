@@ -1,6 +1,6 @@
 """The stage `encode`: from prepared images, and augmented views of them, to codes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ import numpy as np
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
+from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.beam import Gathered, ShardedStage, advance
 from vqbeam.pipelines.stages.shards import (
     ShardReport,
@@ -37,7 +38,7 @@ DATASET = "codes"
 _model = Shared()
 
 
-class EncodeImages(ShardedStage):
+class EncodeStage(ShardedStage):
     """Encodes the images of a run; takes and returns the path of the run.
 
     Each process loads the model once.
@@ -93,7 +94,7 @@ def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
         layout = code_layout(run.load_config())
         counts = np.zeros((layout.levels, layout.num_codes), np.int64)
         with damaged_records(run.folder("prepare")), writer:
-            for suffix, codes, batch in _one_ahead(_encoded(run, part)):
+            for suffix, codes, batch in one_ahead(_encoded(run, part)):
                 counts += count_codes(codes, layout)
                 advance(STAGE, len(codes), part.total)
                 for i, of_image in enumerate(codes):
@@ -107,7 +108,8 @@ def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
 
 def _encoded(run: RunFolder, part: ImageShard) -> Iterator[tuple[bytes, np.ndarray, dict]]:
     """Yields for each batch and view the suffix of its keys, its codes, and its other fields."""
-    encode, batch_size = _load_encoder(run), run.load_config().encode.batch_size
+    encode = load_encoder(run, run.result_hash("train-vqvae"))
+    batch_size = run.load_config().encode.batch_size
     builder = open_dataset(run.folder("prepare"))
     batches = image_batches(builder, part.shard.split, part.shard.index, batch_size)
     for batch in batches.as_numpy_iterator():
@@ -116,7 +118,7 @@ def _encoded(run: RunFolder, part: ImageShard) -> Iterator[tuple[bytes, np.ndarr
             yield suffix.encode(), in_batches(encode, images, batch_size), batch
 
 
-def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
+def one_ahead(items: Iterator[Any]) -> Iterator[Any]:
     """Yields the items of an iterator, computing the next one in a thread."""
     end = object()
     with ThreadPoolExecutor(1) as pool:
@@ -159,15 +161,34 @@ def finish_codes(run_path: str, gathered: Gathered) -> str:
     return run_path
 
 
-def _load_encoder(run: RunFolder):
+def load_encoder(run: RunFolder, model: str) -> Callable[[Any], Any]:
+    """Returns the compiled encoder of a run's VQ-VAE, which each process loads once.
+
+    Args:
+        run: The run.
+        model: The hash of the VQ-VAE that is meant, `run.result_hash("train-vqvae")`.
+
+    Raises:
+        VqbeamError: The run has another VQ-VAE by now.
+    """
+
     def load():
+        found = run.result_hash("train-vqvae")
+        if found != model:
+            raise VqbeamError(
+                f"the VQ-VAE of {run.root} is {(found or 'none')[:16]} and no longer "
+                f"{model[:16]}; it was trained again meanwhile: start anew with the one there is"
+            )
         return _Encoder(compiled_encoder(load_vqvae(run)))
 
-    return _model.acquire(load, tag=f"{run.root} {run.result_hash('train-vqvae')}").function
+    return _model.acquire(load, tag=f"{run.root} {model}")
 
 
 class _Encoder:
-    """A holder of the compiled function, since `Shared` needs weakly referenceable objects."""
+    """The compiled function as an object, since `Shared` needs weakly referenceable ones."""
 
     def __init__(self, function):
         self.function = function
+
+    def __call__(self, images):
+        return self.function(images)

@@ -369,14 +369,27 @@ def _write_archive(job: GenerateJob) -> None:
     temporary.replace(job.archive)
 
 
-def _load_run(job: GenerateJob) -> Run:
+def load_run(path: str, checkpoint: str, mend: str) -> Run:
+    """Returns a run with its models, which each process loads once.
+
+    Args:
+        path: The run's folder.
+        checkpoint: The fingerprint of the models that are meant, `Run.checkpoint`.
+        mend: What to do if there are others by now.
+
+    Raises:
+        VqbeamError: The run has other models by now.
+    """
+
     def load():
-        run = Run(job.run)
-        if run.checkpoint != job.checkpoint:
-            raise VqbeamError(
-                f"{job.run} was trained again while images were sampled from it; delete "
-                f"{job.folder} and run the same command again"
-            )
+        run = Run(path)
+        if run.checkpoint != checkpoint:
+            raise VqbeamError(f"{path} was trained again while images were sampled from it; {mend}")
         return run
 
-    return _run.acquire(load, tag=job.fingerprint)
+    return _run.acquire(load, tag=f"{path} {checkpoint}")
+
+
+def _load_run(job: GenerateJob) -> Run:
+    mend = f"delete {job.folder} and run the same command again"
+    return load_run(job.run, job.checkpoint, mend)

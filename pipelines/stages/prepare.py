@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 from apache_beam.metrics import Metrics
+from etils import epath
 
-from vqbeam.configs import Config, VqbeamError
+from vqbeam.configs import Config, DataConfig, VqbeamError
 from vqbeam.pipelines.beam import Gathered, ShardedStage, advance
-from vqbeam.pipelines.sources import RawImage, Source, Unit, open_source
+from vqbeam.pipelines.sources import Source, Unit, open_source
 from vqbeam.pipelines.sources.images import ImageError, encode_png
 from vqbeam.pipelines.stages.shards import (
     ShardReport,
@@ -21,7 +22,7 @@ from vqbeam.pipelines.stages.shards import (
     write_dataset_metadata,
 )
 from vqbeam.vqvae.storage.files import read_json, write_bytes, write_json
-from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
+from vqbeam.vqvae.storage.labels import NO_CLASS, Label, Labels
 from vqbeam.vqvae.storage.records import IMAGES_VERSION, image_features, serialize
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
@@ -43,9 +44,12 @@ class PrepareImages(ShardedStage):
 def plan_units(run_path: str) -> Iterator[tuple[str, Unit]]:
     """Starts the stage and yields its units of work."""
     run = RunFolder(run_path)
-    source = open_source(run.load_config().data)
+    data = run.load_config().data
+    source = open_source(data)
     units = source.plan()
     run.begin(STAGE)  # not before, since the source may be gone
+    if all(unit.shard.split == "train" for unit in units):
+        raise VqbeamError(f"{data.source} has no image to hold out; set data.validation_share")
     write_json(run.folder(STAGE) / _LEFT_OUT, {what: n for what, n in source.left_out.items() if n})
     for unit in units:
         yield run_path, unit
@@ -59,7 +63,7 @@ def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
     # other images.
     content = hashlib.sha256(repr((unit.images, unit.labels)).encode()).hexdigest()
     writer = ShardWriter(run.folder(STAGE), run.fingerprint(STAGE), unit.shard, content)
-    if writer.report and not _was_mended(writer.report.facts["failures"], unit, source):
+    if writer.report and not was_mended(writer.report.facts["failures"], unit, source):
         advance(STAGE, len(unit.images), unit.total)
     else:
         with writer:
@@ -83,7 +87,7 @@ def _write_images(source: Source, unit: Unit, write: Callable[[bytes], None]) ->
         if unit.shard.split == "train":
             statistics.add(image, raw.label)
         example = {"image": encode_png(image), "key": raw.key}
-        write(serialize(example | _label(raw, unit)))
+        write(serialize(example | label_fields(raw.label, unit.labels)))
     return {"failures": failures, "labels": unit.labels, "statistics": vars(statistics)}
 
 
@@ -109,12 +113,11 @@ def finish_images(run_path: str, gathered: Gathered) -> str:
         return run_path  # a runner may repeat a finished step
     config = run.load_config()
     reports, facts = gathered
-    # The dead letters do not depend on the order in which workers end.
-    failures = sorted(facts["failures"], key=lambda failure: failure["key"])
-    letters = run.folder(STAGE) / DEAD_LETTERS
-    lines = [json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures]
-    write_bytes(letters, "".join(lines).encode())
-    _check_failures(failures, reports, config, letters)
+    failures = facts["failures"]
+    letters = write_dead_letters(run.folder(STAGE), failures)
+    total = sum(report.records for report in reports) + len(failures)
+    check_failures(failures, total, config.data, letters)
+    _check_splits(reports, config, letters)
     names, kind = facts["labels"]
     labels = Labels(tuple(names), kind)
     if kind == "classes" and names and set(facts["statistics"]["labels"]) == {str(NO_CLASS)}:
@@ -143,12 +146,13 @@ def finish_images(run_path: str, gathered: Gathered) -> str:
     return run_path
 
 
-def _was_mended(failures: Sequence[dict], unit: Unit, source: Source) -> bool:
-    """Returns whether an image that an earlier attempt could not decode can be decoded now."""
+def was_mended(failures: Sequence[dict], unit: Unit, source: Source) -> bool:
+    """Returns whether an image of a unit that an earlier attempt could not decode now can be."""
     failed = {failure["key"] for failure in failures}
     if not failed or not source.may_change:
         return False
-    images = [image for image in unit.images if source.key(image) in failed]
+    keys = source.keys(unit.shard.split, unit.images)
+    images = [image for key, image in zip(keys, unit.images, strict=True) if key in failed]
     for raw in source.read(unit._replace(images=images)):
         with contextlib.suppress(ImageError):
             source.decode(raw)
@@ -156,23 +160,42 @@ def _was_mended(failures: Sequence[dict], unit: Unit, source: Source) -> bool:
     return False
 
 
-def _label(raw: RawImage, unit: Unit) -> dict[str, Any]:
-    if unit.labels.kind == "attributes":
-        return {"attributes": np.asarray(raw.label, np.uint8)}
-    return {"label": raw.label} if unit.labels.names else {}
+def label_fields(label: Label, labels: Labels) -> dict[str, Any]:
+    """Returns the features of a record that hold the label of its image; none without labels."""
+    if labels.kind == "attributes":
+        return {"attributes": np.asarray(label, np.uint8)}
+    return {"label": label} if labels.names else {}
 
 
-def _check_failures(
-    failures: Sequence[dict], reports: Sequence[ShardReport], config: Config, letters
-) -> None:
-    total = sum(report.records for report in reports) + len(failures)
-    if len(failures) > config.data.max_failed * total:
-        first = failures[0]
+def write_dead_letters(folder: epath.Path, failures: Sequence[dict]) -> epath.Path:
+    """Writes the list of images that could not be decoded, sorted by key; returns its path."""
+    # It does not depend on the order in which workers end.
+    ordered = sorted(failures, key=lambda failure: failure["key"])
+    lines = [json.dumps(failure, ensure_ascii=False) + "\n" for failure in ordered]
+    letters = folder / DEAD_LETTERS
+    write_bytes(letters, "".join(lines).encode())
+    return letters
+
+
+def check_failures(failures: Sequence[dict], total: int, data: DataConfig, letters) -> None:
+    """Raises a VqbeamError if more images could not be decoded than `data.max_failed` allows.
+
+    Args:
+        failures: The images with their reasons.
+        total: The number of all images.
+        data: The section that sets the limit.
+        letters: The file that lists the failures.
+    """
+    if len(failures) > data.max_failed * total:
+        first = min(failures, key=lambda failure: failure["key"])
         raise VqbeamError(
             f"{len(failures)} of {total} images could not be decoded, more than --data.max-failed "
-            f"({100 * config.data.max_failed:g}%) allows; fix them, or allow more, and run it "
+            f"({100 * data.max_failed:g}%) allows; fix them, or allow more, and run it "
             f"again; the first is {first['key']} ({first['reason']}), all are in {letters}"
         )
+
+
+def _check_splits(reports: Sequence[ShardReport], config: Config, letters) -> None:
     for split, purpose in (("train", "train on"), ("validation", "hold out")):
         if not any(report.records for report in reports if report.shard.split == split):
             raise VqbeamError(

@@ -4,7 +4,7 @@ import apache_beam as beam
 import keras
 from apache_beam.metrics import Metrics
 
-from vqbeam.pipelines.stages.encode import EncodeImages
+from vqbeam.pipelines.stages.encode import EncodeStage
 from vqbeam.pipelines.stages.prepare import PrepareImages
 
 # What a Dataflow worker that trains is given. Other runners, the local ones above all, start a
@@ -26,7 +26,7 @@ def transform(stage: str, gpu_hint: bool) -> beam.PTransform:
         case "train-vqvae":
             return beam.Map(_train_vqvae).with_resource_hints(**hints)
         case "encode":
-            return EncodeImages()
+            return EncodeStage()
         case "train-prior":
             return beam.Map(_train_prior).with_resource_hints(**hints)
         case "sample":

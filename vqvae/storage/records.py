@@ -39,17 +39,26 @@ IMAGES_VERSION = "1.0.0"
 CODES_VERSION = "1.0.0"
 
 
+# The names of the shards of a dataset to which others are added later.
+GROWING = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
+
+
 class Shard(NamedTuple):
-    """One file of a dataset: number `index`, from 0 up, of the `count` files of `split`."""
+    """One file of a dataset: number `index`, from 0 up, of the `count` files of `split`.
+
+    `count` is None if others are added later; the name then does not tell how many there are.
+    """
 
     dataset: str
     split: str
     index: int
-    count: int
+    count: int | None
 
     @property
     def filename(self) -> str:
         """The file name that TFDS expects."""
+        if self.count is None:
+            return f"{self.dataset}-{self.split}.tfrecord-{self.index:05d}"
         width = max(5, len(str(self.count)))
         place = f"{self.index:0{width}d}-of-{self.count:0{width}d}"
         return f"{self.dataset}-{self.split}.tfrecord-{place}"
@@ -130,6 +139,7 @@ def write_metadata(
     name: str,
     version: str,
     description: str,
+    names: str | None = None,
 ) -> list[epath.Path]:
     """Writes the metadata files that turn a folder of shards into a TFDS dataset.
 
@@ -140,12 +150,13 @@ def write_metadata(
         name: Name of the dataset, which is the prefix of its shards' file names.
         version: Version of the record format.
         description: TFDS description of the dataset.
+        names: TFDS template of the shards' names, such as `GROWING`; by default TFDS's own.
 
     Returns:
         The paths of the metadata files, sorted.
     """
     template = tfds.core.ShardedFileTemplate(
-        data_dir=folder, dataset_name=name, filetype_suffix="tfrecord"
+        data_dir=folder, dataset_name=name, filetype_suffix="tfrecord", template=names
     )
     infos = [
         tfds.core.SplitInfo(
@@ -160,6 +171,7 @@ def write_metadata(
         data_dir=folder,
         features=features,
         split_infos=infos,
+        filename_template=template,
         version=version,
         description=description,
         check_data=False,
@@ -175,6 +187,14 @@ def write_metadata(
 def open_dataset(folder: epath.Path) -> Any:
     """Returns the TFDS builder for a folder with shards and metadata."""
     return tfds.builder_from_directory(os.fspath(folder))
+
+
+def keys_in(shards: Sequence[epath.Path]) -> set[str]:
+    """Returns the keys of all records in some shards of images or codes."""
+    spec = {"key": tf.io.FixedLenFeature((), tf.string)}
+    records = tf.data.TFRecordDataset([os.fspath(path) for path in shards])
+    parsed = records.batch(4096).map(lambda batch: tf.io.parse_example(batch, spec)["key"])
+    return {key.decode() for batch in parsed.as_numpy_iterator() for key in batch}
 
 
 def labels_of(builder: Any) -> Labels:

@@ -75,6 +75,24 @@ class RunFolder:
         kept = matching(self.folder(stage) / "checkpoints", "*")
         return max((step for folder in kept for step in checkpoint_files(folder, steps)), default=0)
 
+    def has_begun(self, stage: str) -> bool:
+        """Returns whether a training has a checkpoint of its settings and inputs to go on from."""
+        folders = [self.folder(stage) / "checkpoints" / name for name in self.fingerprints(stage)]
+        return any(matching(folder, "*.weights.h5") for folder in folders)
+
+    def parent(self, stage: str) -> tuple[str, str] | None:
+        """Returns the run whose model a training starts from, and the hash of that model.
+
+        Returns:
+            The folder, and the first digits of its `result_hash`; None if it starts from random
+            weights.
+        """
+        init_from = self._settings(stage)["init_from"]
+        if init_from is None:
+            return None
+        path, _, model = init_from.rpartition("@")
+        return path, model
+
     def _settings(self, stage: str) -> dict[str, Any]:
         return to_dict(self.load_config())[_SECTIONS[stage]]
 
@@ -87,31 +105,87 @@ class RunFolder:
         """Returns whether a run has been started in the folder."""
         return (self.root / _CONFIG).exists()
 
-    def start(self, config: Config) -> None:
+    def start(self, config: Config, extend: bool = False) -> None:
         """Creates the folder and stores the config.
 
         A setting can be changed until its stage has a result or a checkpoint; `steps_per_epoch`
         also later, unless the result depends on it.
 
+        Args:
+            config: The config.
+            extend: Whether a model may have more steps than before, also if it is finished: its
+                training goes on from the last checkpoint.
+
         Raises:
             VqbeamError: The folder has a run with a different config, and a stage that depends on
-                a changed setting has a result or a checkpoint.
+                a changed setting has a result or a checkpoint; or a model cannot go on.
         """
         if self.exists():
             changed = differences(self.load_config(), config)
-            if any(self._is_bound(change) for change in changed):
+            longer = self._longer(config) if extend else {}
+            if any(self._is_bound(change) for change in changed if _name(change) not in longer):
                 raise VqbeamError(
                     f"{self.root} contains a run with a different config ({'; '.join(changed)}); "
                     "choose another --run-dir, or repeat the settings of that run"
                 )
-            if not changed:
-                return
+            for stage in longer.values():
+                self._take_along(stage, config)
+            if changed:
+                write_json(self.root / _CONFIG, to_dict(config))
+            if extend:
+                self._reopen()
+            return
         self.root.mkdir(parents=True, exist_ok=True)
         write_json(self.root / _CONFIG, to_dict(config))
 
+    def _longer(self, config: Config) -> dict[str, str]:
+        """Returns the models with more steps in a new config, by the name of the setting."""
+        longer = {}
+        for stage in MODELS:
+            before, after = self._settings(stage), to_dict(config)[_SECTIONS[stage]]
+            if after["steps"] > before["steps"]:
+                self._check_longer(stage, before, after)
+                longer[f"{_SECTIONS[stage]}.steps"] = stage
+        return longer
+
+    def _check_longer(self, stage: str, before: dict[str, Any], after: dict[str, Any]) -> None:
+        section, finished = _SECTIONS[stage], (self.folder(stage) / MANIFEST).exists()
+        if before.get("early_stopping"):
+            raise VqbeamError(
+                f"{section}.early_stopping is {before['early_stopping']}, and --extend is for a "
+                f"fixed number of steps; give another --run-dir, and --init-from {self.root}"
+            )
+        if finished and not self.trained_steps(stage):
+            raise VqbeamError(
+                f"{self.folder(stage)} has no checkpoint to go on from; give another --run-dir, "
+                f"and --init-from {self.root}"
+            )
+        epochs = [min(values["steps"], values["steps_per_epoch"]) for values in (before, after)]
+        if self.trained_steps(stage) % epochs[1]:
+            raise VqbeamError(
+                f"{section}.steps was {before['steps']}, which is no multiple of an epoch of "
+                f"{epochs[1]} steps; add --{section}.steps-per-epoch {epochs[0]}"
+            )
+
+    def _take_along(self, stage: str, config: Config) -> None:
+        """Moves the checkpoints of a stage to where its training looks with a new config."""
+        checkpoints = self.folder(stage) / "checkpoints"
+        target = checkpoints / self.fingerprints(stage, config)[0]
+        for fingerprint in self.fingerprints(stage):
+            for file in matching(checkpoints / fingerprint, "*"):
+                target.mkdir(parents=True, exist_ok=True)
+                file.replace(target / file.name)
+
+    def _reopen(self) -> None:
+        """Removes the manifests of models that have been trained for fewer steps than wanted."""
+        for stage in MODELS:
+            steps, settings = self.trained_steps(stage), self._settings(stage)
+            if not settings.get("early_stopping") and 0 < steps < settings["steps"]:
+                (self.folder(stage) / MANIFEST).unlink(missing_ok=True)
+
     def _is_bound(self, change: str) -> bool:
         """Returns whether a change such as `vqvae.num_codes: 256 → 512` comes too late."""
-        section, dot, field = change.partition(":")[0].partition(".")
+        section, dot, field = _name(change).partition(".")
         return any(
             self._binds(stage, field) for stage in STAGES if not dot or _SECTIONS[stage] == section
         )
@@ -233,18 +307,26 @@ class RunFolder:
         """Returns a hash of a stage's settings and inputs, to detect stale partial work."""
         return self.fingerprints(stage)[0]
 
-    def fingerprints(self, stage: str) -> tuple[str, str]:
-        """Returns the hash of `fingerprint`, and the one that earlier versions computed."""
-        settings = self._settings(stage)
+    def fingerprints(self, stage: str, config: Config | None = None) -> tuple[str, str]:
+        """Returns the hash of `fingerprint`, and the one that earlier versions computed.
+
+        Args:
+            stage: The stage.
+            config: Another config than that of the run.
+        """
+        config = config or self.load_config()
+        settings = to_dict(config)[_SECTIONS[stage]]
         # It decides whether the result is accepted, but does not affect it.
         settings.pop("max_failed", None)
-        earlier = self._hash_with(stage, settings)
+        if settings.get("init_from") is None:  # a setting that earlier versions do not have
+            settings.pop("init_from", None)
+        earlier = self._hash_with(stage, config.seed, settings)
         if not settings.get("early_stopping"):  # which counts epochs
             settings.pop("steps_per_epoch", None)
-        return self._hash_with(stage, settings), earlier
+        return self._hash_with(stage, config.seed, settings), earlier
 
-    def _hash_with(self, stage: str, settings: dict[str, Any]) -> str:
-        own = [self.load_config().seed, settings]
+    def _hash_with(self, stage: str, seed: int, settings: dict[str, Any]) -> str:
+        own = [seed, settings]
         inputs = json.dumps([stage, own, self._input_hashes(stage)])
         return hashlib.sha256(inputs.encode()).hexdigest()[:16]
 
@@ -347,6 +429,11 @@ class RunFolder:
     def _again(self, stage: str) -> str:
         verb = "run" if stage == "sample" else stage  # `vqbeam sample` does not write the stage
         return f"run vqbeam {verb} PRESET --run-dir {self.root} again"
+
+
+def _name(change: str) -> str:
+    """Returns the name of the setting in a line of `differences`."""
+    return change.partition(":")[0]
 
 
 def checkpoint_files(folder: epath.Path, steps_per_epoch: int) -> dict[int, epath.Path]:

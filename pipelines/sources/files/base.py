@@ -64,9 +64,9 @@ class FilesSource(Source):
         """Returns whether a file in a folder counts, by its name."""
         return file.lower().endswith(self.endings)
 
-    def key(self, image: tuple[str, int | str, int]) -> str:
-        """Returns file and row of an image."""
-        return f"{image[0]}/{image[1]}"
+    def keys(self, split: str, images: Sequence[tuple[str, int | str, Any]]) -> list[str]:
+        """Returns file and row of each image."""
+        return [f"{file}/{row}" for file, row, _ in images]
 
     def check(self) -> None:
         """Checks the names of the files, and what the first holds; see `Source.check`."""
@@ -90,7 +90,7 @@ class FilesSource(Source):
         found = {label for some in images.values() for _, _, label in some}
         names, numbers = _classes(self.data, known, found - {None})
         splits = self._divide(images)
-        check_splits(self.data.source, splits)
+        check_splits(self.data, splits)
         for some in splits.values():
             some[:] = [(file, row, numbers.get(label, NO_CLASS)) for file, row, label in some]
         return splits, Labels(names)
@@ -102,14 +102,15 @@ class FilesSource(Source):
             images = list(of_file)
             with self._reading(root / file):
                 found = self.images(root / file, [row for _, row, _ in images])
-                for image in images:
+                keys = self.keys(unit.shard.split, images)
+                for key, image in zip(keys, images, strict=True):
                     data = next(found, None)
                     if data is None:
                         raise VqbeamError(
                             f"{root / file} has no image {image[1]} any more; put back the file "
                             "as it was, or start in a new folder"
                         )
-                    yield RawImage(self.key(image), data, image[2])
+                    yield RawImage(key, data, image[2])
 
     def label_feature(self, path: epath.Path, features: Sequence[str]) -> str | None:
         """Returns the name of the feature that holds the class; None if none does.
@@ -140,7 +141,7 @@ class FilesSource(Source):
         splits = {}
         for split, some in images.items():
             share = self.data.validation_share if split == "all" else 0
-            parts = split_by_hash(map(self.key, some), share)
+            parts = split_by_hash(self.keys(split, some), share)
             for part, positions in parts.items() if split == "all" else [(split, parts["train"])]:
                 chosen = np.sort(positions[: self.data.max_images])
                 splits[part] = [some[position] for position in chosen]

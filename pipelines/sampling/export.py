@@ -16,6 +16,7 @@ from etils import epath
 
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.api import Run
+from vqbeam.prior.sampler import in_precision
 from vqbeam.prior.serving import serving_signatures
 from vqbeam.vqvae.storage.files import write_bytes
 from vqbeam.vqvae.storage.labels import Labels
@@ -42,9 +43,11 @@ def export(run_dir: str, output: str) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise VqbeamError(f"{folder} is there already; choose another --output, or delete it")
     run = Run(run_dir)
-    signatures = serving_signatures(run.vqvae, run.prior, run.default_settings())
+    settings = run.default_settings()
+    prior = in_precision(run.prior, settings.precision)
+    signatures = serving_signatures(run.vqvae, prior, settings)
     module = tf.Module()
-    module.weights = [variable.value for variable in (*run.vqvae.variables, *run.prior.variables)]
+    module.weights = [variable.value for variable in (*run.vqvae.variables, *prior.variables)]
     _save(module, signatures, folder)
     for name, function in signatures.items():
         inputs = {spec.name: spec for spec in tf.nest.flatten(function.structured_input_signature)}

@@ -1,3 +1,4 @@
+import functools
 import math
 import os
 import subprocess
@@ -314,6 +315,28 @@ def test_settings_compile_nothing_anew(compiled, monkeypatch):
     twice = len(traced)
     sampler([1, 2], 2, known=(np.ones((2, *GRID)), np.ones((2, *GRID))))
     assert len(traced) == twice > once
+
+
+@pytest.mark.backend
+@pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX tells what it compiled")
+def test_a_gpu_waits_for_no_host(sampler):
+    import jax
+
+    settings = SamplerSettings(guidance=2, top_k=3, top_p=0.9)
+    tensors, kind = sampler_tensors(settings, T)
+    images = {"labels": LABEL_ROWS.astype("int32"), "uniforms": uniforms(1, np.arange(8), T)}
+    images, tensors = jax.device_put((images, tensors))
+    program = sampler._program("exact", **kind)
+    expected = ops.convert_to_numpy(program(images, tensors))  # compiles
+    with jax.transfer_guard("disallow"):
+        codes = jax.block_until_ready(program(images, tensors))
+    np.testing.assert_array_equal(ops.convert_to_numpy(codes), expected)
+
+    # A loop of unknown length would ask the host after each turn.
+    function = functools.partial(sample_codes, sampler.model, **kind)
+    text = jax.jit(function).lower(images, tensors).compile().as_text()
+    assert text.count(" while(") == text.count("known_trip_count") > 1
 
 
 @pytest.mark.backend

@@ -11,6 +11,10 @@ ENV LD_LIBRARY_PATH=/usr/local/nvidia/lib64 \
 ARG KERAS_BACKEND=tensorflow
 ENV KERAS_BACKEND=${KERAS_BACKEND}
 
+# As `vqbeam` sets for itself: several processes of a worker can share its GPU.
+ENV XLA_PYTHON_CLIENT_PREALLOCATE=false \
+    TF_FORCE_GPU_ALLOW_GROWTH=true
+
 WORKDIR /vqbeam
 # What seldom changes comes first, so that a new version of vqbeam is a small layer.
 COPY constraints.txt ./

@@ -54,12 +54,19 @@ def ask(python: str, script: str, arguments: list[str]) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
-def options(description: str, parts: tuple[str, str]) -> argparse.ArgumentParser:
-    """Returns the command-line parser of a comparison, which has two parts."""
+def options(
+    description: str, parts: tuple[str, ...], torch_python: str | None = None
+) -> argparse.ArgumentParser:
+    """Returns the command-line parser of a comparison, which has several parts."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--torch-python", required=True, help="Python with the requirements")
+    parser.add_argument(
+        "--torch-python",
+        required=torch_python is None,
+        default=torch_python,
+        help="Python with the requirements",
+    )
     parser.add_argument("--turns", type=int, default=3, help="turns of each side (default 3)")
-    parser.add_argument("--only", choices=parts, help="leave the other out")
+    parser.add_argument("--only", choices=parts, help="leave the others out")
     parser.add_argument("--smoke", action="store_true", help="do everything once, in little time")
     parser.add_argument("--output", type=pathlib.Path, help="JSON file of all that was measured")
     return parser

@@ -15,7 +15,6 @@ import stage1_work as work
 import torch
 import torch.nn.functional as F
 from torch import nn
-from vector_quantize_pytorch import VectorQuantize
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 MODES = ("eager", "compiled")
@@ -24,23 +23,25 @@ MODES = ("eager", "compiled")
 class ResidualBlock(nn.Module):
     """x + conv1×1(relu(conv3×3(relu(x))))."""
 
-    def __init__(self):
+    def __init__(self, width, hidden):
         super().__init__()
-        self.conv_in = nn.Conv2d(work.WIDTH, work.RESIDUAL_WIDTH, 3, padding=1, bias=False)
-        self.conv_out = nn.Conv2d(work.RESIDUAL_WIDTH, work.WIDTH, 1, bias=False)
+        self.conv_in = nn.Conv2d(width, hidden, 3, padding=1, bias=False)
+        self.conv_out = nn.Conv2d(hidden, width, 1, bias=False)
 
     def forward(self, x):
         """Maps [B, width, H, W] to the same shape."""
         return x + self.conv_out(F.relu(self.conv_in(F.relu(x))))
 
 
-def residual_stack():
+def residual_stack(width, layers, hidden):
     """Returns the residual blocks and the activation after them."""
-    return [*(ResidualBlock() for _ in range(work.RESIDUAL_LAYERS)), nn.ReLU()]
+    return [*(ResidualBlock(width, hidden) for _ in range(layers)), nn.ReLU()]
 
 
 def build_quantizer(num_codes, dim):
     """Returns the library's quantizer with the settings of van den Oord et al. 2017."""
+    from vector_quantize_pytorch import VectorQuantize  # not there where gpu_torch.py runs
+
     return VectorQuantize(
         dim=dim,
         codebook_size=num_codes,
@@ -54,22 +55,28 @@ def build_quantizer(num_codes, dim):
 class VQVAE(nn.Module):
     """The network of `vqvae/networks.py`, layer by layer, with padding that equals "same"."""
 
-    def __init__(self):
+    def __init__(
+        self,
+        quantizer,
+        dim=work.CODE_DIM,
+        width=work.WIDTH,
+        layers=work.RESIDUAL_LAYERS,
+        hidden=work.RESIDUAL_WIDTH,
+    ):
         super().__init__()
-        width = work.WIDTH
         self.encoder = nn.Sequential(
             nn.Conv2d(3, width // 2, 4, stride=2, padding=1),
             nn.ReLU(),
             nn.Conv2d(width // 2, width, 4, stride=2, padding=1),
             nn.ReLU(),
             nn.Conv2d(width, width, 3, padding=1),
-            *residual_stack(),
-            nn.Conv2d(width, work.CODE_DIM, 1),
+            *residual_stack(width, layers, hidden),
+            nn.Conv2d(width, dim, 1),
         )
-        self.quantizer = build_quantizer(work.NUM_CODES, work.CODE_DIM)
+        self.quantizer = quantizer
         self.decoder = nn.Sequential(
-            nn.Conv2d(work.CODE_DIM, width, 3, padding=1),
-            *residual_stack(),
+            nn.Conv2d(dim, width, 3, padding=1),
+            *residual_stack(width, layers, hidden),
             nn.ConvTranspose2d(width, width // 2, 4, stride=2, padding=1),
             nn.ReLU(),
             nn.ConvTranspose2d(width // 2, 3, 4, stride=2, padding=1),
@@ -83,6 +90,11 @@ class VQVAE(nn.Module):
         return F.mse_loss(images_again.float(), images) + commitment
 
 
+def classic():
+    """Returns the VQ-VAE of this benchmark."""
+    return VQVAE(build_quantizer(work.NUM_CODES, work.CODE_DIM))
+
+
 def autocast(dtype):
     """Returns a context in which the network computes in `dtype`."""
     return torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
@@ -91,7 +103,7 @@ def autocast(dtype):
 def training_step(variant):
     """Returns a function that runs one training step, and the model."""
     dtype, layout, mode = variant.split(", ")
-    model = VQVAE().train().to(memory_format=LAYOUTS[layout])
+    model = classic().train().to(memory_format=LAYOUTS[layout])
     optimizer = torch.optim.Adam(model.parameters(), work.LEARNING_RATE, fused=True)
     run = torch.compile(model) if mode == "compiled" else model
     images = torch.from_numpy(work.training_images()).permute(0, 3, 1, 2)
@@ -141,7 +153,7 @@ def training(variants):
         measuring.report(
             f"matmul, {dtype}", shape=work.MATMUL, seconds=measuring.seconds(lambda a=a, b=b: a @ b)
         )
-    model = VQVAE()
+    model = classic()
     parameters = sum(weight.numel() for weight in model.parameters())
     measuring.report("network", parameters=parameters, multiply_adds=multiply_adds(model))
 

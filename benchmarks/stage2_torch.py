@@ -16,34 +16,36 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-HEAD_DIM = work.WIDTH // work.HEADS
 MODES = ("eager", "compiled")
 
 
 class Block(nn.Module):
     """A block of `prior/block.py`, layer by layer."""
 
-    def __init__(self):
+    def __init__(self, width, heads, dropout):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(work.WIDTH)
-        self.qkv = nn.Linear(work.WIDTH, 3 * work.WIDTH, bias=False)
-        self.attention_output = nn.Linear(work.WIDTH, work.WIDTH, bias=False)
-        self.mlp_norm = nn.RMSNorm(work.WIDTH)
-        self.gate_and_up = nn.Linear(work.WIDTH, 2 * work.HIDDEN, bias=False)
-        self.down = nn.Linear(work.HIDDEN, work.WIDTH, bias=False)
+        hidden = work.hidden(width)
+        self.shape = heads, width // heads
+        self.attention_norm = nn.RMSNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attention_output = nn.Linear(width, width, bias=False)
+        self.mlp_norm = nn.RMSNorm(width)
+        self.gate_and_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
 
     def heads(self, x, rotation):
         """Returns rotated queries, rotated keys and values [B, H, N, D] of x [B, N, width]."""
         qkv = self.qkv(self.attention_norm(x))
-        qkv = qkv.view(*x.shape[:2], 3, work.HEADS, HEAD_DIM).permute(2, 0, 3, 1, 4)
+        qkv = qkv.view(*x.shape[:2], 3, *self.shape).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
         return rotate(query, *rotation), rotate(key, *rotation), value
 
     def add(self, x, attended):
         """Returns x plus the outputs of attention [B, H, N, D] and of the feed-forward layer."""
-        x = x + self.attention_output(attended.transpose(1, 2).flatten(2))
+        x = x + self.dropout(self.attention_output(attended.transpose(1, 2).flatten(2)))
         gate, up = self.gate_and_up(self.mlp_norm(x)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
+        return x + self.dropout(self.down(F.silu(gate) * up))
 
     def forward(self, x, rotation):
         """Maps whole sequences [B, T, width] to the same shape."""
@@ -61,16 +63,25 @@ def rotate(x, cos, sin):
 class Prior(nn.Module):
     """The transformer of `prior/transformer.py`."""
 
-    def __init__(self, length):
+    def __init__(
+        self,
+        length,
+        num_codes,
+        layers=work.LAYERS,
+        width=work.WIDTH,
+        heads=work.HEADS,
+        dropout=0.0,
+    ):
         super().__init__()
-        self.length, num_codes = length, work.GRIDS[length]
-        self.labels = nn.Embedding(work.LABELS + 1, work.WIDTH)
-        self.codes = nn.Embedding(num_codes, work.WIDTH)
-        self.positions = nn.Parameter(0.02 * torch.randn(length, work.WIDTH))
-        self.blocks = nn.ModuleList(Block() for _ in range(work.LAYERS))
-        self.norm = nn.RMSNorm(work.WIDTH)
-        self.head = nn.Linear(work.WIDTH, num_codes, bias=False)
-        angles = torch.outer(torch.arange(length), 100 ** -torch.linspace(0, 1, HEAD_DIM // 2))
+        self.length = length
+        self.labels = nn.Embedding(work.LABELS + 1, width)
+        self.codes = nn.Embedding(num_codes, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(length, width))
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.norm = nn.RMSNorm(width)
+        self.head = nn.Linear(width, num_codes, bias=False)
+        frequencies = 100 ** -torch.linspace(0, 1, width // heads // 2)
+        angles = torch.outer(torch.arange(length), frequencies)
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
 
@@ -83,12 +94,11 @@ class Prior(nn.Module):
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), codes.flatten())
 
 
-def caches(model, batch_size, dtype):
+def caches(model, batch_size):
     """Returns a static cache of keys and values [B, H, T, D] for each block."""
-    shape = (batch_size, work.HEADS, model.length, HEAD_DIM)
-    return [
-        (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in model.blocks
-    ]
+    heads, head_dim = model.blocks[0].shape
+    empty = model.positions.new_zeros(batch_size, heads, model.length, head_dim)
+    return [(empty.clone(), empty.clone()) for _ in model.blocks]
 
 
 def step(model, x, kept, position):
@@ -119,19 +129,20 @@ def masked_step(model, x, kept, position, places):
 def draw(model, x):
     """Samples codes [B, 1] from the logits at x [B, 1, width]."""
     logits = model.head(model.norm(x))[:, 0].float()
-    return torch.multinomial(logits.softmax(-1), 1)
+    # Like `multinomial`, which would make the host wait for a GPU.
+    noise = torch.empty_like(logits).exponential_()
+    return (logits.softmax(-1) / noise).argmax(-1, keepdim=True)
 
 
 def sampler(model, batch_size, mode):
     """Returns a function that samples a batch of grids."""
-    dtype = model.head.weight.dtype
     labels = torch.arange(batch_size) % work.LABELS
     places = torch.arange(model.length)
     compiled = torch.compile(masked_step, dynamic=False)
 
     @torch.inference_mode()
     def run():
-        kept = caches(model, batch_size, dtype)
+        kept = caches(model, batch_size)
         x, drawn = model.labels(labels)[:, None], []
         for position in range(model.length):
             if mode == "eager":
@@ -150,7 +161,7 @@ def sampling(length, batch_size, variants):
     for variant in variants or map(", ".join, itertools.product(work.DTYPES, MODES)):
         torch._dynamo.reset()
         dtype, mode = variant.split(", ")
-        model = Prior(length).eval().to(getattr(torch, dtype))
+        model = Prior(length, work.GRIDS[length]).eval().to(getattr(torch, dtype))
         run = sampler(model, batch_size, mode)
         run()
         measuring.report("sampling", variant, seconds=measuring.seconds(run))
@@ -168,7 +179,7 @@ def training(length, variants):
 def training_step(length, variant):
     """Returns a function that runs one training step."""
     dtype, mode = variant.split(", ")
-    model = Prior(length).train()
+    model = Prior(length, work.GRIDS[length]).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), work.LEARNING_RATE, weight_decay=work.WEIGHT_DECAY, fused=True
     )

@@ -5,7 +5,6 @@ import math
 import numpy as np
 
 LAYERS, WIDTH, HEADS, LABELS = 6, 256, 8, 10
-HIDDEN = math.ceil(8 * WIDTH / 3 / 32) * 32  # of the feed-forward layer, which has three matrices
 # Number of codes of an image: size of the codebook.
 GRIDS = {64: 512, 256: 1024}
 SAMPLING_BATCHES = (1, 16, 64)
@@ -14,13 +13,18 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.05
 WARM_UP_STEPS, BLOCK_STEPS, BLOCKS = 4, 4, 4
 DTYPES = ("float32", "bfloat16")
 # Rows, inner dimension and columns of the matrix product that defines the limit.
-MATMUL = (2048, WIDTH, 2 * HIDDEN)
+MATMUL = (2048, WIDTH, 1408)
 
 
-def multiply_adds(num_codes: int) -> int:
+def hidden(width: int) -> int:
+    """Returns the width of the feed-forward layer, which has three matrices."""
+    return math.ceil(8 * width / 3 / 32) * 32
+
+
+def multiply_adds(num_codes: int, layers: int = LAYERS, width: int = WIDTH) -> int:
     """Returns the multiply-adds with weights for one token, without those of attention."""
-    block = 3 * WIDTH * WIDTH + WIDTH * WIDTH + 3 * WIDTH * HIDDEN
-    return LAYERS * block + WIDTH * num_codes
+    block = 4 * width * width + 3 * width * hidden(width)
+    return layers * block + width * num_codes
 
 
 def codes(length: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from vqbeam.configs.fields import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplerSettings(Section):
-    """Settings of the sampler: temperature, filters of the codes, and guidance.
+    """Settings of the sampler: temperature, filters of the codes, guidance, and precision.
 
     `vqbeam.prior.filters` defines what each does and the order in which they work.
     """
@@ -63,6 +63,11 @@ class SamplerSettings(Section):
     )
     guidance_end: float = field(
         "end of the interval, as a fraction of the sequence", 1.0, minimum=0, maximum=1
+    )
+    precision: str = field(
+        "exact computes in float32; fast uses bfloat16, with float32 logits, and is meant for GPUs",
+        "exact",
+        choices=("exact", "fast"),
     )
 
     def __post_init__(self):

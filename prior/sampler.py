@@ -29,13 +29,14 @@ class Sampler:
 
     Image i of a seed is the same image at any batch size, since each image has random numbers of
     its own. The only exception is a number within a rounding error of the border between two
-    codes: there, programs compiled for different batch sizes or backends may differ.
+    codes: there, programs compiled for different batch sizes or backends may differ. With
+    precision "fast", bfloat16 rounds so much that they differ in many images.
 
-    All settings are inputs of the compiled program. It is compiled on first use, once for each
-    combination of guidance, filters, interpolation and completion.
+    All other settings are inputs of the compiled program. It is compiled on first use, once for
+    each combination of precision, guidance, filters, interpolation and completion.
 
     Args:
-        model: The prior. Later changes of its weights take effect.
+        model: The prior. Later changes of its weights take effect, but not with precision "fast".
         batch_size: Images sampled at once. The last batch is padded.
 
     Example:
@@ -50,9 +51,10 @@ class Sampler:
         self.share = _share(batch_size)
         self._program = functools.cache(self._compile)
 
-    def _compile(self, guided: bool, filtered: bool) -> Callable[..., Any]:
-        loop = functools.partial(sample_codes, self.model, guided=guided, filtered=filtered)
-        return compile_function(loop, self.model.weights, jit=True)
+    def _compile(self, precision: str, guided: bool, filtered: bool) -> Callable[..., Any]:
+        model = in_precision(self.model, precision)
+        loop = functools.partial(sample_codes, model, guided=guided, filtered=filtered)
+        return compile_function(loop, model.weights, jit=True)
 
     def __call__(
         self,
@@ -74,7 +76,7 @@ class Sampler:
             labels: Integers [N] from 0 to `model.null_label`; -1 also means no class. Of
                 attributes [N, A], 1 for those that are present, else 0; rows of -1 for unknown.
             seed: Any integer.
-            settings: Temperature, filters and guidance.
+            settings: Temperature, filters, guidance and precision.
             indices: Integers [N], the number of each image among those of the seed; by default
                 0, 1, ...
             towards: A second label [N] and its weight w [N] in [0, 1], of each image: c becomes
@@ -110,7 +112,7 @@ class Sampler:
             images["keep"] = np.broadcast_to(keep, codes.shape).reshape(-1, layout.length)
         indices = np.arange(len(labels)) if indices is None else np.asarray(indices)
         tensors, kind = sampler_tensors(settings, layout.length)
-        program = self._program(**kind)
+        program = self._program(settings.precision, **kind)
 
         def sample(start):
             rows = slice(start, start + self.share)
@@ -131,6 +133,20 @@ class Sampler:
     def _padded(self, rows: np.ndarray) -> np.ndarray:
         missing = self.share - len(rows)
         return np.pad(rows, ((0, missing), *[(0, 0)] * (rows.ndim - 1)), mode="edge")
+
+
+def in_precision(model: CodePrior, precision: str) -> CodePrior:
+    """Returns the model for "exact"; for "fast", a copy that samples and scores in bfloat16.
+
+    Weights, caches and matrix products of the copy are bfloat16: half the bytes, and the fast units
+    of a GPU. Statistics of the norms, the softmax of attention, and the head with its logits are
+    computed in float32, as are the random numbers and the probabilities of codes.
+
+    Args:
+        model: The prior.
+        precision: See `SamplerSettings`.
+    """
+    return model.with_dtype("bfloat16") if precision == "fast" else model
 
 
 def _share(batch_size: int) -> int:
@@ -227,7 +243,9 @@ def _grown(caches: list, length: int) -> list:
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def code_scorer(prior: CodePrior, counted: np.ndarray | None = None) -> Score:
+def code_scorer(
+    prior: CodePrior, counted: np.ndarray | None = None, precision: str = "exact"
+) -> Score:
     """Returns a compiled function from codes and labels to the log-likelihood of the codes.
 
     The log-likelihood is the sum over positions of log p(code | label, previous codes), in nats.
@@ -235,7 +253,9 @@ def code_scorer(prior: CodePrior, counted: np.ndarray | None = None) -> Score:
     Args:
         prior: The prior.
         counted: Bool [*layout.shape], the positions to include; all by default.
+        precision: See `in_precision`.
     """
+    prior = in_precision(prior, precision)
     weights = np.ones(prior.layout.length, "float32")
     if counted is not None:
         weights = np.reshape(counted, -1).astype("float32")

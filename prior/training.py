@@ -105,8 +105,8 @@ def build_prior(config: Config, labels: Labels) -> CodePrior:
 def load_prior(run: RunFolder) -> CodePrior:
     """Returns the trained prior of a run, in float32 regardless of the training precision.
 
-    With bfloat16, logits are so coarse that the samples of a seed would depend on the batch size,
-    and sampling takes twice as long on a CPU.
+    With bfloat16, the samples of a seed would depend on the batch size, and sampling takes twice as
+    long on a CPU. See `vqbeam.prior.sampler.in_precision`.
 
     Raises:
         VqbeamError: The prior has not been trained, or does not match the run's config.
@@ -115,9 +115,7 @@ def load_prior(run: RunFolder) -> CodePrior:
     path = run.folder(STAGE) / MODEL_FILE
     model = load_model(path)
     check_fits(model, run.load_config(), path)
-    precise = CodePrior.from_config(model.get_config() | {"dtype": "float32"})
-    precise.set_weights(model.get_weights())
-    return precise
+    return model.with_dtype("float32")
 
 
 def evaluate(model: CodePrior, batches, config: Config) -> dict[str, float]:

@@ -84,7 +84,9 @@ class CodePrior(AccumulatingModel):
             Block(layout, width, heads, kv_heads, dropout, dtype=policy) for _ in range(layers)
         ]
         self.output_norm = keras.layers.RMSNormalization(dtype=policy)
-        self.head = LevelHead(layout, dtype=policy)
+        # Models in bfloat16 are copies that sample and score, which need float32 logits. Training
+        # in mixed_bfloat16 takes the faster product.
+        self.head = LevelHead(layout, dtype="float32" if policy.name == "bfloat16" else policy)
         self.cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         self._build_layers()
 
@@ -101,6 +103,12 @@ class CodePrior(AccumulatingModel):
     def null_label(self) -> int:
         """Label for "no class", or the value of every attribute for "no attributes given"."""
         return -1 if self.conditioning == "attributes" else self.num_labels
+
+    def with_dtype(self, dtype: str) -> "CodePrior":
+        """Returns a copy of the model, with its weights, in another dtype policy of Keras."""
+        copy = CodePrior.from_config(self.get_config() | {"dtype": dtype})
+        copy.set_weights(self.get_weights())
+        return copy
 
     def call(self, inputs: dict[str, Any], training: bool = False):
         """Returns the logits of all codes, each given the label and the previous codes.

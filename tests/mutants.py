@@ -662,6 +662,22 @@ FAULTS: dict[str, list[Mutant]] = {
             "test_sampler.py::test_kept_codes_stay_and_the_others_follow_those_before_them",
         ),
     ],
+    "Fast precision rounds to bfloat16, but no logits": [
+        Mutant(
+            "fast rounds nothing",
+            "prior/sampler.py",
+            'model.with_dtype("bfloat16")',
+            'model.with_dtype("float32")',
+            "test_sampler.py::test_fast_is_bfloat16_but_for_the_logits",
+        ),
+        Mutant(
+            "fast rounds the logits as well",
+            "prior/transformer.py",
+            '"float32" if policy.name == "bfloat16" else policy',
+            "policy",
+            "test_sampler.py::test_fast_is_bfloat16_but_for_the_logits",
+        ),
+    ],
     "A code depends on those before it alone": [
         Mutant(
             "attention sees the code that is predicted",

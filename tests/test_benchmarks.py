@@ -28,6 +28,7 @@ def test_every_benchmark_can_be_imported(path, monkeypatch):
         ("checkpoint_cost.py", "--smoke"),
         ("stage1_vqbeam.py", "quantizer", "64", "16", "4"),
         ("stage2_vqbeam.py", "sampling", "64", "1"),
+        ("gpu.py", "--smoke", "--without-torch"),
     ],
     ids=lambda words: words[0],
 )
@@ -49,5 +50,16 @@ def test_a_benchmark_runs(words):
             "| glyphs, vqvae",
             "| glyphs, prior",
         ]
+    elif program == "gpu.py":
+        rows = [line.split(" | ") for line in lines if line.startswith("| ")][2:]
+        cases = [f"{part} imagenet64" for part in ("stage1", "stage2", "encode")]
+        assert [row[0] for row in rows] == [
+            f"| {case}" for case in (*cases, "sampling imagenet64 2")
+        ]
+        assert all(row[1].partition("/s (")[1] for row in rows)
+        measured = [json.loads(line) for line in lines if line.startswith("{")]
+        variants = {(line["work"], line["variant"]) for line in measured}
+        assert {("sampling", "exact"), ("sampling", "fast")} <= variants
+        assert {line["side"] for line in measured} == {"vqbeam"}
     else:
         assert all(json.loads(line)["seconds"] > 0 for line in lines)

@@ -8,7 +8,7 @@ import pytest
 
 from vqbeam.configs import load_preset, override, smoke
 from vqbeam.prior.filters import sampler_tensors
-from vqbeam.prior.sampler import sample_codes
+from vqbeam.prior.sampler import in_precision, sample_codes
 from vqbeam.prior.training import build_optimizer as build_prior_optimizer
 from vqbeam.prior.training import build_prior
 from vqbeam.vqvae.augmentation import augment
@@ -103,13 +103,14 @@ def test_training_of_stage_2(config):
     assert "stablehlo.while" in text
 
 
-def test_encoding_and_sampling_with_decoding(config):
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_encoding_and_sampling_with_decoding(config, precision):
     vqvae = build_model(config, data_variance=1.0)
     images = np.zeros((4, *config.image_shape), np.uint8)
     encode, weights = with_weights(vqvae, vqvae.encode)
     assert "stablehlo.convolution" in lowered(encode, weights, images)
 
-    prior = build_prior(config, LABELS)
+    prior = in_precision(build_prior(config, LABELS).with_dtype("float32"), precision)
     tensors, kind = sampler_tensors(config.sample.sampler, prior.layout.length)
     batch = {
         "labels": np.zeros(4, np.int32),

@@ -146,6 +146,8 @@ def test_the_image_fits_what_is_pinned():
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     assert f"FROM apache/beam_python{python}_sdk:{pins['apache-beam']} AS beam" in dockerfile
     assert f"FROM python:{python}" in dockerfile
+    for setting in ("XLA_PYTHON_CLIENT_PREALLOCATE=false", "TF_FORCE_GPU_ALLOW_GROWTH=true"):
+        assert setting in dockerfile
     for line in dockerfile.splitlines():
         if line.startswith("COPY ") and "--from" not in line:
             for source in line.split()[1:-1]:

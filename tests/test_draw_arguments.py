@@ -21,6 +21,7 @@ def test_sample_unset_is_none():
         "guidance_power": None,
         "guidance_start": None,
         "guidance_end": None,
+        "precision": None,
         "seed": None,
         "like": None,
         "batch_size": None,
@@ -31,7 +32,7 @@ def test_sample_unset_is_none():
 def test_sample_in_full():
     words = "sample d --num 4 --label A 3 --label=B --temperature 0.5 --top-k 9 --top_p 0.9"
     words += " --min-p 0.1 --guidance 2 --guidance-schedule interval --guidance-start 0.2"
-    words += " --guidance-power 2"
+    words += " --guidance-power 2 --precision fast"
     words += " --guidance-end 0.8 --seed 5 --batch-size 2 --like a.png --output x.png"
     assert parse(words.split())[1] == {
         "run_dir": "d",
@@ -46,6 +47,7 @@ def test_sample_in_full():
         "guidance_power": 2.0,
         "guidance_start": 0.2,
         "guidance_end": 0.8,
+        "precision": "fast",
         "seed": 5,
         "like": "a.png",
         "batch_size": 2,
@@ -75,6 +77,7 @@ def test_out_of_range_names_the_flag(words):
         ("--top-p", "1.5", "^--top-p is 1.5; it must be at most 1$"),
         ("--min-p", "1", "^--min-p is 1.0; it must be below 1; --top-k 1 is greedy$"),
         ("--guidance-start", "1", "^--guidance-start is 1.0; it must be below --guidance-end"),
+        ("--precision", "half", "^--precision is 'half'; choose one of exact, fast$"),
     ]:
         with pytest.raises(configs.VqbeamError, match=message):
             parse([*words, flag, value])

@@ -8,6 +8,7 @@ from measured_run import add_models
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.cli import main as cli
 from vqbeam.pipelines.cli.main import main
+from vqbeam.pipelines.sampling.api import Run
 from vqbeam.pipelines.sampling.export import export
 from vqbeam.pipelines.sampling.sample import sample
 
@@ -80,6 +81,19 @@ def test_draws_the_same_images_without_vqbeam_and_keras(run, tmp_path, capsys):
             assert np.abs(difference).max() <= 1
         encoded = np.asarray(vqvae.encode(expected["images"]))
         np.testing.assert_array_equal(arrays["encoded"], encoded)
+
+
+def test_in_the_precision_of_the_run(run, tmp_path):
+    import tensorflow as tf
+
+    opened = Run(run[0].root)
+    stored = opened.store_default_settings(opened.settings(precision="fast"))
+    try:
+        export(str(run[0].root), str(tmp_path / "fast"))
+    finally:
+        stored.unlink()
+    weights = tf.saved_model.load(str(tmp_path / "fast")).weights
+    assert {weight.dtype for weight in weights} >= {tf.bfloat16, tf.float32}
 
 
 def test_a_folder_that_is_not_empty(run, tmp_path, capsys):

@@ -29,6 +29,8 @@ def test_facts_are_what_is_drawn_and_not_where(job):
     elsewhere = changed(job, run="moved", output="other")
     assert elsewhere.facts == facts and elsewhere.fingerprint == job.fingerprint
     assert changed(job, seed=4).fingerprint != job.fingerprint
+    fast = changed(job, settings=dataclasses.replace(job.settings, precision="fast"))
+    assert facts["precision"] == "exact" and fast.facts == facts | {"precision": "fast"}
 
 
 def test_a_folder_has_one_order(job):

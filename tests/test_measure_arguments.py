@@ -69,11 +69,14 @@ def test_each_value_of_a_sweep_is_checked():
 
 
 def test_score():
-    expected = {"run_dir": "d", "input": "i", "label": None, "output": None, "sort": False}
+    expected = {"run_dir": "d", "input": "i", "label": None, "output": None, "precision": None}
+    expected |= {"sort": False}
     assert parse(["score", "d", "--input=i"])[1] == expected
     words = ["score", "d", "--input=i", "--label=3", "--output=o", "--sort"]
-    changed = {"label": "3", "output": "o", "sort": True}
-    assert parse(words)[1] == expected | changed
+    changed = {"label": "3", "output": "o", "precision": "fast", "sort": True}
+    assert parse([*words, "--precision=fast"])[1] == expected | changed
+    with pytest.raises(VqbeamError, match="^--precision is 'half'; choose one of exact, fast$"):
+        parse([*words, "--precision=half"])
 
 
 def test_export():

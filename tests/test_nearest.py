@@ -162,6 +162,20 @@ def test_no_gradient():
     assert tape.gradient(found, [vectors, codebook]) == [None, None]
 
 
+def test_blocks_follow_the_device(monkeypatch):
+    vectors, codebook, most = normal(9, 3), normal(512, 3), []
+    row_blocks = nearest._row_blocks
+    monkeypatch.setattr(
+        nearest, "_row_blocks", lambda rows, limit: most.append(limit) or row_blocks(rows, limit)
+    )
+    for cpu in (True, False):
+        monkeypatch.setattr(nearest, "on_cpu", lambda cpu=cpu: cpu)
+        found = ops.convert_to_numpy(nearest_codes(vectors, codebook))
+        np.testing.assert_array_equal(found, brute_force(vectors, codebook)[0])
+    # On a GPU, the 64 vectors of each of 512 images are one block.
+    assert most[0] * 512 == 2**20 and most[1] >= 512 * 64
+
+
 def test_float32_keeps_all_digits_on_gpus():
     run(normal(2, 3), normal(4, 3))
     if BACKEND == "tensorflow":

@@ -15,6 +15,7 @@ from vqbeam.vqvae.storage.labels import Labels
 from vqbeam.vqvae.storage.records import (
     CODES_VERSION,
     Shard,
+    batches_at_once,
     code_dtype,
     code_features,
     damaged_records,
@@ -189,6 +190,15 @@ def test_read_split_keeps_the_order_and_slices(codes, first, last):
     found = read_split(open_dataset(folder), "train", first=first, last=last)
     keys = [example["key"].decode() for example in found.as_numpy_iterator()]
     assert keys == [example["key"] for example in examples["train"][first:last]]
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "cores", "expected"),
+    [(3, 16, 16), (100, 16, 5), (100, 2, 2), (600, 16, 2), (3, 1, 2)],
+)
+def test_every_core_decodes_a_batch_within_bounds(monkeypatch, megabytes, cores, expected):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert batches_at_once(megabytes * 2**20) == expected
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -13,7 +13,7 @@ from vqbeam.configs import SampleConfig, VqbeamError, override
 from vqbeam.pipelines.cli.main import main
 from vqbeam.pipelines.sampling import api
 from vqbeam.pipelines.sampling.api import Run
-from vqbeam.pipelines.sampling.sample import Samples, sample, sample_stage
+from vqbeam.pipelines.sampling.sample import Samples, read_provenance, sample, sample_stage
 from vqbeam.vqvae.figures import save_png
 from vqbeam.vqvae.storage import run_folder
 from vqbeam.vqvae.storage.files import read_json
@@ -124,6 +124,18 @@ def test_one_picture_again(finished_run, written, tmp_path, capsys):
     assert capsys.readouterr().out == f"1 new images: {tmp_path / 'one.png'}\n"
     # Not the pixels alone: the file, with what it says of itself.
     assert (tmp_path / "one.png").read_bytes() == source.read_bytes()
+
+
+def test_fast_pictures_again_are_fast(finished_run, tmp_path):
+    path, again = tmp_path / "fast.png", tmp_path / "again.png"
+    words = ["--num=4", "--seed=3", "--precision=fast", "--output", str(path)]
+    assert main(["sample", str(finished_run.root), *words]) == 0
+    facts = read_provenance(epath.Path(path))
+    assert facts["precision"] == "fast"
+    sample(str(finished_run.root), like=str(path), output=str(again))
+    assert again.read_bytes() == path.read_bytes()
+    sample(str(finished_run.root), like=str(path), precision="exact", output=str(again))
+    assert read_provenance(epath.Path(again)) == facts | {"precision": "exact"}
 
 
 def test_only_the_batch_of_a_picture_is_drawn(finished_run, written, tmp_path, monkeypatch):

@@ -1,3 +1,4 @@
+import functools
 import math
 import os
 import subprocess
@@ -10,7 +11,7 @@ from keras import ops
 
 from vqbeam.configs import SampleConfig, SamplerSettings, VqbeamError
 from vqbeam.prior.filters import guidance_scales, sampler_tensors, uniforms
-from vqbeam.prior.sampler import Sampler, sample_codes
+from vqbeam.prior.sampler import Sampler, in_precision, sample_codes
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.fitting.compilation import compile_function
 from vqbeam.vqvae.layout import CodeLayout
@@ -272,7 +273,7 @@ def test_guidance_zero_is_the_null_class(sampler):
 
 @pytest.mark.backend
 def test_guidance_one_is_the_class(sampler):
-    program = sampler._program(True, False)
+    program = sampler._program("exact", True, False)
     images = {"labels": LABEL_ROWS.astype("int32"), "uniforms": uniforms(1, np.arange(8), T)}
     codes = program(images, settings_of(FLAT))
     expected = sampler(LABEL_ROWS, seed=1).reshape(-1, T)
@@ -317,6 +318,28 @@ def test_settings_compile_nothing_anew(compiled, monkeypatch):
 
 
 @pytest.mark.backend
+@pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX tells what it compiled")
+def test_a_gpu_waits_for_no_host(sampler):
+    import jax
+
+    settings = SamplerSettings(guidance=2, top_k=3, top_p=0.9)
+    tensors, kind = sampler_tensors(settings, T)
+    images = {"labels": LABEL_ROWS.astype("int32"), "uniforms": uniforms(1, np.arange(8), T)}
+    images, tensors = jax.device_put((images, tensors))
+    program = sampler._program("exact", **kind)
+    expected = ops.convert_to_numpy(program(images, tensors))  # compiles
+    with jax.transfer_guard("disallow"):
+        codes = jax.block_until_ready(program(images, tensors))
+    np.testing.assert_array_equal(ops.convert_to_numpy(codes), expected)
+
+    # A loop of unknown length would ask the host after each turn.
+    function = functools.partial(sample_codes, sampler.model, **kind)
+    text = jax.jit(function).lower(images, tensors).compile().as_text()
+    assert text.count(" while(") == text.count("known_trip_count") > 1
+
+
+@pytest.mark.backend
 def test_new_weights_are_seen():
     model = build()
     sampler = Sampler(model, batch_size=2)
@@ -330,6 +353,47 @@ def test_mixed_precision_samples():
     sampler = Sampler(build(dtype="mixed_bfloat16"), batch_size=2)
     codes = sampler([0, 1], 0, SamplerSettings(guidance=2, top_k=3))
     assert codes.shape == (2, *GRID)
+
+
+@pytest.mark.backend
+def test_fast_is_bfloat16_but_for_the_logits():
+    model = build()
+    fast = in_precision(model, "fast")
+    for exact, rounded in zip(model.weights, fast.weights, strict=True):
+        assert rounded.dtype == ("float32" if rounded is fast.head.kernel else "bfloat16")
+        expected = ops.convert_to_numpy(ops.cast(ops.cast(exact, rounded.dtype), "float32"))
+        np.testing.assert_array_equal(ops.convert_to_numpy(ops.cast(rounded, "float32")), expected)
+    caches = fast.empty_caches(8, T)
+    logits, updated = fast.step(fast.embed_labels(LABEL_ROWS), caches, ops.zeros((), "int32"))
+    for cache in (*caches[0], *updated[0]):
+        assert keras.backend.standardize_dtype(cache.dtype) == "bfloat16"
+    logits = ops.convert_to_numpy(logits)
+    assert logits.dtype == np.float32
+    coarse = ops.convert_to_numpy(ops.cast(ops.cast(logits, "bfloat16"), "float32"))
+    assert np.mean(coarse == logits) < 0.1
+    assert in_precision(model, "exact") is model
+
+
+@pytest.mark.backend
+@pytest.mark.slow
+def test_fast_samples_by_the_exact_chances_within_rounding(any_sampler, compiled, monkeypatch):
+    dtypes, step = set(), CodePrior.step
+
+    def seen(model, x, caches, position):
+        dtypes.update(keras.backend.standardize_dtype(cache.dtype) for cache in caches[0])
+        return step(model, x, caches, position)
+
+    monkeypatch.setattr(CodePrior, "step", seen)
+    codes = any_sampler(LABEL_ROWS, 1, SamplerSettings(precision="fast"))
+    assert dtypes == {"bfloat16"}
+    model = any_sampler.model
+    logits = whole_logits(model, codes, LABEL_ROWS).astype("float64")
+    flat, length = codes.reshape(8, -1, 1), model.layout.length
+    chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    above = np.take_along_axis(chances.cumsum(-1), flat, axis=-1)[..., 0]
+    below = above - np.take_along_axis(chances, flat, axis=-1)[..., 0]
+    numbers = uniforms(1, np.arange(8), length)
+    assert np.all((below - 0.01 <= numbers) & (numbers < above + 0.01))
 
 
 def test_unconditional_model():

@@ -33,6 +33,9 @@ def test_in_numpy_from_the_logits(layout):
     assert found.shape == (5,) and found.dtype == np.float32
     np.testing.assert_allclose(found, np.log(chosen).sum(axis=1), rtol=1e-5)
     assert len(set(found)) == 5
+    fast = code_scorer(prior, precision="fast")(codes, labels)
+    assert fast.dtype == np.float32 and np.any(fast != found)
+    np.testing.assert_allclose(fast, np.log(chosen).sum(axis=1), rtol=0.02)
 
 
 def test_all_images_together_have_the_probability_one():

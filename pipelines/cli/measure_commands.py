@@ -14,6 +14,7 @@ from vqbeam.pipelines.cli.parser import (
     Parser,
     add_config,
     count,
+    in_range,
     location,
     natural,
     nonempty,
@@ -125,12 +126,15 @@ def parse_score(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     parser.add_argument(
         "--sort", dest="--sort", action="store_true", help="the least likely images first"
     )
+    flags = parser.add_fields(["sample.precision"], "--", None)
     given = parser.parse_words(words)
+    in_range(lambda: SampleConfig(precision=given.get("--precision", "exact")), flags)
     return {
         "run_dir": given["DIR"],
         "input": given["--input"],
         "label": given.get("--label"),
         "output": given.get("--output"),
+        "precision": given.get("--precision"),
         "sort": given["--sort"],
     }
 

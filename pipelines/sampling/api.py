@@ -101,6 +101,9 @@ class Run:
         self.path = self.folder.root
         self.config: Config = self.folder.load_config()
         self.sampler = functools.cache(lambda batch_size: Sampler(self.prior, batch_size))
+        self._scorer = functools.cache(
+            lambda precision: code_scorer(self.prior, precision=precision)
+        )
 
     def __repr__(self) -> str:
         return f"vqbeam.open({str(self.path)!r})"
@@ -184,23 +187,31 @@ class Run:
         """Returns the decoded codes of images, uint8 [N, H, W, C] like the images."""
         return self.decode(self.encode(images))
 
-    def log_likelihood(self, images: np.ndarray, labels: Sequence[Any] | None = None) -> np.ndarray:
+    def log_likelihood(
+        self,
+        images: np.ndarray,
+        labels: Sequence[Any] | None = None,
+        *,
+        precision: str | None = None,
+    ) -> np.ndarray:
         """Returns the log-likelihood of the codes of images, as `vqbeam score` does.
 
         Args:
             images: uint8 [N, H, W, C].
             labels: One for each image, as in `sample`; None for unconditional likelihoods.
+            precision: "exact" or "fast"; by default the run's own.
 
         Returns:
             log p(codes | label) in nats, float32 [N].
         """
+        precision = self.settings(precision=precision).precision
         codes = self.encode(images)
         if labels is None:
             labels = [None] * len(codes)
         if isinstance(labels, str) or len(labels) != len(codes):
             raise VqbeamError(f"labels must be a list of {len(codes)}, one for each image")
         rows = np.asarray([parse_label(label, self.prior_labels) for label in labels], np.int32)
-        return self.code_log_likelihood(codes, rows)
+        return self.code_log_likelihood(codes, rows, precision)
 
     def complete(
         self,
@@ -245,7 +256,7 @@ class Run:
         codes = self.sample_codes(rows, self.seed(seed), chosen, known=(known, keep_codes))
         codes = codes.reshape(len(images), sampled, *codes.shape[1:])
         if candidates > 1:
-            score = code_scorer(self.prior, counted=keep_codes)
+            score = code_scorer(self.prior, keep_codes, chosen.precision)
             codes = _likeliest(score, codes, rows[: chosen.batch_size], num)
         decoded = in_batches(self.decoder, codes.reshape(-1, *codes.shape[2:]), chosen.batch_size)
         return decoded.reshape(len(images), num, *decoded.shape[1:])
@@ -271,10 +282,6 @@ class Run:
     def decoder(self) -> Callable[[Any], Any]:
         """The compiled decoder, from a batch of codes to images; see `compiled_decoder`."""
         return compiled_decoder(self.vqvae)
-
-    @functools.cached_property
-    def _score(self) -> Score:
-        return code_scorer(self.prior)
 
     @functools.cached_property
     def prior_labels(self) -> Labels:
@@ -408,16 +415,20 @@ class Run:
         with contextlib.nullcontext(on_batch) if on_batch else _bar(len(labels)) as moved:
             return sampler(labels, seed, settings, on_batch=moved, **inputs)
 
-    def code_log_likelihood(self, codes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    def code_log_likelihood(
+        self, codes: np.ndarray, labels: np.ndarray, precision: str
+    ) -> np.ndarray:
         """Returns log p(codes | label) in nats, float32 [N].
 
         Args:
             codes: int32 [N, *layout.shape].
             labels: int32 [N], −1 for none; or of attributes [N, A].
+            precision: "exact" or "fast".
         """
+        score = self._scorer(precision)
 
         def nats(rows):
-            return self._score(codes[rows], labels[rows])
+            return score(codes[rows], labels[rows])
 
         return in_batches(nats, np.arange(len(codes)), self._batch_size)
 

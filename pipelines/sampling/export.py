@@ -17,6 +17,7 @@ from etils import epath
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.api import Run
 from vqbeam.pipelines.sampling.weights import check_exportable, write_weights
+from vqbeam.prior.sampler import in_precision
 from vqbeam.prior.serving import serving_signatures
 from vqbeam.vqvae.storage.files import write_bytes
 from vqbeam.vqvae.storage.labels import Labels
@@ -53,9 +54,11 @@ def export(run_dir: str, output: str, form: str = "savedmodel") -> None:
         print(f"for diffusers' VQModel.from_pretrained: {folder / 'vqvae'}")
         print(f"the prior, with LlamaGen's names: {folder / 'prior'}")
         return
-    signatures = serving_signatures(run.vqvae, run.prior, run.default_settings())
+    settings = run.default_settings()
+    prior = in_precision(run.prior, settings.precision)
+    signatures = serving_signatures(run.vqvae, prior, settings)
     module = tf.Module()
-    module.weights = [variable.value for variable in (*run.vqvae.variables, *run.prior.variables)]
+    module.weights = [variable.value for variable in (*run.vqvae.variables, *prior.variables)]
     _save(
         lambda place: tf.saved_model.save(module, os.fspath(place), signatures=signatures), folder
     )

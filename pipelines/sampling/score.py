@@ -17,7 +17,12 @@ from vqbeam.vqvae.storage.labels import Label, label_name, parse_label
 
 
 def score(
-    run_dir: str, input: str, label: str | None = None, output: str | None = None, sort=False
+    run_dir: str,
+    input: str,
+    label: str | None = None,
+    output: str | None = None,
+    precision: str | None = None,
+    sort: bool = False,
 ) -> None:
     """Writes a line of JSON for each image, and reports those that cannot be read.
 
@@ -31,6 +36,7 @@ def score(
         input: An image file, or a folder with images at any depth.
         label: Class or attributes that the prior is conditioned on; None for none.
         output: The file for the lines; None for standard output.
+        precision: "exact" or "fast", which is in each line; by default the run's own.
         sort: Whether the least likely come first; they come by name otherwise.
 
     Raises:
@@ -39,14 +45,16 @@ def score(
     run = Run(run_dir)
     labels = run.prior_labels
     row = parse_label(label, labels)
-    lines = _scored(run, image_files(epath.Path(input).expanduser()), row)
+    precision = run.settings(precision=precision).precision
+    lines = _scored(run, image_files(epath.Path(input).expanduser()), row, precision)
     broken = sum("error" in line for line in lines)
     if broken == len(lines):
         raise VqbeamError(f"none of the images in {input} can be read ({lines[0]['error']})")
     if sort:
         lines.sort(key=lambda line: -line.get("bits_per_dim", -math.inf))
     name = None if label is None else label_name(row, labels)
-    lines = [line if "error" in line else line | {"label": name} for line in lines]
+    asked = {"label": name, "precision": precision}
+    lines = [line if "error" in line else line | asked for line in lines]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if output is None:
         sys.stdout.write(text)
@@ -59,14 +67,14 @@ def score(
         print(f"{broken} of {len(lines)} images could not be read", file=sys.stderr)
 
 
-def _scored(run: Run, files: dict[str, epath.Path], label: Label) -> list[dict]:
+def _scored(run: Run, files: dict[str, epath.Path], label: Label, precision: str) -> list[dict]:
     """Returns the metrics of each file, or the error that kept it from being read."""
     size, lines, named = run.config.encode.batch_size, [], list(files.items())
     with progress_bar("score", len(files)) as bar:
         for first in range(0, len(named), size):
             batch = [_read(name, path, run.config) for name, path in named[first : first + size]]
             images = [line.pop("image") for line in batch if "image" in line]
-            metrics = iter(_metrics(run, np.stack(images), label) if images else [])
+            metrics = iter(_metrics(run, np.stack(images), label, precision) if images else [])
             lines += [line if "error" in line else line | next(metrics) for line in batch]
             bar.update(len(batch))
     return lines
@@ -79,11 +87,12 @@ def _read(name: str, path: epath.Path, config: Config) -> dict:
         return {"file": name, "error": str(error)}
 
 
-def _metrics(run: Run, images: np.ndarray, label: Label) -> list[dict]:
+def _metrics(run: Run, images: np.ndarray, label: Label, precision: str) -> list[dict]:
     """Returns the metrics of each of the images, uint8 [B, H, W, C], which have one label."""
     layout, codes = run.prior.layout, run.encode(images)
     errors = np.square(images.astype(np.float64) - run.decode(codes)).mean(axis=(1, 2, 3))
-    scores = run.code_log_likelihood(codes, np.asarray([label] * len(codes), np.int32))
+    rows = np.asarray([label] * len(codes), np.int32)
+    scores = run.code_log_likelihood(codes, rows, precision)
     return [
         {
             "log_likelihood": float(nats),

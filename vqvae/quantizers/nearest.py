@@ -4,9 +4,12 @@ import numpy as np
 from keras import ops
 
 from vqbeam.vqvae.fitting.compilation import full_precision
+from vqbeam.vqvae.fitting.devices import on_cpu
 
-# Scores per block: 4 MB, which fits in a core's cache.
+# Scores per block: 4 MB, which fits in a core's cache; and 256 MB on a GPU, which computes one
+# block after the other, so that a training batch is one block.
 BLOCK_SIZE = 2**20
+_GPU_BLOCK_SIZE = 2**26
 # Maximum number of codes per block.
 _MAX_CODES = 4096
 # Scores are first reduced to their maximum per group of this many codes: a maximum over a small,
@@ -14,7 +17,7 @@ _MAX_CODES = 4096
 _GROUP = 64
 
 
-def nearest_codes(vectors, codebook, penalties=None, block_size=BLOCK_SIZE):
+def nearest_codes(vectors, codebook, penalties=None, block_size=None):
     """Returns the index of the nearest code by squared L2 distance for each vector.
 
     Ties go to the lowest index. The nearest code maximizes z·e − ‖e‖²/2 = (‖z‖² − ‖z − e‖²)/2.
@@ -25,11 +28,14 @@ def nearest_codes(vectors, codebook, penalties=None, block_size=BLOCK_SIZE):
         vectors: float32 [N, D]. N may be 0 or unknown at trace time.
         codebook: float32 [K, D].
         penalties: float32 [K], added to the squared distances to each code; None for none.
-        block_size: Approximate number of scores in memory at once.
+        block_size: Approximate number of scores in memory at once; by default as many as suit the
+            device.
 
     Returns:
         int32 [N] in [0, K).
     """
+    if block_size is None:
+        block_size = BLOCK_SIZE if on_cpu() else _GPU_BLOCK_SIZE
     codes = _code_blocks(ops.stop_gradient(codebook), penalties, block_size)  # [G, D + 1, k]
     size = ops.shape(vectors)[0]
     rows = _row_blocks(ops.stop_gradient(vectors), max(1, block_size // codes.shape[-1]))

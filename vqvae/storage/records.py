@@ -14,6 +14,7 @@ For codes of an augmented view (vqvae/augmentation.py), the name of the view is 
 
 import contextlib
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,10 @@ from vqbeam.vqvae.storage.run_folder import MANIFEST
 # With JAX, TensorFlow only reads and writes records; on a GPU, it would take JAX's memory.
 if keras.backend.backend() == "jax":
     tf.config.set_visible_devices([], "GPU")
+
+# Bytes of the images that are decoded at once, at most: with a GPU, decoding them is most of the
+# work of encoding, and takes all cores.
+_DECODED = 2**29
 
 IMAGES_VERSION = "1.0.0"
 CODES_VERSION = "1.0.0"
@@ -270,7 +275,17 @@ def image_batches(builder: Any, split: str, shard: int, batch_size: int):
         return batch
 
     records = tf.data.TFRecordDataset(os.fspath(builder.info.splits[split].filepaths[shard]))
-    return records.batch(batch_size).map(decode, num_parallel_calls=2).prefetch(2)
+    calls = batches_at_once(batch_size * math.prod(shape))
+    return records.batch(batch_size).map(decode, num_parallel_calls=calls).prefetch(2)
+
+
+def batches_at_once(size: int) -> int:
+    """Returns how many batches of so many bytes are decoded at once.
+
+    A core decodes one batch. There are at least two, so that one is decoded while another is
+    encoded.
+    """
+    return max(2, min(os.cpu_count(), _DECODED // size))
 
 
 def training_batches(dataset, *, size: int, batch_size: int, first_step: int, seed: int):

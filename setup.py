@@ -34,7 +34,6 @@ setuptools.setup(
         "tensorboard",
         "tensorflow>=2.21",
         "tensorflow-datasets>=4.9.10",
-        "tqdm",
     ],
     extras_require={
         "gcp": ["apache-beam[gcp]>=2.77"],

@@ -1180,9 +1180,46 @@ FAULTS: dict[str, list[Mutant]] = {
         Mutant(
             "minutes are taken for seconds",
             "pipelines/budget.py",
-            "factor = 60 * minutes",
-            "factor = minutes",
+            "scaled(config, 60 * minutes - used",
+            "scaled(config, minutes - used",
+            "test_budget.py::test_minutes_are_filled",
+        ),
+        Mutant(
+            "what is not a step takes no time",
+            "pipelines/budget.py",
+            "seconds - (all_parts - steps)",
+            "seconds",
             "test_budget.py::test_the_time_is_used_and_divided_as_in_the_preset",
+        ),
+        Mutant(
+            "the network of the feature loss takes no time",
+            "pipelines/budget.py",
+            "config.vqvae.finetune_steps if config.vqvae.perceptual else 0",
+            "0",
+            "test_budget.py::test_each_part_counts_what_it_does",
+        ),
+    ],
+    "A person sees how far it is": [
+        Mutant(
+            "a log has a line for each epoch, however short",
+            "vqvae/fitting/progress.py",
+            "if is_log and not (self.bar.is_due or is_last):",
+            "if False:",
+            "test_progress.py::test_the_last_epoch_of_a_log_is_told_and_others_every_30_seconds",
+        ),
+        Mutant(
+            "the bar is wider than the terminal",
+            "vqvae/fitting/progress.py",
+            "room - len(text) - 3)",
+            "room - 3)",
+            "test_progress.py::test_figures_come_first_and_the_bar_takes_the_rest",
+        ),
+        Mutant(
+            "a bar does not know what comes after it",
+            "pipelines/plan.py",
+            "later += part.seconds",
+            "later = part.seconds",
+            "test_plan.py::test_a_bar_knows_what_comes_after_it",
         ),
     ],
     "A second command in a folder is refused": [

@@ -52,9 +52,11 @@ class Source:
 
     Attributes:
         may_change: Whether an image that could not be decoded may be repaired by the next try.
+        lists_at_once: Whether `plan` takes no pass over the images.
     """
 
     may_change = False
+    lists_at_once = True
 
     def __init__(self, data: DataConfig):
         self.data = data

@@ -40,13 +40,14 @@ _LABELS = Labels(("a", "b"))
 _FEWEST_STEPS = 100
 # Seconds of trial steps, for a plan and to choose the number of steps.
 PLAN_SECONDS, MINUTES_SECONDS = 2.0, 5.0
-# What is not measured: a forward pass as a share of a training step; how many times as long as in
-# training a code takes in sampling, one at a time with stored keys and values; the time to compile
-# a sampler as a multiple of that to compile a training step; seconds of loading the libraries and
-# of opening and closing a stage; and those to read, encode and write an image without the network.
-_FORWARD = 1 / 3
+# What is not measured, as seen on a CPU: a forward pass, and that of the encoder, as shares of a
+# training step; how many times as long as in training a code takes in sampling, one at a time with
+# stored keys and values; the time to compile a sampler as a multiple of that to compile a training
+# step; seconds of loading the libraries and of opening and closing a stage; and those to read,
+# encode and write an image without the network.
+_FORWARD, _ENCODER = 1 / 3, 1 / 6
 _SAMPLING = 4.0
-_SAMPLER_START = 1.5
+_SAMPLER_START = 0.8
 _LOADING = 8.0
 _STAGE = 1.5
 _SECONDS_PER_IMAGE = 3e-4
@@ -208,7 +209,7 @@ def parts_of(
     if "train vqvae" in trials:
         trial = trials["train vqvae"]
         images = held_out + train * variant_count(config.encode.augment)
-        each = _FORWARD * trial.step / settings.batch_size + _SECONDS_PER_IMAGE
+        each = _ENCODER * trial.step / settings.batch_size + _SECONDS_PER_IMAGE
         parts.append(Part("encode", "encode", _STAGE + trial.start / 2, images * each))
     if "train prior" in trials:
         trial = trials["train prior"]

@@ -16,7 +16,7 @@ from vqbeam.pipelines.paths import (
     source_paths,
     with_absolute_paths,
 )
-from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
+from vqbeam.vqvae.storage.run_folder import MODELS, STAGES, RunFolder
 
 
 def run_stages(
@@ -106,6 +106,10 @@ def _do(
 
     announce(run, config, pending, trials, here=runs_here(beam_args))
     _run_pipeline(run, pending, beam_args)
+    if {*pending} & {*MODELS, "sample"}:
+        from vqbeam.pipelines.report.live import written
+
+        written(run)
     print(f"{' → '.join(pending)}: done in {duration(time.monotonic() - start)}")
 
 
@@ -158,6 +162,8 @@ def _closing_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:
     lines += _quality_lines(run, stages)
     if "sample" in stages:
         lines.append(f"new images: {run.folder('sample') / 'samples.png'}")
+        if (run.root / "report.html").exists():
+            lines.append(f"all about the run, in a browser: {run.root / 'report.html'}")
         lines.append(f"next: vqbeam sample {run.root} --output samples.png")
     else:
         lines.append(f"written to {run.folder(stages[-1])}")

@@ -76,7 +76,10 @@ def test_the_time_in_all_is_that_of_the_bar_and_of_what_follows(clock_of_test, c
     bar.update(10)
     clock_of_test.now += 40
     bar.update(20)
-    assert "encode       33%  2:00 left  3:40 in all  0.5 images/s  30 of 90 images" in capsys.readouterr().err
+    assert (
+        "encode       33%  2:00 left  3:40 in all  0.5 images/s  30 of 90 images"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("width", [36, 60, 80, 120])

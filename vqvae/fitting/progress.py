@@ -129,7 +129,7 @@ class ProgressBar:
 
     def _parts(self) -> list[str]:
         """Returns title and share in one text, and further ones, the most important first."""
-        parts = [f"{self.title:<12}{self.n / max(self.total, 1):4.0%}", *self.figures[:1]]
+        parts = [f"{self.title + ' ':<12}{self.n / max(self.total, 1):4.0%}", *self.figures[:1]]
         if self.seconds_left:
             parts.append(f"{clock(self.seconds_left)} left")
             if after := seconds_after.get(self.title):

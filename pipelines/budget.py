@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -116,7 +117,6 @@ def fit_to_minutes(
         minutes: Time for all stages, above 0, from the start of the command.
         counts: Images by split, as far as known.
     """
-    print("measuring the speed of this machine ...", flush=True)
     begun = time.monotonic()
     trials = measure(config, tuple(STAGES), MINUTES_SECONDS, fewest=1)
     prepare = seconds_per_image(config) if counts else 0.0
@@ -264,6 +264,8 @@ def measure(
 ) -> dict[str, Trial]:
     """Returns trials of the trainings of stages on random data, by the titles of their bars.
 
+    Says so, since it takes a while.
+
     Args:
         config: The config.
         stages: Names from `STAGES`.
@@ -275,6 +277,8 @@ def measure(
         for title, (stage, steps) in TRAININGS.items()
         if stage in stages and steps(config) >= fewest
     ]
+    if wanted:
+        print("measuring the speed of this machine ...", file=sys.stderr, flush=True)
     trials = {}
     for title in wanted:
         begun = time.perf_counter()

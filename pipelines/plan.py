@@ -1,5 +1,6 @@
 """What a command is about to do: its stages and steps, their time, and what they need."""
 
+import dataclasses
 import math
 import shutil
 import sys
@@ -48,18 +49,31 @@ def announce(
         here: Whether the stages run on this machine; if not, no times are foretold.
     """
     if here and trials is None and set(stages) & {*MODELS}:
-        print("measuring the speed of this machine ...", file=sys.stderr, flush=True)
         trials = measure(config, stages, PLAN_SECONDS)
     trials = {
         title: trial for title, trial in (trials or {}).items() if TRAININGS[title][0] in stages
     }
     counts = known_counts(run, config)
-    prepare = seconds_per_image(config) if here and counts and "prepare" in stages else 0.0
-    parts = [part for part in parts_of(config, trials, counts, prepare) if part.stage in stages]
+    prepare = seconds_per_image(config) if trials and counts and "prepare" in stages else 0.0
+    done = {stage: run.trained_steps(stage) for stage in stages if stage in MODELS}
+    parts = [
+        _rest(part, config, done)
+        for part in parts_of(config, trials, counts, prepare)
+        if part.stage in stages
+    ]
     foretell(parts)
-    for line in plan_lines(run, config, stages, parts, counts, trials):
+    for line in plan_lines(run, config, stages, parts, counts, trials, done):
         print(line, file=sys.stderr)
     sys.stderr.flush()
+
+
+def _rest(part: Part, config: Config, done: Mapping[str, int]) -> Part:
+    """Returns a part without the time of the steps that are done already."""
+    steps = done.get(part.stage, 0)
+    if not steps or part.title not in ("train vqvae", "train prior"):
+        return part
+    share = 1 - min(1.0, steps / TRAININGS[part.title][1](config))
+    return dataclasses.replace(part, bar=part.bar * share)
 
 
 def foretell(parts: Sequence[Part]) -> None:
@@ -78,8 +92,19 @@ def plan_lines(
     parts: Sequence[Part],
     counts: Mapping[str, int],
     trials: Mapping[str, Trial],
+    done: Mapping[str, int],
 ) -> list[str]:
-    """Returns the plan as lines of fewer than 60 characters, but for paths and devices."""
+    """Returns the plan as lines of fewer than 60 characters, but for paths and devices.
+
+    Args:
+        run: The run.
+        config: Its config.
+        stages: The stages to do, in their order.
+        parts: Their parts.
+        counts: Images by split, as far as known.
+        trials: Trials of the trainings.
+        done: Steps that are done already, by stage.
+    """
     lines = [f"plan for {run.root}:"]
     total = sum(part.seconds for part in parts)
     for stage in stages:
@@ -87,7 +112,10 @@ def plan_lines(
         tried = stage not in MODELS or any(TRAININGS[title][0] == stage for title in trials)
         seconds = sum(part.seconds for part in parts if part.stage == stage)
         time = f"about {clock(seconds)}" if trials and tried and seconds >= 1 else ""
-        lines.append(f"  {stage:<12} {_work(stage, config, counts):<30} {time:>13}".rstrip())
+        work = _work(stage, config, counts)
+        if done.get(stage):
+            work += f", {done[stage]:,} done"
+        lines.append(f"  {stage:<12} {work:<30} {time:>13}".rstrip())
     if trials:
         lines.append(f"  {'in all':<43} {f'about {clock(total)}':>13}")
     needed = _disk(config, stages, counts, trials)

@@ -1,10 +1,12 @@
 """What `run` says before it begins."""
 
+import re
+
 import pytest
 from pipeline_fixtures import small_config, write_images
 
 from vqbeam.pipelines import plan
-from vqbeam.pipelines.budget import Part, Trial, known_counts, measure, seconds_per_image
+from vqbeam.pipelines.budget import Part, Trial, known_counts, measure, parts_of, seconds_per_image
 from vqbeam.pipelines.plan import announce, foretell, plan_lines
 from vqbeam.vqvae.fitting.progress import seconds_after
 from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
@@ -44,11 +46,12 @@ def test_the_plan_fits_into_60_columns_and_adds_up(tmp_path):
         Part("train-vqvae", "decoder", 3, 40),
         Part("train-prior", "train prior", 3, 3600),
     ]
-    lines = plan_lines(run, config, list(STAGES), parts, COUNTS, TRIALS)
+    lines = plan_lines(run, config, list(STAGES), parts, COUNTS, TRIALS, {"train-vqvae": 500})
     assert max(len(line) for line in lines[1:]) < 60
     words = {line.split()[0]: line for line in lines}
     assert words["prepare"].split(maxsplit=1)[1].split("  ")[0] == "1,000 images"
-    assert "2,000 steps of" in words["train-vqvae"] and words["train-vqvae"].endswith("about 1:53")
+    assert "2,000 steps of 8, 500 done" in words["train-vqvae"]
+    assert words["train-vqvae"].endswith("about 1:53")
     assert words["train-prior"].endswith("about 1:00:03")
     assert words["in"].split() == ["in", "all", "about", "1:02:06"]
     assert words["disk"].endswith(" free")
@@ -59,19 +62,38 @@ def test_the_plan_fits_into_60_columns_and_adds_up(tmp_path):
 def test_a_full_disk_is_told_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: type("", (), {"free": 1000}))
     run, config = RunFolder(tmp_path / "new" / "run"), small_config("glyphs")
-    lines = plan_lines(run, config, ["prepare"], [], COUNTS, {})
+    lines = plan_lines(run, config, ["prepare"], [], COUNTS, {}, {})
     assert any("the disk is too full" in line for line in lines)
 
 
 def test_short_trainings_are_not_tried(tmp_path, source, capsys):
     run, config = RunFolder(tmp_path / "run"), small_config(source)
+    run.start(config)
     announce(run, config, list(STAGES))
     said = capsys.readouterr().err
     assert "24 images" in said and f"{config.vqvae.steps} steps" in said
     assert "in all" not in said and "train-prior" in said
 
 
+def test_steps_that_are_done_take_no_time(tmp_path, source, capsys):
+    steps = {"vqvae__steps": 2000, "vqvae__steps_per_epoch": 1000}
+    run, config = RunFolder(tmp_path / "run"), small_config(source, **steps)
+    run.start(config)
+    folder = run.folder("train-vqvae") / "checkpoints" / "f"
+    folder.mkdir(parents=True)
+    told = []
+    for steps in (0, 1000):
+        (folder / f"step-{steps:08d}.weights.h5").write_text("")
+        announce(run, config, ["train-vqvae"], TRIALS)
+        (line,) = re.findall(r"  train-vqvae .* about (\d+):(\d+)", capsys.readouterr().err)
+        told.append(60 * int(line[0]) + int(line[1]))
+    parts = parts_of(config, TRIALS, known_counts(run, config), 0.0)
+    (part,) = [part for part in parts if part.title == "train vqvae"]
+    assert told == pytest.approx([part.seconds, part.seconds - part.bar / 2], abs=1)
+
+
 @pytest.mark.slow
+@pytest.mark.backend
 def test_every_training_is_tried_and_timed(tmp_path, source, capsys):
     config = small_config(source, vqvae__finetune_steps=2, vqvae__perceptual=1.0)
     trials = measure(config, list(STAGES), 0.0, fewest=1)
@@ -83,7 +105,9 @@ def test_every_training_is_tried_and_timed(tmp_path, source, capsys):
     weights = sum(variable.numpy().size for variable in model.trainable_variables)
     assert trials["train vqvae"].parameters == weights
     assert list(measure(config, ["train-prior"], 0.0, fewest=1)) == ["train prior"]
-    announce(RunFolder(tmp_path / "run"), config, list(STAGES), trials)
+    run = RunFolder(tmp_path / "run")
+    run.start(config)
+    announce(run, config, list(STAGES), trials)
     assert "in all" in capsys.readouterr().err
     assert 0 < seconds_after["encode"] < seconds_after["decoder"] < seconds_after["train vqvae"]
     assert 0 < seconds_per_image(config) < 1

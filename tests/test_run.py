@@ -140,7 +140,8 @@ def test_a_time_becomes_steps_which_the_same_command_keeps(
     finetuning = {"vqvae__finetune_steps": 2, "vqvae__perceptual": 1.0}
     go(tmp_path / "run", source, minutes=0.05, **finetuning)
     config = RunFolder(tmp_path / "run").load_config()
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
+    assert "measuring the speed of this machine" in told
     for count, name in (
         (config.vqvae.steps, "train vqvae"),
         (config.vqvae.finetune_steps, "features"),
@@ -151,7 +152,7 @@ def test_a_time_becomes_steps_which_the_same_command_keeps(
     # Starting up alone takes longer.
     assert "0.05 minutes are too few" in said
     go(tmp_path / "run", source, minutes=0.05, **finetuning)
-    assert "measuring" not in capsys.readouterr().out
+    assert "measuring" not in capsys.readouterr().err
     assert RunFolder(tmp_path / "run").load_config() == config
     with pytest.raises(VqbeamError, match="--minutes is for training on this machine"):
         go("gs://b/run", source, beam_args=["--runner=DataflowRunner"], minutes=1)

@@ -40,7 +40,9 @@ setuptools.setup(
         "test-browser": ["playwright"],
         "test-cloud": ["apache-beam[gcp]>=2.77", "gcp-storage-emulator", "trustme"],
         "test": [
+            "ipykernel",
             "jax",
+            "nbclient",
             "pandas",
             "pytest",
             "pytest-timeout",

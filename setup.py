@@ -34,7 +34,6 @@ setuptools.setup(
         "tensorboard",
         "tensorflow>=2.21",
         "tensorflow-datasets>=4.9.10",
-        "tqdm",
     ],
     extras_require={
         "formats": ["pillow-heif", "pillow-jxl-plugin"],  # HEIC and JPEG XL
@@ -42,7 +41,9 @@ setuptools.setup(
         "test-browser": ["playwright"],
         "test-cloud": ["apache-beam[gcp]>=2.77", "gcp-storage-emulator", "trustme"],
         "test": [
+            "ipykernel",
             "jax",
+            "nbclient",
             "pandas",
             "pillow-heif",
             "pillow-jxl-plugin",

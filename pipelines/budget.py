@@ -1,59 +1,161 @@
-"""Training steps for a given time: the speed of this machine is measured first."""
+"""How long the stages of a run take on this machine, by trial steps, and steps for a given time."""
 
+import contextlib
+import dataclasses
+import gc
+import math
+import resource
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from vqbeam.configs import Config, override
+from vqbeam.pipelines.sources import open_source
+from vqbeam.pipelines.sources.images import ImageError, encode_png
 from vqbeam.prior.training import build_optimizer as prior_optimizer
 from vqbeam.prior.training import build_prior
+from vqbeam.vqvae.augmentation import variant_count
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.finetuning.decoder import build_trainer
-from vqbeam.vqvae.finetuning.features import build_features
+from vqbeam.vqvae.finetuning.features import (
+    FEATURES_BATCH,
+    build_classification,
+    build_features,
+)
+from vqbeam.vqvae.fitting.data import TrainingData, training_data
+from vqbeam.vqvae.fitting.devices import peak_memory
 from vqbeam.vqvae.fitting.optimizers import build_optimizer
+from vqbeam.vqvae.fitting.program import steps_per_call, training_program
 from vqbeam.vqvae.layout import code_layout
 from vqbeam.vqvae.storage.labels import Labels
+from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
+from vqbeam.vqvae.training import VALIDATION_IMAGES, augmented_batches
 
-# The rest goes to everything else: reading, compiling, encoding, validating and sampling.
-_SHARE_OF_TRAINING = 0.85
-_SECONDS_OF_EACH = 5.0
 # A prior with classes takes as long for any number of them.
 _LABELS = Labels(("a", "b"))
+# Trainings of fewer steps take seconds, most of them to start: a trial would take as long.
+_FEWEST_STEPS = 100
+# Seconds of trial steps, for a plan and to choose the number of steps.
+PLAN_SECONDS, MINUTES_SECONDS = 2.0, 5.0
+# What is not measured, as seen on a CPU: a forward pass, and that of the encoder, as shares of a
+# training step; how many times as long as in training a code takes in sampling, one at a time with
+# stored keys and values; the time to compile a sampler as a multiple of that to compile a training
+# step; seconds of loading the libraries and of opening and closing a stage; and those to read,
+# encode and write an image without the network.
+_FORWARD, _ENCODER = 1 / 3, 1 / 6
+_SAMPLING = 4.0
+_SAMPLER_START = 0.8
+_LOADING = 8.0
+_STAGE = 1.5
+_SECONDS_PER_IMAGE = 3e-4
 
 
-def fit_to_minutes(config: Config, minutes: float) -> Config:
-    """Returns the config with as many training steps as take about that time on this machine.
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What the trial steps of a training have told.
+
+    Attributes:
+        step: Seconds of a step.
+        start: Seconds to build and compile the program.
+        parameters: Numbers that are trained.
+    """
+
+    step: float
+    start: float
+    parameters: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a run that has a bar of its own, with the seconds that it takes.
+
+    Attributes:
+        stage: The stage that it belongs to.
+        title: The title of its bar.
+        start: Seconds before the bar moves.
+        bar: Seconds of the bar.
+        end: Seconds after it.
+    """
+
+    stage: str
+    title: str
+    start: float
+    bar: float
+    end: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """All its seconds."""
+        return self.start + self.bar + self.end
+
+
+# The trainings by the titles of their bars, with their stage and their number of steps.
+TRAININGS: dict[str, tuple[str, Callable[[Config], int]]] = {
+    "train vqvae": ("train-vqvae", lambda config: config.vqvae.steps),
+    "features": (
+        "train-vqvae",
+        lambda config: config.vqvae.finetune_steps if config.vqvae.perceptual else 0,
+    ),
+    "decoder": ("train-vqvae", lambda config: config.vqvae.finetune_steps),
+    "train prior": ("train-prior", lambda config: config.prior.steps),
+}
+
+
+def fit_to_minutes(
+    config: Config, minutes: float, counts: Mapping[str, int]
+) -> tuple[Config, dict[str, Trial]]:
+    """Returns the config with as many training steps as fill a time on this machine, and trials.
 
     Prints the numbers of steps.
 
     Args:
         config: The config, whose steps say how the time is divided.
-        minutes: Time for all stages, above 0.
+        minutes: Time for all stages, above 0, from the start of the command.
+        counts: Images by split, as far as known.
     """
-    print("measuring the speed of this machine ...", flush=True)
-    seconds = _seconds_per_step(config)
-    fitted = scaled(config, minutes, seconds)
-    counts = ", ".join(
-        f"{of(fitted):,} steps of {name} ({1e3 * seconds[name]:,.0f} ms each)"
-        for name, of in _TRAININGS.items()
-        if name in seconds
-    )
-    print(f"for {minutes:g} minutes: {counts}", flush=True)
-    return fitted
+    begun = time.monotonic()
+    trials = measure(config, tuple(STAGES), MINUTES_SECONDS, fewest=1)
+    prepare = seconds_per_image(config) if counts else 0.0
+    used = _LOADING + time.monotonic() - begun
+    fitted = scaled(config, 60 * minutes - used, trials, counts, prepare)
+    total = used + sum(part.seconds for part in parts_of(fitted, trials, counts, prepare))
+    for title, trial in trials.items():
+        steps = TRAININGS[title][1](fitted)
+        print(f"{title}: {steps:,} steps ({1e3 * trial.step:,.0f} ms each)", flush=True)
+    if total > 66 * minutes:
+        print(
+            f"{minutes:g} minutes are too few: to start up, encode and sample alone takes about "
+            f"{math.ceil(total / 60)}",
+            flush=True,
+        )
+    return fitted, trials
 
 
-def scaled(config: Config, minutes: float, seconds: dict[str, float]) -> Config:
-    """Returns the config with all steps and epochs multiplied by one factor, to fit the time.
+def scaled(
+    config: Config,
+    seconds: float,
+    trials: Mapping[str, Trial],
+    counts: Mapping[str, int],
+    prepare: float,
+) -> Config:
+    """Returns the config with all steps and epochs multiplied by one factor, to fill a time.
+
+    The number of epochs stays, and so does the time of all that is not a training step.
 
     Args:
         config: The config.
-        minutes: Time for all stages.
-        seconds: Time of a step, for each training of the config by name; see `_TRAININGS`.
+        seconds: Time for all stages.
+        trials: A trial of each training of the config.
+        counts: See `parts_of`.
+        prepare: See `parts_of`.
     """
-    before = sum(each * _TRAININGS[name](config) for name, each in seconds.items())
-    factor = 60 * minutes * _SHARE_OF_TRAINING / before
+    steps = sum(trial.step * TRAININGS[title][1](config) for title, trial in trials.items())
+    all_parts = sum(part.seconds for part in parts_of(config, trials, counts, prepare))
+    factor = max(0.0, seconds - (all_parts - steps)) / steps
     changes = {}
     for prefix, names in {"vqvae": ("steps", "finetune_steps"), "prior": ("steps",)}.items():
         section = getattr(config, prefix)
@@ -77,38 +179,217 @@ def with_steps_of(config: Config, other: Config) -> Config:
     return override(config, changes)
 
 
-# By name, the number of steps of each training.
-_TRAININGS: dict[str, Callable[[Config], int]] = {
-    "stage 1": lambda config: config.vqvae.steps,
-    "its decoder": lambda config: config.vqvae.finetune_steps,
-    "stage 2": lambda config: config.prior.steps,
-}
+def parts_of(
+    config: Config, trials: Mapping[str, Trial], counts: Mapping[str, int], prepare: float
+) -> list[Part]:
+    """Returns the parts of all stages that take time, in their order; those not tried take none.
+
+    Args:
+        config: The config.
+        trials: A trial of each training, by the title of its bar.
+        counts: Images of the splits "train" and "validation", as far as known.
+        prepare: Seconds to prepare an image.
+    """
+    train, held_out = counts.get("train", 0), counts.get("validation", VALIDATION_IMAGES)
+    settings = config.vqvae
+    parts = [Part("prepare", "prepare", _STAGE, prepare * sum(counts.values()))]
+    for title, trial in trials.items():
+        stage, steps = TRAININGS[title]
+        section = settings if stage == "train-vqvae" else config.prior
+        validated = _FORWARD * trial.step / section.batch_size
+        bar, end = steps(config) * trial.step, 0.0
+        if title.startswith("train "):
+            epochs = math.ceil(section.steps / min(section.steps, section.steps_per_epoch))
+            bar += epochs * min(held_out, VALIDATION_IMAGES) * validated
+            end = held_out * validated + _STAGE
+        if title == "train prior" and config.prior.pictures:
+            bar += _SAMPLER_START * trial.start
+            bar += epochs * _drawing(config, trial, config.prior.pictures, guided=False)
+        parts.append(Part(stage, title, trial.start, bar, end))
+    if "train vqvae" in trials:
+        trial = trials["train vqvae"]
+        images = held_out + train * variant_count(config.encode.augment)
+        each = _ENCODER * trial.step / settings.batch_size + _SECONDS_PER_IMAGE
+        parts.append(Part("encode", "encode", _STAGE + trial.start / 2, images * each))
+    if "train prior" in trials:
+        trial = trials["train prior"]
+        drawn = _drawing(config, trial, config.sample.num, config.sample.guidance != 1)
+        start = _STAGE + _SAMPLER_START * trial.start
+        parts.append(Part("sample", "sample", start, drawn))
+    return sorted(parts, key=lambda part: list(STAGES).index(part.stage))
 
 
-def _seconds_per_step(config: Config) -> dict[str, float]:
-    """Returns the time of a step of each training, on random data."""
-    settings, rng = config.vqvae, np.random.default_rng(config.seed)
-    images = rng.uniform(-1, 1, (settings.batch_size, *config.image_shape)).astype("float32")
+def _drawing(config: Config, trial: Trial, images: int, guided: bool) -> float:
+    """Returns the seconds to sample images, which with guidance takes two passes."""
+    each = _FORWARD * trial.step / config.prior.batch_size
+    return _SAMPLING * images * each * (2 if guided else 1)
+
+
+def seconds_per_image(config: Config) -> float:
+    """Returns the seconds to prepare an image, by those of one second after the first image."""
+    source = open_source(config.data)
+    begun, images = 0.0, 0
+    for raw in source.read(source.plan()[0]):
+        with contextlib.suppress(ImageError):
+            encode_png(source.decode(raw))
+        if not begun:  # the first one waits until the source is open
+            begun = time.perf_counter()
+            continue
+        images += 1
+        if time.perf_counter() - begun >= 1:
+            break
+    return (time.perf_counter() - begun) / max(images, 1)
+
+
+def known_counts(run: RunFolder, config: Config) -> dict[str, int]:
+    """Returns the images by split, of the prepared ones or of a source that tells them at once."""
+    if run.exists() and (made := run.manifest("prepare")):
+        return made["counts"]
+    source = open_source(config.data)
+    if not source.lists_at_once:
+        return {}
+    counts: dict[str, int] = {}
+    for unit in source.plan():
+        counts[unit.shard.split] = counts.get(unit.shard.split, 0) + len(unit.images)
+    return counts
+
+
+def used_memory() -> int:
+    """Returns the bytes of device memory, or on a CPU of main memory, that were used at most."""
+    return peak_memory() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure(
+    config: Config, stages: Sequence[str], seconds: float, fewest: int = _FEWEST_STEPS
+) -> dict[str, Trial]:
+    """Returns trials of the trainings of stages on random data, by the titles of their bars.
+
+    Says so, since it takes a while.
+
+    Args:
+        config: The config.
+        stages: Names from `STAGES`.
+        seconds: Time of the steps of each training.
+        fewest: Trainings of fewer steps are not tried.
+    """
+    wanted = [
+        title
+        for title, (stage, steps) in TRAININGS.items()
+        if stage in stages and steps(config) >= fewest
+    ]
+    if wanted:
+        print("measuring the speed of this machine ...", file=sys.stderr, flush=True)
+    trials = {}
+    for title in wanted:
+        begun = time.perf_counter()
+        model, data, settings = _BUILDERS[title](config)
+        trials[title] = _trial(model, data, settings.steps_per_epoch, seconds, begun)
+    gc.collect()  # models refer to themselves, and the memory of a GPU is needed
+    return trials
+
+
+def _trial(
+    model: keras.Model, data: TrainingData, epoch: int, seconds: float, begun: float
+) -> Trial:
+    together = steps_per_call(epoch)
+    watch = _Stopwatch(together, seconds)
+    with training_program(model, data, together) as program:
+        model.fit(
+            program.batches(0),
+            steps_per_epoch=10**6,  # more than are ever done
+            shuffle=False,
+            verbose=0,
+            callbacks=[watch],
+        )
+    parameters = sum(math.prod(variable.shape) for variable in model.trainable_variables)
+    return Trial(watch.per_step, watch.first - begun, parameters)
+
+
+class _Stopwatch(keras.callbacks.Callback):
+    """Takes the time of steps, and ends training after some seconds."""
+
+    def __init__(self, together: int, seconds: float):
+        super().__init__()
+        self.together, self.seconds = together, seconds
+        self.calls, self.first, self.start, self.per_step = 0, 0.0, 0.0, 0.0
+
+    def on_train_batch_end(self, batch, logs=None):
+        now = time.perf_counter()
+        self.calls += 1
+        if self.calls == 1:
+            self.first = now
+        if self.calls <= 2:  # the first call compiles, and the second may still be slow
+            self.start = now
+            return
+        self.per_step = (now - self.start) / (self.calls - 2) / self.together
+        self.model.stop_training = now - self.start >= self.seconds
+
+
+def _images(config: Config, batch_size: int, answers: bool = False) -> TrainingData:
+    size = 4 * batch_size
+    rng = np.random.default_rng(config.seed)
+    images = rng.integers(0, 256, (size, *config.image_shape), np.uint8)
+    if not answers:
+        examples = tf.data.Dataset.from_tensor_slices({"image": images})
+        return augmented_batches(examples, size, config, config.vqvae.augment)
+    arrays = {"image": images, "label": np.arange(size, dtype=np.int32) % 2}
+    return _batches(
+        arrays,
+        batch_size,
+        lambda batch: (keras.ops.cast(batch["image"], "float32"), batch["label"]),
+    )
+
+
+def _batches(arrays: dict[str, np.ndarray], batch_size: int, prepare: Callable) -> TrainingData:
+    return training_data(
+        tf.data.Dataset.from_tensor_slices(arrays),
+        size=len(next(iter(arrays.values()))),
+        batch_size=batch_size,
+        seed=0,
+        numbers=lambda seed, count: {},
+        prepare=prepare,
+    )
+
+
+def _vqvae(config: Config):
     model = build_model(config, data_variance=1.0)
-    model.compile(build_optimizer(settings))
-    seconds = {"stage 1": _seconds(model, images)}
-    if settings.finetune_steps:
-        features = build_features(config.image_shape, len(_LABELS.names), settings.dtype)
-        seconds["its decoder"] = _seconds(build_trainer(model, features, settings), images)
-    prior = build_prior(config, _LABELS)
-    prior.parts = config.prior.grad_accumulation
-    prior.compile(prior_optimizer(config.prior))
-    size, layout = config.prior.batch_size, code_layout(config)
+    model.compile(build_optimizer(config.vqvae))
+    return model, _images(config, config.vqvae.batch_size), config.vqvae
+
+
+def _features(config: Config):
+    features = build_features(config.image_shape, len(_LABELS.names), config.vqvae.dtype)
+    model = build_classification(features, config.vqvae.finetune_steps)
+    return model, _images(config, FEATURES_BATCH, answers=True), config.vqvae
+
+
+def _decoder(config: Config):
+    settings = config.vqvae
+    features = build_features(config.image_shape, len(_LABELS.names), settings.dtype)
+    model = build_model(config, data_variance=1.0)
+    trainer = build_trainer(model, features if settings.perceptual else None, settings)
+    return trainer, _images(config, settings.batch_size), settings
+
+
+def _prior(config: Config):
+    settings, layout = config.prior, code_layout(config)
+    model = build_prior(config, _LABELS)
+    model.parts = settings.grad_accumulation
+    for block in model.blocks:
+        block.remat = settings.remat == "blocks"
+    model.compile(prior_optimizer(settings))
+    size = 4 * settings.batch_size
+    rng = np.random.default_rng(config.seed)
     codes = rng.integers(0, layout.num_codes, (size, *layout.shape), np.int32)
-    inputs = {"codes": codes, "labels": np.zeros(size, np.int32)}
-    return seconds | {"stage 2": _seconds(prior, inputs)}
+    arrays = {"codes": codes, "labels": np.zeros(size, np.int32)}
+    return model, _batches(arrays, settings.batch_size, lambda batch: batch), settings
 
 
-def _seconds(model: keras.Model, batch) -> float:
-    for _ in range(2):  # compiles
-        model.train_on_batch(batch)
-    start, steps = time.perf_counter(), 0
-    while steps < 2 or time.perf_counter() - start < _SECONDS_OF_EACH:
-        model.train_on_batch(batch)
-        steps += 1
-    return (time.perf_counter() - start) / steps
+# For the title of each training, the function from a config to the compiled model, its data and
+# its section of the config.
+_BUILDERS: dict[str, Callable] = {
+    "train vqvae": _vqvae,
+    "features": _features,
+    "decoder": _decoder,
+    "train prior": _prior,
+}

@@ -34,7 +34,7 @@ def describe(run_dir: str) -> str:
         except VqbeamError as error:
             lines.append(f"{stage:<12} damaged: {error}")
         if (run.root / folder).exists():
-            lines.append(f"  {run.root / folder}, {_bytes(_size(run.root / folder))}")
+            lines.append(f"  {run.root / folder}, {file_size(_size(run.root / folder))}")
     return "\n".join(lines)
 
 
@@ -134,7 +134,8 @@ def _size(folder: epath.Path) -> int:
     )
 
 
-def _bytes(size: float) -> str:
+def file_size(size: float) -> str:
+    """Returns a number of bytes in words, such as "12 MB" or "1.5 GB"."""
     for unit in ("bytes", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}"

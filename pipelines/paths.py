@@ -111,6 +111,12 @@ def is_dataflow(beam_args: Sequence[str]) -> bool:
     return bool(runners) and "dataflow" in runners[-1].lower()
 
 
+def runs_here(beam_args: Sequence[str]) -> bool:
+    """Returns whether Beam's arguments choose a runner in this process or on this machine."""
+    runners = [word.removeprefix("--runner=") for word in beam_args if word.startswith("--runner=")]
+    return runners[-1:] in ([], ["FnApiRunner"], ["DirectRunner"], ["BundleBasedDirectRunner"])
+
+
 def with_runner(beam_args: Sequence[str]) -> list[str]:
     """Returns Beam's arguments with a runner, since Beam's default may download one."""
     if any(word.startswith("--runner=") for word in beam_args):

@@ -1,6 +1,7 @@
 """The command that runs the stages of a run as one Beam pipeline, except finished ones."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 
@@ -12,10 +13,11 @@ from vqbeam.pipelines.paths import (
     absolute,
     check_shared,
     is_dataflow,
+    runs_here,
     source_paths,
     with_absolute_paths,
 )
-from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
+from vqbeam.vqvae.storage.run_folder import MODELS, STAGES, RunFolder
 
 
 def run_stages(
@@ -60,8 +62,9 @@ def run_stages(
         from vqbeam.pipelines.sources import open_source
 
         open_source(config.data).check()
+    trials = None
     if minutes:
-        config = _fitted(config, minutes, run)
+        config, trials = _fitted(config, minutes, run)
     is_done = run.exists() and run.load_config() == config and run.done(stages) == set(stages)
     if is_done and not retrain and not extend:
         _tell_what_is_done(run, stages)
@@ -72,7 +75,7 @@ def run_stages(
             for stage in retrain:
                 run.folder(stage).rmtree(missing_ok=True)
             with if_removed(run.exists, run.root):
-                _do(run, config, stages, beam_args)
+                _do(run, config, stages, beam_args, trials)
     for line in _closing_lines(run, stages):
         print(line)
 
@@ -108,21 +111,44 @@ def _with_parents(config: Config, run: RunFolder, elsewhere: bool) -> Config:
     return override(config, found | dict.fromkeys(missing))
 
 
-def _fitted(config: Config, minutes: float, run: RunFolder) -> Config:
-    from vqbeam.pipelines.budget import fit_to_minutes, with_steps_of
+def _fitted(config: Config, minutes: float, run: RunFolder) -> tuple[Config, dict | None]:
+    """Returns the config with the steps for a time, and the trials that have told them, if any."""
+    from vqbeam.pipelines.budget import fit_to_minutes, known_counts, with_steps_of
 
     if run.exists():
-        return with_steps_of(config, run.load_config())
-    return fit_to_minutes(config, minutes)
+        return with_steps_of(config, run.load_config()), None
+    try:
+        counts = known_counts(run, config)
+    except VqbeamError:  # a dataset that is downloaded later
+        counts = {}
+    return fit_to_minutes(config, minutes, counts)
 
 
-def _do(run: RunFolder, config: Config, stages: Sequence[str], beam_args: Sequence[str]) -> None:
+def _do(
+    run: RunFolder,
+    config: Config,
+    stages: Sequence[str],
+    beam_args: Sequence[str],
+    trials: dict | None,
+) -> None:
     start = time.monotonic()
     pending = _pending(run, stages)
     _tell_what_is_done(run, [stage for stage in stages if stage not in pending])
-    if pending:
-        _run_pipeline(run, config, pending, beam_args)
-        print(f"{' → '.join(pending)}: done in {duration(time.monotonic() - start)}")
+    if not pending:
+        return
+    if "prepare" in pending:
+        from vqbeam.pipelines.sources import open_source
+
+        open_source(config.data).download(beam_args)
+    from vqbeam.pipelines.plan import announce
+
+    announce(run, config, pending, trials, here=runs_here(beam_args))
+    _run_pipeline(run, pending, beam_args)
+    if {*pending} & {*MODELS, "sample"}:
+        from vqbeam.pipelines.report.live import written
+
+        written(run)
+    print(f"{' → '.join(pending)}: done in {duration(time.monotonic() - start)}")
 
 
 def _tell_what_is_done(run: RunFolder, stages: Sequence[str]) -> None:
@@ -146,18 +172,11 @@ def _pending(run: RunFolder, stages: Sequence[str]) -> list[str]:
     return pending
 
 
-def _run_pipeline(
-    run: RunFolder, config: Config, stages: Sequence[str], beam_args: Sequence[str]
-) -> None:
+def _run_pipeline(run: RunFolder, stages: Sequence[str], beam_args: Sequence[str]) -> None:
     import apache_beam as beam
 
     from vqbeam.pipelines.beam import run_pipeline
     from vqbeam.pipelines.stages.transforms import transform
-
-    if "prepare" in stages:
-        from vqbeam.pipelines.sources import open_source
-
-        open_source(config.data).download(beam_args)
 
     def build(pipeline):
         runs = pipeline | beam.Create([absolute(str(run.root))])
@@ -181,12 +200,38 @@ def _closing_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:
             letters = run.folder("prepare") / "dead_letters.jsonl"
             images = f"{images['failed']} image{'s' if images['failed'] > 1 else ''}"
             lines.append(f"could not be decoded: {images}, listed in {letters}")
+    lines += _quality_lines(run, stages)
     if "sample" in stages:
         lines.append(f"new images: {run.folder('sample') / 'samples.png'}")
+        if (run.root / "report.html").exists():
+            lines.append(f"all about the run, in a browser: {run.root / 'report.html'}")
         lines.append(f"next: vqbeam sample {run.root} --output samples.png")
     else:
         lines.append(f"written to {run.folder(stages[-1])}")
         lines.append(f"next: {_next_command(run, stages[-1])}")
+    return lines
+
+
+def _quality_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:
+    """Returns how good the models of stages are, in figures with what they are measured against."""
+    lines, codes = [], run.load_config().vqvae.num_codes
+    made = {stage: manifest for stage in stages if (manifest := run.manifest(stage))}
+    if "train-vqvae" in made:
+        measures = made["train-vqvae"]["measures"]
+        lines.append(
+            f"held-out reconstructions: PSNR {measures['psnr']:.1f} dB (20 is blurry, 30 close to "
+            f"the original), {run.folder('train-vqvae') / 'reconstructions.png'}"
+        )
+    if "encode" in made:
+        used = made["encode"]["codes_used"]
+        levels = used if isinstance(used, list) else [used]
+        lines.append(f"codes in use: {', '.join(f'{n:,} of {codes:,}' for n in levels)}")
+    if "train-prior" in made:
+        nats = made["train-prior"]["measures"]["nats_per_code"]
+        even = math.log(codes)
+        lines.append(
+            f"prior: {nats:.2f} nats a code (guessing evenly costs {even:.2f}; less is better)"
+        )
     return lines
 
 

@@ -30,6 +30,7 @@ from vqbeam.vqvae.storage.records import (
 from vqbeam.vqvae.storage.run_folder import MODELS, RunFolder
 from vqbeam.vqvae.training import (
     MODEL_FILE,
+    VALIDATION_IMAGES,
     check_fits,
     copy_weights,
     load_parent,
@@ -39,8 +40,6 @@ from vqbeam.vqvae.training import (
 )
 
 STAGE = "train-prior"
-# Validation images per epoch, to monitor training; the complete split is evaluated at the end.
-_VALIDATION_IMAGES = 2048
 
 
 def train_prior(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = ()) -> dict:
@@ -163,12 +162,13 @@ def _fit(run: RunFolder, config: Config, codes: dict, callbacks: Sequence) -> Fi
             batch_size=settings.batch_size,
             seed=config.seed,
             patience=settings.early_stopping,
+            figures=lambda logs: [f"{logs['val_bits_per_dim']:.4f} bits per dimension"],
         )
         fitted = fit(
             model,
             schedule,
             data=_training(run, config, codes, model),
-            validation=_validation(run, config, limit=_VALIDATION_IMAGES),
+            validation=_validation(run, config, limit=VALIDATION_IMAGES),
             folder=run.folder(STAGE),
             fingerprints=run.fingerprints(STAGE),
             callbacks=callbacks,

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import re
@@ -8,13 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from pipeline_fixtures import CLASSES, SIDE
+from report_pages import Page
 
 import vqbeam
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.complete import complete
 from vqbeam.pipelines.sampling.sample import sample
 from vqbeam.pipelines.sampling.score import score
-from vqbeam.vqvae.figures import picture, save_png
+from vqbeam.vqvae.figures import label_figure, picture, save_png
 from vqbeam.vqvae.training import load_vqvae
 
 pytestmark = pytest.mark.slow
@@ -179,3 +181,25 @@ def test_the_page_of_examples(finished_run, tmp_path, monkeypatch):
     for block in blocks:
         exec(block.replace('"Bag"', '"apple"'), names)
     assert names["done"].shape == (8, 4, SIDE, SIDE, 3) and names["vectors"].shape == (5, 16)
+
+
+def test_a_notebook_shows_a_run_and_samples(run, finished_run):
+    page = Page(run._repr_html_())
+    vqvae, encoded = (finished_run.manifest(stage) for stage in ("train-vqvae", "encode"))
+    assert str(finished_run.root) in page.text and "preset small, seed 0" in page.text
+    assert f"{vqvae['measures']['psnr']:.1f} dB" in page.text
+    assert f"{encoded['codes_used']} of 12" in page.text
+    for name, text in (
+        ("vqvae/reconstructions.png", "Held-out images above their reconstructions"),
+        ("samples/samples.png", "New images"),
+    ):
+        with Image.open(finished_run.root / name) as written:
+            np.testing.assert_array_equal(page.picture(text), np.asarray(written.convert("RGB")))
+    new = run.sample(labels=["apple", "cherry"], num=4, seed=2)
+    grid = np.asarray(label_figure(new.images, new.names, fill=True))
+    shown = Page(new._repr_html_())
+    np.testing.assert_array_equal(shown.picture("4 new images"), grid)
+    assert repr(new) == f"Samples(uint8 [4, {SIDE}, {SIDE}, 3], seed 2)"
+    assert f"4 new images, seed 2, checkpoint {run.checkpoint}" in shown.text
+    settings = new.settings | {"checkpoint": "<script>"}
+    assert "<script>" not in dataclasses.replace(new, settings=settings)._repr_html_()

@@ -41,7 +41,7 @@ from vqbeam.pipelines.cli.parser import UsageError
         ),
         (["gradients", "glyphs", "--prior.layers", "1"], "vqbeam: unknown flag --prior.layers"),
         (["gradients", "glyphs", "--output", ""], "vqbeam gradients: --output: is empty"),
-        (["inspect", "d", "e"], "vqbeam inspect: unexpected argument 'e'"),
+        (["inspect", "d", "e"], "vqbeam inspect: several folders need --json or --csv"),
         (["presets", "d", "e"], "vqbeam presets: unexpected argument 'e'"),
         (["help", "zzz"], "vqbeam: unknown command 'zzz'; see vqbeam --help"),
         (["smaple", "d"], "vqbeam: unknown command 'smaple'; did you mean sample?"),

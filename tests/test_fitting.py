@@ -378,7 +378,7 @@ def test_speed_is_told_and_returned(compiled, tmp_path, monkeypatch, capsys):
 def test_speed_leaves_out_compilation_and_validation(monkeypatch):
     clock = iter([30.0, 32.0, 33.0, 40.0, 45.0, 47.0])
     monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
-    bar = progress.FitProgress("test", total=400, initial=0, at_once=50)
+    bar = progress.FitProgress("test", steps=8, batch_size=50)
     logs = {"loss": 0.0}
     bar.on_epoch_begin(0)
     assert bar.rate is None
@@ -424,7 +424,7 @@ def test_fewer_steps_than_an_epoch(tmp_path, capsys):
     train(model, tmp_path, 1, steps=2)
     assert int(np.asarray(model.optimizer.iterations)) == 2
     # The bar counts these 2 batches of 8 as all there is.
-    assert "16/16" in capsys.readouterr().err
+    assert "16 of 16 images" in capsys.readouterr().err
 
 
 def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):

@@ -52,7 +52,12 @@ def test_says_what_was_made_and_what_to_type_next(place):
     assert lines[1].startswith("images: ") and lines[1].endswith(", in run/images")
     letters = "run/images/dead_letters.jsonl"
     assert lines[2] == f"could not be decoded: 1 image, listed in {letters}"
-    assert lines[3:] == [
+    assert [line.partition(": ")[0] for line in lines[3:6]] == [
+        "held-out reconstructions",
+        "codes in use",
+        "prior",
+    ]
+    assert lines[6:] == [
         "new images: run/samples/samples.png",
         "next: vqbeam sample run --output samples.png",
     ]

@@ -331,6 +331,7 @@ def test_the_package_holds_the_template(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == [
         "__init__.py",
         "advice.py",
+        "live.py",
         "page.html",
         "page.py",
     ]

@@ -6,6 +6,7 @@ import threading
 import time
 
 import apache_beam as beam
+import numpy as np
 import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from pipeline_fixtures import small_config, write_images, write_preset
@@ -20,7 +21,12 @@ from vqbeam.vqvae.storage.run_folder import MANIFEST, STAGES, RunFolder
 
 ALL = tuple(STAGES)
 BEAM = ["--runner=FnApiRunner"]
-DONE = {"counts": {"train": 1900, "validation": 100}, "failed": 0}
+DONE = {
+    "counts": {"train": 1900, "validation": 100},
+    "failed": 0,
+    "measures": {"psnr": 25.13, "nats_per_code": 1.234},
+    "codes_used": 11,
+}
 
 
 @pytest.fixture
@@ -118,9 +124,19 @@ def test_all_stages_in_their_order(ran, tmp_path, source, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("prepare → train-vqvae → encode → train-prior → sample: done in ")
     assert lines[1] == f"images: 1,900 train, 100 validation, in {tmp_path}/run/images"
-    assert lines[2] == f"new images: {tmp_path}/run/samples/samples.png"
-    assert lines[3] == f"next: vqbeam sample {tmp_path}/run --output samples.png"
-    assert len(lines) == 4
+    assert lines[2] == (
+        "held-out reconstructions: PSNR 25.1 dB (20 is blurry, 30 close to the original), "
+        f"{tmp_path}/run/vqvae/reconstructions.png"
+    )
+    codes = small_config(source).vqvae.num_codes
+    assert lines[3] == f"codes in use: 11 of {codes}"
+    guess = np.log(codes)
+    assert (
+        lines[4] == f"prior: 1.23 nats a code (guessing evenly costs {guess:.2f}; less is better)"
+    )
+    assert lines[5] == f"new images: {tmp_path}/run/samples/samples.png"
+    assert lines[6] == f"next: vqbeam sample {tmp_path}/run --output samples.png"
+    assert len(lines) == 7
 
 
 def test_what_was_left_out_is_told(ran, tmp_path, source, capsys, monkeypatch):
@@ -169,19 +185,23 @@ def test_stage_by_stage(ran, tmp_path, source, capsys):
 def test_a_time_becomes_steps_which_the_same_command_keeps(
     ran, tmp_path, source, monkeypatch, capsys
 ):
-    monkeypatch.setattr(budget, "_SECONDS_OF_EACH", 0.0)
+    monkeypatch.setattr(budget, "MINUTES_SECONDS", 0.0)
     finetuning = {"vqvae__finetune_steps": 2, "vqvae__perceptual": 1.0}
     go(tmp_path / "run", source, minutes=0.05, **finetuning)
     config = RunFolder(tmp_path / "run").load_config()
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
+    assert "measuring the speed of this machine" in told
     for count, name in (
-        (config.vqvae.steps, "stage 1"),
-        (config.vqvae.finetune_steps, "its decoder"),
-        (config.prior.steps, "stage 2"),
+        (config.vqvae.steps, "train vqvae"),
+        (config.vqvae.finetune_steps, "features"),
+        (config.vqvae.finetune_steps, "decoder"),
+        (config.prior.steps, "train prior"),
     ):
-        assert f"{count:,} steps of {name} (" in said
+        assert f"{name}: {count:,} steps (" in said
+    # Starting up alone takes longer.
+    assert "0.05 minutes are too few" in said
     go(tmp_path / "run", source, minutes=0.05, **finetuning)
-    assert "measuring" not in capsys.readouterr().out
+    assert "measuring" not in capsys.readouterr().err
     assert RunFolder(tmp_path / "run").load_config() == config
     with pytest.raises(VqbeamError, match="--minutes is for training on this machine"):
         go("gs://b/run", source, beam_args=["--runner=DataflowRunner"], minutes=1)

@@ -79,7 +79,7 @@ def test_a_sweep_goes_on_where_it_was_killed(run, capsys, monkeypatch):
     measured = []
     whole = SampleEvaluator.samples
 
-    def samples(self, settings):
+    def samples(self, settings, title):
         if len(measured) == 2:
             raise KeyboardInterrupt
         measured.append((settings.temperature, settings.guidance))
@@ -97,7 +97,10 @@ def test_a_sweep_goes_on_where_it_was_killed(run, capsys, monkeypatch):
         assert measured == [None, (1.0, 1.0)]
     capsys.readouterr()
     assert main(words) == 0
-    lines = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    # The bar has the name of the one that was not measured yet.
+    assert "temperature 1.0, guidance 3.0 100%" in said.err
     found = json.loads(path.read_text())
     assert found["images"] == 8 and found["features"] == "classifier"
     results = found["results"]

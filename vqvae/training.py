@@ -29,7 +29,7 @@ STAGE = "train-vqvae"
 MODEL_FILE = "model.keras"
 _FIGURE_IMAGES = 16
 # Validation images per epoch, to monitor training; the complete split is evaluated at the end.
-_VALIDATION_IMAGES = 2048
+VALIDATION_IMAGES = 2048
 
 
 def train_vqvae(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = ()) -> dict:
@@ -213,12 +213,27 @@ def evaluate(model: VQVAE, batches) -> dict[str, float]:
         pixels in [0, 255] and `psnr` in dB, both from the mean error over all pixels.
     """
     measures = model.evaluate(batches, return_dict=True, verbose=0)
-    mse = measures["reconstruction"] * model.data_variance * 127.5**2
+    mse = _mse(measures["reconstruction"], model)
     return {
         **{name: float(value) for name, value in measures.items()},
         "mse": float(mse),
         "psnr": psnr(mse),
     }
+
+
+def _mse(reconstruction: float, model: VQVAE) -> float:
+    """Returns the error of pixels in [0, 255] for the reconstruction loss of a model."""
+    return reconstruction * model.data_variance * 127.5**2
+
+
+def epoch_figures(logs: dict[str, float], model: VQVAE) -> list[str]:
+    """Returns what the line of an epoch says of the held-out images, beside the loss."""
+    codes = model.layout.levels * model.layout.num_codes
+    used = round(logs["val_codes_used"] * codes)
+    return [
+        f"PSNR {psnr(_mse(logs['val_reconstruction'], model)):.1f} dB",
+        f"{used:,} of {codes:,} codes used",
+    ]
 
 
 def _fit(
@@ -241,12 +256,13 @@ def _fit(
             steps_per_epoch=settings.steps_per_epoch,
             batch_size=settings.batch_size,
             seed=config.seed,
+            figures=lambda logs: epoch_figures(logs, model),
         )
         fitted = fit(
             model,
             schedule,
             data=data,
-            validation=_validation(run, settings.batch_size, _VALIDATION_IMAGES),
+            validation=_validation(run, settings.batch_size, VALIDATION_IMAGES),
             folder=run.folder(STAGE),
             fingerprints=run.fingerprints(STAGE),
             callbacks=[
@@ -266,8 +282,23 @@ def training_images(run: RunFolder, augmentation: str = "none") -> TrainingData:
         run: A run with prepared images.
         augmentation: A value of the setting `vqvae.augment`.
     """
-    config = run.load_config()
     builder = open_dataset(run.folder("prepare"))
+    examples = read_split(builder, "train").map(lambda example: {"image": example["image"]})
+    size = builder.info.splits["train"].num_examples
+    return augmented_batches(examples, size, run.load_config(), augmentation)
+
+
+def augmented_batches(
+    examples: tf.data.Dataset, size: int, config: Config, augmentation: str
+) -> TrainingData:
+    """Returns batches as `training_images` does.
+
+    Args:
+        examples: Dictionaries with `image`, uint8 [H, W, C].
+        size: Their number.
+        config: The run's config.
+        augmentation: A value of the setting `vqvae.augment`.
+    """
     *sides, _ = config.image_shape
 
     def prepare(batch):
@@ -275,8 +306,8 @@ def training_images(run: RunFolder, augmentation: str = "none") -> TrainingData:
         return scale_images(augment(images, **batch))
 
     return training_data(
-        read_split(builder, "train").map(lambda example: {"image": example["image"]}),
-        size=builder.info.splits["train"].num_examples,
+        examples,
+        size=size,
         batch_size=config.vqvae.batch_size,
         seed=config.seed,
         numbers=lambda seed, count: random_changes(seed, augmentation, count, sides),

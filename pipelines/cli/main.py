@@ -228,16 +228,25 @@ class _Printable:
 
 
 def _dispatch(verb: str, arguments: dict[str, Any]) -> None:
-    place = arguments.get("run_dir")
-    if place and place.startswith("hf://"):
-        from vqbeam.pipelines.hub import local_run
-
-        arguments = arguments | {"run_dir": local_run(place)}
+    arguments = dict(arguments)
+    if arguments.get("run_dir"):
+        arguments["run_dir"] = _local(arguments["run_dir"])
+    if "run_dirs" in arguments:
+        arguments["run_dirs"] = [_local(place) for place in arguments["run_dirs"]]
     check(verb, arguments)
     with _temporary_folder():
         text = VERBS[verb].run(**arguments)
     if isinstance(text, str):
         print(text)
+
+
+def _local(place: str) -> str:
+    """Returns the folder of a run, which is downloaded first if it is on the hub."""
+    if not place.startswith("hf://"):
+        return place
+    from vqbeam.pipelines.hub import local_run
+
+    return local_run(place)
 
 
 @contextlib.contextmanager

@@ -226,17 +226,33 @@ def run_push(**arguments: Any) -> str | None:
 
 
 def parse_inspect(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
-    """Returns the arguments of `describe`."""
-    parser.describe("DIR")
-    parser.add("DIR", run_location, RUN)
-    return {"run_dir": parser.parse_words(words)["DIR"]}
+    """Returns the arguments of `run_inspect`."""
+    parser.describe("DIR [DIR ...] [--json | --csv]")
+    parser.add("DIR", run_location, f"{RUN}; several to compare", nargs="+")
+    helps = {
+        "json": "print settings and figures as JSON, for programs",
+        "csv": "the same as a table, with a column for each run",
+    }
+    for form, text in helps.items():
+        parser.add_argument(f"--{form}", dest=f"--{form}", action="store_true", help=text)
+    given = parser.parse_words(words)
+    forms = [form for form in helps if given[f"--{form}"]]
+    if len(forms) > 1:
+        parser.error("--json and --csv exclude each other")
+    if len(given["DIR"]) > 1 and not forms:
+        parser.error("several folders need --json or --csv; vqbeam report compares them on a page")
+    return {"run_dirs": given["DIR"], "form": forms[0] if forms else None}
 
 
-def run_inspect(**arguments: Any) -> str | None:
+def run_inspect(run_dirs: Sequence[str], form: str | None) -> str:
     """Does the work; its libraries load only now."""
+    if form:
+        from vqbeam.pipelines.report.page import comparison
+
+        return comparison(run_dirs, form)
     from vqbeam.pipelines.inspect import describe
 
-    return describe(**arguments)
+    return describe(run_dir=run_dirs[0])
 
 
 def parse_report(parser: Parser, words: Sequence[str]) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def _add_own_flags(parser: Parser) -> None:
         help="a tiny version of the preset that runs in seconds, to try the commands",
     )
     if parser.verb == "run":
-        minutes = "choose the training steps for about X minutes, and a few more to start up"
+        minutes = "choose the training steps so that all stages take about X minutes"
         parser.add("--minutes", above_zero, minutes, metavar="X")
     again = "train the model of this stage again: deletes the stage's folder first"
     models = ("train-vqvae", "train-prior")

@@ -191,7 +191,11 @@ def _train(run: RunFolder, prepared: dict, seed: int) -> keras.Model:
     batches = training_batches(
         _examples(run, "train"), size=size, batch_size=batch_size, first_step=0, seed=seed
     )
-    progress = FitProgress("classifier", total=steps * batch_size, initial=0, at_once=batch_size)
+    print(
+        f"first, a classifier of the run's images is trained, whose features the metrics compare: "
+        f"{steps:,} steps; it is kept in {run.evaluation}"
+    )
+    progress = FitProgress("classifier", steps=steps, batch_size=batch_size)
     model.fit(
         batches.prefetch(4),
         steps_per_epoch=steps,

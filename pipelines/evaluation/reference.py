@@ -234,9 +234,9 @@ class SampleEvaluator:
         """Returns the metrics of the reconstructions of the held-out images."""
         return self.reference.measure(self._reconstructed())
 
-    def samples(self, settings: SamplerSettings) -> FeatureStats:
-        """Returns the statistics of images sampled with the settings."""
-        return self.reference.observe(self._drawn(settings))
+    def samples(self, settings: SamplerSettings, title: str = "draw") -> FeatureStats:
+        """Returns the statistics of images sampled with the settings, under a bar with a title."""
+        return self.reference.observe(self._drawn(settings, title))
 
     def sample_again(self, settings: SamplerSettings, rows: Sequence[int]) -> np.ndarray:
         """Returns some of the images of `samples`, uint8 [N, H, W, C]."""
@@ -248,8 +248,10 @@ class SampleEvaluator:
         for images, labels in self.reference.real("validation"):
             yield keras.ops.convert_to_numpy(self._decode(self._encode(images))), labels
 
-    def _drawn(self, settings: SamplerSettings) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        with progress_bar("draw", len(self._labels)) as bar:
+    def _drawn(
+        self, settings: SamplerSettings, title: str
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        with progress_bar(title, len(self._labels)) as bar:
             for first in range(0, len(self._labels), self.batch_size):
                 labels = self._labels[first : first + self.batch_size]
                 indices = first + np.arange(len(labels))

@@ -62,7 +62,7 @@ def sweep(
     combinations = itertools.product(*values.values())
     changes = [dict(zip(values, combination, strict=True)) for combination in combinations]
     grid = [trained.checked(dataclasses.replace(defaults, **change)) for change in changes]
-    results = _measured(run, grid, features, num, seed)
+    results = _measured(run, grid, list(values), features=features, num=num, seed=seed)
     best = min(range(len(grid)), key=lambda index: results[index]["frechet"])
     print(f"{num:,} images at each setting (--num), seed {seed}, {features} features")
     print("\n".join(sweep_lines(list(values), results, best)))
@@ -93,9 +93,24 @@ def sweep_lines(names: Sequence[str], results: Sequence[dict], best: int) -> lis
 
 
 def _measured(
-    run: RunFolder, grid: Sequence[SampleConfig], features: str, num: int, seed: int
+    run: RunFolder,
+    grid: Sequence[SampleConfig],
+    changed: Sequence[str],
+    *,
+    features: str,
+    num: int,
+    seed: int,
 ) -> list[dict]:
-    """Returns the metrics of each combination of settings, measured now or earlier."""
+    """Returns the metrics of each combination of settings, measured now or earlier.
+
+    Args:
+        run: The run.
+        grid: The combinations.
+        changed: Names of the settings that differ, for the titles of the bars.
+        features: See `sweep`.
+        num: See `sweep`.
+        seed: See `sweep`.
+    """
     identity = {
         "images": num,
         "features": features,
@@ -118,7 +133,9 @@ def _measured(
         meter = SampleEvaluator(run, reference, grid[0].batch_size, seed)
         for settings, named in zip(grid, wanted, strict=True):
             if named not in known:
-                results.append({"settings": named, **reference.compare(meter.samples(settings))})
+                title = ", ".join(f"{name} {named[name]}" for name in changed)
+                drawn = meter.samples(settings, title)
+                results.append({"settings": named, **reference.compare(drawn)})
                 known.append(named)
                 run.evaluation.mkdir(parents=True, exist_ok=True)
                 write_json(path, {**identity, "results": results})

@@ -5,10 +5,12 @@ and the page says why.
 """
 
 import base64
+import csv
 import dataclasses
 import datetime
 import functools
 import io
+import json
 import math
 import pathlib
 import shlex
@@ -125,26 +127,111 @@ def report(run_dirs: Sequence[str], output: str | None = None) -> str:
     Raises:
         VqbeamError: A folder holds no run.
     """
+    path, size = write_page(run_dirs, output)
+    return f"report, {size / 1e6:.1f} MB: {path}"
+
+
+def write_page(
+    run_dirs: Sequence[str],
+    output: str | None = None,
+    *,
+    reload_seconds: int | None = None,
+    pictures: tuple[np.ndarray, np.ndarray] | None = None,
+    kept: dict[str, Any] | None = None,
+) -> tuple[epath.Path, int]:
+    """Writes a page about runs atomically; returns its path and its size in bytes.
+
+    Args:
+        run_dirs: Folders of runs.
+        output: See `report`.
+        reload_seconds: How often a browser loads the page again; None for never.
+        pictures: Held-out images and their reconstructions, uint8 [N, H, W, C], of a single run
+            whose model is still being trained.
+        kept: The slow parts of the page of a single run, where an earlier call has put them.
+    """
     runs = [RunFolder(place, remember=True) for place in run_dirs]
     facts = [read_facts(run) for run in runs]
     path = epath.Path(output).expanduser() if output else runs[0].root / "report.html"
-    views = [
-        _view(run, known, facts, _BUDGET // len(runs))
-        for run, known in zip(runs, facts, strict=True)
-    ]
-    html = render(views, _differing_settings(facts))
+    budget = _BUDGET // len(runs)
+    views = []
+    for run, known in zip(runs, facts, strict=True):
+        if pictures:
+            slow = _slow_parts_in_training(*pictures, budget)
+        elif kept:
+            slow = kept
+        else:
+            slow = _slow_parts(run, known, budget)
+            if kept is not None:
+                kept |= slow
+        views.append(_view(run, known, facts, budget, slow))
+    html = render(views, _differing_settings(facts), reload_seconds).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, html.encode())
-    return f"report, {len(html.encode()) / 1e6:.1f} MB: {path}"
+    write_bytes(path, html)
+    return path, len(html)
 
 
-def render(views: Sequence[dict[str, Any]], differing: list[list[str]]) -> str:
-    """Returns the page; all texts of the views are escaped."""
+def comparison(run_dirs: Sequence[str], form: str) -> str:
+    """Returns settings and figures of runs, for programs.
+
+    Args:
+        run_dirs: Folders of runs.
+        form: "json", or "csv" with a row for each name and a column for each run. In both, the
+            settings that differ come first.
+
+    Raises:
+        VqbeamError: A folder holds no run.
+    """
+    facts = [read_facts(RunFolder(place, remember=True)) for place in run_dirs]
+    settings = [_settings(each.config) for each in facts]
+    figures = [_numbers(each) for each in facts]
+    differing = [row[0] for row in _differing_settings(facts)]
+    if form == "json":
+        runs = [
+            {"run": each.root, "preset": each.config.name, "settings": own, "figures": found}
+            for each, own, found in zip(facts, settings, figures, strict=True)
+        ]
+        return json.dumps({"differing": differing, "runs": runs}, indent=1, ensure_ascii=False)
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(["name", *(each.root for each in facts)])
+    rows.writerow(["preset", *(each.config.name for each in facts)])
+    names = [*differing, *(name for name in settings[0] if name not in differing)]
+    rows.writerows([name, *(own[name] for own in settings)] for name in names)
+    for name in dict.fromkeys(name for found in figures for name in found):
+        rows.writerow([name, *(found.get(name, "") for found in figures)])
+    return table.getvalue().rstrip()
+
+
+def _numbers(facts: Facts) -> dict[str, float]:
+    """Returns all figures of a run by dotted names, such as `train-vqvae.measures.psnr`."""
+    found: dict[str, float] = {}
+
+    def add(prefix, values):
+        for name, value in values.items():
+            if isinstance(value, dict):
+                add(f"{prefix}{name}.", value)
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                found[prefix + name] = value
+            elif name in ("perplexity", "codes_used") and isinstance(value, list):
+                add(f"{prefix}{name}.", dict(zip(map(str, range(len(value))), value, strict=True)))
+
+    for stage, manifest in facts.manifests.items():
+        left_out = ("inputs", "made_from", "outputs", "settings")
+        add(f"{stage}.", {k: v for k, v in manifest.items() if k not in left_out})
+    for name in ("vqvae", "prior"):
+        add(f"evaluation.{name}.", getattr(facts, name) or {})
+    return found
+
+
+def render(
+    views: Sequence[dict[str, Any]], differing: list[list[str]], reload_seconds: int | None = None
+) -> str:
+    """Returns the page, which a browser may load again; all texts of the views are escaped."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(views=views, differing=differing)
+    return template.render(views=views, differing=differing, reload_seconds=reload_seconds)
 
 
 def read_facts(run: RunFolder) -> Facts:
@@ -180,19 +267,21 @@ def _or_reason(make: Callable[[], Any]) -> tuple[Any, str]:
         return None, str(error)
 
 
-def _view(run: RunFolder, facts: Facts, all_facts: list[Facts], budget: int) -> dict[str, Any]:
-    """Returns what the template shows of a run.
+def _slow_parts(run: RunFolder, facts: Facts, budget: int) -> dict[str, Any]:
+    """Returns the parts that take a model or a pass over data, and why those are missing that are.
 
     Args:
         run: The run.
         facts: Its facts.
-        all_facts: Those of all runs, whose charts have the same axes.
-        budget: Bytes that all pictures together may have.
+        budget: See `_view`.
     """
     opened = Run(run.root)
-    found, checked, unchecked = findings(facts)
-    samples, no_samples = _or_reason(lambda: _samples(run, facts, budget // 2))
-    held_out, no_held_out = _or_reason(lambda: _held_out(opened, budget // 4))
+
+    def held_out():
+        originals = held_out_images(run)
+        return _held_out(originals, opened.reconstruct(originals), budget // 4)
+
+    shown, no_held_out = _or_reason(held_out)
     counts, no_counts = _or_reason(lambda: _counts(run, facts))
     codes, no_codes = (
         _or_reason(lambda: _code_pictures(opened, counts, budget // 8))
@@ -200,24 +289,52 @@ def _view(run: RunFolder, facts: Facts, all_facts: list[Facts], budget: int) -> 
         else (None, "")
     )
     return {
+        "held_out": shown,
+        "counts": [] if counts is None else _count_charts(counts),
+        "codes": codes or [],
+        "missing": {
+            "held_out": no_held_out,
+            "codes": " ".join(filter(None, (no_counts, no_codes))),
+        },
+    }
+
+
+def _slow_parts_in_training(
+    originals: np.ndarray, copies: np.ndarray, budget: int
+) -> dict[str, Any]:
+    """Returns what `_slow_parts` does for a model that has encoded nothing yet."""
+    missing = {"held_out": "", "codes": "Stage 1 is being trained."}
+    shown = _held_out(originals, copies, budget // 4)
+    return {"held_out": shown, "counts": [], "codes": [], "missing": missing}
+
+
+def _view(
+    run: RunFolder, facts: Facts, all_facts: list[Facts], budget: int, slow: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns what the template shows of a run.
+
+    Args:
+        run: The run.
+        facts: Its facts.
+        all_facts: Those of all runs, whose charts have the same axes.
+        budget: Bytes that all pictures together may have.
+        slow: The result of `_slow_parts`.
+    """
+    found, checked, unchecked = findings(facts)
+    samples, no_samples = _or_reason(lambda: _samples(run, facts, budget // 2))
+    return {
         "root": facts.root,
         "preset": facts.config.name,
         "sentence": _sentence(facts),
-        "figures": _figures(facts),
+        "figures": key_figures(facts),
         "samples": samples,
-        "held_out": held_out,
+        **slow,
         "findings": found,
         "checked": checked,
         "unchecked": unchecked,
         "curves": _curves(facts, all_facts),
         "usage": _usage_curve(facts, all_facts),
-        "counts": [] if counts is None else _count_charts(counts),
-        "codes": codes or [],
-        "missing": {
-            "samples": no_samples,
-            "held_out": no_held_out,
-            "codes": " ".join(filter(None, (no_counts, no_codes))),
-        },
+        "missing": {"samples": no_samples, **slow["missing"]},
         "stage_1": _stage_1(facts),
         "stage_2": _stage_2(facts),
         "nearest": _nearest(run, budget // 8),
@@ -245,7 +362,7 @@ def _sentence(facts: Facts) -> str:
     )
 
 
-def _figures(facts: Facts) -> list[tuple[str, str, str]]:
+def key_figures(facts: Facts) -> list[tuple[str, str, str]]:
     """Returns the value, the name and the meaning of the figures that tell the most."""
     config, made = facts.config, facts.manifests
     figures = []
@@ -287,10 +404,10 @@ def _samples(run: RunFolder, facts: Facts, most_bytes: int) -> Picture:
         return _picture(image, alt or "New images", most_bytes)
 
 
-def _held_out(run: Run, most_bytes: int) -> list[dict[str, Picture]]:
+def _held_out(
+    originals: np.ndarray, copies: np.ndarray, most_bytes: int
+) -> list[dict[str, Picture]]:
     """Returns held-out images with their reconstructions and the maps of the error."""
-    originals = _held_out_images(run.folder)
-    copies = run.reconstruct(originals)
     colours = matplotlib.colormaps["inferno"]
     shown = []
     each = most_bytes // (3 * len(originals))
@@ -311,7 +428,7 @@ def _held_out(run: Run, most_bytes: int) -> list[dict[str, Picture]]:
     return shown
 
 
-def _held_out_images(run: RunFolder) -> np.ndarray:
+def held_out_images(run: RunFolder) -> np.ndarray:
     """Returns the first held-out images, uint8 [N, H, W, C]."""
     if run.is_elsewhere("prepare"):
         raise VqbeamError(

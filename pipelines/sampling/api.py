@@ -3,11 +3,14 @@
 The commands that use a trained run call the same methods.
 """
 
+import base64
 import contextlib
 import dataclasses
 import difflib
 import functools
 import hashlib
+import html
+import io
 import json
 import math
 import os
@@ -25,6 +28,7 @@ from vqbeam.pipelines.sampling.input_images import kept_codes, region_mask
 from vqbeam.prior.sampler import Sampler, Score, code_scorer
 from vqbeam.prior.training import load_prior
 from vqbeam.prior.transformer import CodePrior
+from vqbeam.vqvae.figures import label_figure
 from vqbeam.vqvae.fitting.compilation import compiled_decoder, compiled_encoder, in_batches
 from vqbeam.vqvae.fitting.progress import progress_bar
 from vqbeam.vqvae.layout import code_layout
@@ -37,6 +41,8 @@ from vqbeam.vqvae.training import MODEL_FILE, load_vqvae
 _DEFAULTS_FILE = "sample.json"
 # Of the pixels of images that are sampled at once.
 _MOST_BYTES = 2**34
+# Images that a notebook shows.
+_MOST_SHOWN = 128
 # Settings of one schedule alone, and that schedule.
 _OF_SCHEDULE = {
     "guidance_power": "cosine",
@@ -58,7 +64,7 @@ def open(path: epath.PathLike) -> "Run":
     return Run(local_run(os.fspath(path)))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Samples:
     """New images and the settings that they were sampled with.
 
@@ -77,6 +83,19 @@ class Samples:
     names: list[str] | None
     settings: dict[str, Any]
     first: int = 0
+
+    def __repr__(self) -> str:
+        return f"Samples({_kind(self.images)}, seed {self.settings['seed']})"
+
+    def _repr_html_(self) -> str:
+        """Returns what a notebook shows: the images as a grid, under their labels."""
+        shown = slice(_MOST_SHOWN)
+        names = self.names and self.names[shown]
+        title = f"{len(self.images):,} new images"
+        text = f"{title}, seed {self.settings['seed']}, checkpoint {self.settings['checkpoint']}"
+        buffer = io.BytesIO()
+        label_figure(self.images[shown], names, fill=True).save(buffer, "PNG")
+        return f"{_picture(buffer.getvalue(), title)}<p>{html.escape(text)}</p>"
 
 
 class Run:
@@ -107,6 +126,26 @@ class Run:
 
     def __repr__(self) -> str:
         return f"vqbeam.open({str(self.path)!r})"
+
+    def _repr_html_(self) -> str:
+        """Returns what a notebook shows: figures with their meaning, and the run's pictures."""
+        from vqbeam.pipelines.report.page import key_figures, read_facts
+
+        facts = read_facts(self.folder)
+        title = f"{facts.root}: preset {facts.config.name}, seed {facts.config.seed}"
+        rows = "".join(
+            f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>"
+            for row in key_figures(facts)
+        )
+        pictures = ""
+        for stage, name, text in (
+            ("train-vqvae", "reconstructions.png", "Held-out images above their reconstructions"),
+            ("sample", "samples.png", "New images"),
+        ):
+            path = self.folder.folder(stage) / name
+            if path.exists():
+                pictures += f"<p>{text}</p>{_picture(path.read_bytes(), text)}"
+        return f"<b>{html.escape(title)}</b><table>{rows}</table>{pictures}"
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -473,6 +512,11 @@ class Run:
                 f"{layout.num_codes - 1}"
             )
         return codes.astype("int32")
+
+
+def _picture(png: bytes, alt: str) -> str:
+    data = base64.b64encode(png).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
 
 def _likeliest(score: Score, codes: np.ndarray, labels: np.ndarray, num: int) -> np.ndarray:

@@ -64,9 +64,11 @@ class Source:
     Attributes:
         may_change: Whether an image that could not be decoded may be repaired by the next try.
         left_out: What `plan` has left out: counts by what it is called in a message.
+        lists_at_once: Whether `plan` takes no pass over the images.
     """
 
     may_change = False
+    lists_at_once = True
 
     def __init__(self, data: DataConfig):
         self.data = data

@@ -35,16 +35,18 @@ def transform(stage: str, gpu_hint: bool) -> beam.PTransform:
 
 
 def _train_vqvae(run_path: str) -> str:
+    from vqbeam.pipelines.report.live import LivePage
     from vqbeam.vqvae.training import train_vqvae
 
-    train_vqvae(run_path, [TrainingMetrics("train_vqvae")])
+    train_vqvae(run_path, [TrainingMetrics("train_vqvae"), LivePage(run_path, "train-vqvae")])
     return run_path
 
 
 def _train_prior(run_path: str) -> str:
+    from vqbeam.pipelines.report.live import LivePage
     from vqbeam.prior.training import train_prior
 
-    train_prior(run_path, [TrainingMetrics("train_prior")])
+    train_prior(run_path, [TrainingMetrics("train_prior"), LivePage(run_path, "train-prior")])
     return run_path
 
 

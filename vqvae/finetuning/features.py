@@ -18,7 +18,7 @@ from vqbeam.vqvae.storage.run_folder import RunFolder
 _CHANNELS = (16, 32, 64)
 _MAP_WEIGHTS = (0.5, 0.5, 3.0)
 _LOGITS_WEIGHT = 0.1
-_BATCH_SIZE = 64
+FEATURES_BATCH = 64
 _TURNS = 4
 
 
@@ -89,18 +89,24 @@ def train_features(run: RunFolder, steps: int) -> keras.Model:
     data, outputs = _training(run, config.seed + 1)
     set_seed(config.seed + 1)
     features = build_features(config.image_shape, outputs, config.vqvae.dtype)
-    model = _Classification(features.input, features.outputs[-1], name="classification")
-    model.compile(AdamW(learning_rate(2e-3, steps=steps, warmup_steps=steps // 10)))
+    model = build_classification(features, steps)
     schedule = Schedule(
         title="features",
         steps=steps,
         steps_per_epoch=steps,
-        batch_size=_BATCH_SIZE,
+        batch_size=FEATURES_BATCH,
         seed=config.seed,
     )
     folder = run.folder("train-vqvae") / "features"
     fit(model, schedule, data, None, folder, run.fingerprints("train-vqvae"))
     return features
+
+
+def build_classification(features: keras.Model, steps: int) -> keras.Model:
+    """Returns the compiled model that trains the network of `build_features` in so many steps."""
+    model = _Classification(features.input, features.outputs[-1], name="classification")
+    model.compile(AdamW(learning_rate(2e-3, steps=steps, warmup_steps=steps // 10)))
+    return model
 
 
 class _Classification(keras.Model):
@@ -137,7 +143,7 @@ def _training(run: RunFolder, seed: int) -> tuple[TrainingData, int]:
     data = training_data(
         read_split(builder, "train").map(example),
         size=builder.info.splits["train"].num_examples,
-        batch_size=_BATCH_SIZE,
+        batch_size=FEATURES_BATCH,
         seed=seed,
         numbers=numbers,
         prepare=prepare,

@@ -7,7 +7,7 @@ import pathlib
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
@@ -41,6 +41,7 @@ class Schedule:
         seed: Seed of the random numbers of layers such as dropout.
         patience: Epochs without a better validation loss after which training ends, with the
             weights of the best epoch; 0 for all the steps and the last weights.
+        figures: Function from the metrics of an epoch to texts for the line of that epoch.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Schedule:
     batch_size: int
     seed: int
     patience: int = 0
+    figures: Callable[[dict[str, float]], list[str]] = lambda logs: []
 
     @property
     def epoch(self) -> int:
@@ -97,7 +99,7 @@ def fit(
         done = step % schedule.epoch
         # The rest of an epoch that was broken off must be a whole number of calls, too.
         together = steps_per_call(math.gcd(schedule.epoch, done))
-        progress = _progress(schedule, step, together)
+        progress = _progress(model, schedule, step, together)
         with (
             contextlib.closing(progress.bar),  # so that error messages start on a new line
             training_program(model, data, together) as program,
@@ -147,15 +149,25 @@ class Fitted:
     speed: dict[str, float]
 
 
-def _progress(schedule: Schedule, first_step: int, together: int) -> FitProgress:
-    """Returns the progress bar of a training, after a line that names the devices."""
+def _progress(
+    model: keras.Model, schedule: Schedule, first_step: int, together: int
+) -> FitProgress:
+    """Returns the progress bar of a training, after a line that says what is trained, and where."""
     title, steps = schedule.title, schedule.steps
-    print(f"{title}: step {first_step:,} to {steps:,} on {describe_devices()}", file=sys.stderr)
+    weights = sum(math.prod(variable.shape) for variable in model.trainable_variables)
+    print(
+        f"{title}: {weights:,} parameters, step {first_step:,} to {steps:,} on "
+        f"{describe_devices()}",
+        file=sys.stderr,
+    )
     return FitProgress(
         title,
-        total=steps * schedule.batch_size,
-        initial=first_step * schedule.batch_size,
-        at_once=together * schedule.batch_size,
+        steps=steps,
+        batch_size=schedule.batch_size,
+        first_step=first_step,
+        together=together,
+        per_epoch=schedule.epoch,
+        figures=schedule.figures,
     )
 
 

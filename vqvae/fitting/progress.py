@@ -1,54 +1,224 @@
-"""Progress bars with images per second and, in training, the loss."""
+"""What is shown of a long computation: bars in a terminal, whole lines in a log.
+
+In a terminal, figures come first and the bar takes what is left of the width. A log gets a line at
+most every 30 seconds, and one at the end.
+"""
 
 import os
 import sys
+import threading
 import time
+from collections.abc import Callable
 
 import keras
-import tqdm
+
+_TERMINAL_SECONDS, _LOG_SECONDS = 0.2, 30.0
+# As narrow may a bar become; before that, figures are left out.
+_LEAST_BAR = 8
+_UNKNOWN_COLUMNS = 100
+# Over less time, a speed is chance.
+_LEAST_SECONDS = 0.5
+# Steps of so many seconds tell how long a training takes.
+_FIRST_SECONDS = 5.0
+
+# Seconds that the plan of a command expects after the end of a bar, by the bar's title.
+seconds_after: dict[str, float] = {}
 
 
-def progress_bar(title: str, total: int, *, initial: int = 0) -> tqdm.tqdm:
-    """Returns a progress bar that counts images; it is updated less often in a log file."""
-    return tqdm.tqdm(
-        desc=f"{title:<12}",
-        total=total,
-        initial=initial,
-        unit=" images",
-        mininterval=0.2 if sys.stderr.isatty() else 20,
-        dynamic_ncols=_columns() > 0,
-        ncols=None if _columns() else 100,
-        bar_format="{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}"
-        " [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
-    )
+class ProgressBar:
+    """Shows how many images are done, figures, and the time left.
+
+    Args:
+        title: Its name.
+        total: Images in all.
+        initial: Images that were done before.
+
+    Attributes:
+        n: Images done.
+        total: As given.
+        figures: Texts such as "loss 0.0685", the most important first.
+    """
+
+    def __init__(self, title: str, total: int, initial: int = 0):
+        self.title, self.total, self.n = title, total, initial
+        self.figures: list[str] = []
+        self._lock = threading.RLock()
+        self._is_terminal = sys.stderr.isatty()
+        self._begun: tuple[int, float] | None = None  # images done, and when that was
+        self._shown = time.monotonic()
+        self._drawn = False  # whether the bar is on the line of the cursor
+        self._is_closed = False
+        if self._is_terminal:
+            self._draw()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def update(self, images: int) -> None:
+        """Adds images; shows the bar unless it was shown just before."""
+        with self._lock:
+            self.n += images
+            # The first images may have waited for a compiler.
+            self._begun = self._begun or (self.n, time.monotonic())
+            if self.is_due:
+                self._show()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether nothing has been shown for some time."""
+        pause = _TERMINAL_SECONDS if self._is_terminal else _LOG_SECONDS
+        return time.monotonic() - self._shown >= pause
+
+    def say(self, line: str) -> None:
+        """Prints a line that stays; the bar goes on below it."""
+        with self._lock:
+            if self._drawn:
+                sys.stderr.write("\r\033[K")
+            self._write(line + "\n")
+            self._drawn = False
+            if self._is_terminal and not self._is_closed:
+                self._draw()
+
+    @property
+    def width(self) -> int | None:
+        """Characters of a line at most; None in a log."""
+        return _columns() - 1 if self._is_terminal else None
+
+    def close(self) -> None:
+        """Shows the last state, which stays."""
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                self._show()
+                if self._drawn:
+                    self._write("\n")
+
+    @property
+    def rate(self) -> float | None:
+        """Mean images per second since the first update; None if unknown."""
+        if self._begun is None:
+            return None
+        images, seconds = self.n - self._begun[0], time.monotonic() - self._begun[1]
+        return images / seconds if images and seconds >= _LEAST_SECONDS else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds to the end of the bar at the mean rate; None if unknown."""
+        return (self.total - self.n) / self.rate if self.rate else None
+
+    def _show(self) -> None:
+        if self._is_terminal:
+            self._draw()
+        else:
+            self._write("  ".join(self._parts()) + "\n")
+
+    def _draw(self) -> None:
+        room = _columns() - 1  # a full line would wrap
+        text = "  ".join(fitting(self._parts(), room - _LEAST_BAR - 3))
+        bar = _bar(self.n / max(self.total, 1), room - len(text) - 3)
+        self._write(f"\r\033[K{text} |{bar}|"[: room + 4])
+        self._drawn = True
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        self._shown = time.monotonic()
+
+    def _parts(self) -> list[str]:
+        """Returns title and share in one text, and further ones, the most important first."""
+        parts = [f"{self.title + ' ':<12}{self.n / max(self.total, 1):4.0%}", *self.figures[:1]]
+        if self.seconds_left:
+            parts.append(f"{clock(self.seconds_left)} left")
+            if after := seconds_after.get(self.title):
+                parts.append(f"{clock(self.seconds_left + after)} in all")
+        parts += self.figures[1:]
+        if rate := self.rate:
+            parts.append(f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s")
+        return [*parts, f"{self.n:,} of {self.total:,} images"]
+
+
+def progress_bar(title: str, total: int, *, initial: int = 0) -> ProgressBar:
+    """Returns a bar that counts images."""
+    return ProgressBar(title, total, initial)
+
+
+def fitting(parts: list[str], width: int | None) -> list[str]:
+    """Returns texts without the last ones, if they are too long for a width as one line."""
+    while width is not None and len(parts) > 1 and len("  ".join(parts)) > width:
+        parts = parts[:-1]
+    return parts
+
+
+def clock(seconds: float) -> str:
+    """Returns a time as minutes and seconds, such as 3:20, or from an hour on as 1:03:20."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _bar(share: float, width: int) -> str:
+    """Returns a bar of blocks, in eighths of a character where the terminal has them."""
+    if width < 1:
+        return ""
+    blocks = "▏▎▍▌▋▊▉█"
+    try:
+        blocks.encode(sys.stderr.encoding or "ascii")
+    except UnicodeEncodeError:
+        blocks = "#"
+    filled = int(min(share, 1) * width * len(blocks))
+    whole, part = divmod(filled, len(blocks))
+    return (blocks[-1] * whole + (blocks[part - 1] if part else "")).ljust(width)
 
 
 def _columns() -> int:
-    """Returns the terminal width: 0 if unreported (tqdm would show nothing), 100 if no terminal."""
+    """Returns the width of the terminal, which it may not tell."""
     try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns
+        return os.get_terminal_size(sys.stderr.fileno()).columns or _UNKNOWN_COLUMNS
     except (OSError, ValueError, AttributeError):
-        return 100
+        return _UNKNOWN_COLUMNS
 
 
 class FitProgress(keras.callbacks.Callback):
-    """Shows one progress bar for all of `fit`, with the training and validation losses.
+    """Shows one progress bar for all of `fit`, and a line for each epoch.
 
     Args:
         title: Label of the bar.
-        total: Images in all, over all passes.
-        initial: Images before this call of `fit`.
-        at_once: Images in the steps of one call of the training program.
+        steps: Steps in all, over all epochs.
+        first_step: Steps before this call of `fit`.
+        batch_size: Images in a step.
+        together: Steps of one call of the training program.
+        per_epoch: Steps of an epoch.
+        figures: Function from the metrics of an epoch to texts for its line.
     """
 
     async_safe = True  # the next steps begin before the loss is read
 
-    def __init__(self, title: str, *, total: int, initial: int, at_once: int):
+    def __init__(
+        self,
+        title: str,
+        *,
+        steps: int,
+        batch_size: int,
+        first_step: int = 0,
+        together: int = 1,
+        per_epoch: int | None = None,
+        figures: Callable[[dict[str, float]], list[str]] = lambda logs: [],
+    ):
         super().__init__()
-        self.at_once = at_once
-        self.held_out: dict[str, str] = {}
-        self.bar = progress_bar(title, total, initial=initial)
+        self.steps, self.per_epoch, self.figures = steps, per_epoch or steps, figures
+        self.batch_size, self.at_once = batch_size, together * batch_size
+        self.held_out: list[str] = []
+        self.bar = progress_bar(title, steps * batch_size, initial=first_step * batch_size)
         self.images, self.seconds, self.last = 0, 0.0, None
+        self.is_told = False
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.bar.n // self.batch_size
 
     @property
     def rate(self) -> float | None:
@@ -61,17 +231,37 @@ class FitProgress(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         """Advances the bar and updates the loss."""
-        self.bar.set_postfix(loss=f"{logs['loss']:.4f}", **self.held_out, refresh=False)
-        self.bar.update(self.at_once)
         now = time.perf_counter()
         if self.last is not None:
             self.images, self.seconds = self.images + self.at_once, self.seconds + now - self.last
         self.last = now
+        self.bar.figures = [f"loss {logs['loss']:.4f}", *self.held_out]
+        self.bar.update(self.at_once)
+        if self.seconds >= _FIRST_SECONDS and not self.is_told:
+            self.is_told = True
+            self._tell_time()
+
+    def _tell_time(self) -> None:
+        """Says how long the training will take, now that its speed is known."""
+        left = self.steps - self.step
+        seconds = left * self.batch_size / self.rate
+        if seconds > 2 * _FIRST_SECONDS:
+            self.bar.say(f"{self.bar.title}: {left:,} steps left, about {clock(seconds)}")
 
     def on_epoch_end(self, epoch, logs=None):
-        """Stores the validation metrics, which the bar shows from now on."""
-        shown = [name for name in ("val_loss", "val_bits_per_dim") if name in logs]
-        self.held_out = {name: f"{logs[name]:.4f}" for name in shown}
+        """Prints the line of the epoch; the bar shows the validation loss from now on."""
+        if "val_loss" in logs:
+            self.held_out = [f"held out {logs['val_loss']:.4f}"]
+        self.bar.figures = [f"loss {logs['loss']:.4f}", *self.held_out]
+        is_log, is_last = self.bar.width is None, self.step >= self.steps
+        if is_log and not (self.bar.is_due or is_last):
+            return
+        number, epochs = -(-self.step // self.per_epoch), -(-self.steps // self.per_epoch)
+        line = [f"epoch {number} of {epochs}", f"step {self.step:,} of {self.steps:,}"]
+        line += [f"loss {logs['loss']:.4f}", *self.held_out, *self.figures(logs)]
+        if not is_log and len("  ".join(line)) > self.bar.width:
+            del line[1]
+        self.bar.say("  ".join(fitting(line, self.bar.width)))
 
     def on_train_end(self, logs=None):
         """Closes the bar."""

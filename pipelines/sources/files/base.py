@@ -36,6 +36,7 @@ class FilesSource(Source):
     """
 
     may_change = True
+    lists_at_once = False
     endings: tuple[str, ...] = ()
     damage: tuple[type[Exception], ...] = (ValueError, EOFError, zlib.error)
 

@@ -163,7 +163,12 @@ class PriorConfig(Section):
         0,
         minimum=0,
     )
-    learning_rate: float = field("peak learning rate of AdamW", 1e-3, minimum=0)
+    optimizer: str = field(
+        "muon orthogonalizes the updates of the blocks' matrices, and leaves the rest to AdamW",
+        "adamw",
+        choices=("adamw", "muon"),
+    )
+    learning_rate: float = field("peak learning rate", 1e-3, minimum=0)
     schedule: str = schedule_field()
     warmup_steps: int = field("steps of linear warm-up", 200, minimum=0)
     weight_decay: float = field("decoupled weight decay", 0.05, minimum=0)

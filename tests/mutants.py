@@ -832,6 +832,22 @@ FAULTS: dict[str, list[Mutant]] = {
             "test_fitting.py::test_validation_measures_the_average_and_leaves_the_weights",
         ),
     ],
+    "Muon moves the matrices of the prior's blocks, AdamW the rest": [
+        Mutant(
+            "AdamW has the full learning rate",
+            "prior/training.py",
+            "adam_lr_ratio=0.5",
+            "adam_lr_ratio=1.0",
+            "test_optimizers.py::test_muon_leaves_the_rest_of_a_prior_to_adamw",
+        ),
+        Mutant(
+            "only matrices decay",
+            "prior/training.py",
+            '"adam_weight_decay": settings.weight_decay',
+            '"adam_weight_decay": 0.0',
+            "test_optimizers.py::test_muon_leaves_the_rest_of_a_prior_to_adamw",
+        ),
+    ],
     "Files are whole or absent": [
         Mutant(
             "a file is written under its own name",

@@ -120,7 +120,7 @@ def test_muon_takes_the_matrices_of_the_blocks_of_a_prior():
     assert sorted(taken) == sorted(layer.kernel.path for layer in layers)
 
 
-def test_what_muon_leaves_of_a_prior_is_moved_at_half_the_rate_and_decays_as_with_adamw():
+def test_muon_leaves_the_rest_of_a_prior_to_adamw():
     prior, muon = prior_and_muon()
     (block,), head = prior.blocks, prior.head.kernel
     head.assign(np.ones(head.shape))

@@ -134,6 +134,17 @@ class PriorConfig(Section):
         0,
         minimum=0,
     )
+    qk_norm: str = field(
+        "norm of the queries and keys of each attention head: none, or rms",
+        "none",
+        choices=("none", "rms"),
+    )
+    branch_init: str = field(
+        "the last matrix of each branch of a block starts random, or at zeros, so that the block "
+        "returns its input",
+        "random",
+        choices=("random", "zeros"),
+    )
     dropout: float = field("dropout rate in the blocks", 0.1, minimum=0, maximum=0.9)
     label_dropout: float = field(
         "fraction of training examples without their label, for guidance",

@@ -89,6 +89,8 @@ def build_prior(config: Config, labels: Labels) -> CodePrior:
         heads=config.prior.heads,
         kv_heads=config.prior.kv_heads,
         dropout=config.prior.dropout,
+        qk_norm=config.prior.qk_norm == "rms",
+        zero_init=config.prior.branch_init == "zeros",
         dtype=config.prior.dtype,
     )
 

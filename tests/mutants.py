@@ -662,6 +662,22 @@ FAULTS: dict[str, list[Mutant]] = {
             "test_sampler.py::test_kept_codes_stay_and_the_others_follow_those_before_them",
         ),
     ],
+    "The options of a block do what they say": [
+        Mutant(
+            "queries are normalized, keys are not",
+            "prior/block.py",
+            "self.qk_norms[0](query), self.qk_norms[1](key)",
+            "self.qk_norms[0](query), key",
+            "test_transformer.py::test_block_against_numpy",
+        ),
+        Mutant(
+            "branches never start at zero",
+            "prior/block.py",
+            '"zeros" if zero_init else "glorot_uniform"',
+            '"glorot_uniform"',
+            "test_transformer.py::test_a_block_that_starts_at_zero_returns_its_input",
+        ),
+    ],
     "A code depends on those before it alone": [
         Mutant(
             "attention sees the code that is predicted",

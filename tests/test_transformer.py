@@ -268,7 +268,7 @@ def test_block_against_numpy(qk_norm):
 
 
 @pytest.mark.parametrize("zero_init", [True, False])
-def test_an_untrained_block_returns_its_input_if_its_branches_start_at_zero(zero_init):
+def test_a_block_that_starts_at_zero_returns_its_input(zero_init):
     block = Block(FLAT, width=16, heads=2, zero_init=zero_init)
     x = np.random.default_rng(0).normal(size=(2, T, 16)).astype("float32")
     change = np.abs(ops.convert_to_numpy(block(x)) - x)

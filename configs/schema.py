@@ -140,6 +140,17 @@ class PriorConfig(Section):
         0,
         minimum=0,
     )
+    qk_norm: str = field(
+        "norm of the queries and keys of each attention head: none, or rms",
+        "none",
+        choices=("none", "rms"),
+    )
+    branch_init: str = field(
+        "the last matrix of each branch of a block starts random, or at zeros, so that the block "
+        "returns its input",
+        "random",
+        choices=("random", "zeros"),
+    )
     dropout: float = field("dropout rate in the blocks", 0.1, minimum=0, maximum=0.9)
     label_dropout: float = field(
         "fraction of training examples without their label, for guidance",
@@ -169,7 +180,12 @@ class PriorConfig(Section):
         0,
         minimum=0,
     )
-    learning_rate: float = field("peak learning rate of AdamW", 1e-3, minimum=0)
+    optimizer: str = field(
+        "muon orthogonalizes the updates of the blocks' matrices, and leaves the rest to AdamW",
+        "adamw",
+        choices=("adamw", "muon"),
+    )
+    learning_rate: float = field("peak learning rate", 1e-3, minimum=0)
     schedule: str = schedule_field()
     warmup_steps: int = field("steps of linear warm-up", 200, minimum=0)
     weight_decay: float = field("decoupled weight decay", 0.05, minimum=0)

@@ -29,6 +29,10 @@ class Block(keras.layers.Layer):
             https://arxiv.org/abs/2305.13245), each shared by `heads / kv_heads` query heads, for
             smaller caches; 0 for the same number as `heads`.
         dropout: Dropout rate on the output of each branch.
+        qk_norm: Whether to apply an RMS norm to the queries and keys of each head before they are
+            rotated (Henry et al., https://arxiv.org/abs/2010.04245), which bounds their products.
+        zero_init: Whether the last matrix of each branch starts at zero, so that an untrained block
+            returns its input (Goyal et al., https://arxiv.org/abs/1706.02677, section 5.1).
 
     Attributes:
         remat: Whether the backward pass computes both branches again instead of storing what it
@@ -45,6 +49,8 @@ class Block(keras.layers.Layer):
         heads: int,
         kv_heads: int = 0,
         dropout: float = 0.0,
+        qk_norm: bool = False,
+        zero_init: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -53,21 +59,27 @@ class Block(keras.layers.Layer):
         self.head_dim = width // heads
         self.hidden = math.ceil(8 * width / 3 / 32) * 32
         self.cos, self.sin = rotary_tables(self.layout.rows, self.layout.columns, self.head_dim)
-        policy = self.dtype_policy
+        self.zero_init = zero_init
+        policy, last = self.dtype_policy, "zeros" if zero_init else "glorot_uniform"
         self.attention_norm = keras.layers.RMSNormalization(dtype=policy)
         self.qkv = keras.layers.Dense(
             width + 2 * self.kv_heads * self.head_dim, use_bias=False, dtype=policy
         )
-        self.attention_output = keras.layers.Dense(width, use_bias=False, dtype=policy)
+        self.qk_norms = [keras.layers.RMSNormalization(dtype=policy) for _ in "qk" if qk_norm]
+        self.attention_output = keras.layers.Dense(
+            width, use_bias=False, kernel_initializer=last, dtype=policy
+        )
         self.mlp_norm = keras.layers.RMSNormalization(dtype=policy)
         self.gate_and_up = keras.layers.Dense(2 * self.hidden, use_bias=False, dtype=policy)
-        self.down = keras.layers.Dense(width, use_bias=False, dtype=policy)
+        self.down = keras.layers.Dense(width, use_bias=False, kernel_initializer=last, dtype=policy)
         self.dropout = keras.layers.Dropout(dropout, dtype=policy)
 
     def build(self, input_shape: tuple[int | None, ...]):
         """Creates the weights for inputs [B, N, width]."""
         self.attention_norm.build(input_shape)
         self.qkv.build(input_shape)
+        for norm in self.qk_norms:
+            norm.build((*input_shape[:-1], self.head_dim))
         self.attention_output.build(input_shape)
         self.mlp_norm.build(input_shape)
         self.gate_and_up.build(input_shape)
@@ -137,6 +149,8 @@ class Block(keras.layers.Layer):
         qkv = ops.reshape(qkv, (-1, length, self.heads + 2 * self.kv_heads, self.head_dim))
         ends = self.heads, self.heads + self.kv_heads
         query, key, value = ops.split(ops.transpose(qkv, (0, 2, 1, 3)), ends, axis=1)
+        if self.qk_norms:
+            query, key = self.qk_norms[0](query), self.qk_norms[1](key)
         keys, values = (
             ops.reshape(each, (-1, length, self.head_dim))
             for each in (rotate(key, cos, sin), value)
@@ -182,6 +196,8 @@ class Block(keras.layers.Layer):
             "heads": self.heads,
             "kv_heads": self.kv_heads,
             "dropout": self.dropout.rate,
+            "qk_norm": bool(self.qk_norms),
+            "zero_init": self.zero_init,
         }
         return super().get_config() | own
 

@@ -17,7 +17,7 @@ from vqbeam.vqvae.fitting.compilation import compiled_decoder
 from vqbeam.vqvae.fitting.data import TrainingData, training_data
 from vqbeam.vqvae.fitting.devices import data_parallel, evenly_shared
 from vqbeam.vqvae.fitting.fit import Fitted, Schedule, fit, load_model, save_model, set_seed
-from vqbeam.vqvae.fitting.optimizers import AdamW, optimizer_options
+from vqbeam.vqvae.fitting.optimizers import AdamW, Muon, optimizer_options
 from vqbeam.vqvae.layout import CodeLayout, code_layout
 from vqbeam.vqvae.model import VQVAE
 from vqbeam.vqvae.storage.labels import Labels
@@ -97,6 +97,8 @@ def build_prior(config: Config, labels: Labels) -> CodePrior:
         heads=config.prior.heads,
         kv_heads=config.prior.kv_heads,
         dropout=config.prior.dropout,
+        qk_norm=config.prior.qk_norm == "rms",
+        zero_init=config.prior.branch_init == "zeros",
         dtype=config.prior.dtype,
     )
 
@@ -133,11 +135,15 @@ def bits_per_dim(nats_per_code: float, layout: CodeLayout, config: Config) -> fl
     return nats_per_code * layout.length / math.log(2) / math.prod(config.image_shape)
 
 
-def build_optimizer(settings: PriorConfig) -> AdamW:
+def build_optimizer(settings: PriorConfig) -> AdamW | Muon:
     """Returns the optimizer of stage 2, including its schedule."""
-    optimizer = AdamW(
-        weight_decay=settings.weight_decay, beta_2=0.95, **optimizer_options(settings)
-    )
+    options = {"weight_decay": settings.weight_decay} | optimizer_options(settings)
+    if settings.optimizer == "muon":
+        # Half the learning rate for AdamW: embeddings, norms and the head.
+        adam = {"adam_weight_decay": settings.weight_decay, "adam_beta_2": 0.95}
+        optimizer = Muon(adam_lr_ratio=0.5, **adam, **options)
+    else:
+        optimizer = AdamW(beta_2=0.95, **options)
     optimizer.exclude_from_weight_decay(var_names=["scale", "embeddings"])
     return optimizer
 

@@ -44,6 +44,8 @@ class CodePrior(AccumulatingModel):
         kv_heads: Number of key/value heads, a divisor of `heads`; 0 for the same number as `heads`.
         dropout: Dropout rate in the blocks.
         conditioning: "classes" or "attributes".
+        qk_norm: Whether queries and keys are normalized; see `Block`.
+        zero_init: Whether untrained blocks return their input; see `Block`.
 
     Attributes:
         null_label: Label for unconditional sampling: `num_labels` for "no class", or −1 in place
@@ -60,6 +62,8 @@ class CodePrior(AccumulatingModel):
         kv_heads: int = 0,
         dropout: float = 0.0,
         conditioning: str = "classes",
+        qk_norm: bool = False,
+        zero_init: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -67,6 +71,7 @@ class CodePrior(AccumulatingModel):
         self.layout = layout = CodeLayout.of(layout)
         self.num_labels, self.width, self.heads, self.dropout = num_labels, width, heads, dropout
         self.kv_heads = kv_heads or heads
+        self.qk_norm, self.zero_init = qk_norm, zero_init
         policy = self.dtype_policy
         # One more row for the null label; with attributes, another that all images share.
         rows = num_labels + (2 if conditioning == "attributes" else 1)
@@ -81,7 +86,8 @@ class CodePrior(AccumulatingModel):
             layout.length, initializer="uniform", dtype=policy
         )
         self.blocks = [
-            Block(layout, width, heads, kv_heads, dropout, dtype=policy) for _ in range(layers)
+            Block(layout, width, heads, kv_heads, dropout, qk_norm, zero_init, dtype=policy)
+            for _ in range(layers)
         ]
         self.output_norm = keras.layers.RMSNormalization(dtype=policy)
         # Models in bfloat16 are copies that sample and score, which need float32 logits. Training
@@ -196,6 +202,8 @@ class CodePrior(AccumulatingModel):
             "kv_heads": self.kv_heads,
             "dropout": self.dropout,
             "conditioning": self.conditioning,
+            "qk_norm": self.qk_norm,
+            "zero_init": self.zero_init,
         }
         return super().get_config() | own
 

@@ -678,6 +678,22 @@ FAULTS: dict[str, list[Mutant]] = {
             "test_sampler.py::test_fast_is_bfloat16_but_for_the_logits",
         ),
     ],
+    "The options of a block do what they say": [
+        Mutant(
+            "queries are normalized, keys are not",
+            "prior/block.py",
+            "self.qk_norms[0](query), self.qk_norms[1](key)",
+            "self.qk_norms[0](query), key",
+            "test_transformer.py::test_block_against_numpy",
+        ),
+        Mutant(
+            "branches never start at zero",
+            "prior/block.py",
+            '"zeros" if zero_init else "glorot_uniform"',
+            '"glorot_uniform"',
+            "test_transformer.py::test_a_block_that_starts_at_zero_returns_its_input",
+        ),
+    ],
     "A code depends on those before it alone": [
         Mutant(
             "attention sees the code that is predicted",
@@ -846,6 +862,22 @@ FAULTS: dict[str, list[Mutant]] = {
             "*([AveragedWeights()] if optimizer.use_ema else [])",
             "*[]",
             "test_fitting.py::test_validation_measures_the_average_and_leaves_the_weights",
+        ),
+    ],
+    "Muon moves the matrices of the prior's blocks, AdamW the rest": [
+        Mutant(
+            "AdamW has the full learning rate",
+            "prior/training.py",
+            "adam_lr_ratio=0.5",
+            "adam_lr_ratio=1.0",
+            "test_optimizers.py::test_muon_leaves_the_rest_of_a_prior_to_adamw",
+        ),
+        Mutant(
+            "only matrices decay",
+            "prior/training.py",
+            '"adam_weight_decay": settings.weight_decay',
+            '"adam_weight_decay": 0.0',
+            "test_optimizers.py::test_muon_leaves_the_rest_of_a_prior_to_adamw",
         ),
     ],
     "Files are whole or absent": [

@@ -5,8 +5,10 @@ from quantizer_checks import array
 
 from vqbeam.configs import PriorConfig, VQVAEConfig, load_preset, override
 from vqbeam.prior.training import build_optimizer as build_prior_optimizer
+from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.building import build_model
-from vqbeam.vqvae.fitting.optimizers import ConvolutionMuon, build_optimizer
+from vqbeam.vqvae.fitting.optimizers import ConvolutionMuon, Muon, build_optimizer
+from vqbeam.vqvae.layout import CodeLayout
 
 pytestmark = pytest.mark.backend
 
@@ -30,8 +32,11 @@ def path_of_weights(optimizer, steps):
             VQVAEConfig(weight_ema=decay, learning_rate=0.1, optimizer="muon")
         ),
         lambda decay: build_prior_optimizer(PriorConfig(weight_ema=decay, learning_rate=0.1)),
+        lambda decay: build_prior_optimizer(
+            PriorConfig(weight_ema=decay, learning_rate=0.1, optimizer="muon")
+        ),
     ],
-    ids=["adam", "muon", "adamw"],
+    ids=["adam", "convolution-muon", "adamw", "muon"],
 )
 @pytest.mark.parametrize("decay", [0.4, 0.999])
 def test_the_average_of_the_weights_in_numpy(optimizer, decay):
@@ -65,9 +70,10 @@ def test_muon_takes_the_kernels_of_convolutions(model):
     assert 0 < sum(taken) < len(taken)
 
 
-@pytest.mark.parametrize("shape", [(4, 4, 3, 16), (1, 1, 32, 64), (3, 3, 32, 16)])
+@pytest.mark.parametrize("shape", [(4, 4, 3, 16), (1, 1, 32, 64), (3, 3, 32, 16), (16, 48)])
 def test_a_step_of_muon_is_as_long_in_every_direction(shape):
-    muon = ConvolutionMuon(learning_rate=0.1, weight_decay=0.0, adam_weight_decay=0.0)
+    kind = ConvolutionMuon if len(shape) == 4 else Muon
+    muon = kind(learning_rate=0.1, weight_decay=0.0, adam_weight_decay=0.0)
     variable = keras.Variable(np.zeros(shape, "float32"))
     numbers = np.random.default_rng(0)
     gradient = numbers.normal(size=shape).astype("float32") * np.geomspace(1, 30, shape[-1])
@@ -92,3 +98,42 @@ def test_what_muon_leaves_is_moved_at_half_the_rate():
         optimizer.apply([keras.ops.convert_to_tensor(np.ones(5, "float32"))], [bias])
         moved.append(array(bias))
     np.testing.assert_allclose(moved[0], 0.5 * moved[1], rtol=1e-4)
+
+
+def prior_and_muon():
+    """A small prior, and the Muon of stage 2 with its state for it."""
+    layout = CodeLayout(5, ((2, 2),))
+    prior = CodePrior(layout, num_labels=3, layers=1, width=8, heads=2)
+    settings = PriorConfig(
+        optimizer="muon", learning_rate=0.1, weight_decay=0.5, schedule="constant", warmup_steps=0
+    )
+    muon = build_prior_optimizer(settings)
+    muon.build(prior.trainable_variables)
+    return prior, muon
+
+
+def test_muon_takes_the_matrices_of_the_blocks_of_a_prior():
+    prior, muon = prior_and_muon()
+    (block,) = prior.blocks
+    layers = block.qkv, block.attention_output, block.gate_and_up, block.down
+    taken = [v.path for v in prior.trainable_variables if not muon._should_use_adamw(v)]
+    assert sorted(taken) == sorted(layer.kernel.path for layer in layers)
+
+
+def test_muon_leaves_the_rest_of_a_prior_to_adamw():
+    prior, muon = prior_and_muon()
+    (block,), head = prior.blocks, prior.head.kernel
+    head.assign(np.ones(head.shape))
+    decaying = [head, block.qkv.kernel]
+    kept = [prior.code_embedding.embeddings, block.mlp_norm.scale]
+    before = [array(variable) for variable in decaying + kept]
+    gradients = [keras.ops.zeros(v.shape) for v in prior.trainable_variables]
+    muon.apply(gradients, prior.trainable_variables)
+    for variable, old in zip(decaying + kept, before, strict=True):
+        left = 1 - 0.1 * 0.5 if any(variable is v for v in decaying) else 1.0
+        np.testing.assert_allclose(array(variable), left * old, rtol=1e-6)
+    prior, muon = prior_and_muon()
+    gradients = [keras.ops.ones(v.shape) for v in prior.trainable_variables]
+    muon.apply(gradients, prior.trainable_variables)
+    # Adam's first step is as long as the rate: here half of 0.1.
+    np.testing.assert_allclose(array(prior.head.kernel), -0.05, rtol=1e-4)

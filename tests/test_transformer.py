@@ -141,11 +141,16 @@ def test_attributes_are_learned_and_stored(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layout", "kv_heads"),
-    [*((layout, 0) for layout in LAYOUTS), (CodeLayout(K, ((1, 1),)), 0), (DEEP, 1), (FLAT, 2)],
+    ("layout", "changes"),
+    [
+        *((layout, {}) for layout in (*LAYOUTS, CodeLayout(K, ((1, 1),)))),
+        (DEEP, {"kv_heads": 1}),
+        (FLAT, {"kv_heads": 2}),
+        (FLAT, {"kv_heads": 2, "qk_norm": True}),
+    ],
 )
-def test_steps_give_the_logits_of_the_whole_sequence(layout, kv_heads):
-    model = build(layout=layout, heads=4, kv_heads=kv_heads)
+def test_steps_give_the_logits_of_the_whole_sequence(layout, changes):
+    model = build(layout=layout, heads=4, **changes)
     random = np.random.default_rng(0)
     inputs = {"codes": random.integers(K, size=(3, *layout.shape)), "labels": np.array([0, 2, 5])}
     whole = logits(model, inputs)
@@ -229,10 +234,15 @@ def test_rotated_products_depend_on_the_distance_only():
     assert products[1 + 1, 1] != pytest.approx(products[1 + 4, 1], abs=1e-3)
 
 
-def test_block_against_numpy():
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_block_against_numpy(qk_norm):
     keras.utils.set_random_seed(1)
     layout = CodeLayout(K, ((2, 2),))
-    block = Block(layout, width=8, heads=2)
+    block = Block(layout, width=8, heads=2, qk_norm=qk_norm)
+    block.build((1, 4, 8))
+    scales = np.random.default_rng(2).uniform(1, 2, size=(2, 4))
+    for layer, scale in zip(block.qk_norms, scales, strict=qk_norm):
+        layer.scale.assign(scale)
     x = np.random.default_rng(1).normal(size=(1, 4, 8)).astype("float32")
     y = ops.convert_to_numpy(block(x))
     layers = block.qkv, block.attention_output, block.gate_and_up, block.down
@@ -245,13 +255,24 @@ def test_block_against_numpy():
     query, key, value = np.split(norm(x[0]) @ qkv, 3, axis=-1)
     heads = []
     for head in (slice(0, 4), slice(4, 8)):
-        q, k = (ops.convert_to_numpy(rotate(v[:, head], cos, sin)) for v in (query, key))
+        q, k = query[:, head], key[:, head]
+        if qk_norm:
+            q, k = norm(q) * scales[0], norm(k) * scales[1]
+        q, k = (ops.convert_to_numpy(rotate(v.astype("float32"), cos, sin)) for v in (q, k))
         scores = np.where(np.tri(4), np.exp(q @ k.T / 2), 0)
         heads.append(scores / scores.sum(-1, keepdims=True) @ value[:, head])
     middle = x[0] + np.concatenate(heads, -1) @ out
     gate, up = np.split(norm(middle) @ gate_and_up, 2, axis=-1)
     expected = middle + (gate / (1 + np.exp(-gate)) * up) @ down
     np.testing.assert_allclose(y[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("zero_init", [True, False])
+def test_a_block_that_starts_at_zero_returns_its_input(zero_init):
+    block = Block(FLAT, width=16, heads=2, zero_init=zero_init)
+    x = np.random.default_rng(0).normal(size=(2, T, 16)).astype("float32")
+    change = np.abs(ops.convert_to_numpy(block(x)) - x)
+    assert (change == 0).all() if zero_init else (change > 0).any(-1).all()
 
 
 @pytest.mark.parametrize("layout", [FLAT, DEEP])
@@ -291,7 +312,8 @@ def test_a_few_steps_lower_the_loss(layout, dtype):
 
 @EVERY_KIND
 def test_a_saved_model_loads_the_same(tmp_path, layout, dtype):
-    model = build(num_labels=0, dropout=0.2, layout=layout, dtype=dtype)
+    new = dict(qk_norm=True, zero_init=True)
+    model = build(num_labels=0, dropout=0.2, layout=layout, dtype=dtype, **new)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert loaded.get_config() == model.get_config() and loaded.layout == layout
@@ -361,7 +383,12 @@ def test_computing_again_stores_less():
 
 
 @pytest.mark.parametrize(
-    "layer", [Block(DEEP, width=16, heads=2, kv_heads=1, dropout=0.1), LevelHead(PYRAMID)]
+    "layer",
+    [
+        Block(DEEP, width=16, heads=2, kv_heads=1, dropout=0.1),
+        Block(FLAT, width=16, heads=2, qk_norm=True, zero_init=True),
+        LevelHead(PYRAMID),
+    ],
 )
 def test_layer_config_round_trips(layer):
     twin = type(layer).from_config(json.loads(json.dumps(layer.get_config())))

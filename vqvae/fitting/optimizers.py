@@ -1,4 +1,4 @@
-"""Optimizers (Adam, AdamW, and Muon for convolution kernels) and learning-rate schedules."""
+"""Optimizers (Adam, AdamW, Muon) and learning-rate schedules."""
 
 import math
 from typing import Any
@@ -81,14 +81,22 @@ class AdamW(WholeBatchClipping, WarmAverage, keras.optimizers.AdamW):
 
 
 @keras.saving.register_keras_serializable("vqbeam")
-class ConvolutionMuon(WholeBatchClipping, WarmAverage, keras.optimizers.Muon):
-    """Keras's Muon, applied to convolution kernels; Adam updates all other weights.
+class Muon(WholeBatchClipping, WarmAverage, keras.optimizers.Muon):
+    """Keras's Muon, applied to matrices other than embeddings; AdamW updates all other weights.
 
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum of a
     weight matrix with the nearest orthogonal matrix, so that a step has equal length in every
-    direction. A kernel is flattened to a matrix whose columns are its last axis: the output
-    channels, or the input channels of a transposed convolution. Kernels with fewer than `smallest`
-    rows or columns are updated by Adam.
+    direction.
+    """
+
+
+@keras.saving.register_keras_serializable("vqbeam")
+class ConvolutionMuon(Muon):
+    """Muon, applied to convolution kernels; Adam updates all other weights.
+
+    A kernel is flattened to a matrix whose columns are its last axis: the output channels, or the
+    input channels of a transposed convolution. Kernels with fewer than `smallest` rows or columns
+    are updated by Adam.
     """
 
     smallest = 16

@@ -8,7 +8,7 @@ from vqbeam.pipelines.cli.main import parse
 def test_reconstruct_inspect_and_presets():
     given = parse(["reconstruct", "d", "--output", "a.png"])[1]
     assert given == {"run_dir": "d", "output": "a.png", "num": 16}
-    assert parse(["inspect", "d"])[1] == {"run_dir": "d"}
+    assert parse(["inspect", "d"])[1] == {"run_dirs": ["d"], "form": None}
     assert parse(["presets"])[1] == {"preset": None}
 
 

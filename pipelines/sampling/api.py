@@ -23,7 +23,6 @@ import numpy as np
 from etils import epath
 
 from vqbeam.configs import Config, SampleConfig, VqbeamError
-from vqbeam.pipelines.hub import local_run
 from vqbeam.pipelines.sampling.input_images import kept_codes, region_mask
 from vqbeam.prior.sampler import Sampler, Score, code_scorer
 from vqbeam.prior.training import load_prior
@@ -61,7 +60,12 @@ def open(path: epath.PathLike) -> "Run":
     Raises:
         VqbeamError: The folder holds no run, or the run cannot be downloaded.
     """
-    return Run(local_run(os.fspath(path)))
+    place = os.fspath(path)
+    if place.startswith("hf://"):
+        from vqbeam.pipelines.hub import local_run
+
+        place = local_run(place)
+    return Run(place)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -111,7 +111,7 @@ def finish_images(run_path: str, gathered: Gathered) -> str:
     reports, facts = gathered
     # The dead letters do not depend on the order in which workers end.
     failures = sorted(facts["failures"], key=lambda failure: failure["key"])
-    letters = run.folder(STAGE) / DEAD_LETTERS
+    letters, left_out = run.folder(STAGE) / DEAD_LETTERS, run.folder(STAGE) / _LEFT_OUT
     lines = [json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures]
     write_bytes(letters, "".join(lines).encode())
     _check_failures(failures, reports, config, letters)
@@ -134,7 +134,7 @@ def finish_images(run_path: str, gathered: Gathered) -> str:
         source=config.data.source,
         counts=counts,
         failed=len(failures),
-        left_out=read_json(run.folder(STAGE) / _LEFT_OUT),
+        left_out=read_json(left_out) if left_out.exists() else {},
         label_names=labels.names,
         label_kind=labels.kind,
         statistics=_scaled(facts["statistics"]),

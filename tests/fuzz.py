@@ -307,7 +307,8 @@ def folders(numbers: np.random.Generator, folder: pathlib.Path) -> None:
         )
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _make(path, numbers)
+            if not os.path.lexists(path):  # a pipe, which would be written to
+                _make(path, numbers)
     if numbers.random() < 0.2:
         (folder / "in").mkdir(exist_ok=True)
         table = "path,young,old\na.png,1,0\nb.JPG,0,1\n" * 3

@@ -33,6 +33,8 @@ def describe(run_dir: str) -> str:
             lines += [f"  {line}" for line in _facts(run, stage)]
         except VqbeamError as error:
             lines.append(f"{stage:<12} damaged: {error}")
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            lines.append(f"{stage:<12} damaged: its manifest is not as vqbeam writes it ({error})")
         if (run.root / folder).exists():
             lines.append(f"  {run.root / folder}, {file_size(_size(run.root / folder))}")
     return "\n".join(lines)

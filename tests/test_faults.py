@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import signal
 import time
@@ -209,7 +210,7 @@ def test_no_write_permission_for_samples(failure, finished_run, tmp_path):
 
 
 def times(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.glob("*.tfrecord-*")}
+    return {path: os.stat(path).st_mtime_ns for path in folder.glob("*.tfrecord-*")}
 
 
 @pytest.mark.parametrize("stage", ["prepare", "encode"])

@@ -361,6 +361,8 @@ def test_the_last_step_may_be_done_twice(tmp_path):
 def test_flat_images_have_variance_one(tmp_path):
     for index in range(4):
         save(tmp_path / "source", f"{index}.png", Image.new("RGB", (8, 8), "gray"), "PNG")
+        with (tmp_path / "source" / f"{index}.png").open("ab") as file:
+            file.write(bytes([index]))  # behind the image, so that no file is a copy of another
     run = start(tmp_path / "run", f"folder:{tmp_path / 'source'}")
     do_stage(run)
     assert run.manifest(STAGE)["statistics"]["variance"] == 1.0

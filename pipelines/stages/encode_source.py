@@ -321,7 +321,7 @@ def finish_additions(gathered: Gathered, job: EncodeJob) -> str:
         _write_metadata(job, manifest)
     call = {"source": job.data.source, "new": new, "failed": len(failures)}
     write_json(job.folder / MANIFEST, manifest | {"calls": [*manifest["calls"], call]})
-    remove_leftovers(job.folder, _files(job.folder, shards))
+    remove_leftovers(job.folder, _files(job.folder, shards), job.fingerprint)
     return job.output
 
 

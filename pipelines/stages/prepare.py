@@ -115,6 +115,7 @@ def finish_images(run_path: str, gathered: Gathered) -> str:
     reports, facts = gathered
     failures = facts["failures"]
     letters = write_dead_letters(run.folder(STAGE), failures)
+    left_out = run.folder(STAGE) / _LEFT_OUT
     total = sum(report.records for report in reports) + len(failures)
     check_failures(failures, total, config.data, letters)
     _check_splits(reports, config, letters)
@@ -137,7 +138,7 @@ def finish_images(run_path: str, gathered: Gathered) -> str:
         source=config.data.source,
         counts=counts,
         failed=len(failures),
-        left_out=read_json(run.folder(STAGE) / _LEFT_OUT),
+        left_out=read_json(left_out) if left_out.exists() else {},
         label_names=labels.names,
         label_kind=labels.kind,
         statistics=_scaled(facts["statistics"]),

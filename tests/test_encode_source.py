@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow as tf
-from image_files import encoded_images, names_of, write_file
+from image_files import ENDINGS, encoded_images, names_of, write_file
 from pipeline_fixtures import TWO_THREADS, gathered, read_records, shard_contents, write_images
 
 from vqbeam.configs import DataConfig, VqbeamError
@@ -119,18 +119,13 @@ def test_new_images_cost_only_themselves(encode, images, encoded, tmp_path):
 
 @pytest.mark.parametrize("kind", ["parquet", "webdataset"])
 def test_rows_of_files_are_known_by_their_keys(encode, encoded, tmp_path, kind):
-    folder = tmp_path / "files"
-    write_file(kind, folder / "a", encoded_images(7), names_of(7))
-    shutil.move(folder / "a", folder / f"a{(ending := stage_ending(kind))}")
+    folder, ending = tmp_path / "files", ENDINGS[kind]
+    write_file(kind, folder / f"a{ending}", encoded_images(7), names_of(7))
     encode(f"{kind}:{folder}")
     write_file(kind, folder / f"b{ending}", encoded_images(3, first=7), names_of(3))
     encoded.clear()
     assert "codes: 3 new, 7 there before" in encode(f"{kind}:{folder}")
     assert sum(encoded) == 3
-
-
-def stage_ending(kind):
-    return {"parquet": ".parquet", "webdataset": ".tar"}[kind]
 
 
 def job_of(run, tmp_path):

@@ -23,7 +23,7 @@ from vqbeam.pipelines.budget import (
 from vqbeam.pipelines.inspect import file_size
 from vqbeam.vqvae.augmentation import variant_count
 from vqbeam.vqvae.fitting.devices import describe_devices
-from vqbeam.vqvae.fitting.progress import clock, seconds_after
+from vqbeam.vqvae.fitting.progress import clock, seconds_after, seconds_of_bar
 from vqbeam.vqvae.layout import code_layout
 from vqbeam.vqvae.storage.files import is_local
 from vqbeam.vqvae.storage.run_folder import MODELS, RunFolder
@@ -77,10 +77,13 @@ def _rest(part: Part, config: Config, done: Mapping[str, int]) -> Part:
 
 
 def foretell(parts: Sequence[Part]) -> None:
-    """Lets each bar know how many seconds the parts after it take."""
+    """Lets each bar know how many seconds it takes, and the parts after it."""
+    seconds_of_bar.clear()
     seconds_after.clear()
     later = 0.0
     for part in reversed(parts):
+        if part.bar:
+            seconds_of_bar[part.title] = part.bar
         seconds_after[part.title] = later + part.end
         later += part.seconds
 

@@ -62,7 +62,7 @@ def test_accuracy_in_numpy(trained):
 
 
 @pytest.mark.usefixtures("compiled")
-def test_learns_what_can_be_learned(prepared_run, tiny_config, monkeypatch):
+def test_learns_what_can_be_learned(prepared_run, tiny_config, monkeypatch, capsys):
     def told_by_brightness(builder, split):
         def brighten(example):
             return example | {
@@ -75,6 +75,11 @@ def test_learns_what_can_be_learned(prepared_run, tiny_config, monkeypatch):
     run, _ = prepared_run(tiny_config(), train=40)
     load_classifier(run)
     assert classifier_accuracy(run) == 1
+    # It takes minutes with real data, so that one should know.
+    said, told = capsys.readouterr()
+    assert said.startswith("first, a classifier of the run's images is trained")
+    assert f"100 steps; it is kept in {run.evaluation}" in said
+    assert told.splitlines()[-1].startswith("classifier  100%  loss ")
 
 
 @pytest.mark.usefixtures("compiled")

@@ -8,7 +8,7 @@ from pipeline_fixtures import small_config, write_images
 from vqbeam.pipelines import plan
 from vqbeam.pipelines.budget import Part, Trial, known_counts, measure, parts_of, seconds_per_image
 from vqbeam.pipelines.plan import announce, foretell, plan_lines
-from vqbeam.vqvae.fitting.progress import seconds_after
+from vqbeam.vqvae.fitting.progress import seconds_after, seconds_of_bar
 from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
 
 COUNTS = {"train": 900, "validation": 100}
@@ -24,6 +24,7 @@ def source(tmp_path):
 @pytest.fixture(autouse=True)
 def _nothing_foretold():
     yield
+    seconds_of_bar.clear()
     seconds_after.clear()
 
 
@@ -35,6 +36,7 @@ def test_a_bar_knows_what_comes_after_it():
             Part("encode", "encode", 4, 40),
         ]
     )
+    assert seconds_of_bar == {"prepare": 10, "train vqvae": 20, "encode": 40}
     assert seconds_after == {"prepare": 2 + 20 + 3 + 4 + 40, "train vqvae": 3 + 44, "encode": 0}
 
 

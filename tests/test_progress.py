@@ -82,6 +82,20 @@ def test_the_time_in_all_is_that_of_the_bar_and_of_what_follows(clock_of_test, c
     )
 
 
+def test_the_time_left_comes_from_the_plan_first_and_from_the_rate_in_the_end(
+    clock_of_test, monkeypatch
+):
+    monkeypatch.setitem(progress.seconds_of_bar, "decoder", 300.0)
+    bar = ProgressBar("decoder", 1100, initial=100)  # of a training that was broken off
+    bar.update(0)
+    left = {}
+    for images in (10, 490, 490):
+        clock_of_test.now += images / 10  # 100 s in all at this rate
+        bar.update(images)
+        left[bar.n] = bar.seconds_left
+    assert left == pytest.approx({110: 295, 600: 0.5 * (50 + 150), 1090: 1}, rel=0.03)
+
+
 @pytest.mark.parametrize("width", [36, 60, 80, 120])
 def test_figures_come_first_and_the_bar_takes_the_rest(terminal, width, clock_of_test):
     read = terminal(width)

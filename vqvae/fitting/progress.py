@@ -21,7 +21,8 @@ _LEAST_SECONDS = 0.5
 # Steps of so many seconds tell how long a training takes.
 _FIRST_SECONDS = 5.0
 
-# Seconds that the plan of a command expects after the end of a bar, by the bar's title.
+# What the plan of a command expects, by the title of a bar: its seconds, and those after its end.
+seconds_of_bar: dict[str, float] = {}
 seconds_after: dict[str, float] = {}
 
 
@@ -40,7 +41,7 @@ class ProgressBar:
     """
 
     def __init__(self, title: str, total: int, initial: int = 0):
-        self.title, self.total, self.n = title, total, initial
+        self.title, self.total, self.n, self.initial = title, total, initial, initial
         self.figures: list[str] = []
         self._lock = threading.RLock()
         self._is_terminal = sys.stderr.isatty()
@@ -106,8 +107,18 @@ class ProgressBar:
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds to the end of the bar at the mean rate; None if unknown."""
-        return (self.total - self.n) / self.rate if self.rate else None
+        """Seconds to the end of the bar; None if unknown.
+
+        They come from the mean rate, and the less is done, the more from the plan: it knows of
+        what comes in between, such as validation.
+        """
+        if not self.rate:
+            return None
+        images = self.total - self.initial
+        by_rate = images / self.rate
+        by_plan = seconds_of_bar.get(self.title, by_rate)
+        done = (self.n - self.initial) / images
+        return (1 - done) * (done * by_rate + (1 - done) * by_plan)
 
     def _show(self) -> None:
         if self._is_terminal:

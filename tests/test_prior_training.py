@@ -328,6 +328,13 @@ def test_the_optimizer_is_as_the_settings_say():
     assert (other.global_clipnorm, other.use_ema, other.ema_momentum) == (0.1, True, 0.9)
 
 
+def test_the_options_of_the_blocks_reach_them(config):
+    given = {"prior.qk_norm": "rms", "prior.branch_init": "zeros"}
+    for changes, expected in (({}, False), (given, True)):
+        (block,) = build_prior(override(config, changes), LABELS).blocks
+        assert len(block.qk_norms) == 2 * expected and block.zero_init == expected
+
+
 def test_needs_codes(tmp_path, config):
     run = RunFolder(tmp_path / "run")
     run.start(config)

@@ -21,8 +21,7 @@ from vqbeam.prior.sampler import Sampler
 from vqbeam.prior.training import build_optimizer as build_prior_optimizer
 from vqbeam.prior.training import build_prior
 from vqbeam.vqvae.building import build_model
-from vqbeam.vqvae.fitting.compilation import compiled_encoder, in_batches
-from vqbeam.vqvae.fitting.devices import describe_devices, peak_flops
+from vqbeam.vqvae.fitting.devices import compiled_encoder, describe_devices, in_batches, peak_flops
 from vqbeam.vqvae.fitting.optimizers import build_optimizer
 from vqbeam.vqvae.fitting.program import steps_per_call
 from vqbeam.vqvae.model import scale_images

@@ -30,7 +30,7 @@ from vqbeam.pipelines.evaluation.reference import ReferenceSet
 from vqbeam.pipelines.sampling.api import Run
 from vqbeam.prior.sampler import Sampler
 from vqbeam.prior.training import load_prior
-from vqbeam.vqvae.fitting.compilation import compiled_decoder
+from vqbeam.vqvae.fitting.devices import compiled_decoder
 from vqbeam.vqvae.storage.records import open_dataset, read_split, training_batches
 from vqbeam.vqvae.storage.run_folder import RunFolder
 from vqbeam.vqvae.training import load_vqvae

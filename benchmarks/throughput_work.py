@@ -19,7 +19,7 @@ from measuring import report
 
 import vqbeam.pipelines.stages.transforms  # noqa: F401  otherwise `run_stages` imports it, and Beam with it
 from vqbeam.pipelines.run import run_stages
-from vqbeam.vqvae.fitting.compilation import compiled_encoder
+from vqbeam.vqvae.fitting.devices import compiled_encoder
 from vqbeam.vqvae.storage.records import Shard, open_dataset, write_metadata
 from vqbeam.vqvae.storage.run_folder import RunFolder
 from vqbeam.vqvae.training import MODEL_FILE, load_vqvae

@@ -19,7 +19,7 @@ from vqbeam.pipelines.sampling.api import Run
 from vqbeam.pipelines.sources.images import ImageError, decode_image
 from vqbeam.pipelines.stages.encode import load_encoder
 from vqbeam.pipelines.stages.generate import load_run
-from vqbeam.vqvae.fitting.compilation import in_batches
+from vqbeam.vqvae.fitting.devices import in_batches
 from vqbeam.vqvae.storage.labels import labels_for, parse_label
 from vqbeam.vqvae.storage.run_folder import MODELS, RunFolder
 

@@ -14,8 +14,7 @@ from keras import ops
 from vqbeam.configs import SamplerSettings, VqbeamError
 from vqbeam.prior.filters import sample_code, sampler_tensors, uniforms
 from vqbeam.prior.transformer import CodePrior, check_labels
-from vqbeam.vqvae.fitting.compilation import compile_function
-from vqbeam.vqvae.fitting.devices import on_cpu
+from vqbeam.vqvae.fitting.devices import compile_function, on_cpu
 
 # Attention reads the complete cache, so the cache starts short and grows in this many steps.
 SEGMENTS = 4

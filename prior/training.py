@@ -13,9 +13,8 @@ from vqbeam.configs import Config, PriorConfig, VqbeamError
 from vqbeam.prior.sampler import Sampler
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.figures import label_figure
-from vqbeam.vqvae.fitting.compilation import compiled_decoder
 from vqbeam.vqvae.fitting.data import TrainingData, training_data
-from vqbeam.vqvae.fitting.devices import data_parallel, evenly_shared
+from vqbeam.vqvae.fitting.devices import compiled_decoder, data_parallel, evenly_shared
 from vqbeam.vqvae.fitting.fit import Fitted, Schedule, fit, load_model, save_model, set_seed
 from vqbeam.vqvae.fitting.optimizers import AdamW, Muon, optimizer_options
 from vqbeam.vqvae.layout import CodeLayout, code_layout

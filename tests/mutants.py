@@ -1421,14 +1421,14 @@ FAULTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "the adversarial loss trains the discriminator",
-            "vqvae/finetuning/discriminator.py",
+            "vqvae/finetuning/decoder.py",
             "[ops.stop_gradient(variable) for variable in self.trainable_variables]",
             "[variable.value for variable in self.trainable_variables]",
             "test_finetuning.py::test_each_loss_moves_one_part",
         ),
         Mutant(
             "the discriminator's loss trains the decoder",
-            "vqvae/finetuning/discriminator.py",
+            "vqvae/finetuning/decoder.py",
             "self(ops.stop_gradient(reconstruction))",
             "self(reconstruction)",
             "test_finetuning.py::test_each_loss_moves_one_part",

@@ -4,7 +4,7 @@ import pytest
 from keras import ops
 
 from vqbeam.configs import VqbeamError
-from vqbeam.vqvae.fitting.compilation import compile_function, in_batches
+from vqbeam.vqvae.fitting.devices import compile_function, in_batches
 
 pytestmark = pytest.mark.backend
 

@@ -4,7 +4,7 @@ import pytest
 from keras import ops
 from quantizer_checks import array, gradient
 
-from vqbeam.vqvae.finetuning.discriminator import PatchDiscriminator
+from vqbeam.vqvae.finetuning.decoder import PatchDiscriminator
 
 pytestmark = pytest.mark.backend
 

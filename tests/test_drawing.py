@@ -6,7 +6,7 @@ from keras import ops
 
 from vqbeam.configs import SamplerSettings
 from vqbeam.prior.filters import sample_code, sampler_tensors
-from vqbeam.vqvae.fitting.compilation import compile_function
+from vqbeam.vqvae.fitting.devices import compile_function
 
 pytestmark = pytest.mark.backend
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from vqbeam.vqvae.fitting.compilation import compile_function
+from vqbeam.vqvae.fitting.devices import compile_function
 from vqbeam.vqvae.quantizers import nearest
 from vqbeam.vqvae.quantizers.nearest import nearest_codes
 
@@ -197,7 +197,7 @@ def test_memory_is_bounded():
     import numpy as np
     from keras import ops
 
-    from vqbeam.vqvae.fitting.compilation import compile_function
+    from vqbeam.vqvae.fitting.devices import compile_function
     from vqbeam.vqvae.quantizers.nearest import nearest_codes
 
     def peak():

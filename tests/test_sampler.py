@@ -13,7 +13,7 @@ from vqbeam.configs import SampleConfig, SamplerSettings, VqbeamError
 from vqbeam.prior.filters import guidance_scales, sampler_tensors, uniforms
 from vqbeam.prior.sampler import Sampler, in_precision, sample_codes
 from vqbeam.prior.transformer import CodePrior
-from vqbeam.vqvae.fitting.compilation import compile_function
+from vqbeam.vqvae.fitting.devices import compile_function
 from vqbeam.vqvae.layout import CodeLayout
 
 # A grid of one code has nothing to attend to but itself.

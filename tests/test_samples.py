@@ -4,7 +4,7 @@ from pipeline_fixtures import SIDE, small_config
 
 from vqbeam.configs import SampleConfig
 from vqbeam.vqvae.building import build_model
-from vqbeam.vqvae.fitting.compilation import compiled_decoder, in_batches
+from vqbeam.vqvae.fitting.devices import compiled_decoder, in_batches
 
 
 @pytest.mark.slow

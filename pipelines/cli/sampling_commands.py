@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vqbeam.configs import SampleConfig
-from vqbeam.pipelines.cli.beam_flags import BEAM_HELP
 from vqbeam.pipelines.cli.parser import (
+    BEAM_HELP,
     RUN,
     Parser,
     count,

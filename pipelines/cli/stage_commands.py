@@ -5,8 +5,8 @@ from typing import Any, NoReturn
 
 from vqbeam import configs
 from vqbeam.configs import SECTIONS, DataConfig
-from vqbeam.pipelines.cli.beam_flags import BEAM_HELP
 from vqbeam.pipelines.cli.parser import (
+    BEAM_HELP,
     RUN,
     Parser,
     above_zero,

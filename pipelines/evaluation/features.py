@@ -11,7 +11,7 @@ import tensorflow as tf
 from etils import epath
 
 from vqbeam.configs import VqbeamError, first_line
-from vqbeam.vqvae.fitting.compilation import compile_function
+from vqbeam.vqvae.fitting.devices import compile_function
 from vqbeam.vqvae.fitting.fit import load_model, save_model, set_seed
 from vqbeam.vqvae.fitting.optimizers import learning_rate
 from vqbeam.vqvae.fitting.progress import FitProgress

@@ -9,7 +9,7 @@ from etils import epath
 from vqbeam.pipelines.evaluation.distances import Moments, frechet_distance
 from vqbeam.pipelines.evaluation.features import Extract, feature_extractor, label_obstacle
 from vqbeam.vqvae.figures import reconstruction_figure, save_png
-from vqbeam.vqvae.fitting.compilation import compiled_decoder, compiled_encoder
+from vqbeam.vqvae.fitting.devices import compiled_decoder, compiled_encoder
 from vqbeam.vqvae.fitting.progress import progress_bar
 from vqbeam.vqvae.layout import CodeLayout
 from vqbeam.vqvae.metrics import (

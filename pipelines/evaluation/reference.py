@@ -26,7 +26,7 @@ from vqbeam.pipelines.evaluation.features import (
 )
 from vqbeam.prior.sampler import Sampler
 from vqbeam.prior.training import load_prior
-from vqbeam.vqvae.fitting.compilation import compiled_decoder, compiled_encoder
+from vqbeam.vqvae.fitting.devices import compiled_decoder, compiled_encoder
 from vqbeam.vqvae.fitting.progress import progress_bar
 from vqbeam.vqvae.storage.labels import NO_CLASS
 from vqbeam.vqvae.storage.records import damaged_records, label_of, open_dataset, read_split

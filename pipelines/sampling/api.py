@@ -28,7 +28,7 @@ from vqbeam.prior.sampler import Sampler, Score, code_scorer
 from vqbeam.prior.training import load_prior
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.figures import label_figure
-from vqbeam.vqvae.fitting.compilation import compiled_decoder, compiled_encoder, in_batches
+from vqbeam.vqvae.fitting.devices import compiled_decoder, compiled_encoder, in_batches
 from vqbeam.vqvae.fitting.progress import progress_bar
 from vqbeam.vqvae.layout import code_layout
 from vqbeam.vqvae.model import VQVAE

@@ -9,7 +9,7 @@ from etils import epath
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.api import Run
 from vqbeam.vqvae.figures import PROVENANCE, label_figure, save_png
-from vqbeam.vqvae.fitting.compilation import in_batches
+from vqbeam.vqvae.fitting.devices import in_batches
 from vqbeam.vqvae.storage.labels import label_name, parse_label
 
 

@@ -17,7 +17,7 @@ from vqbeam.pipelines.stages.shards import (
     write_dataset_metadata,
 )
 from vqbeam.vqvae.augmentation import variant_count, variants
-from vqbeam.vqvae.fitting.compilation import compiled_encoder, in_batches
+from vqbeam.vqvae.fitting.devices import compiled_encoder, in_batches
 from vqbeam.vqvae.layout import code_layout
 from vqbeam.vqvae.metrics import by_level, count_codes, perplexity
 from vqbeam.vqvae.storage.records import (

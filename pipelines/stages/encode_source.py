@@ -42,7 +42,7 @@ from vqbeam.pipelines.stages.prepare import (
     write_dead_letters,
 )
 from vqbeam.pipelines.stages.shards import ShardReport, ShardWriter, remove_leftovers
-from vqbeam.vqvae.fitting.compilation import in_batches
+from vqbeam.vqvae.fitting.devices import in_batches
 from vqbeam.vqvae.layout import code_layout
 from vqbeam.vqvae.storage.files import matching, read_json, sizes, write_json
 from vqbeam.vqvae.storage.labels import NO_CLASS, Label, Labels

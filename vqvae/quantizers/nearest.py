@@ -3,8 +3,7 @@
 import numpy as np
 from keras import ops
 
-from vqbeam.vqvae.fitting.compilation import full_precision
-from vqbeam.vqvae.fitting.devices import on_cpu
+from vqbeam.vqvae.fitting.devices import full_precision, on_cpu
 
 # Scores per block: 4 MB, which fits in a core's cache; and 256 MB on a GPU, which computes one
 # block after the other, so that a training batch is one block.

@@ -139,7 +139,7 @@ def test_refusals(preset, tmp_path, capsys):
 def test_a_source_without_an_image(tmp_path, capsys):
     (tmp_path / "source").mkdir()
     for name in "abcdefghijkl":
-        (tmp_path / "source" / f"{name}.png").write_bytes(b"not an image")
+        (tmp_path / "source" / f"{name}.png").write_text(f"not an image: {name}")
     preset = write_preset(tmp_path / "own.py", small_config(f"folder:{tmp_path / 'source'}"))
     said = refusal(capsys, preset)
     assert said.endswith(" has no training image that can be decoded; check it")

@@ -350,7 +350,7 @@ def test_a_damaged_record_is_one_line(tmp_path, config):
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 255
     shard.write_bytes(bytes(content))
-    with pytest.raises(VqbeamError, match="a record in .*codes is damaged") as caught:
+    with pytest.raises(VqbeamError, match="a record in .*codes-.* is damaged") as caught:
         train_prior(str(run.root))
     assert "\n" not in str(caught.value) and run.manifest(STAGE) is None
 

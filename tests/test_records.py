@@ -49,7 +49,7 @@ def write_dataset(folder, features, examples, per_shard=4):
         folder,
         features,
         splits,
-        name="codes",
+        name=folder.name,
         version=CODES_VERSION,
         description="What it is.",
     )

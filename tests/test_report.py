@@ -43,7 +43,8 @@ def loud(monkeypatch):
 @pytest.fixture
 def run(finished_run, tmp_path):
     """A copy of a finished run, to be changed."""
-    return RunFolder(shutil.copytree(finished_run.root, tmp_path / "run"))
+    without = shutil.ignore_patterns("evaluation")  # other tests may have evaluated it
+    return RunFolder(shutil.copytree(finished_run.root, tmp_path / "run", ignore=without))
 
 
 def page_of(*runs, output):

@@ -128,8 +128,10 @@ def test_files_in_a_folder_lead_nowhere(tmp_path):
     pixels = write_images(tmp_path / "source", 6, classes=())
     (tmp_path / "secret.txt").write_text("a secret")
     os.symlink(tmp_path / "secret.txt", tmp_path / "source" / "link.png")
-    for name in ("a\\..\\outside.png", "%2e%2e%2foutside.png", "line\nbreak.png", "$(touch x).png"):
-        (tmp_path / "source" / name).write_bytes((tmp_path / "source" / "000.png").read_bytes())
+    names = ("a\\..\\outside.png", "%2e%2e%2foutside.png", "line\nbreak.png", "$(touch x).png")
+    others = write_images(tmp_path / "others", len(names), classes=(), seed=1)
+    for name, key in zip(names, others, strict=True):
+        (tmp_path / "source" / name).write_bytes((tmp_path / "others" / key).read_bytes())
     before = everything_below(tmp_path)
     config = small_config(f"folder:{tmp_path / 'source'}", data__max_failed=0.2)
     run_stages(config, str(tmp_path / "a" / "run"), STAGES, ["--runner=FnApiRunner"])

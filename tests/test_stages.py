@@ -6,7 +6,7 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from vqbeam.configs import SampleConfig
 from vqbeam.pipelines.cli.main import parse
 from vqbeam.pipelines.cli.stage_commands import STAGES
-from vqbeam.pipelines.stages.encode import EncodeImages
+from vqbeam.pipelines.stages.encode import EncodeStage
 from vqbeam.pipelines.stages.generate import GenerateImages, GenerateJob
 from vqbeam.pipelines.stages.transforms import GPU_HINTS, transform
 from vqbeam.vqvae.storage import run_folder
@@ -52,7 +52,7 @@ def test_nothing_is_asked_of_other_runners():
 @pytest.mark.parametrize(
     ("words", "transform", "step"),
     [
-        ("encode cifar10 --run-dir gs://b/r", EncodeImages(), "EncodeImages/WriteShard"),
+        ("encode cifar10 --run-dir gs://b/r", EncodeStage(), "EncodeImages/WriteShard"),
         ("generate gs://b/r --num 9 --output gs://b/o", GenerateImages(JOB), "GenerateShard"),
     ],
 )

@@ -325,7 +325,7 @@ def test_a_damaged_shard_is_named(prepared_run, tiny_config):
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 255
     shard.write_bytes(bytes(data))
-    with pytest.raises(VqbeamError, match="a record in .*images is damaged .* run the stage"):
+    with pytest.raises(VqbeamError, match="a record in .*images-.* is damaged .* run the stage"):
         train(run)
     assert run.manifest(STAGE) is None
 

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import socket
+import sys
 from collections.abc import Callable
 
 import keras
@@ -193,7 +194,8 @@ def _train(run: RunFolder, prepared: dict, seed: int) -> keras.Model:
     )
     print(
         f"first, a classifier of the run's images is trained, whose features the metrics compare: "
-        f"{steps:,} steps; it is kept in {run.evaluation}"
+        f"{steps:,} steps; it is kept in {run.evaluation}",
+        file=sys.stderr,
     )
     progress = FitProgress("classifier", steps=steps, batch_size=batch_size)
     model.fit(

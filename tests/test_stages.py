@@ -52,7 +52,7 @@ def test_nothing_is_asked_of_other_runners():
 @pytest.mark.parametrize(
     ("words", "transform", "step"),
     [
-        ("encode cifar10 --run-dir gs://b/r", EncodeStage(), "EncodeImages/WriteShard"),
+        ("encode cifar10 --run-dir gs://b/r", EncodeStage(), "EncodeStage/WriteShard"),
         ("generate gs://b/r --num 9 --output gs://b/o", GenerateImages(JOB), "GenerateShard"),
     ],
 )

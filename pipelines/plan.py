@@ -130,7 +130,7 @@ def plan_lines(
     for title, trial in trials.items():
         lines.append(f"  {title:<12} {trial.parameters:,} parameters")
     if set(stages) & {*MODELS}:
-        lines.append(f"  codes        {code_layout(config).describe()} an image")
+        lines.append(f"  codes        {code_layout(config).describe()}")
         lines += [f"  device       {line}" for line in describe_devices().splitlines()]
     if trials:
         lines.append(f"  memory       {file_size(used_memory())} in trial steps, and the dataset")

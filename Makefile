@@ -41,9 +41,9 @@ $(VENV)/engines/%: tests/engines/%.xml
 	mvn -q -B -f $< dependency:copy-dependencies -DoutputDirectory=$(abspath $@.part)
 	rm -rf $@ && mv $@.part $@ && touch $@
 
-# The page of `vqbeam report` in Chromium; takes the Debian package chromium.
+# The pages of `vqbeam report` and `vqbeam studio` in Chromium; takes the Debian package chromium.
 test-browser: $(VENV)/.browser-installed
-	$(BIN)/python -m pytest -q tests/test_report_browser.py
+	$(BIN)/python -m pytest -q tests/test_report_browser.py tests/test_studio_browser.py
 
 # The exported weights in diffusers, which has an environment of its own.
 test-diffusers: $(VENV)/.test-installed $(VENV)/diffusers/.installed
@@ -87,7 +87,7 @@ $(VENV)/.cloud-installed: $(VENV)/.test-installed
 	touch $@
 
 $(VENV)/.browser-installed: $(VENV)/.test-installed
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e .[test-browser]
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e .[studio,test-browser]
 	touch $@
 
 $(VENV)/.test-installed: setup.py constraints.txt

@@ -38,6 +38,7 @@ setuptools.setup(
     extras_require={
         "formats": ["pillow-heif", "pillow-jxl-plugin"],  # HEIC and JPEG XL
         "gcp": ["apache-beam[gcp]>=2.77"],
+        "studio": ["gradio>=6"],
         "test-browser": ["playwright"],
         "test-cloud": ["apache-beam[gcp]>=2.77", "gcp-storage-emulator", "trustme"],
         "test": [

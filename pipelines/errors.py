@@ -51,6 +51,7 @@ _KNOWN = {
         "the backend that KERAS_BACKEND names is not installed; unset it, or for jax: pip install "
         "-c constraints.txt jax"
     ),
+    r"No module named 'gradio'": 'the studio needs Gradio: pip install "vqbeam[studio]"',
     r"OOM when allocating|RESOURCE_EXHAUSTED: Out of memory": (
         f"the device has not enough memory; {LESS_MEMORY}"
     ),

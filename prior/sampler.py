@@ -267,3 +267,17 @@ def code_scorer(
 
     compiled = compile_function(score, prior.variables, jit=False)
     return lambda codes, labels: ops.convert_to_numpy(compiled(codes, labels))
+
+
+def code_predictor(prior: CodePrior) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Returns a compiled function from codes and labels to what the prior expected instead.
+
+    It returns log p(code | label, previous codes) of all K codes at each position, float32
+    [B, T, K], where `code_scorer` needs only those of the given codes.
+    """
+
+    def predict(codes, labels):
+        return ops.log_softmax(prior({"codes": codes, "labels": labels}, training=False))
+
+    compiled = compile_function(predict, prior.variables, jit=False)
+    return lambda codes, labels: ops.convert_to_numpy(compiled(codes, labels))

@@ -1512,6 +1512,43 @@ FAULTS: dict[str, list[Mutant]] = {
             "test_weights.py::test_the_prior_in_numpy",
         ),
     ],
+    "The studio shows what the run makes, to this machine alone": [
+        Mutant(
+            "it is served to the whole network",
+            "pipelines/studio.py",
+            'server_name="127.0.0.1"',
+            'server_name="0.0.0.0"',
+            "test_studio.py::test_the_command_says_its_address_and_ends_at_ctrl_c",
+        ),
+        Mutant(
+            "uploads may have any size",
+            "pipelines/studio.py",
+            '            max_file_size="10mb",\n',
+            "",
+            "test_studio.py::test_the_command_says_its_address_and_ends_at_ctrl_c",
+        ),
+        Mutant(
+            "what is painted over is kept",
+            "pipelines/sampling/input_images.py",
+            "np.asarray(shares) < 0.1",
+            "np.asarray(shares) >= 0.1",
+            "test_studio.py::test_a_cell_is_sampled_if_a_tenth_of_it_is_painted",
+        ),
+        Mutant(
+            "the codes of another cell are offered",
+            "pipelines/studio.py",
+            "cell[0] * codes.shape[1] + cell[1]",
+            "cell[1] * codes.shape[1] + cell[0]",
+            "test_studio.py::test_what_could_stand_at_a_cell",
+        ),
+        Mutant(
+            "a picture knows codes that are not sampled yet",
+            "pipelines/studio.py",
+            "np.where(known, flat, flat[lengths - 1][:, None])",
+            "np.where(known, flat, flat)",
+            "test_studio.py::test_the_codes_one_by_one",
+        ),
+    ],
 }
 
 

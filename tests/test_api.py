@@ -165,6 +165,8 @@ def test_what_does_not_fit_is_refused(run, images):
         (lambda: run.complete(images, np.ones((8, 8))), r"keep is float64 \[8, 8\]; give bool"),
         (lambda: run.complete(images, "top", num=1), "give top-half, bottom-half"),
         (lambda: run.complete(images, "top-half", num=0), "num is 0; it must be at least 1"),
+        (lambda: run.interpolate("apple", 1), "the first and the last class are both apple; give"),
+        (lambda: run.interpolate(0, 1, steps=1), "steps is 1; it must be at least 2"),
     ]:
         with pytest.raises(VqbeamError, match=message) as refused:
             call()
@@ -179,7 +181,8 @@ def test_the_page_of_examples(finished_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in blocks:
-        exec(block.replace('"Bag"', '"apple"'), names)
+        exec(block.replace('"Bag"', '"apple"').replace('"Sneaker"', '"cherry"'), names)
+    assert names["way"].shape == (2, 8, SIDE, SIDE, 3)
     assert names["done"].shape == (8, 4, SIDE, SIDE, 3) and names["vectors"].shape == (5, 16)
 
 

@@ -107,6 +107,14 @@ def test_report_dispatch(target, capsys):
     assert capsys.readouterr().out == "report: d/report.html\n"
 
 
+def test_studio_dispatch(target):
+    calls = target("studio", "studio")
+    assert main(["studio", "d"]) == 0 and main(["studio", "d", "--port", "80"]) == 0
+    assert calls == [{"run_dir": "d", "port": 7860}, {"run_dir": "d", "port": 80}]
+    for port in ("0", "65536", "x"):
+        assert main(["studio", "d", "--port", port]) == 2
+
+
 def test_presets(capsys):
     assert main(["presets"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -222,7 +230,8 @@ import sys
 from vqbeam.pipelines.cli.main import main
 words = (["--help"], ["run", "--help"], ["presets"], ["smaple"], ["sample", "d", "--topk", "1"])
 print([main(line) for line in words], file=sys.stderr)
-heavy = {"tensorflow", "keras", "apache_beam", "tensorflow_datasets", "numpy"} & set(sys.modules)
+heavy = {"tensorflow", "keras", "apache_beam", "tensorflow_datasets", "numpy", "gradio"}
+heavy &= set(sys.modules)
 sys.exit(", ".join(heavy) or 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

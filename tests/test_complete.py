@@ -7,7 +7,7 @@ from pipeline_fixtures import CLASSES, SIDE, small_config, write_images
 
 from vqbeam.pipelines.cli.main import main
 from vqbeam.pipelines.sampling.api import Run, _likeliest
-from vqbeam.pipelines.sampling.complete import _kept_part
+from vqbeam.pipelines.sampling.complete import kept_part
 from vqbeam.prior.sampler import code_scorer
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.building import build_model
@@ -113,9 +113,9 @@ def test_those_are_taken_that_fit_best_to_what_is_kept():
     np.testing.assert_array_equal(taken, codes[best])
 
 
-def test_the_kept_part_is_that_of_the_cells():
+def test_thekept_part_is_that_of_the_cells():
     images = np.full((1, 4, 6, 3), 7, np.uint8)
-    kept = _kept_part(images, np.array([[True, False], [False, False]]))
+    kept = kept_part(images, np.array([[True, False], [False, False]]))
     assert (kept[0, :2, :3] == 7).all() and (kept == 7).sum() == 2 * 3 * 3
     assert (kept[0, 2:] == 128).all() and kept.dtype == np.uint8
 

@@ -15,6 +15,24 @@ def tiles(count, channels=3, side=32, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, side, side, channels), np.uint8)
 
 
+def test_an_image_with_its_codes():
+    image = np.random.default_rng(0).integers(0, 256, (8, 16, 1), np.uint8)
+    shown = np.asarray(figures.code_figure(image, np.arange(8).reshape(2, 4), (1, 2)))
+    assert shown.shape == (256, 512, 3)
+    pixels = np.kron(image[..., 0], np.ones((32, 32), np.uint8))
+    changed = (shown != pixels[..., None]).any(axis=-1)
+    # A cell is 128 pixels large: lines at its edges, a number in its middle, nothing between.
+    for row, column in np.ndindex(2, 4):
+        cell = changed[128 * row :, 128 * column :][:128, :128]
+        assert cell[0].all() and cell[:, 0].all() and cell[48:80, 48:80].any()
+        assert not cell[8:40, 8:120].any() and not cell[88:120, 8:120].any()
+    assert shown[130, 2 * 128 + 60].tolist() == [255, 90, 0]
+    assert shown[130, 128 + 60].tolist() != [255, 90, 0]
+    # Where there is no room for numbers, there are none.
+    tight = np.asarray(figures.code_figure(image, np.arange(32 * 64).reshape(32, 64)))
+    assert tight.shape == (256, 512, 3) and (tight[4::8, 4::8] == pixels[4::8, 4::8, None]).all()
+
+
 def tile_at(figure, column, row, top=GAP, tile=TILE):
     left, upper = GAP + column * (tile + GAP), top + row * (tile + GAP)
     return np.asarray(figure)[upper : upper + tile, left : left + tile]

@@ -38,7 +38,7 @@ def test_from_one_class_to_another(finished_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "words,message",
     [
-        (["--to", "cherry"], "--from and --to are both cherry; give two classes"),
+        (["--to", "cherry"], "the first and the last class are both cherry; give two classes"),
         (["--to", "melon"], "the run has no label 'melon'"),
         (["--output", "a.jpg"], "--output is 'a.jpg'; give a name that ends in .png"),
     ],

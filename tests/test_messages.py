@@ -185,6 +185,11 @@ def test_a_worker_that_died(said):
     assert user_message(error) == message
 
 
+def test_what_is_not_installed():
+    error = ModuleNotFoundError("No module named 'gradio'")
+    assert user_message(error) == 'the studio needs Gradio: pip install "vqbeam[studio]"'
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("runner", ["DataflowRunner", "PortableRunner"])
 def test_what_beam_says_of_its_options(runner):

@@ -57,6 +57,42 @@ def _columns_of_a_label(by_label: Mapping[str, list[np.ndarray]]) -> int:
     return max(1, min(_MOST_COLUMNS // len(by_label), square))
 
 
+def enlarged(image: np.ndarray, side: int = 512) -> Image.Image:
+    """Returns an image [H, W, C] with each pixel as a square, at most `side` pixels large."""
+    scale = max(1, side // max(image.shape[:2]))
+    size = image.shape[1] * scale, image.shape[0] * scale
+    return picture(image).resize(size, Image.Resampling.NEAREST)
+
+
+def code_figure(
+    image: np.ndarray, codes: np.ndarray, marked: tuple[int, int] | None = None
+) -> Image.Image:
+    """Returns an enlarged image with its grid of codes drawn over it.
+
+    Args:
+        image: uint8 [H, W, C].
+        codes: int [rows, columns]; the numbers are left out where cells are too small for them.
+        marked: Row and column of the cell that has a frame.
+    """
+    figure = enlarged(image).convert("RGB")
+    draw = ImageDraw.Draw(figure, "RGBA")
+    height, width = figure.height // codes.shape[0], figure.width // codes.shape[1]
+    for (row, column), code in np.ndenumerate(codes):
+        left, top = column * width, row * height
+        draw.rectangle([left, top, left + width, top + height], outline=(255, 255, 255, 160))
+        draw.rectangle(
+            [left - 1, top - 1, left + width - 1, top + height - 1], outline=(0, 0, 0, 90)
+        )
+        if width >= 24:
+            centre, font = (left + width / 2, top + height / 2), ImageFont.load_default(width / 4)
+            draw.text(centre, str(code), "white", font, "mm", stroke_width=1, stroke_fill="black")
+    if marked is not None:
+        left, top = marked[1] * width, marked[0] * height
+        corners = [left, top, left + width - 1, top + height - 1]
+        draw.rectangle(corners, outline="#ff5a00", width=4)
+    return figure
+
+
 def picture(image: np.ndarray) -> Image.Image:
     """Returns a uint8 array [H, W, C] with 1 or 3 channels as a Pillow image."""
     return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)

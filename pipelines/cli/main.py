@@ -135,6 +135,12 @@ VERBS = {
         measure_commands.run_report,
         outputs=(".html",),
     ),
+    "studio": Verb(
+        "try out a trained run in the browser",
+        measure_commands.parse_studio,
+        measure_commands.run_studio,
+        needs=_MODELS,
+    ),
     "gradients": Verb(
         "plot which losses reach which parts of a model",
         measure_commands.parse_gradients,
@@ -151,7 +157,7 @@ VERBS = {
 # As the help shows them.
 _GROUPS = {
     "train a model": ("run", "prepare", "train-vqvae", "encode", "train-prior", "presets"),
-    "make images": ("sample", "generate", "complete", "interpolate"),
+    "make images": ("sample", "generate", "complete", "interpolate", "studio"),
     "examine a model": ("inspect", "report", "evaluate", "reconstruct", "score", "gradients"),
     "use it elsewhere": ("push", "export", "export-codes"),
 }

@@ -274,6 +274,28 @@ def run_report(**arguments: Any) -> str | None:
     return report(**arguments)
 
 
+def parse_studio(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
+    """Returns the arguments of `studio`."""
+    parser.describe("DIR [--port N]")
+    parser.add("DIR", run_location, RUN)
+    parser.add("--port", _port, "port on this machine (default: 7860)", metavar="N", default=7860)
+    given = parser.parse_words(words)
+    return {"run_dir": given["DIR"], "port": given["--port"]}
+
+
+def _port(text: str) -> int:
+    if count(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port, from 1 to 65535")
+    return int(text)
+
+
+def run_studio(**arguments: Any) -> None:
+    """Does the work; its libraries load only now."""
+    from vqbeam.pipelines.studio import studio
+
+    studio(**arguments)
+
+
 def parse_presets(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `describe`."""
     parser.describe("[PRESET]")

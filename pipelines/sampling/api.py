@@ -24,7 +24,7 @@ from etils import epath
 
 from vqbeam.configs import Config, SampleConfig, VqbeamError
 from vqbeam.pipelines.sampling.input_images import kept_codes, region_mask
-from vqbeam.prior.sampler import Sampler, Score, code_scorer
+from vqbeam.prior.sampler import Sampler, Score, code_predictor, code_scorer
 from vqbeam.prior.training import load_prior
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.figures import label_figure
@@ -304,6 +304,53 @@ class Run:
         decoded = in_batches(self.decoder, codes.reshape(-1, *codes.shape[2:]), chosen.batch_size)
         return decoded.reshape(len(images), num, *decoded.shape[1:])
 
+    def interpolate(
+        self,
+        start: Any,
+        end: Any,
+        num: int = 4,
+        *,
+        steps: int = 8,
+        seed: int | None = None,
+        **settings: Any,
+    ) -> np.ndarray:
+        """Returns rows of images, each with the same random numbers, from one label to another.
+
+        The logits of column i are those of classifier-free guidance, u + s·(c - u), where c is
+        replaced by (1 - w)·c + w·c' of the two labels and w = i / (steps - 1).
+
+        Args:
+            start: Name or number of the class of the first column; or attributes, as in `sample`.
+            end: That of the last column.
+            num: Rows.
+            steps: Columns, 2 or more.
+            seed: Seed of the random numbers; by default the run's own.
+            **settings: See `sample`.
+
+        Returns:
+            uint8 [num, steps, H, W, C].
+        """
+        if not self.prior_labels.names:
+            raise VqbeamError(f"{self.path} has no classes to interpolate; it was trained without")
+        first, last = (parse_label(label, self.prior_labels) for label in (start, end))
+        if first == last:
+            name = label_name(first, self.prior_labels)
+            raise VqbeamError(f"the first and the last class are both {name}; give two classes")
+        for name, value, least in (("num", num, 1), ("steps", steps, 2)):
+            if value < least:
+                raise VqbeamError(f"{name} is {value}; it must be at least {least}")
+        chosen = self.settings(**settings).with_at_most(num * steps)
+        weights = np.tile(np.linspace(0, 1, steps), num)
+        codes = self.sample_codes(
+            np.repeat([first], len(weights), axis=0),
+            self.seed(seed),
+            chosen,
+            towards=(np.repeat([last], len(weights), axis=0), weights),
+            indices=np.repeat(np.arange(num), steps),
+        )
+        images = in_batches(self.decoder, codes, chosen.batch_size)
+        return images.reshape(num, steps, *images.shape[1:])
+
     # Below: what commands need besides.
 
     @functools.cached_property
@@ -325,6 +372,10 @@ class Run:
     def decoder(self) -> Callable[[Any], Any]:
         """The compiled decoder, from a batch of codes to images; see `compiled_decoder`."""
         return compiled_decoder(self.vqvae)
+
+    @functools.cached_property
+    def _predict(self) -> Callable[[Any, Any], np.ndarray]:
+        return code_predictor(self.prior)
 
     @functools.cached_property
     def prior_labels(self) -> Labels:
@@ -474,6 +525,18 @@ class Run:
             return score(codes[rows], labels[rows])
 
         return in_batches(nats, np.arange(len(codes)), self._batch_size)
+
+    def code_log_probabilities(self, codes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Returns log p(code | label, previous codes) of each of the K codes at each position.
+
+        Args:
+            codes: int32 [N, *layout.shape]; all at once, so N must be small.
+            labels: int32 [N], −1 for none; or of attributes [N, A].
+
+        Returns:
+            float32 [N, T, K].
+        """
+        return self._predict(codes, labels)
 
     def completion_label(self, label: Any) -> Label:
         """Returns the label that `parse_label` returns, or for None the only class there is."""

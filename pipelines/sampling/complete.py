@@ -60,14 +60,14 @@ def complete(
     facts |= {"label": run.completion_label(label), "candidates": candidates}
     if path.suffix == ".png":
         cells = kept_cells(region_mask(keep, run.config), run.vqvae.layout.grids[-1])
-        kept = _kept_part(originals, cells)
+        kept = kept_part(originals, cells)
         _save_figure(originals, kept, images, path, facts | {"input": list(files)})
     else:
         _save_folder(images, path, [facts | {"input": name} for name in files])
     print(f"{num * len(files)} completions of {len(files)} images: {path}")
 
 
-def _kept_part(images: np.ndarray, cells: np.ndarray) -> np.ndarray:
+def kept_part(images: np.ndarray, cells: np.ndarray) -> np.ndarray:
     """Returns images that are gray outside the cells."""
     rows, columns = (images.shape[1 + axis] // cells.shape[axis] for axis in (0, 1))
     pixels = np.kron(cells, np.ones((rows, columns), bool))

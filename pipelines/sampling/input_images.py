@@ -112,6 +112,17 @@ def kept_cells(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return cells.mean(axis=(1, 3)) >= 0.5
 
 
+def unpainted_cells(painted: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Returns the cells of a grid on which nothing is painted, bool [rows, columns].
+
+    Args:
+        painted: Bool, of any height and width. Less than a tenth of a cell does not count.
+        grid: Rows and columns.
+    """
+    shares = Image.fromarray(painted.astype(np.float32)).resize(grid[::-1], Image.Resampling.BOX)
+    return np.asarray(shares) < 0.1
+
+
 def kept_codes(mask: np.ndarray, layout: CodeLayout) -> np.ndarray:
     """Returns which codes, of all levels, lie in kept cells, bool [*layout.shape]."""
     cells = [kept_cells(mask, grid).ravel() for grid in layout.grids]

@@ -5,11 +5,10 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
-from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sampling.api import Run
 from vqbeam.vqvae.figures import PROVENANCE, label_figure, save_png
-from vqbeam.vqvae.fitting.devices import in_batches
 from vqbeam.vqvae.storage.labels import label_name, parse_label
 
 
@@ -23,10 +22,7 @@ def interpolate(
     output: str,
     **settings: Any,
 ) -> None:
-    """Writes rows of images, each with the same random numbers, from one class to another.
-
-    The logits of column i are those of classifier-free guidance, u + s·(c - u), where c is
-    replaced by (1 - w)·c + w·c' of the two classes and w = i / (steps - 1).
+    """Writes rows of images from one class to another; see `Run.interpolate`.
 
     Args:
         run_dir: The run's folder.
@@ -43,26 +39,19 @@ def interpolate(
     """
     path = epath.Path(output).expanduser()
     run = Run(run_dir)
+    images = run.interpolate(start, end, num, steps=steps, **settings)
     labels = run.prior_labels
-    if not labels.names:
-        raise VqbeamError(f"{run.path} has no classes to interpolate; it was trained without")
-    first, last = parse_label(start, labels), parse_label(end, labels)
-    names = [label_name(label, labels) for label in (first, last)]
-    if first == last:
-        raise VqbeamError(f"--from and --to are both {names[0]}; give two classes")
+    names = [label_name(parse_label(name, labels), labels) for name in (start, end)]
     seed = run.seed(settings.pop("seed", None))
     chosen = run.settings(**settings).with_at_most(num * steps)
-
-    weights = np.tile(np.linspace(0, 1, steps), num)
-    codes = run.sample_codes(
-        np.repeat([first], len(weights), axis=0),
-        seed,
-        chosen,
-        towards=(np.repeat([last], len(weights), axis=0), weights),
-        indices=np.repeat(np.arange(num), steps),
-    )
-    images = in_batches(run.decoder, codes, chosen.batch_size)
-    headings = [names[0], *(f"{weight:.1%}" for weight in weights[1 : steps - 1]), names[1]]
     facts = run.provenance(chosen, seed) | {"num": num, "from": names[0], "to": names[1]}
-    save_png(label_figure(images, headings * num), path, {PROVENANCE: json.dumps(facts)})
+    save_png(row_figure(images, *names), path, {PROVENANCE: json.dumps(facts)})
     print(f"{num} rows from {names[0]} to {names[1]} in {steps} columns: {path}")
+
+
+def row_figure(images: np.ndarray, start: str, end: str) -> Image.Image:
+    """Returns a figure of images [num, steps, H, W, C], each column under its weight."""
+    num, steps = images.shape[:2]
+    weights = np.linspace(0, 1, steps)[1:-1]
+    headings = [start, *(f"{weight:.1%}" for weight in weights), end]
+    return label_figure(images.reshape(-1, *images.shape[2:]), headings * num)

@@ -60,7 +60,8 @@ def test_each_stage_goes_on_once_there_is_space(failure, disk, tmp_path):
         ours, theirs = (read_records(which.folder(stage)) for which in (run, unbroken))
         assert [e["key"] for e in ours["train"]] == [e["key"] for e in theirs["train"]]
         found = {path.name for path in run.folder(stage).iterdir()}
-        assert found == {*run.manifest(stage)["outputs"], "manifest.json"}
+        reports = f".reports-{run.fingerprint(stage)}"
+        assert found == {*run.manifest(stage)["outputs"], "manifest.json", reports}
     assert {path.name for path in run.root.iterdir()} == {
         path.name for path in unbroken.root.iterdir()
     }

@@ -59,6 +59,7 @@ def test_says_what_was_made_and_what_to_type_next(place):
     ]
     assert lines[6:] == [
         "new images: run/samples/samples.png",
+        "all about the run, in a browser: run/report.html",
         "next: vqbeam sample run --output samples.png",
     ]
     run = RunFolder(folder / "run")

@@ -95,7 +95,6 @@ def test_steps_that_are_done_take_no_time(tmp_path, source, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.backend
 def test_every_training_is_tried_and_timed(tmp_path, source, capsys):
     config = small_config(source, vqvae__finetune_steps=2, vqvae__perceptual=1.0)
     trials = measure(config, list(STAGES), 0.0, fewest=1)

@@ -43,7 +43,7 @@ $(VENV)/engines/%: tests/engines/%.xml
 
 # The pages of `vqbeam report` and `vqbeam studio` in Chromium; takes the Debian package chromium.
 test-browser: $(VENV)/.browser-installed
-	$(BIN)/python -m pytest -q tests/test_report_browser.py tests/test_studio_browser.py
+	$(BIN)/python -m pytest -q tests/test_studio.py tests/test_report_browser.py tests/test_studio_browser.py
 
 # The exported weights in diffusers, which has an environment of its own.
 test-diffusers: $(VENV)/.test-installed $(VENV)/diffusers/.installed

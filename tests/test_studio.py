@@ -4,7 +4,6 @@ import signal
 import socket
 import time
 
-import httpx
 import keras
 import matplotlib
 import numpy as np
@@ -19,6 +18,7 @@ from vqbeam.pipelines.sampling.input_images import unpainted_cells
 from vqbeam.vqvae.layout import CodeLayout
 
 gradio = pytest.importorskip("gradio", reason="needs pip install -e .[studio]")
+httpx = pytest.importorskip("httpx")  # comes with gradio
 studio = pytest.importorskip("vqbeam.pipelines.studio")
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from apache_beam.options.pipeline_options import PipelineOptions, PortableOption
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.paths import is_dataflow
 from vqbeam.pipelines.stages.shards import ShardReport
-from vqbeam.vqvae.fitting.progress import progress_bar
+from vqbeam.vqvae.fitting.progress import ProgressBar
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
 _DATAFLOW = "apache_beam.runners.dataflow"
@@ -180,7 +180,7 @@ def advance(title: str, images: int, total: int) -> None:
     with _lock:
         bar = _bars.get(title)
         if bar is None:
-            bar = _bars[title] = progress_bar(title, total)
+            bar = _bars[title] = ProgressBar(title, total)
         bar.update(images)
         if bar.n >= total:
             _bars.pop(title).close()

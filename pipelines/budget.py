@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from vqbeam.configs import Config, override
-from vqbeam.pipelines.sources import open_source
+from vqbeam.pipelines.sources import Unit, open_source
 from vqbeam.pipelines.sources.images import ImageError, encode_png
 from vqbeam.prior.training import build_optimizer as prior_optimizer
 from vqbeam.prior.training import build_prior
@@ -106,7 +106,7 @@ TRAININGS: dict[str, tuple[str, Callable[[Config], int]]] = {
 
 
 def fit_to_minutes(
-    config: Config, minutes: float, counts: Mapping[str, int]
+    config: Config, minutes: float, counts: Mapping[str, int], unit: Unit | None
 ) -> tuple[Config, dict[str, Trial]]:
     """Returns the config with as many training steps as fill a time on this machine, and trials.
 
@@ -116,10 +116,11 @@ def fit_to_minutes(
         config: The config, whose steps say how the time is divided.
         minutes: Time for all stages, above 0, from the start of the command.
         counts: Images by split, as far as known.
+        unit: A unit of those that are not prepared yet; see `survey`.
     """
     begun = time.monotonic()
     trials = measure(config, tuple(STAGES), MINUTES_SECONDS, fewest=1)
-    prepare = seconds_per_image(config) if counts else 0.0
+    prepare = seconds_per_image(config, unit) if unit else 0.0
     used = _LOADING + time.monotonic() - begun
     fitted = scaled(config, 60 * minutes - used, trials, counts, prepare)
     total = used + sum(part.seconds for part in parts_of(fitted, trials, counts, prepare))
@@ -225,11 +226,11 @@ def _drawing(config: Config, trial: Trial, images: int, guided: bool) -> float:
     return _SAMPLING * images * each * (2 if guided else 1)
 
 
-def seconds_per_image(config: Config) -> float:
+def seconds_per_image(config: Config, unit: Unit) -> float:
     """Returns the seconds to prepare an image, by those of one second after the first image."""
     source = open_source(config.data)
     begun, images = 0.0, 0
-    for raw in source.read(source.plan()[0]):
+    for raw in source.read(unit):
         with contextlib.suppress(ImageError):
             encode_png(source.decode(raw))
         if not begun:  # the first one waits until the source is open
@@ -241,17 +242,21 @@ def seconds_per_image(config: Config) -> float:
     return (time.perf_counter() - begun) / max(images, 1)
 
 
-def known_counts(run: RunFolder, config: Config) -> dict[str, int]:
-    """Returns the images by split, of the prepared ones or of a source that tells them at once."""
+def survey(run: RunFolder, config: Config) -> tuple[dict[str, int], Unit | None]:
+    """Returns what is known of the images of a run without a pass over them.
+
+    Returns:
+        The images by split, empty if they are not known; and a unit of those that are not prepared
+        yet, None if all are, or are not known.
+    """
     if run.exists() and (made := run.manifest("prepare")):
-        return made["counts"]
+        return made["counts"], None
     source = open_source(config.data)
     if not source.lists_at_once:
-        return {}
-    counts: dict[str, int] = {}
-    for unit in source.plan():
-        counts[unit.shard.split] = counts.get(unit.shard.split, 0) + len(unit.images)
-    return counts
+        return {}, None
+    splits, labels = source.listing()  # `plan` may compare the files
+    counts = {split: len(images) for split, images in splits.items()}
+    return counts, source.units(splits, labels)[0]
 
 
 def used_memory() -> int:

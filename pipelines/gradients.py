@@ -21,7 +21,7 @@ from vqbeam.pipelines.sources.images import ImageError
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.figures import save_png
 from vqbeam.vqvae.fitting.fit import set_seed
-from vqbeam.vqvae.fitting.progress import progress_bar
+from vqbeam.vqvae.fitting.progress import ProgressBar
 from vqbeam.vqvae.gradients import (
     Audit,
     audit,
@@ -126,7 +126,7 @@ def _cell(norm: float | None, found: Audit) -> str:
 def _trained(subject: _Subject, estimators: list[str], steps: int) -> dict[str, list[float]]:
     """Returns the errors of a model trained with and without the estimator on the same batches."""
     curves, size = {}, subject.config.vqvae.batch_size
-    with contextlib.closing(progress_bar("gradients", 2 * (steps + 1) * size)) as bar:
+    with contextlib.closing(ProgressBar("gradients", 2 * (steps + 1) * size)) as bar:
         for estimator in estimators:
             curves[estimator] = training_errors(
                 subject.config,

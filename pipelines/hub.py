@@ -5,21 +5,17 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 import sys
-import uuid
 
-import huggingface_hub
-import huggingface_hub.utils
 from etils import epath
 
 from vqbeam.configs import Config, VqbeamError, first_line, to_dict
+from vqbeam.pipelines.paths import HUB
 from vqbeam.vqvae.layout import code_layout
-from vqbeam.vqvae.storage.files import read_json
+from vqbeam.vqvae.storage.files import read_json, write_folder
 from vqbeam.vqvae.storage.labels import Labels
 from vqbeam.vqvae.storage.run_folder import MODELS, RunFolder
 
-PREFIX = "hf://"
 _CHECKSUMS = "checksums.json"
 
 
@@ -41,9 +37,9 @@ def push(run_dir: str, target: str, private: bool = False) -> str:
     files["README.md"] = _card(run, target, "samples.png" in files).encode()
     checksums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files[_CHECKSUMS] = (json.dumps(checksums, indent=1) + "\n").encode()
-    if target.startswith(PREFIX):
-        return f"published: {_upload(files, target.removeprefix(PREFIX), private)}"
-    _write_folder(files, pathlib.Path(target))
+    if target.startswith(HUB):
+        return f"published: {_upload(files, target.removeprefix(HUB), private)}"
+    _write_folder(files, epath.Path(target))
     return f"published: {target}"
 
 
@@ -86,32 +82,30 @@ def _last_part(path: str) -> str:
 
 
 def _upload(files: dict[str, bytes], name: str, private: bool) -> str:
-    _show_progress_in_terminals_only()
-    added = [huggingface_hub.CommitOperationAdd(path, content) for path, content in files.items()]
-    hub = huggingface_hub.HfApi()
+    library = _library()
+    added = [library.CommitOperationAdd(path, content) for path, content in files.items()]
+    hub = library.HfApi()
     try:
         name = hub.create_repo(name, private=private or None, exist_ok=True).repo_id
         hub.create_commit(name, added, commit_message="A model trained with vqbeam")
     except Exception as error:  # of many kinds
         raise VqbeamError(
-            f"{PREFIX}{name} cannot be written ({first_line(error)}); check the name, the "
+            f"{HUB}{name} cannot be written ({first_line(error)}); check the name, the "
             "connection, and that `hf auth login` was run"
         ) from error
     return f"{hub.endpoint}/{name}"
 
 
-def _write_folder(files: dict[str, bytes], folder: pathlib.Path) -> None:
+def _write_folder(files: dict[str, bytes], folder: epath.Path) -> None:
     if folder.exists():
         raise VqbeamError(f"{folder} is there already; choose another folder, or delete it")
-    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
-    try:
+
+    def write(place):
         for name, content in files.items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            (temporary / name).write_bytes(content)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(content)
+
+    write_folder(folder, write)
 
 
 def local_run(path: str) -> str:
@@ -125,12 +119,11 @@ def local_run(path: str) -> str:
         VqbeamError: The run cannot be downloaded, is not one that `push` has published, or a file
             is damaged.
     """
-    if not path.startswith(PREFIX):
+    if not path.startswith(HUB):
         return path
-    _show_progress_in_terminals_only()
-    name, _, revision = path.removeprefix(PREFIX).partition("@")
+    name, _, revision = path.removeprefix(HUB).partition("@")
     try:
-        folder = huggingface_hub.snapshot_download(
+        folder = _library().snapshot_download(
             name, revision=revision or None, allow_patterns=["*.json", "*.keras"]
         )
     except Exception as error:  # of many kinds
@@ -142,9 +135,14 @@ def local_run(path: str) -> str:
     return folder
 
 
-def _show_progress_in_terminals_only() -> None:
+def _library():
+    """Returns the hub's library, which loads only now and shows progress in terminals alone."""
+    import huggingface_hub
+    import huggingface_hub.utils
+
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
+    return huggingface_hub
 
 
 def _check_files(path: str, folder: pathlib.Path) -> None:

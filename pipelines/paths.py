@@ -9,6 +9,8 @@ from vqbeam.configs import DataConfig, VqbeamError
 
 SUPPORTED_PATHS = "paths are those of this machine, or begin with gs://"
 _BUCKET = "gs://"
+# What the name of a run on the Hugging Face hub begins with.
+HUB = "hf://"
 # Endings of files, which a folder never has.
 _FILES = {
     ".bmp",

@@ -14,10 +14,10 @@ from vqbeam.pipelines.budget import (
     TRAININGS,
     Part,
     Trial,
-    known_counts,
     measure,
     parts_of,
     seconds_per_image,
+    survey,
     used_memory,
 )
 from vqbeam.pipelines.inspect import file_size
@@ -53,8 +53,8 @@ def announce(
     trials = {
         title: trial for title, trial in (trials or {}).items() if TRAININGS[title][0] in stages
     }
-    counts = known_counts(run, config)
-    prepare = seconds_per_image(config) if trials and counts and "prepare" in stages else 0.0
+    counts, unit = survey(run, config)
+    prepare = seconds_per_image(config, unit) if trials and unit and "prepare" in stages else 0.0
     done = {stage: run.trained_steps(stage) for stage in stages if stage in MODELS}
     parts = [
         _rest(part, config, done)

@@ -17,7 +17,7 @@ from vqbeam.pipelines.paths import (
     source_paths,
     with_absolute_paths,
 )
-from vqbeam.vqvae.storage.run_folder import MODELS, STAGES, RunFolder
+from vqbeam.vqvae.storage.run_folder import HASH_DIGITS, MODELS, STAGES, RunFolder
 
 
 def run_stages(
@@ -99,7 +99,7 @@ def _with_parents(config: Config, run: RunFolder, elsewhere: bool) -> Config:
         if stored and stored.rpartition("@")[0] == path:
             found[f"{section}.init_from"] = stored  # whatever has become of the other run
         elif model := RunFolder(path).result_hash(stage):
-            found[f"{section}.init_from"] = f"{path}@{model[:16]}"
+            found[f"{section}.init_from"] = f"{path}@{model[:HASH_DIGITS]}"
         else:
             missing[f"{section}.init_from"] = path, stage
     named = {value.rpartition("@")[0] for value in found.values()}
@@ -113,15 +113,15 @@ def _with_parents(config: Config, run: RunFolder, elsewhere: bool) -> Config:
 
 def _fitted(config: Config, minutes: float, run: RunFolder) -> tuple[Config, dict | None]:
     """Returns the config with the steps for a time, and the trials that have told them, if any."""
-    from vqbeam.pipelines.budget import fit_to_minutes, known_counts, with_steps_of
+    from vqbeam.pipelines.budget import fit_to_minutes, survey, with_steps_of
 
     if run.exists():
         return with_steps_of(config, run.load_config()), None
     try:
-        counts = known_counts(run, config)
+        counts, unit = survey(run, config)
     except VqbeamError:  # a dataset that is downloaded later
-        counts = {}
-    return fit_to_minutes(config, minutes, counts)
+        counts, unit = {}, None
+    return fit_to_minutes(config, minutes, counts, unit)
 
 
 def _do(

@@ -5,6 +5,9 @@ import pytest
 from vqbeam.configs import load_preset, override
 from vqbeam.pipelines import budget
 from vqbeam.pipelines.budget import Trial, parts_of, scaled, with_steps_of
+from vqbeam.pipelines.sources import Unit
+from vqbeam.vqvae.storage.labels import Labels
+from vqbeam.vqvae.storage.records import Shard
 
 TRIALS = {
     "train vqvae": Trial(0.2, 9.0, 100),
@@ -13,6 +16,7 @@ TRIALS = {
     "train prior": Trial(0.1, 6.0, 100),
 }
 COUNTS = {"train": 50_000, "validation": 10_000}
+UNIT = Unit(Shard("images", "train", 0, 1), [], Labels(()), 0)
 
 
 def steps(config):
@@ -58,14 +62,14 @@ def test_the_time_is_used_and_divided_as_in_the_preset():
 
 def test_minutes_are_filled(monkeypatch, capsys):
     monkeypatch.setattr(budget, "measure", lambda *_, **__: TRIALS)
-    monkeypatch.setattr(budget, "seconds_per_image", lambda _: 1e-3)
-    fitted, trials = budget.fit_to_minutes(preset(), 60, COUNTS)
+    monkeypatch.setattr(budget, "seconds_per_image", lambda *_: 1e-3)
+    fitted, trials = budget.fit_to_minutes(preset(), 60, COUNTS, UNIT)
     # Loading the libraries takes some seconds, too.
     assert trials == TRIALS and seconds(fitted) == pytest.approx(3600 - 8, rel=0.02)
     said = capsys.readouterr().out
     assert f"train prior: {fitted.prior.steps:,} steps (100 ms each)" in said
     assert "too few" not in said
-    budget.fit_to_minutes(preset(), 1, COUNTS)
+    budget.fit_to_minutes(preset(), 1, COUNTS, UNIT)
     least = float(
         re.search(r"1 minutes are too few: .* takes about (\d+)", capsys.readouterr().out)[1]
     )

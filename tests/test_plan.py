@@ -6,7 +6,7 @@ import pytest
 from pipeline_fixtures import small_config, write_images
 
 from vqbeam.pipelines import plan
-from vqbeam.pipelines.budget import Part, Trial, known_counts, measure, parts_of, seconds_per_image
+from vqbeam.pipelines.budget import Part, Trial, measure, parts_of, seconds_per_image, survey
 from vqbeam.pipelines.plan import announce, foretell, plan_lines
 from vqbeam.vqvae.fitting.progress import seconds_after, seconds_of_bar
 from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
@@ -89,7 +89,7 @@ def test_steps_that_are_done_take_no_time(tmp_path, source, capsys):
         announce(run, config, ["train-vqvae"], TRIALS)
         (line,) = re.findall(r"  train-vqvae .* about (\d+):(\d+)", capsys.readouterr().err)
         told.append(60 * int(line[0]) + int(line[1]))
-    parts = parts_of(config, TRIALS, known_counts(run, config), 0.0)
+    parts = parts_of(config, TRIALS, survey(run, config)[0], 0.0)
     (part,) = [part for part in parts if part.title == "train vqvae"]
     assert told == pytest.approx([part.seconds, part.seconds - part.bar / 2], abs=1)
 
@@ -111,12 +111,12 @@ def test_every_training_is_tried_and_timed(tmp_path, source, capsys):
     announce(run, config, list(STAGES), trials)
     assert "in all" in capsys.readouterr().err
     assert 0 < seconds_after["encode"] < seconds_after["decoder"] < seconds_after["train vqvae"]
-    assert 0 < seconds_per_image(config) < 1
+    assert 0 < seconds_per_image(config, survey(run, config)[1]) < 1
 
 
 def test_images_are_counted_where_that_takes_no_pass_over_them(tmp_path, source):
     run, config = RunFolder(tmp_path / "run"), small_config(source)
-    counts = known_counts(run, config)
+    counts, unit = survey(run, config)
     assert sum(counts.values()) == 24 and set(counts) == {"train", "validation"}
     other = small_config(f"tfrecord:{tmp_path}")
-    assert known_counts(run, other) == {}
+    assert survey(run, other) == ({}, None)

@@ -234,11 +234,7 @@ class _Printable:
 
 
 def _dispatch(verb: str, arguments: dict[str, Any]) -> None:
-    arguments = dict(arguments)
-    if arguments.get("run_dir"):
-        arguments["run_dir"] = _local(arguments["run_dir"])
-    if "run_dirs" in arguments:
-        arguments["run_dirs"] = [_local(place) for place in arguments["run_dirs"]]
+    arguments = _with_local_runs(arguments)
     check(verb, arguments)
     with _temporary_folder():
         text = VERBS[verb].run(**arguments)
@@ -246,13 +242,16 @@ def _dispatch(verb: str, arguments: dict[str, Any]) -> None:
         print(text)
 
 
-def _local(place: str) -> str:
-    """Returns the folder of a run, which is downloaded first if it is on the hub."""
-    if not place.startswith("hf://"):
-        return place
+def _with_local_runs(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments with the folder of each run, which may be one on the hub."""
+    one, several = arguments.get("run_dir"), arguments.get("run_dirs")
+    if not one and several is None:
+        return arguments
     from vqbeam.pipelines.hub import local_run
 
-    return local_run(place)
+    if several is None:
+        return arguments | {"run_dir": local_run(one)}
+    return arguments | {"run_dirs": [local_run(place) for place in several]}
 
 
 @contextlib.contextmanager

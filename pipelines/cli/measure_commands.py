@@ -21,6 +21,7 @@ from vqbeam.pipelines.cli.parser import (
     overridden,
     run_location,
 )
+from vqbeam.pipelines.paths import HUB
 
 
 def parse_evaluate(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
@@ -50,12 +51,7 @@ def parse_evaluate(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
         nargs="+",
         metavar="SETTING=VALUE,...",
     )
-    parser.add_argument(
-        "--store",
-        dest="--store",
-        action="store_true",
-        help="make the best settings of the sweep the run's defaults",
-    )
+    parser.add_switch("--store", "make the best settings of the sweep the run's defaults")
     given = parser.parse_words(words)
     sweep = _swept(parser, given.get("--sweep", []))
     _check_evaluate(parser, given, sweep)
@@ -123,9 +119,7 @@ def parse_score(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     parser.add("--label", nonempty, "class of all the images (default: none)", metavar="NAME-OR-ID")
     lines = "file with a line of JSON for each image (default: standard output)"
     parser.add("--output", location, lines, metavar="FILE.jsonl")
-    parser.add_argument(
-        "--sort", dest="--sort", action="store_true", help="the least likely images first"
-    )
+    parser.add_switch("--sort", "the least likely images first")
     flags = parser.add_fields(["sample.precision"], "--", None)
     given = parser.parse_words(words)
     in_range(lambda: SampleConfig(precision=given.get("--precision", "exact")), flags)
@@ -206,14 +200,9 @@ def parse_push(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     parser.describe("DIR TARGET [--private]", epilog=example)
     parser.add("DIR", location, "the run's folder")
     parser.add("TARGET", run_location, "hf://USER/NAME, or a new folder")
-    parser.add_argument(
-        "--private",
-        dest="--private",
-        action="store_true",
-        help="create the repository as a private one",
-    )
+    parser.add_switch("--private", "create the repository as a private one")
     given = parser.parse_words(words)
-    if given["--private"] and not given["TARGET"].startswith("hf://"):
+    if given["--private"] and not given["TARGET"].startswith(HUB):
         parser.error("--private is for hf://USER/NAME")
     return {"run_dir": given["DIR"], "target": given["TARGET"], "private": given["--private"]}
 
@@ -234,7 +223,7 @@ def parse_inspect(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
         "csv": "the same as a table, with a column for each run",
     }
     for form, text in helps.items():
-        parser.add_argument(f"--{form}", dest=f"--{form}", action="store_true", help=text)
+        parser.add_switch(f"--{form}", text)
     given = parser.parse_words(words)
     forms = [form for form in helps if given[f"--{form}"]]
     if len(forms) > 1:
@@ -378,11 +367,9 @@ def _add_gradients(parser: Parser) -> dict[str, str]:
     parser.add("PRESET-OR-DIR", location, kinds)
     file = "the .png file to write (default: gradients.png)"
     parser.add("--output", location, file, metavar="FILE.png", default="gradients.png")
-    parser.add_argument(
+    parser.add_switch(
         "--no-straight-through",
-        dest="--no-straight-through",
-        action="store_true",
-        help="compare with the model without a gradient estimator, training both",
+        "compare with the model without a gradient estimator, training both",
     )
     parser.add("--steps", count, "training steps of each model (default: 200)", metavar="N")
     return add_config(parser, ("data", "vqvae"))

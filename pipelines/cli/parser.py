@@ -13,7 +13,7 @@ from typing import Any, NoReturn, get_args
 from vqbeam import configs
 from vqbeam.configs import SECTIONS, Config, VqbeamError
 from vqbeam.configs.schema import fsq_codes
-from vqbeam.pipelines.paths import SUPPORTED_PATHS, is_supported, with_absolute_paths
+from vqbeam.pipelines.paths import HUB, SUPPORTED_PATHS, is_supported, with_absolute_paths
 
 
 class UsageError(Exception):
@@ -50,6 +50,10 @@ class Parser(argparse.ArgumentParser):
         convert, metavar = KINDS.get(kind, (kind, None))
         options = {"type": convert, "metavar": metavar, "help": help.replace("%", "%%")} | options
         (group or self).add_argument(name, **options)
+
+    def add_switch(self, flag: str, help: str) -> None:
+        """Adds a flag without a value; `parse_words` returns whether it was given."""
+        self.add_argument(flag, dest=flag, action="store_true", help=help)
 
     def add_fields(
         self, names: Iterable[str], prefix: str, group: Any, defaults: Any = None
@@ -219,7 +223,7 @@ RUN = "the run's folder, or hf://USER/NAME[@REVISION]"
 
 def run_location(text: str) -> str:
     """Returns the path of a run, with "~" expanded; it may begin with hf://."""
-    return text if text.startswith("hf://") else location(text)
+    return text if text.startswith(HUB) else location(text)
 
 
 def _whole(text: str) -> int:

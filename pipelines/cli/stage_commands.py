@@ -146,11 +146,8 @@ def _add_own_flags(parser: Parser) -> None:
     parser.add("PRESET", nonempty, "a name from `vqbeam presets`, or a .py file that sets CONFIG")
     folder = "the run's folder; created if needed"
     parser.add("--run-dir", location, folder, metavar="DIR", required=True)
-    parser.add_argument(
-        "--smoke",
-        dest="--smoke",
-        action="store_true",
-        help="a tiny version of the preset that runs in seconds, to try the commands",
+    parser.add_switch(
+        "--smoke", "a tiny version of the preset that runs in seconds, to try the commands"
     )
     if parser.verb == "run":
         minutes = "choose the training steps so that all stages take about X minutes"
@@ -161,12 +158,7 @@ def _add_own_flags(parser: Parser) -> None:
     begin = "start training from the weights of another run or hf://USER/NAME, both if it has them"
     parser.add("--init-from", run_location, begin, metavar="DIR")
     if parser.verb in ("run", *models):
-        parser.add_argument(
-            "--extend",
-            dest="--extend",
-            action="store_true",
-            help="a finished model goes on to more training steps",
-        )
+        parser.add_switch("--extend", "a finished model goes on to more training steps")
 
 
 def run_stages(**arguments: Any) -> str | None:

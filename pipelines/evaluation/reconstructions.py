@@ -10,7 +10,7 @@ from vqbeam.pipelines.evaluation.distances import Moments, frechet_distance
 from vqbeam.pipelines.evaluation.features import Extract, feature_extractor, label_obstacle
 from vqbeam.vqvae.figures import reconstruction_figure, save_png
 from vqbeam.vqvae.fitting.devices import compiled_decoder, compiled_encoder
-from vqbeam.vqvae.fitting.progress import progress_bar
+from vqbeam.vqvae.fitting.progress import ProgressBar
 from vqbeam.vqvae.layout import CodeLayout
 from vqbeam.vqvae.metrics import (
     bits_per_image,
@@ -59,7 +59,7 @@ def evaluate_vqvae(run: RunFolder, features: str = "classifier") -> dict:
     with damaged_records(run.folder("prepare")):
         split = read_split(open_dataset(run.folder("prepare")), "validation")
         batches = split.map(lambda example: example["image"]).batch(config.encode.batch_size)
-        with progress_bar("evaluate", prepared["counts"]["validation"]) as bar:
+        with ProgressBar("evaluate", prepared["counts"]["validation"]) as bar:
             for originals, codes, copies in _passed_through(model, batches.as_numpy_iterator()):
                 sums.add(originals, codes, copies)
                 bar.update(len(originals))

@@ -27,7 +27,7 @@ from vqbeam.pipelines.evaluation.features import (
 from vqbeam.prior.sampler import Sampler
 from vqbeam.prior.training import load_prior
 from vqbeam.vqvae.fitting.devices import compiled_decoder, compiled_encoder
-from vqbeam.vqvae.fitting.progress import progress_bar
+from vqbeam.vqvae.fitting.progress import ProgressBar
 from vqbeam.vqvae.storage.labels import NO_CLASS
 from vqbeam.vqvae.storage.records import damaged_records, label_of, open_dataset, read_split
 from vqbeam.vqvae.storage.run_folder import RunFolder
@@ -251,7 +251,7 @@ class SampleEvaluator:
     def _drawn(
         self, settings: SamplerSettings, title: str
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        with progress_bar(title, len(self._labels)) as bar:
+        with ProgressBar(title, len(self._labels)) as bar:
             for first in range(0, len(self._labels), self.batch_size):
                 labels = self._labels[first : first + self.batch_size]
                 indices = first + np.arange(len(labels))

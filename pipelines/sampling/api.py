@@ -23,13 +23,14 @@ import numpy as np
 from etils import epath
 
 from vqbeam.configs import Config, SampleConfig, VqbeamError
+from vqbeam.pipelines.hub import local_run
 from vqbeam.pipelines.sampling.input_images import kept_codes, region_mask
 from vqbeam.prior.sampler import Sampler, Score, code_predictor, code_scorer
 from vqbeam.prior.training import load_prior
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.figures import label_figure
 from vqbeam.vqvae.fitting.devices import compiled_decoder, compiled_encoder, in_batches
-from vqbeam.vqvae.fitting.progress import progress_bar
+from vqbeam.vqvae.fitting.progress import ProgressBar
 from vqbeam.vqvae.layout import code_layout
 from vqbeam.vqvae.model import VQVAE
 from vqbeam.vqvae.storage.files import read_json, write_json
@@ -60,12 +61,7 @@ def open(path: epath.PathLike) -> "Run":
     Raises:
         VqbeamError: The folder holds no run, or the run cannot be downloaded.
     """
-    place = os.fspath(path)
-    if place.startswith("hf://"):
-        from vqbeam.pipelines.hub import local_run
-
-        place = local_run(place)
-    return Run(place)
+    return Run(local_run(os.fspath(path)))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -604,7 +600,7 @@ def _likeliest(score: Score, codes: np.ndarray, labels: np.ndarray, num: int) ->
 @contextlib.contextmanager
 def _bar(total: int) -> Iterator[Callable[[int], None]]:
     """Shows a progress bar; yields the function that sets its position."""
-    with progress_bar("sample", total) as bar:
+    with ProgressBar("sample", total) as bar:
         yield lambda done: bar.update(done - bar.n)
 
 

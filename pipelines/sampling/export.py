@@ -3,8 +3,7 @@
 import io
 import json
 import os
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -19,7 +18,7 @@ from vqbeam.pipelines.sampling.api import Run
 from vqbeam.pipelines.sampling.weights import check_exportable, write_weights
 from vqbeam.prior.sampler import in_precision
 from vqbeam.prior.serving import serving_signatures
-from vqbeam.vqvae.storage.files import write_bytes
+from vqbeam.vqvae.storage.files import write_bytes, write_folder
 from vqbeam.vqvae.storage.labels import Labels
 from vqbeam.vqvae.storage.records import damaged_records, label_of, open_dataset, read_split
 from vqbeam.vqvae.storage.run_folder import RunFolder
@@ -50,7 +49,7 @@ def export(run_dir: str, output: str, form: str = "savedmodel") -> None:
         raise VqbeamError(f"{folder} is there already; choose another --output, or delete it")
     run = Run(run_dir)
     if form == "safetensors":
-        _save(lambda place: write_weights(run, place), folder)
+        write_folder(folder, lambda place: write_weights(run, place))
         print(f"for diffusers' VQModel.from_pretrained: {folder / 'vqvae'}")
         print(f"the prior, with LlamaGen's names: {folder / 'prior'}")
         return
@@ -59,28 +58,14 @@ def export(run_dir: str, output: str, form: str = "savedmodel") -> None:
     signatures = serving_signatures(run.vqvae, prior, settings)
     module = tf.Module()
     module.weights = [variable.value for variable in (*run.vqvae.variables, *prior.variables)]
-    _save(
-        lambda place: tf.saved_model.save(module, os.fspath(place), signatures=signatures), folder
+    write_folder(
+        folder, lambda place: tf.saved_model.save(module, os.fspath(place), signatures=signatures)
     )
     for name, function in signatures.items():
         inputs = {spec.name: spec for spec in tf.nest.flatten(function.structured_input_signature)}
         print(f"{name:<20}  {_listed(inputs)}")
         print(f"{'':<20}  → {_listed(function.structured_outputs)}")
     print(f"SavedModel: {folder}")
-
-
-def _save(write: Callable[[epath.Path], None], folder: epath.Path) -> None:
-    """Lets a function write a folder under another name, which is then renamed."""
-    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write(temporary)
-        if folder.exists():
-            folder.rmdir()  # it is empty
-        temporary.rename(folder)
-    except BaseException:
-        temporary.rmtree(missing_ok=True)
-        raise
 
 
 def _listed(specs: dict) -> str:

@@ -11,7 +11,7 @@ from vqbeam.configs import Config, VqbeamError
 from vqbeam.pipelines.sampling.api import Run
 from vqbeam.pipelines.sampling.input_images import image_files, read_image
 from vqbeam.prior.training import bits_per_dim
-from vqbeam.vqvae.fitting.progress import progress_bar
+from vqbeam.vqvae.fitting.progress import ProgressBar
 from vqbeam.vqvae.storage.files import write_bytes
 from vqbeam.vqvae.storage.labels import Label, label_name, parse_label
 
@@ -70,7 +70,7 @@ def score(
 def _scored(run: Run, files: dict[str, epath.Path], label: Label, precision: str) -> list[dict]:
     """Returns the metrics of each file, or the error that kept it from being read."""
     size, lines, named = run.config.encode.batch_size, [], list(files.items())
-    with progress_bar("score", len(files)) as bar:
+    with ProgressBar("score", len(files)) as bar:
         for first in range(0, len(named), size):
             batch = [_read(name, path, run.config) for name, path in named[first : first + size]]
             images = [line.pop("image") for line in batch if "image" in line]

@@ -64,7 +64,7 @@ class Source:
     Attributes:
         may_change: Whether an image that could not be decoded may be repaired by the next try.
         left_out: What `plan` has left out: counts by what it is called in a message.
-        lists_at_once: Whether `plan` takes no pass over the images.
+        lists_at_once: Whether `listing` takes no pass over the images.
     """
 
     may_change = False

@@ -30,7 +30,7 @@ from vqbeam.vqvae.storage.records import (
     open_dataset,
     serialize,
 )
-from vqbeam.vqvae.storage.run_folder import RunFolder
+from vqbeam.vqvae.storage.run_folder import HASH_DIGITS, RunFolder
 from vqbeam.vqvae.training import load_vqvae
 
 STAGE = "encode"
@@ -176,8 +176,9 @@ def load_encoder(run: RunFolder, model: str) -> Callable[[Any], Any]:
         found = run.result_hash("train-vqvae")
         if found != model:
             raise VqbeamError(
-                f"the VQ-VAE of {run.root} is {(found or 'none')[:16]} and no longer "
-                f"{model[:16]}; it was trained again meanwhile: start anew with the one there is"
+                f"the VQ-VAE of {run.root} is {(found or 'none')[:HASH_DIGITS]} and no longer "
+                f"{model[:HASH_DIGITS]}; it was trained again meanwhile: start anew with the one "
+                "there is"
             )
         return _Encoder(compiled_encoder(load_vqvae(run)))
 

@@ -55,11 +55,9 @@ from vqbeam.vqvae.storage.records import (
     serialize,
     write_metadata,
 )
-from vqbeam.vqvae.storage.run_folder import MANIFEST, MODELS, RunFolder
+from vqbeam.vqvae.storage.run_folder import HASH_DIGITS, MANIFEST, MODELS, RunFolder
 
 _TITLE = "encode"
-# Digits of the model's hash in a record.
-_DIGITS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +114,10 @@ class EncodeJob:
             write_json(self.folder / MANIFEST, {"run": self.run, "model": self.model} | nothing)
         manifest = self.manifest()
         if manifest.get("model") != self.model:
-            found = str(manifest.get("model", "no model"))[:_DIGITS]
+            found = str(manifest.get("model", "no model"))[:HASH_DIGITS]
             raise VqbeamError(
                 f"{self.folder} holds codes of {found}, and the VQ-VAE of {self.run} is "
-                f"{self.model[:_DIGITS]}; give another --output"
+                f"{self.model[:HASH_DIGITS]}; give another --output"
             )
         _check_files(self.folder, manifest["shards"])
         return dataclasses.replace(self, earlier=len(manifest["calls"]))
@@ -256,7 +254,7 @@ def encode_addition(job: EncodeJob, addition: Addition) -> ShardReport:
             for raws, codes in one_ahead(_encoded(job, source, unit, failures)):
                 for raw, of_image in zip(raws, codes, strict=True):
                     label = _renumbered(raw.label, unit.labels, addition.labels)
-                    own = {"codes": of_image, "key": raw.key, "model": job.model[:_DIGITS]}
+                    own = {"codes": of_image, "key": raw.key, "model": job.model[:HASH_DIGITS]}
                     writer.write(serialize(own | label_fields(label, addition.labels)))
             writer.facts |= {"failures": failures, "labels": addition.labels}
     Metrics.counter("vqbeam", "images_encoded").inc(writer.report.records)
@@ -375,7 +373,7 @@ def _closing_lines(job: EncodeJob) -> str:
     call, total = manifest["calls"][-1], _records(manifest["shards"])
     lines = [
         f"codes: {call['new']:,} new, {total - call['new']:,} there before, in {job.folder}",
-        f"model: {job.model[:_DIGITS]}, the VQ-VAE of {job.run}",
+        f"model: {job.model[:HASH_DIGITS]}, the VQ-VAE of {job.run}",
     ]
     if call["failed"]:
         images = f"{call['failed']} image{'s' if call['failed'] > 1 else ''}"

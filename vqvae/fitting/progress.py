@@ -151,11 +151,6 @@ class ProgressBar:
         return [*parts, f"{self.n:,} of {self.total:,} images"]
 
 
-def progress_bar(title: str, total: int, *, initial: int = 0) -> ProgressBar:
-    """Returns a bar that counts images."""
-    return ProgressBar(title, total, initial)
-
-
 def fitting(parts: list[str], width: int | None) -> list[str]:
     """Returns texts without the last ones, if they are too long for a width as one line."""
     while width is not None and len(parts) > 1 and len("  ".join(parts)) > width:
@@ -222,7 +217,7 @@ class FitProgress(keras.callbacks.Callback):
         self.steps, self.per_epoch, self.figures = steps, per_epoch or steps, figures
         self.batch_size, self.at_once = batch_size, together * batch_size
         self.held_out: list[str] = []
-        self.bar = progress_bar(title, steps * batch_size, initial=first_step * batch_size)
+        self.bar = ProgressBar(title, steps * batch_size, initial=first_step * batch_size)
         self.images, self.seconds, self.last = 0, 0.0, None
         self.is_told = False
 

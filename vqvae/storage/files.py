@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,6 +26,25 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_folder(folder: epath.Path, write: Callable[[epath.Path], None]) -> None:
+    """Writes a folder as a whole: under a temporary name, which is then renamed.
+
+    Args:
+        folder: The folder, which must not exist, or be empty.
+        write: Function that creates the folder that it is given, and all that is in it.
+    """
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write(temporary)
+        if folder.exists():
+            folder.rmdir()  # it is empty
+        temporary.rename(folder)
+    except BaseException:
+        temporary.rmtree(missing_ok=True)
         raise
 
 

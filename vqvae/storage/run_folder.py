@@ -47,6 +47,8 @@ _SECTIONS = {
 MODELS = ("train-vqvae", "train-prior")
 SHARDED = ("prepare", "encode")
 MANIFEST = "manifest.json"
+# Of the hash of a result, what records, configs and messages hold.
+HASH_DIGITS = 16
 _CONFIG = "config.json"
 
 

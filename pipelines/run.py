@@ -106,7 +106,8 @@ def _with_parents(config: Config, run: RunFolder, elsewhere: bool) -> Config:
     for path, stage in missing.values():
         if path not in named:
             raise VqbeamError(
-                f"{path} has no finished {stage} stage to start from; see --init-from"
+                f"{path} has no finished {stage} stage to start from; give another run with "
+                "--init-from"
             )
     return override(config, found | dict.fromkeys(missing))
 
@@ -230,7 +231,7 @@ def _quality_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:
         nats = made["train-prior"]["measures"]["nats_per_code"]
         even = math.log(codes)
         lines.append(
-            f"prior: {nats:.2f} nats a code (guessing evenly costs {even:.2f}; less is better)"
+            f"prior: {nats:.2f} nats per code (guessing evenly costs {even:.2f}; less is better)"
         )
     return lines
 

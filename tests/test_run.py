@@ -132,7 +132,7 @@ def test_all_stages_in_their_order(ran, tmp_path, source, capsys):
     assert lines[3] == f"codes in use: 11 of {codes}"
     guess = np.log(codes)
     assert (
-        lines[4] == f"prior: 1.23 nats a code (guessing evenly costs {guess:.2f}; less is better)"
+        lines[4] == f"prior: 1.23 nats per code (guessing evenly costs {guess:.2f}; less is better)"
     )
     assert lines[5] == f"new images: {tmp_path}/run/samples/samples.png"
     assert lines[6] == f"next: vqbeam sample {tmp_path}/run --output samples.png"

@@ -21,9 +21,10 @@ KILLED_IN = ("prepare", "train-vqvae", "encode")
 def preset(tmp_path_factory):
     """A preset of images that are large, so that it takes a while to prepare them."""
     folder = tmp_path_factory.mktemp("source")
-    noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8)
+    noise = np.random.default_rng(0)
     for index in range(IMAGES):
-        (folder / f"{index:02d}.png").write_bytes(png(noise))
+        image = noise.integers(0, 256, (600, 600, 3), np.uint8)
+        (folder / f"{index:02d}.png").write_bytes(png(image))
     config = small_config(f"folder:{folder}", data__images_per_shard=2, vqvae__steps=24)
     return write_preset(tmp_path_factory.mktemp("preset") / "small.py", config)
 

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zipfile
 
 import h5py
 import keras
@@ -623,6 +625,21 @@ def test_save_and_load(tmp_path):
         model.predict(NUMBERS[:, :4], verbose=0),
         rtol=1e-6,
     )
+
+
+@pytest.mark.backend
+def test_a_stored_model_has_its_weights_and_nothing_of_the_optimizer(tmp_path):
+    model, path = build(), epath.Path(tmp_path) / "model.keras"
+    train(model, tmp_path, 1)
+    optimizer = model.optimizer
+    save_model(model, path)
+    assert model.optimizer is optimizer and len(optimizer.variables) > 5
+    stored = []
+    with zipfile.ZipFile(path) as archive:
+        with h5py.File(io.BytesIO(archive.read("model.weights.h5"))) as content:
+            content.visit(stored.append)
+    assert stored and not [name for name in stored if "optimizer" in name]
+    assert_same_state(load_model(path).get_weights(), model.get_weights())
 
 
 @pytest.mark.parametrize("part", [0, 0.2, 0.9, "middle"])

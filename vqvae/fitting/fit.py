@@ -275,11 +275,18 @@ def seed_layers(model: keras.Model, seed: int) -> None:
 
 
 def save_model(model: keras.Model, path: epath.Path) -> None:
-    """Writes a model to a .keras file atomically."""
-    with tempfile.TemporaryDirectory() as local:
-        file = pathlib.Path(local) / "model.keras"
-        model.save(file, include_optimizer=False)
-        write_bytes(path, file.read_bytes())
+    """Writes a model to a .keras file atomically, without its optimizer.
+
+    The checkpoints hold the state of the optimizer, which may be twice as large as the weights.
+    """
+    optimizer, model.optimizer = getattr(model, "optimizer", None), None
+    try:
+        with tempfile.TemporaryDirectory() as local:
+            file = pathlib.Path(local) / "model.keras"
+            model.save(file)
+            write_bytes(path, file.read_bytes())
+    finally:
+        model.optimizer = optimizer
 
 
 def load_model(path: epath.Path) -> keras.Model:

@@ -1,5 +1,6 @@
 import contextlib
 import os
+import pathlib
 import signal
 import sys
 
@@ -10,8 +11,12 @@ os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# What is compiled in tests is of no use to commands.
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+# JAX compiles each program once for both workers and all later runs, however small it is.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import numpy as np
 import pytest

@@ -1,8 +1,8 @@
 """CIFAR-10: 60,000 photographs at 32×32 in 10 classes; for a 2-core CPU.
 
 TFDS downloads the dataset (160 MB). Test results: reconstruction PSNR 24.26 dB (0.0593 of the pixel
-variance), all codes used, perplexity 473, and 5.152 nats per code for the prior (0.1548 bits per
-dimension). Fréchet distance 0.75 of the reconstructions and 1.79 of the samples.
+variance), all codes used, perplexity 473, and 5.015 nats per code for the prior (0.1507 bits per
+dimension). Fréchet distance 0.75 of the reconstructions and 1.01 of the samples.
 """
 
 from vqbeam.configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig
@@ -37,13 +37,17 @@ CONFIG = Config(
         layers=4,
         width=192,  # a wider prior is no better with 12 million codes
         heads=6,
+        dropout=0.0,  # four passes are too few to overfit
         batch_size=64,
         steps=3000,  # 3.8 passes
         steps_per_epoch=500,
-        learning_rate=1e-3,
+        optimizer="muon",
+        learning_rate=3e-3,
         warmup_steps=200,
+        qk_norm="rms",
+        branch_init="zeros",
         dtype="mixed_bfloat16",
     ),
-    # By a sweep: as many labels agree as with a constant 2 at 0.95, at a lower distance.
-    sample=SampleConfig(num=80, guidance=4.0, guidance_schedule="cosine", batch_size=80),
+    # By a sweep: with less guidance, the distance falls by 6%, and fewer labels agree.
+    sample=SampleConfig(num=80, guidance=3.0, guidance_schedule="cosine", batch_size=80),
 )

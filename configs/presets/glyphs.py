@@ -30,8 +30,10 @@ CONFIG = Config(
         batch_size=32,  # small, for more steps per pass
         steps=1600,
         steps_per_epoch=400,
-        learning_rate=2e-3,
+        optimizer="muon",
+        learning_rate=3e-3,
         warmup_steps=100,
+        branch_init="zeros",
     ),
     sample=SampleConfig(num=104, temperature=0.85, guidance=1.5, batch_size=104),
 )

@@ -772,15 +772,15 @@ FAULTS: dict[str, list[Mutant]] = {
         Mutant(
             "the rest of a broken epoch is as long as a whole one",
             "vqvae/fitting/fit.py",
-            "RestOfEpoch(schedule.epoch - done)",
-            "RestOfEpoch(schedule.epoch)",
+            "self.step + batch +",
+            "batch +",
             "test_fitting.py::test_resumed_within_an_epoch_is_unbroken_bit_for_bit",
         ),
         Mutant(
             "training ends with the rest of a broken epoch",
             "vqvae/fitting/fit.py",
-            "self.steps, self.model.stop_training = 0, False",
-            "pass",
+            "self.schedule.epoch_end(self.step), False",
+            "self.schedule.epoch_end(self.step), True",
             "test_fitting.py::test_resumed_within_an_epoch_is_unbroken_bit_for_bit",
         ),
         Mutant(

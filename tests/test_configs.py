@@ -241,7 +241,6 @@ FSQ = {"vqvae.quantizer": "fsq"}
         ({"vqvae.perceptual": 1.0}, "vqvae.perceptual is 1, but vqvae.finetune_steps is 0"),
         ({"vqvae.adversarial": 0.1}, "vqvae.adversarial is 0.1, but vqvae.finetune_steps is 0"),
         ({"vqvae.finetune_steps": 9}, "vqvae.finetune_steps is 9, but vqvae.perceptual and"),
-        ({"vqvae.finetune_steps": 700}, "vqvae.finetune_steps is 700; make it a multiple of"),
         ({"vqvae.quantizer": "residual"}, "quantizer is residual; set vqvae.depth to 2 or more"),
         ({"vqvae.depth": 2}, "vqvae.depth is 2; set vqvae.quantizer to residual"),
         ({**RESIDUAL, "vqvae.grids": 2}, "vqvae.quantizer is residual; use vqvae.grids 1"),

@@ -33,6 +33,7 @@ class Checkpoints(keras.callbacks.Callback):
         fingerprints: Checkpoints of the first are written, and those of all of them read. Those of
             others are removed.
         steps_per_epoch: Steps of an epoch.
+        steps: Steps in all; the last epoch ends with them.
         patience: Epochs without a better validation loss after which training ends; 0 disables
             early stopping.
 
@@ -50,11 +51,12 @@ class Checkpoints(keras.callbacks.Callback):
         folder: epath.Path,
         fingerprints: Sequence[str],
         steps_per_epoch: int,
+        steps: int,
         patience: int = 0,
     ):
         super().__init__()
         self.folders = [folder / "checkpoints" / fingerprint for fingerprint in fingerprints]
-        self.steps_per_epoch, self.patience = steps_per_epoch, patience
+        self.steps_per_epoch, self.steps, self.patience = steps_per_epoch, steps, patience
         self.history: list[dict[str, float]] = []
         self.signals = EndSignals()
         self._metrics: list[np.ndarray] = []  # to be restored when the epoch begins
@@ -107,7 +109,7 @@ class Checkpoints(keras.callbacks.Callback):
 
     @property
     def _best_step(self) -> int:
-        return self.best_epoch * self.steps_per_epoch
+        return min(self.best_epoch * self.steps_per_epoch, self.steps)
 
     def _files(self) -> dict[int, epath.Path]:
         found = {}
@@ -157,7 +159,7 @@ class Checkpoints(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         """Saves the state between two calls of the training program, if it is time to."""
         step = self._begin + batch
-        self._end = step + self.model.steps_per_execution
+        self._end = min(step + self.model.steps_per_execution, self.steps)
         if step > self._saved:
             self.signals.waits = True
             if self.signals.received or time.monotonic() >= self._due:

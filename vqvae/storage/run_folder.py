@@ -163,10 +163,12 @@ class RunFolder:
                 f"and --init-from {self.root}"
             )
         epochs = [min(values["steps"], values["steps_per_epoch"]) for values in (before, after)]
-        if self.trained_steps(stage) % epochs[1]:
+        steps = before["steps"]
+        # Else the epoch that ended with them would count as one of all its steps.
+        if self.trained_steps(stage) == steps and steps % epochs[1]:
             raise VqbeamError(
-                f"{section}.steps was {before['steps']}, which is no multiple of an epoch of "
-                f"{epochs[1]} steps; add --{section}.steps-per-epoch {epochs[0]}"
+                f"{section}.steps was {steps}, which is no multiple of an epoch of {epochs[1]} "
+                f"steps; add --{section}.steps-per-epoch {steps if steps % epochs[0] else epochs[0]}"
             )
 
     def _take_along(self, stage: str, config: Config) -> None:

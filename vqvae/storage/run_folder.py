@@ -166,9 +166,10 @@ class RunFolder:
         steps = before["steps"]
         # Else the epoch that ended with them would count as one of all its steps.
         if self.trained_steps(stage) == steps and steps % epochs[1]:
+            epoch = steps if steps % epochs[0] else epochs[0]
             raise VqbeamError(
                 f"{section}.steps was {steps}, which is no multiple of an epoch of {epochs[1]} "
-                f"steps; add --{section}.steps-per-epoch {steps if steps % epochs[0] else epochs[0]}"
+                f"steps; add --{section}.steps-per-epoch {epoch}"
             )
 
     def _take_along(self, stage: str, config: Config) -> None:

@@ -231,8 +231,6 @@ FSQ = {"vqvae.quantizer": "fsq"}
         ({"data.height": 30}, r"data.height is 30, which vqvae.downsampling \(4\) does not div"),
         ({"vqvae.downsampling": 64}, "data.height is 32, which vqvae.downsampling"),
         ({"data.width": 34}, "data.width is 34"),
-        ({"vqvae.steps": 700}, r"vqvae.steps is 700; .* of vqvae.steps_per_epoch \(500\)"),
-        ({"prior.steps": 700}, "prior.steps is 700"),
         ({"prior.heads": 3}, "prior.width is 256 and prior.heads is 3"),
         ({"prior.kv_heads": 3}, r"prior.heads is 8, which prior.kv_heads \(3\) does not divide"),
         ({"prior.grad_accumulation": 3}, "prior.batch_size is 64, which prior.grad_accum"),

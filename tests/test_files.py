@@ -72,13 +72,14 @@ def test_a_file_that_is_waited_for_is_named(folder, monkeypatch, capsys):
     reader = threading.Thread(target=lambda: read.append(read_regular(pipe)))
     reader.start()
     assert read_regular(folder / "fast.png") == b"fast"
-    time.sleep(1)
-    assert reader.is_alive()
+    said, end = "", time.monotonic() + 60
+    while not said and time.monotonic() < end:
+        said += capsys.readouterr().err
     pipe.write_bytes(b"slow")
     reader.join()
     assert read == [b"slow"] and not files._being_read
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith(f"{str(pipe)!a} is still being read after ")
+    said += capsys.readouterr().err
+    assert said.startswith(f"{str(pipe)!a} is still being read after ") and said.count("\n") == 1
 
 
 def test_files_of_a_user_whom_nobody_knows(folder):

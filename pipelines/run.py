@@ -197,10 +197,14 @@ def _closing_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:
         if left_out := images.get("left_out"):
             named = ", ".join(f"{count:,} {what}" for what, count in sorted(left_out.items()))
             lines.append(f"left out: {named}")
-        if images["failed"]:
-            letters = run.folder("prepare") / "dead_letters.jsonl"
-            images = f"{images['failed']} image{'s' if images['failed'] > 1 else ''}"
-            lines.append(f"could not be decoded: {images}, listed in {letters}")
+        letters = run.folder("prepare") / "dead_letters.jsonl"
+        wrong = {
+            "could not be decoded": images["failed"],
+            "colours taken as they are": images.get("noted"),
+        }
+        for what, count in wrong.items():
+            if count:
+                lines.append(f"{what}: {count} image{'s' * (count > 1)}, listed in {letters}")
     lines += _quality_lines(run, stages)
     if "sample" in stages:
         lines.append(f"new images: {run.folder('sample') / 'samples.png'}")

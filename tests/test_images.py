@@ -21,8 +21,9 @@ def _pixels(*shape):
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def _decode(data, height, width, channels=3, fit="crop"):
-    image = images.decode_image(data, height=height, width=width, channels=channels, fit=fit)
+def _decode(data, height, width, channels=3, fit="crop", **more):
+    shape = dict(height=height, width=width, channels=channels)
+    image = images.decode_image(data, **shape, fit=fit, **more)
     assert image.shape == (height, width, channels)
     assert image.dtype == np.uint8
     return image
@@ -398,15 +399,16 @@ def test_gray_and_palette_have_profiles_too():
 
 
 @pytest.mark.parametrize(
-    "profile",
+    "profile, is_told",
     [
-        b"broken",
-        icc_profile(b"GRAY"),  # of another kind than the pixels
-        icc_profile(b"RGB ", P3, name=b"sRGB IEC61966-2.1"),  # sRGB, by its name
+        (b"broken", True),
+        (icc_profile(b"GRAY"), True),  # of another kind than the pixels
+        (icc_profile(b"RGB ", P3, name=b"sRGB IEC61966-2.1"), False),  # sRGB, by its name
     ],
     ids=["broken", "gray", "srgb"],
 )
-def test_pixels_stay_where_a_profile_says_nothing(profile):
-    pixels = _pixels(16, 16, 3)
+def test_pixels_stay_where_a_profile_says_nothing(profile, is_told):
+    pixels, notes = _pixels(16, 16, 3), []
     data = _file(Image.fromarray(pixels), "PNG", icc_profile=profile)
-    np.testing.assert_array_equal(_decode(data, 16, 16), pixels)
+    np.testing.assert_array_equal(_decode(data, 16, 16, notes=notes), pixels)
+    assert [note[:37] for note in notes] == ["the colour profile is damaged, or of "] * is_told

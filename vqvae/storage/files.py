@@ -84,7 +84,8 @@ def named_if_slow(path: epath.Path) -> Iterator[None]:
 
     A file system on a network may never answer.
     """
-    _watch(os.getpid())
+    with _starting:
+        _watch(os.getpid())
     key = object()
     _being_read[key] = os.fspath(path), time.monotonic()
     try:
@@ -94,6 +95,7 @@ def named_if_slow(path: epath.Path) -> Iterator[None]:
 
 
 _being_read: dict[object, tuple[str, float]] = {}
+_starting = threading.Lock()
 
 
 @functools.cache

@@ -472,7 +472,8 @@ class _Manifest(dict):
 # The kind of each entry of a manifest; the first are in all of them.
 _ENTRIES = {"inputs": dict, "outputs": dict, "seconds": (int, float)}
 _FURTHER = {"made_from": dict, "counts": dict, "label_names": list, "label_kind": str}
-_FURTHER |= {"history": list, "measures": dict, "settings": dict, "failed": int, "left_out": dict}
+_FURTHER |= {"history": list, "measures": dict, "settings": dict, "failed": int, "noted": int}
+_FURTHER |= {"left_out": dict}
 
 
 def _is_right(manifest: dict[str, Any]) -> bool:

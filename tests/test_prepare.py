@@ -133,7 +133,12 @@ def test_colours_taken_as_they_are_are_listed(tmp_path, capsys):
     config = small_config(f"folder:{tmp_path / 'in'}", data__max_failed=0.0)
     run_stages(config, str(tmp_path / "run"), ("prepare",), ["--runner=FnApiRunner"])
     letters = tmp_path / "run" / "images" / DEAD_LETTERS
-    assert f"\ncolours taken as they are: 1 image, listed in {letters}\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"\ncolours taken as they are: 1 image, listed in {letters}\n" in said
+    # A folder that was meant for something else would show here.
+    keys = [example["key"].decode() for example in read_records(letters.parent)["train"]]
+    counts = [f"{name} {sum(key.startswith(name) for key in keys)}" for name in CLASSES]
+    assert f"\nclasses, 3: {', '.join(counts)} (training images)\n" in said
     (line,) = letters.read_text().splitlines()
     assert '"key": "apple/odd.png"' in line and "the colour profile is damaged" in line
     manifest = RunFolder(tmp_path / "run").manifest(STAGE)

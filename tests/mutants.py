@@ -784,6 +784,20 @@ FAULTS: dict[str, list[Mutant]] = {
             "test_fitting.py::test_resumed_within_an_epoch_is_unbroken_bit_for_bit",
         ),
         Mutant(
+            "the last epoch is as long as the others",
+            "vqvae/fitting/fit.py",
+            "min(self.steps, (step // self.epoch + 1) * self.epoch)",
+            "(step // self.epoch + 1) * self.epoch",
+            "test_fitting.py::test_the_last_epoch_may_be_shorter",
+        ),
+        Mutant(
+            "the last call runs as many steps as the others",
+            "vqvae/fitting/program.py",
+            "count = min(steps, self.left)",
+            "count = steps",
+            "test_fitting.py::test_the_last_epoch_may_be_shorter",
+        ),
+        Mutant(
             "the clock saves at each step",
             "vqvae/fitting/checkpoints.py",
             "time.monotonic() >= self._due",
@@ -1139,6 +1153,13 @@ FAULTS: dict[str, list[Mutant]] = {
             'embedded = image.info.get("icc_profile")',
             "embedded = None",
             "test_images.py::test_colours_of_a_profile_become_those_of_srgb",
+        ),
+        Mutant(
+            "a broken profile of colours is not told",
+            "pipelines/stages/prepare.py",
+            "for reason in said]",
+            "for reason in ()]",
+            "test_prepare.py::test_colours_taken_as_they_are_are_listed",
         ),
     ],
     "Augmentation mirrors and shifts, by seed and step": [

@@ -209,7 +209,8 @@ def main() -> None:
     from side_by_side import table
 
     rows = [row(*where, of_one) for where, of_one in sorted(found.items())]
-    print(table(HEADER, [*rows, row("all", "all", every)]))
+    if every:
+        print(table(HEADER, [*rows, row("all", "all", every)]))
 
 
 def row(stage: str, by: str, made: list[Attempt]) -> list[str]:

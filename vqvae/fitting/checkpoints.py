@@ -142,7 +142,7 @@ class Checkpoints(keras.callbacks.Callback):
             for index, state in enumerate(random_states(model)):
                 state.assign(rest[f"random_states/{index}"][()])
             self._metrics = [rest[f"metrics/{i}"][()] for i in range(len(rest["metrics"]))]
-            self.history = _checked(json.loads(rest["history"][()]))
+            self.history = _stored(rest, copy.read_bytes())
 
     def on_train_begin(self, logs=None):
         """Starts the clock."""
@@ -295,12 +295,29 @@ def stored_history(folder: epath.Path, steps_per_epoch: int) -> list[dict[str, f
         return []
     file = files[max(files)]
     try:
-        with h5py.File(io.BytesIO(read_regular(file))) as content:
+        data = read_regular(file)
+        with h5py.File(io.BytesIO(data)) as content:
             if "vqbeam" in content:
-                return _checked(json.loads(content["vqbeam/history"][()]))
+                return _stored(content["vqbeam"], data)
         return _checked(read_json(_history_file(file), list))
     except Exception:  # what HDF5 raises of a damaged file is of many kinds
         return []
+
+
+def _stored(rest: h5py.Group, data: bytes) -> list[dict[str, float]]:
+    """Returns the history in the group of a checkpoint; raises a ValueError if it is none.
+
+    Args:
+        rest: The group.
+        data: The file.
+    """
+    text = rest["history"]
+    # The file says how long the text is, and HDF5 takes as much memory, whatever that is.
+    place = text.id.get_offset()
+    length = len(data) if place is None else int.from_bytes(data[place : place + 4], "little")
+    if text.shape != () or length >= len(data):
+        raise ValueError("the history is no text in this file")
+    return _checked(json.loads(text[()]))
 
 
 def _checked(history: Any) -> list[dict[str, float]]:

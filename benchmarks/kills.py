@@ -1,36 +1,42 @@
-"""Ends a run at even moments, restarts it, and checks whether anything was lost.
+"""Ends a run at moments spread evenly, restarts it, and checks whether anything was lost.
 
     python benchmarks/kills.py --kills 100
 
 The run is small and has all stages, on images of noise. Each attempt is ended once, by SIGKILL,
-SIGTERM and SIGINT (Ctrl-C) in turn, at moments that divide the duration of an unbroken run evenly,
-and then finished with the same command. Its records, weights and images are compared with
-those of the unbroken run. As the run is short, an epoch is all of a training, and a checkpoint is
-due after a second, not a minute.
+SIGTERM and SIGINT (Ctrl-C) in turn, and then finished with the same command. Its records, weights
+and images are compared with those of an unbroken run. The first moments are spread over the
+duration of that run as evenly as all of them, so that Ctrl-C may end the benchmark at any time. As
+the run is short, an epoch is all of a training, and a checkpoint is due after a second, not a
+minute. Each command is a process that is forked where the libraries are loaded already, and its
+plan foretells no times, so that the moments fall into the work.
 """
 
 import argparse
+import contextlib
 import hashlib
+import json
+import multiprocessing
 import os
 import pathlib
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path += [str(ROOT), str(ROOT / "tests")]
 
 HEADER = ["ended in", "by", "attempts", "another result", "training steps lost, at most"]
-HEADER += ["seconds of work lost, median", "at most", "seconds to the end", "of an unbroken run"]
+HEADER += ["seconds of work lost, median", "at most", "seconds to the end"]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 INTERVAL = 1.0  # seconds between checkpoints
+GOLDEN = (5**0.5 - 1) / 2  # its multiples, without their whole parts, are spread evenly
 
 
 class Attempt(NamedTuple):
@@ -50,8 +56,9 @@ class Attempt(NamedTuple):
     since: float
 
 
-def run_traced(steps: pathlib.Path, words: list[str]) -> int:
+def run_traced(log: pathlib.Path, steps: pathlib.Path, words: list[str]) -> None:
     """Runs a command line of vqbeam, which writes each training step that is done to a file."""
+    from vqbeam.pipelines import plan
     from vqbeam.pipelines.cli import main as cli
     from vqbeam.vqvae.fitting.checkpoints import Checkpoints
 
@@ -63,21 +70,36 @@ def run_traced(steps: pathlib.Path, words: list[str]) -> int:
         new.replace(steps)  # or a kill could leave an empty file
         begin(self, batch, logs)
 
-    Checkpoints.on_train_batch_begin, Checkpoints.seconds = write_and_begin, INTERVAL
-    return cli.main(words)
+    Checkpoints.on_train_batch_begin = write_and_begin
+    Checkpoints.seconds, Checkpoints.largest_share = INTERVAL, 1.0
+    plan.measure = lambda *_: {}
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(cli.main(words))
 
 
-def start(steps: pathlib.Path, *words: object) -> subprocess.Popen:
-    """Starts `run_traced` in a process of its own."""
-    command = [sys.executable, __file__, "--traced", str(steps), *map(str, words)]
-    log = (steps.parent / "log.txt").open("ab")
-    return subprocess.Popen(
-        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log
-    )
+def forked(function: Callable, *arguments: Any) -> multiprocessing.Process:
+    """Starts a function in a process of its own.
+
+    This process must have loaded the libraries, and must not have computed anything with them.
+    """
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    return process
 
 
-def result(run) -> dict[str, str]:
-    """Returns a hash of each record file, weight and image of a run."""
+def load() -> None:
+    """Loads the libraries, and the modules of vqbeam that a run takes."""
+    import vqbeam.pipelines.beam
+    import vqbeam.pipelines.report.live
+    import vqbeam.pipelines.run
+    import vqbeam.pipelines.sampling.sample
+    import vqbeam.pipelines.stages.transforms  # noqa: F401
+
+
+def write_result(run, path: pathlib.Path) -> None:
+    """Writes a hash of each record file, weight and image of a run."""
     import numpy as np
     from pipeline_fixtures import shard_contents
 
@@ -91,7 +113,15 @@ def result(run) -> dict[str, str]:
         weights = enumerate(load(run).weights)  # names depend on previously loaded models
         made |= {f"{load.__name__} {i}": np.asarray(w).tobytes() for i, w in weights}
     made["picture"] = (run.folder("sample") / "samples.png").read_bytes()
-    return {name: hashlib.sha256(content).hexdigest() for name, content in made.items()}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in made.items()}
+    path.write_text(json.dumps(hashes))
+
+
+def result(run) -> dict[str, str]:
+    """Returns what `write_result` writes."""
+    path = pathlib.Path(run.root) / "result.json"
+    forked(write_result, run, path).join()
+    return json.loads(path.read_text())
 
 
 def stage_at_work(run) -> str:
@@ -121,41 +151,43 @@ def write_run(folder: pathlib.Path, steps: int, images: int) -> pathlib.Path:
     return write_preset(folder / "preset.py", config)
 
 
-def attempts(kills: int, steps: int, images: int) -> tuple[dict[tuple, list[Attempt]], float]:
-    """Returns the attempts by stage and signal, and the seconds of the unbroken run."""
+def attempts(kills: int, steps: int, images: int) -> Iterator[tuple[tuple[str, str], Attempt]]:
+    """Yields the stage and signal of each attempt, and what became of it."""
     from vqbeam.vqvae.storage.run_folder import MODELS, RunFolder
 
-    found = defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
-        preset, done = write_run(folder, steps, images), folder / "steps.txt"
+        preset, done, log = write_run(folder, steps, images), folder / "steps.txt", folder / "log"
 
         def command(run):
-            return start(done, "run", preset, "--run-dir", run.root)
+            return forked(run_traced, log, done, ["run", str(preset), "--run-dir", str(run.root)])
 
-        whole, begun = RunFolder(folder / "unbroken"), time.monotonic()
-        assert command(whole).wait() == 0, (folder / "log.txt").read_text()
-        unbroken, expected = time.monotonic() - begun, result(whole)
+        def finish(run):
+            begun, process = time.monotonic(), command(run)
+            process.join()
+            assert process.exitcode == 0, log.read_text()
+            return time.monotonic() - begun
+
+        whole = RunFolder(folder / "unbroken")
+        unbroken, expected = finish(whole), result(whole)
+        print(f"unbroken: {unbroken:.1f} seconds", file=sys.stderr)
         for index in range(kills):
             run, number = RunFolder(folder / f"run-{index}"), SIGNALS[index % len(SIGNALS)]
             done.write_text("0")
-            process = command(run)
-            begun = time.time()
-            time.sleep(unbroken * (index + 0.5) / kills)
+            begun, process = time.time(), command(run)
+            process.join(unbroken * ((index + 1) * GOLDEN % 1))
             ended = time.time()
-            process.send_signal(number)
-            process.wait()
-            since = max(0.0, ended - (last_kept(run) or begun))
-            stage, begun = stage_at_work(run), time.monotonic()
+            if process.is_alive():
+                os.kill(process.pid, number)
+            process.join()
+            since, stage = max(0.0, ended - (last_kept(run) or begun)), stage_at_work(run)
             saved = run.trained_steps(stage) if stage in MODELS else 0
             lost = max(0, int(done.read_text()) - saved) if stage in MODELS else 0
-            assert command(run).wait() == 0, (folder / "log.txt").read_text()
-            seconds = time.monotonic() - begun
+            seconds = finish(run)
             attempt = Attempt(seconds, result(run) != expected, lost, since)
-            found[stage, number.name].append(attempt)
             print(f"{index + 1} of {kills}: {stage}, {number.name}, {attempt}", file=sys.stderr)
             shutil.rmtree(run.root)
-    return found, unbroken
+            yield (stage, number.name), attempt
 
 
 def main() -> None:
@@ -166,26 +198,34 @@ def main() -> None:
     arguments = parser.parse_args()
     # A job in the background ignores it, and so would the processes that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    found, unbroken = attempts(*((1, 4, 30) if arguments.smoke else (arguments.kills, 3000, 600)))
+    load()
+    found, every = defaultdict(list), []
+    with contextlib.suppress(KeyboardInterrupt):
+        for where, attempt in attempts(
+            *((1, 4, 30) if arguments.smoke else (arguments.kills, 400, 75))
+        ):
+            found[where].append(attempt)
+            every.append(attempt)
     from side_by_side import table
 
-    rows = [
-        [
-            *where,
-            str(len(of_one)),
-            str(sum(attempt.other for attempt in of_one)),
-            str(max(attempt.lost for attempt in of_one)),
-            f"{statistics.median(attempt.since for attempt in of_one):.1f}",
-            f"{max(attempt.since for attempt in of_one):.1f}",
-            f"{statistics.median(attempt.seconds for attempt in of_one):.1f}",
-            f"{unbroken:.1f}",
-        ]
-        for where, of_one in sorted(found.items())
+    rows = [row(*where, of_one) for where, of_one in sorted(found.items())]
+    if every:
+        print(table(HEADER, [*rows, row("all", "all", every)]))
+
+
+def row(stage: str, by: str, made: list[Attempt]) -> list[str]:
+    """Returns the line of the table for some attempts."""
+    return [
+        stage,
+        by,
+        str(len(made)),
+        str(sum(attempt.other for attempt in made)),
+        str(max(attempt.lost for attempt in made)),
+        f"{statistics.median(attempt.since for attempt in made):.1f}",
+        f"{max(attempt.since for attempt in made):.1f}",
+        f"{statistics.median(attempt.seconds for attempt in made):.1f}",
     ]
-    print(table(HEADER, rows))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--traced"]:
-        sys.exit(run_traced(pathlib.Path(sys.argv[2]), sys.argv[3:]))
     main()

@@ -75,15 +75,6 @@ class Section:
             check(name, value, f.metadata)
 
 
-def check_epochs(prefix: str, steps: int, steps_per_epoch: int, name: str = "steps") -> None:
-    """Raises a VqbeamError if the last step would not be the last of an epoch."""
-    if steps > steps_per_epoch and steps % steps_per_epoch:
-        raise VqbeamError(
-            f"{prefix}.{name} is {steps}; make it a multiple of {prefix}.steps_per_epoch "
-            f"({steps_per_epoch})"
-        )
-
-
 def check_type(name: str, value: Any, kind: Any) -> None:
     """Raises a VqbeamError if a value has the wrong type; an int is accepted for a float."""
     kinds = typing.get_args(kind) or (kind,)

@@ -12,7 +12,6 @@ from vqbeam.configs.fields import (
     Section,
     VqbeamError,
     check,
-    check_epochs,
     check_type,
     dtype_field,
     field,
@@ -172,7 +171,9 @@ class PriorConfig(Section):
     )
     steps: int = field("number of training steps", 10_000, minimum=1)
     steps_per_epoch: int = field(
-        "steps of an epoch, after which held-out losses are measured", 500, minimum=1
+        "steps of an epoch, after which held-out losses are measured; the last may have fewer",
+        500,
+        minimum=1,
     )
     early_stopping: int = field(
         "stop after this many epochs without a better validation loss, with the weights of the "
@@ -199,7 +200,6 @@ class PriorConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        check_epochs(self.prefix, self.steps, self.steps_per_epoch)
         if self.width % self.heads or (self.width // self.heads) % 4:
             raise VqbeamError(
                 f"prior.width is {self.width} and prior.heads is {self.heads}; the width of a "
@@ -303,7 +303,9 @@ class VQVAEConfig(Section):
     batch_size: int = field("images in a training batch, over all devices", 64, minimum=1)
     steps: int = field("number of training steps", 10_000, minimum=1)
     steps_per_epoch: int = field(
-        "steps of an epoch, after which held-out losses are measured", 500, minimum=1
+        "steps of an epoch, after which held-out losses are measured; the last may have fewer",
+        500,
+        minimum=1,
     )
     optimizer: str = field(
         "muon orthogonalizes the updates of convolutions: fewer steps, each a little slower",
@@ -339,7 +341,6 @@ class VQVAEConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        check_epochs(self.prefix, self.steps, self.steps_per_epoch)
         if self.downsampling & (self.downsampling - 1):
             raise VqbeamError(
                 f"vqvae.downsampling is {self.downsampling}; it must be a power of two"
@@ -348,7 +349,6 @@ class VQVAEConfig(Section):
         self._check_quantizer()
 
     def _check_finetuning(self):
-        check_epochs(self.prefix, self.finetune_steps, self.steps_per_epoch, "finetune_steps")
         weights = {name: getattr(self, name) for name in ("perceptual", "adversarial")}
         if self.finetune_steps and not any(weights.values()):
             raise VqbeamError(

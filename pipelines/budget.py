@@ -160,13 +160,14 @@ def scaled(
     changes = {}
     for prefix, names in {"vqvae": ("steps", "finetune_steps"), "prior": ("steps",)}.items():
         section = getattr(config, prefix)
-        epoch = factor * min(section.steps_per_epoch, section.steps)
+        before = min(section.steps_per_epoch, section.steps)
+        epoch = factor * before
         # A number with divisors: on a GPU, a call of the training program takes one of them.
         epoch = 10 * round(epoch / 10) if epoch >= 100 else max(1, round(epoch))
         changes[f"{prefix}.steps_per_epoch"] = epoch
         for name in names:
-            epochs = getattr(section, name) / min(section.steps_per_epoch, section.steps)
-            changes[f"{prefix}.{name}"] = round(epochs) * epoch
+            steps = getattr(section, name)
+            changes[f"{prefix}.{name}"] = max(1, round(steps / before * epoch)) if steps else 0
     return override(config, changes)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from etils import epath
@@ -20,6 +21,7 @@ from vqbeam.pipelines.budget import (
     survey,
     used_memory,
 )
+from vqbeam.pipelines.errors import printable
 from vqbeam.pipelines.inspect import file_size
 from vqbeam.vqvae.augmentation import variant_count
 from vqbeam.vqvae.fitting.devices import describe_devices
@@ -64,6 +66,11 @@ def announce(
     foretell(parts)
     for line in plan_lines(run, config, stages, parts, counts, trials, done):
         print(line, file=sys.stderr)
+    # Now, since a wrong folder would else show only after training.
+    if unit and unit.labels.names:
+        names = textwrap.shorten(", ".join(unit.labels.names), 36, placeholder=" …")
+        labels = f"{len(unit.labels.names):,}: {printable(names)}"
+        print(f"  {unit.labels.kind:<12} {labels}", file=sys.stderr)
     sys.stderr.flush()
 
 

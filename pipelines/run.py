@@ -19,6 +19,9 @@ from vqbeam.pipelines.paths import (
 )
 from vqbeam.vqvae.storage.run_folder import HASH_DIGITS, MODELS, STAGES, RunFolder
 
+# Classes that the closing lines name.
+_NAMES_SHOWN = 10
+
 
 def run_stages(
     config: Config,
@@ -194,13 +197,19 @@ def _closing_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:
         images = run.require("prepare")
         counts = ", ".join(f"{count:,} {split}" for split, count in images["counts"].items())
         lines.append(f"images: {counts}, in {run.folder('prepare')}")
+        if images.get("label_names"):
+            lines.append(_labels_line(images))
         if left_out := images.get("left_out"):
             named = ", ".join(f"{count:,} {what}" for what, count in sorted(left_out.items()))
             lines.append(f"left out: {named}")
-        if images["failed"]:
-            letters = run.folder("prepare") / "dead_letters.jsonl"
-            images = f"{images['failed']} image{'s' if images['failed'] > 1 else ''}"
-            lines.append(f"could not be decoded: {images}, listed in {letters}")
+        letters = run.folder("prepare") / "dead_letters.jsonl"
+        wrong = {
+            "could not be decoded": images["failed"],
+            "colours taken as they are": images.get("noted"),
+        }
+        for what, count in wrong.items():
+            if count:
+                lines.append(f"{what}: {count} image{'s' * (count > 1)}, listed in {letters}")
     lines += _quality_lines(run, stages)
     if "sample" in stages:
         lines.append(f"new images: {run.folder('sample') / 'samples.png'}")
@@ -211,6 +220,14 @@ def _closing_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:
         lines.append(f"written to {run.folder(stages[-1])}")
         lines.append(f"next: {_next_command(run, stages[-1])}")
     return lines
+
+
+def _labels_line(images: dict) -> str:
+    """Returns the first classes or attributes, with their training images, as a newcomer checks."""
+    names, counts = images["label_names"], images["statistics"]["images_per_label"]
+    shown = [f"{name} {counts.get(str(n), 0):,}" for n, name in enumerate(names[:_NAMES_SHOWN])]
+    more = ", …" if len(names) > _NAMES_SHOWN else ""
+    return f"{images['label_kind']}, {len(names):,}: {', '.join(shown)}{more} (training images)"
 
 
 def _quality_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:

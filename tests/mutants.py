@@ -772,16 +772,30 @@ FAULTS: dict[str, list[Mutant]] = {
         Mutant(
             "the rest of a broken epoch is as long as a whole one",
             "vqvae/fitting/fit.py",
-            "RestOfEpoch(schedule.epoch - done)",
-            "RestOfEpoch(schedule.epoch)",
+            "self.step + batch +",
+            "batch +",
             "test_fitting.py::test_resumed_within_an_epoch_is_unbroken_bit_for_bit",
         ),
         Mutant(
             "training ends with the rest of a broken epoch",
             "vqvae/fitting/fit.py",
-            "self.steps, self.model.stop_training = 0, False",
-            "pass",
+            "self.schedule.epoch_end(self.step), False",
+            "self.schedule.epoch_end(self.step), True",
             "test_fitting.py::test_resumed_within_an_epoch_is_unbroken_bit_for_bit",
+        ),
+        Mutant(
+            "the last epoch is as long as the others",
+            "vqvae/fitting/fit.py",
+            "min(self.steps, (step // self.epoch + 1) * self.epoch)",
+            "(step // self.epoch + 1) * self.epoch",
+            "test_fitting.py::test_the_last_epoch_may_be_shorter",
+        ),
+        Mutant(
+            "the last call runs as many steps as the others",
+            "vqvae/fitting/program.py",
+            "count = min(steps, self.left)",
+            "count = steps",
+            "test_fitting.py::test_the_last_epoch_may_be_shorter",
         ),
         Mutant(
             "the clock saves at each step",
@@ -1139,6 +1153,13 @@ FAULTS: dict[str, list[Mutant]] = {
             'embedded = image.info.get("icc_profile")',
             "embedded = None",
             "test_images.py::test_colours_of_a_profile_become_those_of_srgb",
+        ),
+        Mutant(
+            "a broken profile of colours is not told",
+            "pipelines/stages/prepare.py",
+            "for reason in said]",
+            "for reason in ()]",
+            "test_prepare.py::test_colours_taken_as_they_are_are_listed",
         ),
     ],
     "Augmentation mirrors and shifts, by seed and step": [

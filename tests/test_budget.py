@@ -119,6 +119,15 @@ def test_an_epoch_longer_than_training():
     assert fitted.prior.steps == fitted.prior.steps_per_epoch
 
 
+def test_a_part_of_an_epoch_stays_a_part():
+    config = preset(**{"prior.steps": 1234, "vqvae.finetune_steps": 100})
+    fitted = fit(config, 3600)
+    epochs = fitted.prior.steps / fitted.prior.steps_per_epoch
+    assert epochs == pytest.approx(1234 / 500, rel=0.01)
+    parts = fitted.vqvae.finetune_steps / fitted.vqvae.steps_per_epoch
+    assert parts == pytest.approx(100 / config.vqvae.steps_per_epoch, rel=0.02)
+
+
 def test_all_else_stays():
     config = preset()
     assert with_steps_of(fit(config, 3600), config) == config

@@ -85,7 +85,7 @@ def test_training_of_stage_1(config):
             augment(batch["image"], batch["shifts"], batch["mirrored"])
         ),
     )
-    text = lowered(jax_steps(model, data, STEPS), state_of(model), data.held, batches)
+    text = lowered(jax_steps(model, data, STEPS, STEPS), state_of(model), data.held, batches)
     assert "stablehlo.while" in text and "stablehlo.convolution" in text
 
 
@@ -99,7 +99,7 @@ def test_training_of_stage_2(config):
     }
     data = TrainingData(batches=None, held=held)
     batches = {"rows": np.zeros(STEPS * config.prior.batch_size, np.int32)}
-    text = lowered(jax_steps(model, data, STEPS), state_of(model), held, batches)
+    text = lowered(jax_steps(model, data, STEPS, STEPS), state_of(model), held, batches)
     assert "stablehlo.while" in text
 
 

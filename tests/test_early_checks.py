@@ -59,6 +59,27 @@ def test_what_is_wrong_is_told(run, verb, words, message):
         check(*parse([verb, str(run.root), *GOOD[verb], *words]))
 
 
+@pytest.mark.parametrize(
+    "verb, name", [("sample", "a.png"), ("complete", "b"), ("score", "c.jsonl")]
+)
+def test_what_is_replaced_is_told_before(run, verb, name, tmp_path, capsys):
+    output = tmp_path / name
+    words = [verb, str(run.root), *GOOD[verb], "--output", str(output)]
+    check(*parse(words))
+    assert capsys.readouterr().err == ""
+    if output.suffix:
+        output.write_text("")
+        told = f"{output} exists: it will be replaced\n"
+    else:
+        (output / "of mine").mkdir(parents=True)
+        told = (
+            f"{output} is not empty: files of the same names will be replaced, and images that an "
+            "earlier command listed there\n"
+        )
+    check(*parse(words))
+    assert capsys.readouterr().err == told
+
+
 @pytest.mark.parametrize("verb", ["sample", "generate", "complete", "interpolate", "score"])
 def test_what_is_not_trained_yet(run, verb):
     (run.folder("train-prior") / "manifest.json").unlink()

@@ -13,6 +13,7 @@ from vqbeam.pipelines.beam import Gathered
 from vqbeam.pipelines.sources.images import decode_image
 from vqbeam.pipelines.stages import encode_source as stage
 from vqbeam.pipelines.stages.encode_source import EncodeJob, encode_source
+from vqbeam.vqvae.storage.records import keys_in
 from vqbeam.vqvae.training import load_vqvae
 
 pytestmark = pytest.mark.slow
@@ -215,10 +216,29 @@ def test_refusals(encode, images, finished_run, own_run, tmp_path):
         job.bind_folder()
     with pytest.raises(VqbeamError, match=f"is {model[:16]} and no longer f{{16}}; it was trained"):
         stage.load_encoder(finished_run, job.model)
+
+
+@pytest.mark.parametrize("damage", ["lost", "truncated", "changed"])
+def test_a_damaged_shard_costs_its_images_alone(encode, images, encoded, tmp_path, damage):
+    encode()
+    before = examples(tmp_path)
     shard = tmp_path / "codes" / "codes-train.tfrecord-00001"
+    content, own = bytearray(shard.read_bytes()), keys_in([shard])
     shard.unlink()
-    with pytest.raises(VqbeamError, match="00001 is missing; restore it, or delete"):
-        encode()
+    if damage != "lost":
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content[: -7 if damage == "truncated" else None])
+        with pytest.raises(VqbeamError, match=f"{shard} .*delete (it|{shard}) and run the s"):
+            encode()
+        shard.unlink()
+    encoded.clear()
+    assert f"codes: {len(own)} new, {15 - len(own)} there before" in encode()
+    assert sum(encoded) == len(own) == 6
+    after = examples(tmp_path)
+    assert after.keys() == before.keys()
+    for key, example in before.items():
+        np.testing.assert_array_equal(after[key]["codes"], example["codes"])
+        assert after[key]["label"] == example["label"]
 
 
 def test_the_command(failure, images, finished_run, tmp_path, capfd):

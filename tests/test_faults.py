@@ -234,6 +234,42 @@ def test_a_truncated_shard(failure, own_run, stage):
     assert all(run.is_done(name) for name in STAGES)
 
 
+def damaged_shard(run, stage, split):
+    """Flips a bit in the last shard of a split; returns its path."""
+    shard = max(run.folder(stage).glob(f"*-{split}.tfrecord-*"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(bytes(content))
+    return shard
+
+
+@pytest.mark.parametrize(
+    ("stage", "split", "words"),
+    [
+        ("prepare", "validation", ("reconstruct", "--output", "a.png")),
+        ("prepare", "validation", ("evaluate", "--stage", "vqvae")),
+        ("encode", "train", ("export-codes", "--output", "a.npz")),
+    ],
+)
+def test_a_damaged_record_that_another_command_reads(
+    failure, own_run, tmp_path, monkeypatch, stage, split, words
+):
+    run, preset = own_run
+    monkeypatch.chdir(tmp_path)
+    shard = damaged_shard(run, stage, split)
+    before = times(run.folder(stage))
+    message = failure(words[0], run.root, *words[1:], alone=False)
+    assert f"a record in {shard} is damaged" in message and f"delete {shard}" in message
+    # The report has all else.
+    assert cli.main(["report", str(run.root)]) == 0
+    assert f"a record in {shard} is damaged" in (run.root / "report.html").read_text()
+    shard.unlink()
+    assert cli.main([stage, str(preset), "--run-dir", str(run.root)]) == 0
+    after = times(run.folder(stage))
+    assert [path for path in after if after[path] != before[path]] == [shard]
+    assert cli.main([words[0], str(run.root), *words[1:]]) == 0
+
+
 @pytest.mark.parametrize(
     ("stage", "following"),
     [("prepare", "train-vqvae"), ("prepare", "encode"), ("encode", "train-prior")],
@@ -241,15 +277,12 @@ def test_a_truncated_shard(failure, own_run, stage):
 def test_a_damaged_record(failure, own_run, stage, following):
     run, preset = own_run
     run.folder(following).rmtree()
-    shards = sorted(run.folder(stage).glob("*-train.tfrecord-*"))
-    content = bytearray(shards[1].read_bytes())
-    content[len(content) // 2] ^= 1
-    shards[1].write_bytes(bytes(content))
+    shard = damaged_shard(run, stage, "train")
     message = failure(following, preset, "--run-dir", run.root, alone=False)
-    assert f"a record in {shards[1]} is damaged" in message and f"delete {shards[1]}" in message
+    assert f"a record in {shard} is damaged" in message and f"delete {shard}" in message
     assert not run.is_done(following)
     # What it says helps.
-    shards[1].unlink()
+    shard.unlink()
     assert cli.main([stage, str(preset), "--run-dir", str(run.root)]) == 0
     assert run.is_done(stage)
 

@@ -1,14 +1,18 @@
 import json
 import os
+import threading
+import time
 
 import pytest
 from etils import epath
 
 from vqbeam.configs import VqbeamError
+from vqbeam.vqvae.storage import files
 from vqbeam.vqvae.storage.files import (
     matching,
     modified,
     read_json,
+    read_regular,
     size,
     sizes,
     write_bytes,
@@ -54,6 +58,28 @@ def test_size(folder):
     assert size(folder / "other") is None
     assert size(folder / "file" / "below") is None
     assert sizes([folder / "other", folder / "file"] * 40) == [None, 5] * 40
+
+
+def test_a_file_that_is_waited_for_is_named(folder, monkeypatch, capsys):
+    monkeypatch.setattr(files, "_SECONDS_TO_BE_SLOW", 0.3)
+    files._watch.cache_clear()  # the thread of another test sleeps for longer
+    # A pipe that takes the place of a file once that is checked: reading it waits, as for a
+    # network that does not answer.
+    monkeypatch.setattr(files, "check_regular", lambda path: None)
+    pipe, read = folder / "pi\npe.png", []
+    os.mkfifo(pipe)
+    (folder / "fast.png").write_bytes(b"fast")
+    reader = threading.Thread(target=lambda: read.append(read_regular(pipe)))
+    reader.start()
+    assert read_regular(folder / "fast.png") == b"fast"
+    said, end = "", time.monotonic() + 60
+    while not said and time.monotonic() < end:
+        said += capsys.readouterr().err
+    pipe.write_bytes(b"slow")
+    reader.join()
+    assert read == [b"slow"] and not files._being_read
+    said += capsys.readouterr().err
+    assert said.startswith(f"{str(pipe)!a} is still being read after ") and said.count("\n") == 1
 
 
 def test_files_of_a_user_whom_nobody_knows(folder):

@@ -18,6 +18,7 @@ import pytest
 import tensorflow as tf
 from broken_off import broken_off
 from etils import epath
+from event_files import events
 from keras import layers
 
 from vqbeam.configs import VqbeamError
@@ -167,6 +168,50 @@ def test_resumed_within_an_epoch_is_unbroken_bit_for_bit(tmp_path, monkeypatch, 
     assert train(resumed, tmp_path / "resumed", 4, steps_per_epoch=6) == history
     assert_same_state(state(resumed), state(unbroken))
     assert len(history) == 2
+
+
+LAST_IS_SHORTER = dict(steps=11, steps_per_epoch=4)
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("together", [1, 2, 4])
+def test_the_last_epoch_may_be_shorter(tmp_path, monkeypatch, together):
+    monkeypatch.setattr(module, "steps_per_call", lambda steps: math.gcd(steps, together))
+    model, whole = build(**AVERAGING), build(**AVERAGING)
+    history = train(model, tmp_path / "model", 0, **LAST_IS_SHORTER)
+    assert checkpoints(tmp_path / "model") == names(8, 11) and len(history) == 3
+    # It has the weights of one epoch of all the steps; each epoch has a mean of its own.
+    (mean,) = train(whole, tmp_path / "whole", 0, steps=11, steps_per_epoch=11)
+    for one, other in zip(kept(model), kept(whole), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    losses = [epoch["loss"] for epoch in history]
+    assert np.average(losses, weights=[4, 4, 3]) == pytest.approx(mean["loss"], rel=1e-5)
+    shown = events(tmp_path / "model" / "logs" / "train")["epoch_loss"]
+    assert [shown[index] for index in range(3)] == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("step, together", [(3, 1), (9, 1), (10, 2)])
+def test_resumed_with_a_shorter_last_epoch(tmp_path, monkeypatch, step, together):
+    monkeypatch.setattr(module, "steps_per_call", lambda steps: math.gcd(steps, together))
+    unbroken = build(**AVERAGING)
+    history = train(unbroken, tmp_path / "unbroken", 0, **LAST_IS_SHORTER)
+    with broken_off(step):
+        train(build(**AVERAGING), tmp_path / "resumed", 0, **LAST_IS_SHORTER)
+    assert checkpoints(tmp_path / "resumed")[-1:] == names(step)
+    resumed = build(seed=5, **AVERAGING)
+    keras.utils.set_random_seed(1)
+    assert train(resumed, tmp_path / "resumed", 0, **LAST_IS_SHORTER) == history
+    assert_same_state(state(resumed), state(unbroken))
+
+
+def test_early_stopping_returns_to_a_shorter_last_epoch(tmp_path):
+    changes = LAST_IS_SHORTER | dict(patience=9)
+    model = build()
+    history = train(model, tmp_path, 0, **changes)
+    losses = [epoch["val_loss"] for epoch in history]
+    assert losses[2] == min(losses) and checkpoints(tmp_path) == names(8, 11)
+    assert int(np.asarray(model.optimizer.iterations)) == 11
 
 
 @pytest.mark.backend
@@ -332,7 +377,7 @@ def test_checkpoints_of_earlier_versions_are_read(tmp_path):
         (folder / f"epoch-{epoch:05d}.json").write_text(json.dumps(history[:epoch]))
     resumed = build(seed=5, **AVERAGING)
     assert stored_history(epath.Path(tmp_path), STEPS_PER_EPOCH) == history
-    both = Checkpoints(epath.Path(tmp_path), ["f", "earlier"], STEPS_PER_EPOCH)
+    both = Checkpoints(epath.Path(tmp_path), ["f", "earlier"], STEPS_PER_EPOCH, 6)
     assert both.restore(resumed) == 6 and both.history == history
     assert int(np.asarray(resumed.optimizer.iterations)) == 6
     again = train(build(seed=5, **AVERAGING), tmp_path, 4, fingerprints=("f", "earlier"))
@@ -569,7 +614,7 @@ def test_validation_measures_the_average_and_leaves_the_weights(tmp_path):
     kept = []
     for folder in ("with", "without"):
         restored = build(seed=5, **AVERAGING)
-        assert Checkpoints(epath.Path(tmp_path / folder), ["f"], 3).restore(restored) == 6
+        assert Checkpoints(epath.Path(tmp_path / folder), ["f"], 3, 6).restore(restored) == 6
         kept.append(restored)
     assert_same_state(state(kept[0]), state(kept[1]))
     # The checkpoint holds both the weights and their average, of which the result is the latter.

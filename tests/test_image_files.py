@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import re
 import tarfile
 
@@ -407,6 +408,17 @@ def test_damaged_files(kind, images, tmp_path):
             for unit in source.plan():
                 list(source.read(unit))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_regular_files_are_read(kind, tmp_path):
+    path = tmp_path / f"some{ENDINGS[kind]}"
+    os.mkfifo(path)  # would be waited for without end
+    for given in (path, tmp_path):
+        source = open_source(data(f"{kind}:{given}"))
+        for read in (source.check, source.plan):
+            with pytest.raises(OSError, match=f"not a regular file: '{path}'"):
+                read()
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "tfrecord"])

@@ -21,8 +21,9 @@ def _pixels(*shape):
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def _decode(data, height, width, channels=3, fit="crop"):
-    image = images.decode_image(data, height=height, width=width, channels=channels, fit=fit)
+def _decode(data, height, width, channels=3, fit="crop", **more):
+    shape = dict(height=height, width=width, channels=channels)
+    image = images.decode_image(data, **shape, fit=fit, **more)
     assert image.shape == (height, width, channels)
     assert image.dtype == np.uint8
     return image
@@ -335,7 +336,10 @@ SRGB = [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09
 
 
 def icc_profile(space, matrix=(), gamma=2.2, name=b"other"):
-    """A minimal ICC profile, version 2: a gamma, and for "RGB " the XYZ of the primaries."""
+    """A minimal ICC profile, version 2: a gamma, and for "RGB " the XYZ of the primaries.
+
+    For "CMYK" it has a table instead: each ink takes its share of `DARKNESS` from the lightness.
+    """
 
     def numbers(kind, values):
         fixed = (round(value * 65536) for value in values)
@@ -347,6 +351,13 @@ def icc_profile(space, matrix=(), gamma=2.2, name=b"other"):
     tags |= {b"cprt": b"text" + bytes(8)}
     if space == b"GRAY":
         tags[b"kTRC"] = curve
+    elif space == b"CMYK":
+        same, inks = bytes(range(256)), np.stack(np.meshgrid(*[(0, 1)] * 4, indexing="ij"), -1)
+        light = np.maximum(0, 255 - 255 * inks.reshape(16, 4) @ DARKNESS).round()
+        nodes = np.stack([light, light * 0 + 128, light * 0 + 128], -1).astype(np.uint8)
+        matrix = struct.pack(">9i", *(65536 * np.eye(3, dtype=int)).ravel())
+        table = matrix + same * 4 + nodes.tobytes() + same * 3
+        tags[b"A2B0"] = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + table
     else:
         tags |= {
             letter + b"XYZ": numbers(b"XYZ ", column)
@@ -358,7 +369,8 @@ def icc_profile(space, matrix=(), gamma=2.2, name=b"other"):
         value += bytes(-len(value) % 4)
         table += tag + struct.pack(">II", place + len(body), len(value))
         body += value
-    header = struct.pack(">I4xI", place + len(body), 0x02400000) + b"mntr" + space + b"XYZ "
+    header = struct.pack(">I4xI", place + len(body), 0x02400000)
+    header += b"prtrCMYKLab " if space == b"CMYK" else b"mntr" + space + b"XYZ "
     header += bytes(12) + b"acsp" + bytes(28) + struct.pack(">iii", 63190, 65536, 54061)
     return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
 
@@ -385,6 +397,24 @@ def test_colours_of_a_profile_become_those_of_srgb(matrix, alpha):
     assert np.abs(pixels - expected).max() > 15  # as they would be without the profile
 
 
+DARKNESS = [0.5, 0.3, 0.1, 1.0]
+
+
+@pytest.mark.parametrize("format", ["JPEG", "TIFF"])
+def test_inks_have_the_colours_of_their_profile(format):
+    for ink, share in enumerate([*DARKNESS, 0]):
+        amounts = [255 if ink == index else 0 for index in range(4)]
+        image = Image.new("CMYK", (16, 16), tuple(amounts))
+        data = _file(image, format, icc_profile=icc_profile(b"CMYK"))
+        # Gray of this lightness in CIELAB: its luminance, as sRGB encodes it.
+        light = (100 * (1 - share) + 16) / 116
+        luminance = light**3 if light > 6 / 29 else 3 * (6 / 29) ** 2 * (light - 4 / 29)
+        expected = in_srgb(np.full((16, 16, 3), 255 * luminance), SRGB, gamma=1)
+        assert np.abs(_decode(data, 16, 16) - expected).max() < 4, ink
+    without = _decode(_file(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "TIFF"), 16, 16)
+    assert without[0, 0].tolist() == [0, 255, 255]
+
+
 def test_gray_and_palette_have_profiles_too():
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     data = _file(Image.fromarray(levels), "PNG", icc_profile=icc_profile(b"GRAY", gamma=1.6))
@@ -398,15 +428,16 @@ def test_gray_and_palette_have_profiles_too():
 
 
 @pytest.mark.parametrize(
-    "profile",
+    "profile, is_told",
     [
-        b"broken",
-        icc_profile(b"GRAY"),  # of another kind than the pixels
-        icc_profile(b"RGB ", P3, name=b"sRGB IEC61966-2.1"),  # sRGB, by its name
+        (b"broken", True),
+        (icc_profile(b"GRAY"), True),  # of another kind than the pixels
+        (icc_profile(b"RGB ", P3, name=b"sRGB IEC61966-2.1"), False),  # sRGB, by its name
     ],
     ids=["broken", "gray", "srgb"],
 )
-def test_pixels_stay_where_a_profile_says_nothing(profile):
-    pixels = _pixels(16, 16, 3)
+def test_pixels_stay_where_a_profile_says_nothing(profile, is_told):
+    pixels, notes = _pixels(16, 16, 3), []
     data = _file(Image.fromarray(pixels), "PNG", icc_profile=profile)
-    np.testing.assert_array_equal(_decode(data, 16, 16), pixels)
+    np.testing.assert_array_equal(_decode(data, 16, 16, notes=notes), pixels)
+    assert [note[:37] for note in notes] == ["the colour profile is damaged, or of "] * is_told

@@ -200,6 +200,16 @@ def test_what_cannot_be_extended(prepared_run, tiny_config):
     assert run.is_done("train-vqvae")
 
 
+def test_a_model_whose_last_epoch_was_shorter(prepared_run, tiny_config):
+    run, _ = prepared_run(tiny_config(**LONGER, vqvae__steps=4, vqvae__steps_per_epoch=3))
+    train_vqvae(str(run.root))
+    with pytest.raises(VqbeamError, match="no multiple of an epoch of 3 steps; .*-epoch 4"):
+        run.start(tiny_config(**LONGER, vqvae__steps=9, vqvae__steps_per_epoch=3), extend=True)
+    run.start(tiny_config(**LONGER, vqvae__steps=9, vqvae__steps_per_epoch=4), extend=True)
+    train_vqvae(str(run.root))
+    assert len(run.manifest("train-vqvae")["history"]) == 2 + 2
+
+
 def test_an_extension_that_was_killed_while_it_was_set_up(prepared_run, tiny_config, monkeypatch):
     run, _ = prepared_run(tiny_config(**LONGER, vqvae__steps=4))
     train_vqvae(str(run.root))

@@ -75,6 +75,7 @@ def test_short_trainings_are_not_tried(tmp_path, source, capsys):
     said = capsys.readouterr().err
     assert "24 images" in said and f"{config.vqvae.steps} steps" in said
     assert "in all" not in said and "train-prior" in said
+    assert said.endswith("\n  classes      3: Banana, apple, cherry\n")
 
 
 def test_steps_that_are_done_take_no_time(tmp_path, source, capsys):

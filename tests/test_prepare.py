@@ -18,6 +18,7 @@ from pipeline_fixtures import (
 )
 
 from vqbeam.configs import VqbeamError
+from vqbeam.pipelines.run import run_stages
 from vqbeam.pipelines.sources import open_source
 from vqbeam.pipelines.sources.images import decode_image
 from vqbeam.pipelines.stages import prepare
@@ -124,6 +125,25 @@ def test_counts_and_dead_letters(prepared):
     assert tuple(letters) == BROKEN and len(lines) == 2  # in the order of their names
     assert "truncated" in letters["cherry/cut.jpg"]
     assert all(reason and "\n" not in reason for reason in letters.values())
+
+
+def test_colours_taken_as_they_are_are_listed(tmp_path, capsys):
+    write_images(tmp_path / "in", 8)
+    save(tmp_path / "in", "apple/odd.png", Image.new("RGB", (9, 9)), "PNG", icc_profile=b"odd")
+    config = small_config(f"folder:{tmp_path / 'in'}", data__max_failed=0.0)
+    run_stages(config, str(tmp_path / "run"), ("prepare",), ["--runner=FnApiRunner"])
+    letters = tmp_path / "run" / "images" / DEAD_LETTERS
+    said = capsys.readouterr().out
+    assert f"\ncolours taken as they are: 1 image, listed in {letters}\n" in said
+    # A folder that was meant for something else would show here.
+    keys = [example["key"].decode() for example in read_records(letters.parent)["train"]]
+    counts = [f"{name} {sum(key.startswith(name) for key in keys)}" for name in CLASSES]
+    assert f"\nclasses, 3: {', '.join(counts)} (training images)\n" in said
+    (line,) = letters.read_text().splitlines()
+    assert '"key": "apple/odd.png"' in line and "the colour profile is damaged" in line
+    manifest = RunFolder(tmp_path / "run").manifest(STAGE)
+    assert sum(manifest["counts"].values()) == 9
+    assert (manifest["failed"], manifest["noted"]) == (0, 1)
 
 
 def test_statistics_in_numpy(prepared):

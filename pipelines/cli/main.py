@@ -104,6 +104,7 @@ VERBS = {
         measure_commands.parse_score,
         measure_commands.run_score,
         needs=_MODELS,
+        outputs=(".jsonl",),
     ),
     "export": Verb(
         "write a trained run as a SavedModel, or its weights as safetensors",
@@ -330,6 +331,20 @@ def check(name: str, arguments: dict[str, Any]) -> None:
         _check_stages(arguments)
     elif verb.needs:
         _check_run(verb.needs, arguments)
+    if verb.outputs and arguments["output"]:
+        _tell_what_is_replaced(arguments["output"])
+
+
+def _tell_what_is_replaced(output: str) -> None:
+    """Says before the work what it will replace, so that Ctrl-C can still save it."""
+    if os.path.isfile(output):
+        print(f"{output} exists: it will be replaced", file=sys.stderr)
+    elif os.path.isdir(output) and os.listdir(output):
+        print(
+            f"{output} is not empty: files of the same names will be replaced, and images that an "
+            "earlier command listed there",
+            file=sys.stderr,
+        )
 
 
 def _check_stages(arguments: dict[str, Any]) -> None:

@@ -524,17 +524,19 @@ def _curves(facts: Facts, all_facts: list[Facts]) -> list[Chart]:
     vqvae, prior = facts.config.vqvae, facts.config.prior
     both = {"training": "loss", "held out": "val_loss"}
     charts = []
-    for title, stage, steps in (
-        ("Stage 1: loss", "train-vqvae", vqvae.steps_per_epoch),
-        ("Stage 2: nats per code", "train-prior", prior.steps_per_epoch),
+    for title, stage, settings in (
+        ("Stage 1: loss", "train-vqvae", vqvae),
+        ("Stage 2: nats per code", "train-prior", prior),
     ):
         together = [epoch for each in all_facts for epoch in each.histories[stage]]
+        steps = settings.steps_per_epoch, settings.steps
         charts += _line_chart(title, both, facts.histories[stage], together, steps)
     finetuned = facts.manifests.get("train-vqvae", {}).get("finetune_history", [])
     if len(finetuned) > 1:
         terms = {"reconstruction": "reconstruction", "perceptual": "perceptual"}
         title = "Stage 1: finetuning of the decoder"
-        charts += _line_chart(title, terms, finetuned, finetuned, vqvae.steps_per_epoch)
+        steps = vqvae.steps_per_epoch, vqvae.finetune_steps
+        charts += _line_chart(title, terms, finetuned, finetuned, steps)
     return charts
 
 
@@ -545,7 +547,7 @@ def _usage_curve(facts: Facts, all_facts: list[Facts]) -> list[Chart]:
         {"training": "perplexity", "held out": "val_perplexity"},
         facts.histories[stage],
         [epoch for each in all_facts for epoch in each.histories[stage]],
-        settings.steps_per_epoch,
+        (settings.steps_per_epoch, settings.steps),
     )
 
 
@@ -554,7 +556,7 @@ def _line_chart(
     series: dict[str, str],
     history: list[dict[str, float]],
     together: list[dict[str, float]],
-    steps_per_epoch: int,
+    steps: tuple[int, int],
 ) -> list[Chart]:
     """Returns a chart of some metrics by epoch, or none without epochs.
 
@@ -563,7 +565,7 @@ def _line_chart(
         series: Metrics by their names in the chart.
         history: Metrics of each epoch.
         together: Those of all runs, which determine the axis.
-        steps_per_epoch: Steps of an epoch.
+        steps: Steps of an epoch, and in all.
     """
     series = {name: key for name, key in series.items() if history and key in history[0]}
     if not series:
@@ -571,8 +573,8 @@ def _line_chart(
     place, ticks = _axis(
         [epoch[key] for epoch in together for key in series.values() if key in epoch]
     )
-    step = (_WIDTH - _LEFT - _RIGHT) / len(history)
-    xs = [_LEFT + (index + 0.5) * step for index in range(len(history))]
+    wide = (_WIDTH - _LEFT - _RIGHT) / len(history)
+    xs = [_LEFT + (index + 0.5) * wide for index in range(len(history))]
     ys = {name: [place(epoch[key]) for epoch in history] for name, key in series.items()}
     rows = [
         [f"{n}", *(f"{epoch[key]:.4g}" for key in series.values())]
@@ -580,11 +582,11 @@ def _line_chart(
     ]
     marks = [
         {
-            "left": x - step / 2,
-            "width": step,
+            "left": x - wide / 2,
+            "width": wide,
             "x": x,
             "ys": [of[index] for of in ys.values()],
-            "tip": f"epoch {index + 1}, {(index + 1) * steps_per_epoch:,} steps: "
+            "tip": f"epoch {index + 1}, {min((index + 1) * steps[0], steps[1]):,} steps: "
             + ", ".join(f"{v} {name}" for name, v in zip(series, rows[index][1:], strict=True)),
         }
         for index, x in enumerate(xs)

@@ -273,7 +273,7 @@ def read_attributes(file: epath.Path) -> tuple[tuple[str, ...], dict[str, tuple[
         VqbeamError: The table has no attribute, one without a name or twice, or another value.
     """
     try:
-        text = file.read_bytes().decode("utf-8-sig")  # spreadsheets write a byte-order mark
+        text = read_regular(file).decode("utf-8-sig")  # spreadsheets write a byte-order mark
         heading = text.partition("\n")[0]
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=heading.count))
         _, *names = next(rows, [""])

@@ -57,6 +57,7 @@ def decode_image(
     channels: int,
     fit: str,
     background: str = "white",
+    notes: list[str] | None = None,
 ) -> np.ndarray:
     """Decodes an image file, if need be, and brings the image to one shape.
 
@@ -76,6 +77,7 @@ def decode_image(
         fit: "crop" covers the shape and cuts off, evenly on both sides, what juts out; "pad"
             fits the whole image inside and fills the rest, evenly on both sides, with black.
         background: "white" or "black".
+        notes: Gets a line if the colours cannot be converted, and are taken as they are.
 
     Returns:
         uint8 [height, width, channels].
@@ -84,7 +86,7 @@ def decode_image(
         ImageError: The data are damaged, of another format, or too large to decode safely
             (more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, found before any is decoded).
     """
-    image = _load(data, 2 * max(height, width), background)
+    image = _load(data, 2 * max(height, width), background, [] if notes is None else notes)
     image = _in_mode(image, "L" if channels == 1 else "RGB")
     image = _crop(image, (width, height)) if fit == "crop" else _pad(image, (width, height))
     return np.array(image).reshape(height, width, channels)
@@ -102,7 +104,9 @@ def encode_png(image: np.ndarray) -> bytes:
     return data.getvalue()
 
 
-def _load(data: bytes | np.ndarray, draft_side: int, background: str) -> Image.Image:
+def _load(
+    data: bytes | np.ndarray, draft_side: int, background: str, notes: list[str]
+) -> Image.Image:
     """Returns the image upright and opaque, 8 bits a channel; raises ImageError."""
     try:
         image = _opened(data)
@@ -111,7 +115,7 @@ def _load(data: bytes | np.ndarray, draft_side: int, background: str) -> Image.I
         # JPEG can decode to 1/2, 1/4 or 1/8 of its size: much faster, and enough to resample.
         image.draft(None, (draft_side, draft_side))
         ImageOps.exif_transpose(image, in_place=True)
-        return _flatten(_in_srgb(image), background)
+        return _flatten(_in_srgb(image, notes), background)
     except ImageError:
         raise
     # Damaged files make Pillow raise nearly anything: struct.error, SyntaxError, KeyError, ...
@@ -165,7 +169,7 @@ def _reason(error: Exception) -> str:
     return "truncated file" if "truncated" in text.lower() else f"{type(error).__name__}: {text}"
 
 
-def _in_srgb(image: Image.Image) -> Image.Image:
+def _in_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
     """Returns the image in sRGB, which others are if they have no profile, or one without use."""
     embedded = image.info.get("icc_profile")
     if not embedded:
@@ -179,7 +183,11 @@ def _in_srgb(image: Image.Image) -> Image.Image:
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         mode = "RGBA" if image.mode == "RGBA" else "RGB"
         return ImageCms.profileToProfile(image, profile, _SRGB, outputMode=mode)
-    except (OSError, ImageCms.PyCMSError):  # damaged, or of another kind of colours
+    except (OSError, ImageCms.PyCMSError):
+        notes.append(
+            "the colour profile is damaged, or of another kind than the pixels, which are taken as "
+            "they are"
+        )
         return image
 
 

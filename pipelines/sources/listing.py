@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from vqbeam.configs import DataConfig, VqbeamError
-from vqbeam.vqvae.storage.files import is_local
+from vqbeam.vqvae.storage.files import is_local, named_if_slow
 
 # What the folder of a run that has begun holds.
 _RUN = {"config.json", "images"}
@@ -38,6 +38,8 @@ def list_files(
     """
     found, left_out = [], Counter() if left_out is None else left_out
     inside = _in_folder(folder, left_out) if is_local(folder) else _in_bucket(folder)
+    with named_if_slow(folder):
+        inside = list(inside)
     for place, names in inside:
         for name in names:
             path = f"{place}{name}"

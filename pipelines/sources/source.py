@@ -127,8 +127,12 @@ class Source:
                 units.append(Unit(shard, images_of_shard, labels, total))
         return units
 
-    def decode(self, raw: RawImage) -> "np.ndarray":
+    def decode(self, raw: RawImage, notes: list[str] | None = None) -> "np.ndarray":
         """Returns an image in the shape that the section asks for, uint8 [H, W, C].
+
+        Args:
+            raw: The image.
+            notes: See `decode_image`.
 
         Raises:
             ImageError: The image cannot be decoded.
@@ -138,4 +142,4 @@ class Source:
         if isinstance(raw.data, OSError):
             raise ImageError(f"the file cannot be read: {raw.data.strerror or raw.data}")
         shape = {name: getattr(self.data, name) for name in ("height", "width", "channels", "fit")}
-        return decode_image(raw.data, **shape)
+        return decode_image(raw.data, **shape, notes=notes)

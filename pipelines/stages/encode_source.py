@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -44,14 +45,16 @@ from vqbeam.pipelines.stages.prepare import (
 from vqbeam.pipelines.stages.shards import ShardReport, ShardWriter, remove_leftovers
 from vqbeam.vqvae.fitting.devices import in_batches
 from vqbeam.vqvae.layout import code_layout
-from vqbeam.vqvae.storage.files import matching, read_json, sizes, write_json
+from vqbeam.vqvae.storage.files import matching, read_json, size, sizes, write_json
 from vqbeam.vqvae.storage.labels import NO_CLASS, Label, Labels
 from vqbeam.vqvae.storage.records import (
     CODES_VERSION,
     GROWING,
     Shard,
     code_features,
+    damaged_records,
     keys_in,
+    open_shard,
     serialize,
     write_metadata,
 )
@@ -119,7 +122,8 @@ class EncodeJob:
                 f"{self.folder} holds codes of {found}, and the VQ-VAE of {self.run} is "
                 f"{self.model[:HASH_DIGITS]}; give another --output"
             )
-        _check_files(self.folder, manifest["shards"])
+        _check_sizes(self.folder, manifest["shards"])
+        _empty_lost(self, manifest)
         return dataclasses.replace(self, earlier=len(manifest["calls"]))
 
 
@@ -203,7 +207,8 @@ def plan_additions(job: EncodeJob) -> Iterator[tuple[EncodeJob, Addition]]:
     splits, labels = source.listing()
     before = manifest["shards"]
     # Not from TFDS's metadata, which a killed call may have left ahead of the manifest.
-    known = keys_in(list(_shard_sizes(job.folder, before))) if before else set()
+    with damaged_records(job.folder):
+        known = keys_in(list(_shard_sizes(job.folder, before))) if before else set()
     both = joined(Labels.of(manifest), labels, job.folder) if before else labels
     for split, images in splits.items():
         if known:
@@ -356,12 +361,29 @@ def _shard_sizes(folder: epath.Path, shards: dict[str, list]) -> dict[epath.Path
     }
 
 
-def _check_files(folder: epath.Path, shards: dict[str, list]) -> None:
+def _check_sizes(folder: epath.Path, shards: dict[str, list]) -> None:
     wanted = _shard_sizes(folder, shards)
     for path, found in zip(wanted, sizes(list(wanted)), strict=True):
-        if found != wanted[path]:
-            state = "is missing" if found is None else f"has {found} bytes, not {wanted[path]}"
-            raise VqbeamError(f"{path} {state}; restore it, or delete {folder} and encode again")
+        if found not in (None, wanted[path]):
+            raise VqbeamError(
+                f"{path} has {found} bytes, not {wanted[path]}; restore it, or delete it and run "
+                "the same command to encode its images again"
+            )
+
+
+def _empty_lost(job: EncodeJob, manifest: dict[str, Any]) -> None:
+    """Puts an empty shard in the place of each one that is lost: its images then count as new."""
+    lost = [path for path in _shard_sizes(job.folder, manifest["shards"]) if size(path) is None]
+    for split, of_split in manifest["shards"].items():
+        for index, (records, _) in enumerate(of_split):
+            path = job.folder / Shard(DATASET, split, index, None).filename
+            if path in lost:
+                print(f"{path} is missing: its {records} images are encoded again", file=sys.stderr)
+                with open_shard(path):
+                    of_split[index] = [0, 0]
+    if lost:
+        _write_metadata(job, manifest)
+        write_json(job.folder / MANIFEST, manifest)
 
 
 def _records(shards: dict[str, list]) -> int:

@@ -75,20 +75,23 @@ def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
 
 
 def _write_images(source: Source, unit: Unit, write: Callable[[bytes], None]) -> dict[str, Any]:
-    """Writes the images of a unit; returns failures, labels and statistics."""
-    statistics, failures = _Statistics(), []
+    """Writes the images of a unit; returns failures, notes, labels and statistics."""
+    statistics, failures, notes = _Statistics(), [], []
     for raw in source.read(unit):
         advance(STAGE, 1, unit.total)
+        said: list[str] = []
         try:
-            image = source.decode(raw)
+            image = source.decode(raw, said)
         except ImageError as error:
             failures.append({"key": raw.key, "reason": str(error)})
             continue
+        notes += [{"key": raw.key, "reason": reason, "kept": True} for reason in said]
         if unit.shard.split == "train":
             statistics.add(image, raw.label)
         example = {"image": encode_png(image), "key": raw.key}
         write(serialize(example | label_fields(raw.label, unit.labels)))
-    return {"failures": failures, "labels": unit.labels, "statistics": vars(statistics)}
+    facts = {"failures": failures, "labels": unit.labels, "statistics": vars(statistics)}
+    return facts | {"notes": notes}
 
 
 def add_facts(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +101,9 @@ def add_facts(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         sums[name] += theirs[name]
     sums["labels"] = Counter(sums["labels"]) + Counter(theirs["labels"])
     failures = one["failures"] + other["failures"]
-    return {"failures": failures, "labels": one["labels"], "statistics": sums}
+    # Reports of earlier versions have no notes.
+    notes = one.get("notes", []) + other.get("notes", [])
+    return {"failures": failures, "labels": one["labels"], "statistics": sums, "notes": notes}
 
 
 def finish_images(run_path: str, gathered: Gathered) -> str:
@@ -113,8 +118,8 @@ def finish_images(run_path: str, gathered: Gathered) -> str:
         return run_path  # a runner may repeat a finished step
     config = run.load_config()
     reports, facts = gathered
-    failures = facts["failures"]
-    letters = write_dead_letters(run.folder(STAGE), failures)
+    failures, notes = facts["failures"], facts.get("notes", [])
+    letters = write_dead_letters(run.folder(STAGE), failures + notes)
     left_out = run.folder(STAGE) / _LEFT_OUT
     total = sum(report.records for report in reports) + len(failures)
     check_failures(failures, total, config.data, letters)
@@ -142,6 +147,7 @@ def finish_images(run_path: str, gathered: Gathered) -> str:
         label_names=labels.names,
         label_kind=labels.kind,
         statistics=_scaled(facts["statistics"]),
+        **({"noted": len(notes)} if notes else {}),
     )
     remove_leftovers(run.folder(STAGE), [*files, letters], run.fingerprint(STAGE))
     return run_path
@@ -169,7 +175,7 @@ def label_fields(label: Label, labels: Labels) -> dict[str, Any]:
 
 
 def write_dead_letters(folder: epath.Path, failures: Sequence[dict]) -> epath.Path:
-    """Writes the list of images that could not be decoded, sorted by key; returns its path."""
+    """Writes the list of images that something is wrong with, sorted by key; returns its path."""
     # It does not depend on the order in which workers end.
     ordered = sorted(failures, key=lambda failure: failure["key"])
     lines = [json.dumps(failure, ensure_ascii=False) + "\n" for failure in ordered]

@@ -33,6 +33,7 @@ class Checkpoints(keras.callbacks.Callback):
         fingerprints: Checkpoints of the first are written, and those of all of them read. Those of
             others are removed.
         steps_per_epoch: Steps of an epoch.
+        steps: Steps in all; the last epoch ends with them.
         patience: Epochs without a better validation loss after which training ends; 0 disables
             early stopping.
 
@@ -50,11 +51,12 @@ class Checkpoints(keras.callbacks.Callback):
         folder: epath.Path,
         fingerprints: Sequence[str],
         steps_per_epoch: int,
+        steps: int,
         patience: int = 0,
     ):
         super().__init__()
         self.folders = [folder / "checkpoints" / fingerprint for fingerprint in fingerprints]
-        self.steps_per_epoch, self.patience = steps_per_epoch, patience
+        self.steps_per_epoch, self.steps, self.patience = steps_per_epoch, steps, patience
         self.history: list[dict[str, float]] = []
         self.signals = EndSignals()
         self._metrics: list[np.ndarray] = []  # to be restored when the epoch begins
@@ -107,7 +109,7 @@ class Checkpoints(keras.callbacks.Callback):
 
     @property
     def _best_step(self) -> int:
-        return self.best_epoch * self.steps_per_epoch
+        return min(self.best_epoch * self.steps_per_epoch, self.steps)
 
     def _files(self) -> dict[int, epath.Path]:
         found = {}
@@ -140,7 +142,7 @@ class Checkpoints(keras.callbacks.Callback):
             for index, state in enumerate(random_states(model)):
                 state.assign(rest[f"random_states/{index}"][()])
             self._metrics = [rest[f"metrics/{i}"][()] for i in range(len(rest["metrics"]))]
-            self.history = _checked(json.loads(rest["history"][()]))
+            self.history = _stored(rest, copy.read_bytes())
 
     def on_train_begin(self, logs=None):
         """Starts the clock."""
@@ -157,7 +159,7 @@ class Checkpoints(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         """Saves the state between two calls of the training program, if it is time to."""
         step = self._begin + batch
-        self._end = step + self.model.steps_per_execution
+        self._end = min(step + self.model.steps_per_execution, self.steps)
         if step > self._saved:
             self.signals.waits = True
             if self.signals.received or time.monotonic() >= self._due:
@@ -293,12 +295,29 @@ def stored_history(folder: epath.Path, steps_per_epoch: int) -> list[dict[str, f
         return []
     file = files[max(files)]
     try:
-        with h5py.File(io.BytesIO(read_regular(file))) as content:
+        data = read_regular(file)
+        with h5py.File(io.BytesIO(data)) as content:
             if "vqbeam" in content:
-                return _checked(json.loads(content["vqbeam/history"][()]))
+                return _stored(content["vqbeam"], data)
         return _checked(read_json(_history_file(file), list))
     except Exception:  # what HDF5 raises of a damaged file is of many kinds
         return []
+
+
+def _stored(rest: h5py.Group, data: bytes) -> list[dict[str, float]]:
+    """Returns the history in the group of a checkpoint; raises a ValueError if it is none.
+
+    Args:
+        rest: The group.
+        data: The file.
+    """
+    text = rest["history"]
+    # The file says how long the text is, and HDF5 takes as much memory, whatever that is.
+    place = text.id.get_offset()
+    length = len(data) if place is None else int.from_bytes(data[place : place + 4], "little")
+    if text.shape != () or length >= len(data):
+        raise ValueError("the history is no text in this file")
+    return _checked(json.loads(text[()]))
 
 
 def _checked(history: Any) -> list[dict[str, float]]:

@@ -54,12 +54,16 @@ class Schedule:
 
     @property
     def epoch(self) -> int:
-        """The number of steps of an epoch, which is at most that of all steps."""
+        """The number of steps of an epoch, at most that of all steps; the last may have fewer."""
         return min(self.steps, self.steps_per_epoch)
 
     def epochs_after(self, step: int) -> int:
         """Returns the number of epochs that end after a step."""
         return math.ceil(self.steps / self.epoch) - step // self.epoch
+
+    def epoch_end(self, step: int) -> int:
+        """Returns the step at which the epoch ends that a step is part of."""
+        return min(self.steps, (step // self.epoch + 1) * self.epoch)
 
 
 def fit(
@@ -89,7 +93,9 @@ def fit(
     Raises:
         VqbeamError: The loss is not finite, or no existing checkpoint can be loaded.
     """
-    checkpoints = Checkpoints(folder, fingerprints, schedule.epoch, schedule.patience)
+    checkpoints = Checkpoints(
+        folder, fingerprints, schedule.epoch, schedule.steps, patience=schedule.patience
+    )
     seed_layers(model, schedule.seed)
     step = checkpoints.restore(model)
     # With float16, the optimizer is wrapped for loss scaling.
@@ -102,7 +108,7 @@ def fit(
         progress = _progress(model, schedule, step, together)
         with (
             contextlib.closing(progress.bar),  # so that error messages start on a new line
-            training_program(model, data, together) as program,
+            training_program(model, data, together, schedule.steps - step) as program,
             checkpoints.signals,
         ):
             first_epoch = len(checkpoints.history)
@@ -115,7 +121,7 @@ def fit(
                 shuffle=False,  # the batches are already shuffled
                 verbose=0,
                 callbacks=[
-                    RestOfEpoch(schedule.epoch - done),
+                    EpochEnds(schedule, step),
                     StopOnNaN(done),
                     *([AveragedWeights()] if optimizer.use_ema else []),
                     *callbacks,
@@ -241,30 +247,32 @@ class StopOnNaN(keras.callbacks.Callback):
             )
 
 
-class RestOfEpoch(keras.callbacks.Callback):
-    """Makes the first epoch of a call of `fit` shorter, if a part of it was trained before.
+class EpochEnds(keras.callbacks.Callback):
+    """Ends the epochs of a call of `fit` that are shorter than the others.
 
-    Where `stop_training` is set, Keras leaves the steps of an epoch. It leaves the epochs only if
-    that is still so after the callbacks at the end of the epoch.
+    These are the first one, if a part of it was trained before, and the last one. Where
+    `stop_training` is set, Keras leaves the steps of an epoch. It leaves the epochs only if that is
+    still so after the callbacks at the end of the epoch.
 
     Args:
-        steps: Steps of the first epoch.
+        schedule: How long the training lasts.
+        step: Steps before this call of `fit`.
     """
 
-    def __init__(self, steps: int):
+    def __init__(self, schedule: Schedule, step: int):
         super().__init__()
-        self.steps, self.ended = steps, False
+        self.schedule, self.step = schedule, step  # of the first call of the epoch
 
     # Not at the end of the last batch: Keras calls that in another thread.
     def on_train_batch_begin(self, batch, logs=None):
         """Lets this batch be the last one of its epoch, if it is."""
-        if not self.ended and batch + self.model.steps_per_execution == self.steps:
-            self.model.stop_training = self.ended = True
+        end = self.step + batch + self.model.steps_per_execution
+        if end >= self.schedule.epoch_end(self.step):
+            self.model.stop_training = True
 
     def on_epoch_end(self, epoch, logs=None):
-        """Lets training go on with whole epochs."""
-        if self.ended and self.steps:
-            self.steps, self.model.stop_training = 0, False
+        """Lets training go on with the next epoch."""
+        self.step, self.model.stop_training = self.schedule.epoch_end(self.step), False
 
 
 def seed_layers(model: keras.Model, seed: int) -> None:

@@ -7,6 +7,7 @@ is gathered, augmented and scaled.
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 
 import keras
@@ -36,27 +37,37 @@ class TrainingProgram:
 
     Attributes:
         batches: Function from a step number to the dataset for `fit`.
+        left: Steps until the training ends.
         flops: Floating-point operations of a step; None before the first call, and if TensorFlow
             trains on several devices or runs eagerly.
     """
 
     batches: Callable[[int], tf.data.Dataset]
+    left: float
     flops: float | None = None
+
+    def take(self, steps: int) -> int:
+        """Returns how many steps the next call runs: so many, or in the last call fewer."""
+        count = min(steps, self.left)
+        self.left -= count
+        return count
 
 
 @contextlib.contextmanager
 def training_program(
-    model: keras.Model, data: TrainingData, steps: int
+    model: keras.Model, data: TrainingData, steps: int, left: float = math.inf
 ) -> Iterator[TrainingProgram]:
     """A context in which `fit` trains a compiled model with programs of several steps.
 
     Args:
         model: A compiled and built model.
         data: The data for training.
-        steps: Steps in a program, which must divide those of an epoch.
+        steps: Steps in a program, which must divide those of all epochs but the last.
+        left: Steps until the training ends. The last call runs what is left of them, with a
+            program of its own.
     """
     before, model.steps_per_execution = model.steps_per_execution, steps
-    program = TrainingProgram(lambda first_step: data.batches(first_step, steps).map(_joined))
+    program = TrainingProgram(lambda first: data.batches(first, steps).map(_joined), left)
     make = _jax_program if keras.backend.backend() == "jax" else _tensorflow_program
     model.train_function = make(model, data, steps, program)
     try:
@@ -84,7 +95,7 @@ def _tensorflow_program(
         return model._make_function(one)
 
     @tf.function(jit_compile=model.jit_compile, autograph=False)
-    def program(batches):
+    def program(batches, count):
         if steps == 1:
             return one(batches)
 
@@ -92,15 +103,19 @@ def _tensorflow_program(
             one(_part(batches, index, steps))
             return [index + 1]
 
-        tf.while_loop(lambda index: index < steps, body, [0])
+        tf.while_loop(lambda index: index < count, body, [0])
         return model.get_metrics_result()
 
     def train(iterator):
-        batches = next(iterator)
+        batches, count = next(iterator), facts.take(steps)
         if facts.flops is None and not tf.config.functions_run_eagerly():
-            traced = program if steps == 1 else tf.function(one, autograph=False)
-            facts.flops = _graph_flops(traced.get_concrete_function(_part(batches, 0, steps)).graph)
-        return program(batches)
+            if steps == 1:
+                traced = program.get_concrete_function(batches, count)
+            else:
+                function = tf.function(one, autograph=False)
+                traced = function.get_concrete_function(_part(batches, 0, steps))
+            facts.flops = _graph_flops(traced.graph)
+        return program(batches, count)
 
     return train
 
@@ -123,22 +138,21 @@ def _jax_program(
     import jax
 
     held = {name: _on_each_device(array) for name, array in data.held.items()}
-    compiled = None
+    compiled = {}
 
     def train(state, iterator):
-        nonlocal compiled
-        batches = _sent(next(iterator))
-        if compiled is None:
+        batches, count = _sent(next(iterator)), facts.take(steps)
+        if count not in compiled:
             # With several devices, results stay where the state is.
             places = jax.tree.map(lambda value: value.sharding, state)
-            function = jax_steps(model, data, steps)
+            function = jax_steps(model, data, steps, count)
             program = jax.jit(function, donate_argnums=0, out_shardings=(None, places))
             lowered = program.lower(state, held, batches)
             # XLA counts the body of a loop once, and so one step.
             facts.flops = lowered.cost_analysis()["flops"]
-            compiled = lowered.compile()
-            _check_memory(compiled.memory_analysis())
-        return compiled(state, held, batches)
+            compiled[count] = lowered.compile()
+            _check_memory(compiled[count].memory_analysis())
+        return compiled[count](state, held, batches)
 
     return train
 
@@ -160,11 +174,17 @@ def _check_memory(needed) -> None:
         )
 
 
-def jax_steps(model: keras.Model, data: TrainingData, steps: int) -> Callable:
+def jax_steps(model: keras.Model, data: TrainingData, steps: int, count: int) -> Callable:
     """Returns a pure function that trains several steps.
 
     Its arguments are the model's state as Keras's `fit` has it, the held arrays, and the batches of
     all steps as `_joined` returns them; it returns the logs and the new state.
+
+    Args:
+        model: A compiled and built model.
+        data: The data for training.
+        steps: Steps whose batches it is given.
+        count: How many of them it trains.
     """
     import jax
 
@@ -178,7 +198,7 @@ def jax_steps(model: keras.Model, data: TrainingData, steps: int) -> Callable:
         if steps == 1:
             state, logs = one(state, 0)
             return logs, state
-        state, logs = jax.lax.scan(one, state, jax.numpy.arange(steps))
+        state, logs = jax.lax.scan(one, state, jax.numpy.arange(count))
         # Metrics are means over the epoch so far, so those of the last step say all.
         return jax.tree.map(lambda values: values[-1], logs), state
 

@@ -195,7 +195,7 @@ class FitProgress(keras.callbacks.Callback):
         steps: Steps in all, over all epochs.
         first_step: Steps before this call of `fit`.
         batch_size: Images in a step.
-        together: Steps of one call of the training program.
+        together: Steps of a call of the training program; the last may have fewer.
         per_epoch: Steps of an epoch.
         figures: Function from the metrics of an epoch to texts for its line.
     """
@@ -237,12 +237,12 @@ class FitProgress(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         """Advances the bar and updates the loss."""
-        now = time.perf_counter()
+        now, images = time.perf_counter(), min(self.at_once, self.bar.total - self.bar.n)
         if self.last is not None:
-            self.images, self.seconds = self.images + self.at_once, self.seconds + now - self.last
+            self.images, self.seconds = self.images + images, self.seconds + now - self.last
         self.last = now
         self.bar.figures = [f"loss {logs['loss']:.4f}", *self.held_out]
-        self.bar.update(self.at_once)
+        self.bar.update(images)
         if self.seconds >= _FIRST_SECONDS and not self.is_told:
             self.is_told = True
             self._tell_time()

@@ -1,12 +1,17 @@
 """Atomic writes, reads and listings of files, local or in a bucket."""
 
+import contextlib
 import errno
 import fnmatch
+import functools
 import json
 import os
 import stat
+import sys
+import threading
+import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +21,7 @@ from vqbeam.configs import VqbeamError
 
 # More than any file that is read at once has: images, and JSON of vqbeam.
 MOST_BYTES = 2**30
+_SECONDS_TO_BE_SLOW = 30.0
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
@@ -65,10 +71,57 @@ def read_regular(path: epath.Path) -> bytes:
     Raises:
         OSError: It cannot be read, is no regular file, or has more than `MOST_BYTES`.
     """
-    check_regular(path)
-    if is_local(path) and os.stat(path).st_size > MOST_BYTES:
-        raise OSError(errno.EFBIG, f"larger than {MOST_BYTES / 2**20:.0f} MiB", os.fspath(path))
-    return path.read_bytes()
+    with named_if_slow(path):
+        check_regular(path)
+        if is_local(path) and os.stat(path).st_size > MOST_BYTES:
+            raise OSError(errno.EFBIG, f"larger than {MOST_BYTES / 2**20:.0f} MiB", os.fspath(path))
+        return path.read_bytes()
+
+
+@contextlib.contextmanager
+def named_if_slow(path: epath.Path) -> Iterator[None]:
+    """Names a file or folder on stderr if reading it in the block takes more than 30 seconds.
+
+    A file system on a network may never answer.
+    """
+    with _starting:
+        _watch(os.getpid())
+    key = object()
+    _being_read[key] = os.fspath(path), time.monotonic()
+    try:
+        yield
+    finally:
+        del _being_read[key]
+
+
+_being_read: dict[object, tuple[str, float]] = {}
+_starting = threading.Lock()
+
+
+@functools.cache
+def _watch(process: int) -> None:
+    """Starts a thread that names what is slow to read, once in each process."""
+    threading.Thread(
+        target=_name_what_is_slow, name=f"slow reads of {process}", daemon=True
+    ).start()
+
+
+def _name_what_is_slow() -> None:
+    told: set[object] = set()
+    while True:
+        time.sleep(_SECONDS_TO_BE_SLOW / 10)
+        found = dict(_being_read)
+        told.intersection_update(found)
+        for key, (path, begun) in found.items():
+            seconds = time.monotonic() - begun
+            if key not in told and seconds > _SECONDS_TO_BE_SLOW:
+                told.add(key)
+                print(
+                    f"{path!a} is still being read after {seconds:.0f} seconds; if it is on a "
+                    "network, see whether that answers",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 def read_json(path: epath.Path, kind: type = dict) -> Any:
@@ -95,8 +148,9 @@ def read_json(path: epath.Path, kind: type = dict) -> Any:
 def size(path: epath.Path) -> int | None:
     """Returns the size of a file in bytes, or None if it is missing, or a link to nothing."""
     try:
-        # For local files, epath's stat also looks up the owner's name, which may not exist.
-        return os.stat(path).st_size if is_local(path) else path.stat().length
+        with named_if_slow(path):
+            # For local files, epath's stat also looks up the owner's name, which may not exist.
+            return os.stat(path).st_size if is_local(path) else path.stat().length
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

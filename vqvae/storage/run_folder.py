@@ -163,10 +163,13 @@ class RunFolder:
                 f"and --init-from {self.root}"
             )
         epochs = [min(values["steps"], values["steps_per_epoch"]) for values in (before, after)]
-        if self.trained_steps(stage) % epochs[1]:
+        steps = before["steps"]
+        # Else the epoch that ended with them would count as one of all its steps.
+        if self.trained_steps(stage) == steps and steps % epochs[1]:
+            epoch = steps if steps % epochs[0] else epochs[0]
             raise VqbeamError(
-                f"{section}.steps was {before['steps']}, which is no multiple of an epoch of "
-                f"{epochs[1]} steps; add --{section}.steps-per-epoch {epochs[0]}"
+                f"{section}.steps was {steps}, which is no multiple of an epoch of {epochs[1]} "
+                f"steps; add --{section}.steps-per-epoch {epoch}"
             )
 
     def _take_along(self, stage: str, config: Config) -> None:
@@ -469,7 +472,8 @@ class _Manifest(dict):
 # The kind of each entry of a manifest; the first are in all of them.
 _ENTRIES = {"inputs": dict, "outputs": dict, "seconds": (int, float)}
 _FURTHER = {"made_from": dict, "counts": dict, "label_names": list, "label_kind": str}
-_FURTHER |= {"history": list, "measures": dict, "settings": dict, "failed": int, "left_out": dict}
+_FURTHER |= {"history": list, "measures": dict, "settings": dict, "failed": int, "noted": int}
+_FURTHER |= {"left_out": dict}
 
 
 def _is_right(manifest: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from vqbeam.pipelines.sources.listing import (
     split_by_name,
 )
 from vqbeam.pipelines.sources.source import RawImage, Source, Unit
+from vqbeam.vqvae.storage.files import check_regular, named_if_slow
 from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
 
 # More are no classes, but numbers or captions of the images.
@@ -73,7 +74,7 @@ class FilesSource(Source):
         """Checks the names of the files, and what the first holds; see `Source.check`."""
         root, splits = self._files()
         path = root / next(file for files in splits.values() for file in files)
-        with self._reading(path):
+        with self._reading(path), named_if_slow(path):
             self.class_names(path)
 
     def listing(self) -> tuple[dict[str, Sequence[Any]], Labels]:
@@ -85,7 +86,7 @@ class FilesSource(Source):
         known, images = None, {split: [] for split in files_of}
         for split, files in files_of.items():
             for file in files:
-                with self._reading(root / file):
+                with self._reading(root / file), named_if_slow(root / file):
                     known = self.class_names(root / file) or known
                     images[split] += [(file, *row) for row in self.rows(root / file)]
         found = {label for some in images.values() for _, _, label in some}
@@ -105,7 +106,8 @@ class FilesSource(Source):
                 found = self.images(root / file, [row for _, row, _ in images])
                 keys = self.keys(unit.shard.split, images)
                 for key, image in zip(keys, images, strict=True):
-                    data = next(found, None)
+                    with named_if_slow(root / file):
+                        data = next(found, None)
                     if data is None:
                         raise VqbeamError(
                             f"{root / file} has no image {image[1]} any more; put back the file "
@@ -151,6 +153,7 @@ class FilesSource(Source):
     @contextlib.contextmanager
     def _reading(self, path: epath.Path) -> Iterator[None]:
         try:
+            check_regular(path)
             yield
         except (OSError, *self.damage) as error:
             if getattr(error, "errno", None) is not None:  # of the operating system

@@ -42,7 +42,7 @@ BASES = 200  # files of each format, of which the cases are made
 CASES_IN_A_PROCESS = 100
 
 # Cases that have failed once, and were mended.
-FOUND = [("run_folders", 145), ("run_folders", 205), ("checkpoints", 598)]
+FOUND = [("run_folders", 145), ("run_folders", 205)]
 
 
 def base_image(format: str, number: int) -> bytes:
@@ -277,7 +277,7 @@ def checkpoints(numbers: np.random.Generator, folder: pathlib.Path) -> None:
     file = own / "step-00000002.weights.h5"
     history = [{"loss": 1.0, "val_loss": 2.0}] * 3
     with h5py.File(file, "w") as content:
-        text = json_bytes(history, numbers).decode("latin-1").replace("\0", "?")
+        text = np.frombuffer(json_bytes(history, numbers), np.uint8)
         content.create_group("vqbeam")["history"] = text
     if numbers.random() < 0.5:
         file.write_bytes(mutated(file.read_bytes(), numbers))

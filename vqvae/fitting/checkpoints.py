@@ -142,7 +142,7 @@ class Checkpoints(keras.callbacks.Callback):
             for index, state in enumerate(random_states(model)):
                 state.assign(rest[f"random_states/{index}"][()])
             self._metrics = [rest[f"metrics/{i}"][()] for i in range(len(rest["metrics"]))]
-            self.history = _stored(rest, copy.read_bytes())
+            self.history = _stored(rest, copy.stat().st_size)
 
     def on_train_begin(self, logs=None):
         """Starts the clock."""
@@ -190,7 +190,8 @@ class Checkpoints(keras.callbacks.Callback):
             self.model.save_weights(file)
             with h5py.File(file, "a") as content:
                 rest = content.create_group("vqbeam")
-                rest["history"] = json.dumps(self.history)
+                # Not as a string: HDF5 keeps those in a heap, and may never end with a damaged one.
+                rest["history"] = np.frombuffer(json.dumps(self.history).encode(), np.uint8)
                 states = map(keras.ops.convert_to_numpy, random_states(self.model))
                 for name, arrays in (("metrics", metrics), ("random_states", states)):
                     group = rest.create_group(name)
@@ -298,26 +299,24 @@ def stored_history(folder: epath.Path, steps_per_epoch: int) -> list[dict[str, f
         data = read_regular(file)
         with h5py.File(io.BytesIO(data)) as content:
             if "vqbeam" in content:
-                return _stored(content["vqbeam"], data)
+                return _stored(content["vqbeam"], len(data))
         return _checked(read_json(_history_file(file), list))
     except Exception:  # what HDF5 raises of a damaged file is of many kinds
         return []
 
 
-def _stored(rest: h5py.Group, data: bytes) -> list[dict[str, float]]:
+def _stored(rest: h5py.Group, size: int) -> list[dict[str, float]]:
     """Returns the history in the group of a checkpoint; raises a ValueError if it is none.
 
     Args:
         rest: The group.
-        data: The file.
+        size: Bytes of the file.
     """
     text = rest["history"]
     # The file says how long the text is, and HDF5 takes as much memory, whatever that is.
-    place = text.id.get_offset()
-    length = len(data) if place is None else int.from_bytes(data[place : place + 4], "little")
-    if text.shape != () or length >= len(data):
-        raise ValueError("the history is no text in this file")
-    return _checked(json.loads(text[()]))
+    if text.nbytes > size:
+        raise ValueError("the history is longer than its file")
+    return _checked(json.loads(bytes(text[()])))
 
 
 def _checked(history: Any) -> list[dict[str, float]]:

@@ -69,7 +69,7 @@ def compare(work: pathlib.Path, arguments: argparse.Namespace) -> None:
         if codes is not None:
             killed_at = encode(work / f"{kind}-codes", f"{kind}:{path}", arguments.model)
             check_codes(work / f"{kind}-codes", codes, labels)
-            row.append(f"the same; killed with {killed_at} shards")
+            row.append(f"the same; killed after {killed_at} of its shards")
         print(f"| {' | '.join(row)} |", flush=True)
 
 

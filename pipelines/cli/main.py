@@ -358,7 +358,7 @@ def _check_stages(arguments: dict[str, Any]) -> None:
     if os.path.isfile(run_dir):
         raise VqbeamError(f"{run_dir} is a file, not a folder; choose another --run-dir")
     if "wandb" in arguments["config"].log_to:
-        importlib.import_module("wandb")  # whose lack is told before any work
+        importlib.import_module("wandb")  # so that its absence is reported before any work
     kind, _, path = data.source.partition(":")
     is_needed = "prepare" in arguments["stages"] and not _is_prepared(run_dir)
     if is_needed and kind == "folder" and "://" not in path:

@@ -36,8 +36,11 @@ setuptools.setup(
         "tensorflow-datasets>=4.9.10",
     ],
     extras_require={
+        "completion": ["shtab"],
         "formats": ["pillow-heif", "pillow-jxl-plugin"],  # HEIC and JPEG XL
         "gcp": ["apache-beam[gcp]>=2.77"],
+        "hub": ["huggingface_hub"],  # which is always installed, since Keras needs it as well
+        "jax": ["jax"],
         "studio": ["gradio>=6"],
         "test-browser": ["playwright"],
         "test-cloud": ["apache-beam[gcp]>=2.77", "gcp-storage-emulator", "trustme"],
@@ -52,8 +55,12 @@ setuptools.setup(
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
+            "shtab",
+            "twine",
+            "wandb",
             "webdataset",
         ],
+        "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["vqbeam = vqbeam.pipelines.cli.main:main"]},
 )

@@ -75,9 +75,11 @@ def _one_line(error: Exception) -> str:
 def field_types() -> Iterator[tuple[str, dataclasses.Field, Any]]:
     """Yields `(dotted name, field, type)` for every config field except `name`.
 
-    `seed` comes first. For an optional field, the type is that of its value when set.
+    `seed` and `log` come first. For an optional field, the type is that of its value when set.
     """
-    yield "seed", next(f for f in dataclasses.fields(Config) if f.name == "seed"), int
+    of_all = {field.name: field for field in dataclasses.fields(Config)}
+    yield "seed", of_all["seed"], int
+    yield "log", of_all["log"], str
     for section, cls in SECTIONS.items():
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):

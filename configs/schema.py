@@ -478,6 +478,11 @@ class Config:
 
     name: str
     seed: int = field("seed of all random numbers", 0, minimum=0, maximum=2**31)
+    log: str | None = field(
+        "where training writes its metrics beside TensorBoard: csv, wandb:PROJECT, or "
+        "csv,wandb:PROJECT",
+        None,
+    )
     data: DataConfig
     vqvae: VQVAEConfig = VQVAEConfig()
     encode: EncodeConfig = EncodeConfig()
@@ -489,6 +494,8 @@ class Config:
         check_type("name", self.name, str)
         check_type("seed", self.seed, int)
         check("seed", self.seed, seed.metadata)
+        check_type("log", self.log, str | None)
+        self._check_log()
         for side in ("height", "width"):
             pixels = getattr(self.data, side)
             if pixels % self.vqvae.downsampling:
@@ -503,6 +510,21 @@ class Config:
                 )
 
         self._check_sampling()
+
+    @property
+    def log_to(self) -> dict[str, str]:
+        """Where training writes its metrics beside TensorBoard, each with its project or ""."""
+        return {kind: rest for kind, _, rest in self._log_parts()}
+
+    def _log_parts(self) -> list[tuple[str, str, str]]:
+        return [part.partition(":") for part in self.log.split(",")] if self.log is not None else []
+
+    def _check_log(self):
+        for part in self._log_parts():
+            if part != ("csv", "", "") and not (part[0] == "wandb" and part[2].strip()):
+                raise VqbeamError(
+                    f"log is {self.log!r}; give csv, wandb:PROJECT, csv,wandb:PROJECT or none"
+                )
 
     def _check_sampling(self):
         if self.sample.top_k > self.vqvae.num_codes:

@@ -52,6 +52,10 @@ _KNOWN = {
         "-c constraints.txt jax"
     ),
     r"No module named 'gradio'": 'the studio needs Gradio: pip install "vqbeam[studio]"',
+    r"No module named 'wandb'": '--log wandb needs the package wandb: pip install "vqbeam[wandb]"',
+    r"No module named 'shtab'": (
+        'completion needs the package shtab: pip install "vqbeam[completion]"'
+    ),
     r"OOM when allocating|RESOURCE_EXHAUSTED: Out of memory": (
         f"the device has not enough memory; {LESS_MEMORY}"
     ),

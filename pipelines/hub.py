@@ -62,13 +62,14 @@ def _published(run: RunFolder) -> dict[str, bytes]:
 
 
 def _without_local_paths(config: Config) -> Config:
-    """Returns the config without the names of folders of this machine."""
+    """Returns the config without the names of folders of this machine and of one's projects."""
     data = dataclasses.replace(config.data, data_dir=None, manual_dir=None)
     if data.path:
         source = data.source.removesuffix(data.path) + _last_part(data.path)
         data = dataclasses.replace(data, source=source)
     return dataclasses.replace(
         config,
+        log=None,
         data=data,
         **{
             section: dataclasses.replace(of, init_from=of.init_from and _last_part(of.init_from))

@@ -166,6 +166,7 @@ def _fit(run: RunFolder, config: Config, codes: dict, callbacks: Sequence) -> Fi
             steps_per_epoch=settings.steps_per_epoch,
             batch_size=settings.batch_size,
             seed=config.seed,
+            config=config,
             patience=settings.early_stopping,
             figures=lambda logs: [f"{logs['val_bits_per_dim']:.4f} bits per dimension"],
         )

@@ -1570,6 +1570,44 @@ FAULTS: dict[str, list[Mutant]] = {
             "test_studio.py::test_the_codes_one_by_one",
         ),
     ],
+    "Metrics are written once an epoch, and where to changes no result": [
+        Mutant(
+            "an epoch that is trained once more has two lines",
+            "vqvae/fitting/metric_writers.py",
+            ' if int(line["epoch"]) <= epochs]',
+            "]",
+            "test_metric_writers.py::test_lines_of_epochs_that_come_once_more_are_replaced",
+        ),
+        Mutant(
+            "the line of an epoch is written after its checkpoint",
+            "vqvae/fitting/fit.py",
+            """                    WrittenMetrics(writers, schedule, progress, program),
+                    progress,
+                    checkpoints,
+""",
+            """                    progress,
+                    checkpoints,
+                    WrittenMetrics(writers, schedule, progress, program),
+""",
+            "test_fitting.py::test_metrics_are_written_once_an_epoch_whatever_was_killed",
+        ),
+        Mutant(
+            "another --log needs another run folder",
+            "vqvae/storage/run_folder.py",
+            '_name(change) != "log" and ',
+            "",
+            "test_run_folder.py::test_where_metrics_are_written_may_change_at_any_time",
+        ),
+    ],
+    "The wheel has all that vqbeam needs": [
+        Mutant(
+            "the template of the report is not in it",
+            "setup.py",
+            'package_data={"vqbeam.pipelines.report": ["*.html"]}',
+            "package_data={}",
+            "test_package.py::test_the_wheel_has_every_file_of_the_packages",
+        ),
+    ],
 }
 
 

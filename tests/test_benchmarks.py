@@ -29,6 +29,7 @@ def test_every_benchmark_can_be_imported(path, monkeypatch):
         ("stage1_vqbeam.py", "quantizer", "64", "16", "4"),
         ("stage2_vqbeam.py", "sampling", "64", "1"),
         ("gpu.py", "--smoke", "--without-torch"),
+        ("sources.py", "--smoke"),
     ],
     ids=lambda words: words[0],
 )
@@ -50,6 +51,10 @@ def test_a_benchmark_runs(words):
             "| glyphs, vqvae",
             "| glyphs, prior",
         ]
+    elif program == "sources.py":
+        rows = [line.split(" | ") for line in lines if line.startswith("| ")]
+        assert [row[1] for row in rows[1:5]] == ["60 of 60 the same |"] * 4
+        assert [row[0] for row in rows[6:]] == ["| 200", "| 400"]
     elif program == "gpu.py":
         rows = [line.split(" | ") for line in lines if line.startswith("| ")][2:]
         cases = [f"{part} imagenet64" for part in ("stage1", "stage2", "encode")]

@@ -236,6 +236,10 @@ FSQ = {"vqvae.quantizer": "fsq"}
         ({"prior.grad_accumulation": 3}, "prior.batch_size is 64, which prior.grad_accum"),
         ({"prior.width": 48}, "prior.width is 48 and prior.heads is 8; .* multiple of 4"),
         ({"seed": -1}, "seed is -1; it must be at least 0"),
+        ({"log": "tsv"}, "log is 'tsv'; give csv, wandb:PROJECT, csv,wandb:PROJECT or none"),
+        ({"log": "csv:x"}, "log is 'csv:x'; give csv, wandb:PROJECT"),
+        ({"log": "csv,wandb:"}, "log is 'csv,wandb:'; give csv, wandb:PROJECT"),
+        ({"log": 3}, "log is 3; give a text or None"),
         ({"vqvae.perceptual": 1.0}, "vqvae.perceptual is 1, but vqvae.finetune_steps is 0"),
         ({"vqvae.adversarial": 0.1}, "vqvae.adversarial is 0.1, but vqvae.finetune_steps is 0"),
         ({"vqvae.finetune_steps": 9}, "vqvae.finetune_steps is 9, but vqvae.perceptual and"),
@@ -399,7 +403,7 @@ def test_a_stored_config_out_of_range(config):
 
 def test_field_types_are_complete(config):
     found = {name: (field, kind) for name, field, kind in field_types()}
-    expected = ["seed"]
+    expected = ["seed", "log"]
     for section, cls in SECTIONS.items():
         expected += [f"{section}.{field.name}" for field in dataclasses.fields(cls)]
     assert list(found) == expected

@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import io
 import json
@@ -16,12 +17,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from broken_off import broken_off
+from broken_off import Killed, broken_off, kill
 from etils import epath
 from event_files import events
 from keras import layers
 
-from vqbeam.configs import VqbeamError
+from vqbeam.configs import VqbeamError, override
 from vqbeam.vqvae.fitting import checkpoints as module_of_checkpoints
 from vqbeam.vqvae.fitting import fit as module
 from vqbeam.vqvae.fitting import progress
@@ -647,10 +648,61 @@ def test_half_precision_keeps_an_average_too(tmp_path):
     assert history[-1]["val_loss"] == pytest.approx(model.evaluate(data, verbose=0), rel=1e-5)
 
 
-def test_writes_tensorboard_logs(tmp_path):
-    train(build(), tmp_path, 1)
+@pytest.mark.backend
+def test_metrics_are_written_once_an_epoch_whatever_was_killed(tmp_path, tiny_config, monkeypatch):
+    config = override(tiny_config(), {"log": "csv"})
+    train(build(), tmp_path / "unbroken", 3, config=config)
+    folder = tmp_path / "resumed"
+    with broken_off(2):  # within the first epoch
+        train(build(), folder, 3, config=config)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        # After the row of the second epoch is written, and before its checkpoint.
+        save = Checkpoints._save
+        patch.setattr(
+            Checkpoints,
+            "_save",
+            lambda self, step, metrics: (kill if step == 6 else save)(self, step, metrics),
+        )
+        train(build(), folder, 3, config=config)
+    assert len(rows(folder)) == 2
+    history = train(build(), folder, 3, config=config)
+    names = ["epoch", "step", *history[0], "learning_rate"]
+    expected = [
+        {"epoch": number, "step": 3 * number, **epoch, "learning_rate": np.float32(0.01)}
+        for number, epoch in enumerate(history, 1)
+    ]
+    for of in (tmp_path / "unbroken", folder):
+        found = [{name: float(row[name]) for name in names} for row in rows(of)]
+        assert found == expected
+    # TensorBoard shows the same, and how fast it was.
     for part in ("train", "validation"):
-        assert list((tmp_path / "logs" / part).glob("events*"))
+        shown = events(folder / "logs" / part)
+        for row in expected:
+            for name in history[0]:
+                if name.startswith("val_") == (part == "validation"):
+                    value = shown[f"epoch_{name.removeprefix('val_')}"][row["epoch"] - 1]
+                    assert value == np.float32(row[name])
+    assert "epoch_images_per_second" in events(folder / "logs" / "train")
+
+
+def rows(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_speed_of_each_epoch_is_written(compiled, tmp_path, monkeypatch, tiny_config):
+    monkeypatch.setattr(module, "peak_flops", lambda: 1e9)
+    monkeypatch.setattr(module, "peak_memory", lambda: 3 * 2**30)
+    train(build(), tmp_path, 3, config=override(tiny_config(), {"log": "csv"}))
+    for row in rows(tmp_path):
+        assert row["device_bytes"] == str(3 * 2**30)
+        work = float(row["images_per_second"]) / 8 * float(row["flops_per_step"])
+        assert float(row["share_of_peak"]) == pytest.approx(work / 1e9)
+
+
+def test_without_being_asked_only_tensorboard_is_written(tmp_path, tiny_config):
+    train(build(), tmp_path, 1, config=tiny_config())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "logs"]
 
 
 def test_further_callbacks_are_called(tmp_path):

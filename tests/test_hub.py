@@ -44,14 +44,16 @@ def test_a_folder_holds_what_sampling_needs_and_no_more(finished_run, tmp_path):
     assert theirs.labels == ours.labels
 
 
-def test_a_run_that_started_from_another(own_run, tmp_path):
+def test_names_of_places_of_ones_own_are_not_published(own_run, tmp_path):
     run, _ = own_run
     config = run.load_config()
     vqvae = replace(config.vqvae, init_from="/home/me/runs/first@0123456789abcdef")
-    (run.root / "config.json").write_text(json.dumps(to_dict(replace(config, vqvae=vqvae))))
+    changed = replace(config, vqvae=vqvae, log="wandb:secret")
+    (run.root / "config.json").write_text(json.dumps(to_dict(changed)))
     push(str(run.root), str(tmp_path / "published"))
-    published = vqbeam.open(tmp_path / "published").config.vqvae.init_from
-    assert published == "first@0123456789abcdef"
+    published = vqbeam.open(tmp_path / "published").config
+    assert published.vqvae.init_from == "first@0123456789abcdef"
+    assert published.log is None
 
 
 def test_the_card_says_what_it_is_and_how_to_use_it(finished_run, tmp_path):

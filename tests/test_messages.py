@@ -188,6 +188,9 @@ def test_a_worker_that_died(said):
 def test_what_is_not_installed():
     error = ModuleNotFoundError("No module named 'gradio'")
     assert user_message(error) == 'the studio needs Gradio: pip install "vqbeam[studio]"'
+    error = ModuleNotFoundError("No module named 'shtab'")
+    told = 'completion needs the package shtab: pip install "vqbeam[completion]"'
+    assert user_message(error) == told
 
 
 @pytest.mark.slow

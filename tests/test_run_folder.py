@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from vqbeam.configs import VqbeamError, to_dict
+from vqbeam.configs import VqbeamError, override, to_dict
 from vqbeam.vqvae.storage import files
 from vqbeam.vqvae.storage.run_folder import MANIFEST, STAGES, RunFolder, _hash_of, checkpoint_files
 
@@ -80,6 +80,18 @@ def test_the_length_of_an_epoch_may_change_where_the_result_does_not_depend_on_i
     assert prints == [run.fingerprint(stage) for stage in ("train-vqvae", "train-prior")]
     finish_all(run)
     run.start(tiny_config())
+    assert run.done(STAGES) == set(STAGES)
+
+
+def test_where_metrics_are_written_may_change_at_any_time(run, tiny_config):
+    prints = [run.fingerprint(stage) for stage in STAGES]
+    write_checkpoint(run, "train-vqvae", "step-00000001")
+    run.start(override(tiny_config(), {"log": "csv"}))
+    assert run.load_config().log == "csv"
+    assert prints == [run.fingerprint(stage) for stage in STAGES]
+    finish_all(run)
+    run.start(override(tiny_config(), {"log": "wandb:letters"}))
+    assert run.load_config().log_to == {"wandb": "letters"}
     assert run.done(STAGES) == set(STAGES)
 
 

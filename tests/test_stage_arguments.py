@@ -7,7 +7,7 @@ from argument_checks import PRESET, refusal
 from vqbeam import configs
 from vqbeam.pipelines.cli.main import parse
 from vqbeam.pipelines.cli.parser import ELSEWHERE, Parser, UsageError, add_config
-from vqbeam.pipelines.cli.stage_commands import STAGES
+from vqbeam.pipelines.cli.stage_commands import STAGES, add_log
 from vqbeam.pipelines.paths import is_dataflow, with_absolute_paths
 
 FIELDS = list(configs.field_types())
@@ -88,7 +88,7 @@ def test_flags_may_stand_before_the_preset(preset):
 @pytest.mark.parametrize("name,field,kind", FIELDS, ids=[name for name, _, _ in FIELDS])
 def test_every_config_field_is_a_flag(name, field, kind, separator):
     parser = Parser("run", "")
-    fields = add_config(parser, configs.SECTIONS)
+    fields = add_config(parser, configs.SECTIONS) | add_log(parser)
     value = value_for(field, kind)
     given = parser.parse_words([f"--{name.replace('_', separator)}", str(value)])
     assert given[fields[name]] == value

@@ -256,6 +256,7 @@ def _fit(
             steps_per_epoch=settings.steps_per_epoch,
             batch_size=settings.batch_size,
             seed=config.seed,
+            config=config,
             figures=lambda logs: epoch_figures(logs, model),
         )
         fitted = fit(

@@ -16,6 +16,7 @@ from typing import Any
 
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.cli import (
+    completion,
     measure_commands,
     sampling_commands,
     stage_commands,
@@ -153,6 +154,11 @@ VERBS = {
         measure_commands.parse_presets,
         measure_commands.run_presets,
     ),
+    "completion": Verb(
+        "print a script that lets a shell complete commands",
+        completion.parse_completion,
+        completion.run_completion,
+    ),
 }
 
 # As the help shows them.
@@ -160,7 +166,7 @@ _GROUPS = {
     "train a model": ("run", "prepare", "train-vqvae", "encode", "train-prior", "presets"),
     "make images": ("sample", "generate", "complete", "interpolate", "studio"),
     "examine a model": ("inspect", "report", "evaluate", "reconstruct", "score", "gradients"),
-    "use it elsewhere": ("push", "export", "export-codes"),
+    "use it elsewhere": ("push", "export", "export-codes", "completion"),
 }
 
 _TOP_DESCRIPTION = """\
@@ -351,6 +357,8 @@ def _check_stages(arguments: dict[str, Any]) -> None:
     run_dir, data = arguments["run_dir"], arguments["config"].data
     if os.path.isfile(run_dir):
         raise VqbeamError(f"{run_dir} is a file, not a folder; choose another --run-dir")
+    if "wandb" in arguments["config"].log_to:
+        importlib.import_module("wandb")  # so that its absence is reported before any work
     kind, _, path = data.source.partition(":")
     is_needed = "prepare" in arguments["stages"] and not _is_prepared(run_dir)
     if is_needed and kind == "folder" and "://" not in path:

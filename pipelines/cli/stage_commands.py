@@ -54,7 +54,7 @@ def parse_stages(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     _add_own_flags(parser)
     if {"-h", "--help"} & {*words}:
         _show_help(parser, words)
-    flags = add_config(parser, SECTIONS)
+    flags = add_config(parser, SECTIONS) | add_log(parser)
 
     given = parser.parse_words(words, beam=True)
     config = configs.load_preset(given["PRESET"])
@@ -137,9 +137,15 @@ def _show_help(parser: Parser, words: Sequence[str]) -> NoReturn:
         )
     else:
         sections, fields = (SECTIONS if topic == "all" else [topic]), None
+    add_log(parser)
     add_config(parser, sections, fields, configs.load_preset(preset) if preset else None)
     parser.print_help()
     raise SystemExit(0)
+
+
+def add_log(parser: Parser) -> dict[str, str]:
+    """Adds `--log`; returns the flag by the name of its field."""
+    return parser.add_fields(["log"], "--", group=None)
 
 
 def _add_own_flags(parser: Parser) -> None:

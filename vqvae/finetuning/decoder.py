@@ -35,6 +35,7 @@ def finetune_decoder(run: RunFolder, model: VQVAE, data: TrainingData) -> Fitted
         steps_per_epoch=settings.steps_per_epoch,
         batch_size=settings.batch_size,
         seed=config.seed,
+        config=config,
     )
     try:
         return fit(trainer, schedule, data, None, folder, run.fingerprints("train-vqvae"))

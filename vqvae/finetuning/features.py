@@ -96,6 +96,7 @@ def train_features(run: RunFolder, steps: int) -> keras.Model:
         steps_per_epoch=steps,
         batch_size=FEATURES_BATCH,
         seed=config.seed,
+        config=config,
     )
     folder = run.folder("train-vqvae") / "features"
     fit(model, schedule, data, None, folder, run.fingerprints("train-vqvae"))

@@ -13,11 +13,12 @@ import keras
 import numpy as np
 from etils import epath
 
-from vqbeam.configs import VqbeamError
+from vqbeam.configs import Config, VqbeamError
 from vqbeam.vqvae.fitting.checkpoints import Checkpoints, random_states
 from vqbeam.vqvae.fitting.data import TrainingData
 from vqbeam.vqvae.fitting.devices import describe_devices, peak_flops, peak_memory
-from vqbeam.vqvae.fitting.program import steps_per_call, training_program
+from vqbeam.vqvae.fitting.metric_writers import MetricWriter, metric_writers
+from vqbeam.vqvae.fitting.program import TrainingProgram, steps_per_call, training_program
 from vqbeam.vqvae.fitting.progress import FitProgress
 from vqbeam.vqvae.storage.files import write_bytes
 
@@ -42,6 +43,7 @@ class Schedule:
         patience: Epochs without a better validation loss after which training ends, with the
             weights of the best epoch; 0 for all the steps and the last weights.
         figures: Function from the metrics of an epoch to texts for the line of that epoch.
+        config: The run's config, which says where metrics are written beside TensorBoard.
     """
 
     title: str
@@ -51,6 +53,7 @@ class Schedule:
     seed: int
     patience: int = 0
     figures: Callable[[dict[str, float]], list[str]] = lambda logs: []
+    config: Config | None = None
 
     @property
     def epoch(self) -> int:
@@ -86,7 +89,7 @@ def fit(
         schedule: How long to train.
         data: The batches.
         validation: Dataset evaluated after each epoch.
-        folder: Output folder for `checkpoints/` and TensorBoard's `logs/`.
+        folder: Output folder for `checkpoints/`, TensorBoard's `logs/` and `metrics.csv`.
         fingerprints: Hashes of the training inputs, see `Checkpoints`.
         callbacks: Additional callbacks. Metrics that they add to an epoch's logs are stored.
 
@@ -106,11 +109,15 @@ def fit(
         # The rest of an epoch that was broken off must be a whole number of calls, too.
         together = steps_per_call(math.gcd(schedule.epoch, done))
         progress = _progress(model, schedule, step, together)
+        writers = metric_writers(schedule.config, schedule.title, folder, checkpoints.folders[0])
         with (
             contextlib.closing(progress.bar),  # so that error messages start on a new line
             training_program(model, data, together, schedule.steps - step) as program,
+            contextlib.ExitStack() as closed,
             checkpoints.signals,
         ):
+            for writer in writers:
+                closed.enter_context(contextlib.closing(writer))
             first_epoch = len(checkpoints.history)
             model.fit(
                 program.batches(step),
@@ -125,12 +132,13 @@ def fit(
                     StopOnNaN(done),
                     *([AveragedWeights()] if optimizer.use_ema else []),
                     *callbacks,
-                    EpochLogs(str(folder / "logs"), write_graph=False),
+                    WrittenMetrics(writers, schedule, progress, program),
                     progress,
                     checkpoints,
                 ],
             )
         speed = _speed(schedule, progress.rate, program.flops)
+        _tell_speed(schedule.title, speed)
     if schedule.patience:
         checkpoints.restore_best(model)
     # Keras does this at the end of `fit`, but not for weights restored from a checkpoint.
@@ -178,24 +186,29 @@ def _progress(
 
 
 def _speed(schedule: Schedule, rate: float | None, flops: float | None) -> dict[str, float]:
-    """Returns and prints how fast a training ran; see `Fitted`."""
-    peak, memory = peak_flops(), peak_memory()
-    speed, said = {}, []
-    if rate:
-        speed["images_per_second"] = rate
-        said.append(f"{rate:,.0f} images/s")
-    if flops:
-        speed["flops_per_step"] = flops
-        said.append(f"{flops / 1e9:,.3g} GFLOP a step")
-    if rate and flops and peak:
-        speed["share_of_peak"] = share = flops * rate / schedule.batch_size / peak
-        said.append(f"{share:.0%} of the peak in bfloat16")
-    if memory:
-        speed["device_bytes"] = memory
-        said.append(f"{memory / 2**30:.1f} GiB of device memory")
-    if said:
-        print(f"{schedule.title}: {', '.join(said)}", file=sys.stderr)
-    return speed
+    """Returns how fast a training runs; see `Fitted`."""
+    peak = peak_flops()
+    known = {
+        "images_per_second": rate,
+        "flops_per_step": flops,
+        "share_of_peak": (
+            flops * rate / schedule.batch_size / peak if rate and flops and peak else None
+        ),
+        "device_bytes": peak_memory(),
+    }
+    return {name: value for name, value in known.items() if value}
+
+
+def _tell_speed(title: str, speed: dict[str, float]) -> None:
+    words = {
+        "images_per_second": lambda rate: f"{rate:,.0f} images/s",
+        "flops_per_step": lambda flops: f"{flops / 1e9:,.3g} GFLOP a step",
+        "share_of_peak": lambda share: f"{share:.0%} of the peak in bfloat16",
+        "device_bytes": lambda size: f"{size / 2**30:.1f} GiB of device memory",
+    }
+    if speed:
+        said = [words[name](value) for name, value in speed.items()]
+        print(f"{title}: {', '.join(said)}", file=sys.stderr)
 
 
 class AveragedWeights(keras.callbacks.SwapEMAWeights):
@@ -206,14 +219,51 @@ class AveragedWeights(keras.callbacks.SwapEMAWeights):
         self._backend_swap_variables(optimizer)
 
 
-class EpochLogs(keras.callbacks.TensorBoard):
-    """TensorBoard's scalars of each epoch.
+class WrittenMetrics(keras.callbacks.Callback):
+    """Writes the metrics of each epoch, its learning rate and the speed of its steps.
 
-    The device would have to wait for a callback that reads the logs of each batch.
+    Args:
+        writers: Where to.
+        schedule: The schedule of the training.
+        progress: Its progress, which has the time of the steps.
+        program: The training program, which has their number of operations.
     """
 
-    on_train_batch_begin = keras.callbacks.Callback.on_train_batch_begin
-    on_train_batch_end = keras.callbacks.Callback.on_train_batch_end
+    def __init__(
+        self,
+        writers: Sequence[MetricWriter],
+        schedule: Schedule,
+        progress: FitProgress,
+        program: TrainingProgram,
+    ):
+        super().__init__()
+        self.writers, self.schedule = writers, schedule
+        self.progress, self.program = progress, program
+        self.is_started = False
+        self.images, self.seconds = 0, 0.0  # of the epochs before
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Tells the writers how many epochs there are already."""
+        if not self.is_started:
+            self.is_started = True
+            for writer in self.writers:
+                writer.start(epoch)
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Writes what the epoch has measured."""
+        images = self.progress.images - self.images
+        seconds = self.progress.seconds - self.seconds
+        self.images, self.seconds = self.progress.images, self.progress.seconds
+        rate = images / seconds if seconds else None
+        row = {
+            "epoch": epoch + 1,
+            "step": self.progress.step,
+            **{name: float(value) for name, value in logs.items()},
+            "learning_rate": float(self.model.optimizer.learning_rate),
+            **_speed(self.schedule, rate, self.program.flops),
+        }
+        for writer in self.writers:
+            writer.write(row)
 
 
 class StopOnNaN(keras.callbacks.Callback):

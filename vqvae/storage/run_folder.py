@@ -110,8 +110,8 @@ class RunFolder:
     def start(self, config: Config, extend: bool = False) -> None:
         """Creates the folder and stores the config.
 
-        A setting can be changed until its stage has a result or a checkpoint; `steps_per_epoch`
-        also later, unless the result depends on it.
+        A setting can be changed until its stage has a result or a checkpoint; `log` also later, and
+        `steps_per_epoch` unless the result depends on it.
 
         Args:
             config: The config.
@@ -191,7 +191,7 @@ class RunFolder:
     def _is_bound(self, change: str) -> bool:
         """Returns whether a change such as `vqvae.num_codes: 256 → 512` comes too late."""
         section, dot, field = _name(change).partition(".")
-        return any(
+        return _name(change) != "log" and any(
             self._binds(stage, field) for stage in STAGES if not dot or _SECTIONS[stage] == section
         )
 

@@ -36,6 +36,7 @@ setuptools.setup(
         "tensorflow-datasets>=4.9.10",
     ],
     extras_require={
+        "docs": ["furo", "myst-nb", "sphinx-autoapi", "sphinx-copybutton"],
         "formats": ["pillow-heif", "pillow-jxl-plugin"],  # HEIC and JPEG XL
         "gcp": ["apache-beam[gcp]>=2.77"],
         "studio": ["gradio>=6"],

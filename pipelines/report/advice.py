@@ -281,7 +281,8 @@ def _measured(name: str) -> Callable[[Facts], bool]:
 
 def _has_classes(facts: Facts) -> bool:
     prepared = facts.manifests.get("prepare", {})
-    return prepared.get("label_kind") == "classes" and bool(prepared["label_names"])
+    counts = prepared.get("statistics", {}).get("images_per_label")
+    return bool(counts) and prepared.get("label_kind") == "classes"
 
 
 RULES = (

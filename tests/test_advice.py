@@ -248,6 +248,16 @@ def test_trainings_that_stopped_early(vqvae, prior, expected):
     assert titles(facts(vqvae=vqvae, prior=prior)) == expected
 
 
+@pytest.mark.parametrize(
+    ("stage", "title"), [("vqvae", "Stage 1 stopped early"), ("prior", "The prior stopped early")]
+)
+def test_few_steps_are_too_few_however_flat_the_loss(stage, title):
+    assert titles(facts(**{f"{stage}__steps": 500})) == []
+    finding = only(facts(**{f"{stage}__steps": 499}))
+    assert finding.title == title and finding.evidence.startswith("It was trained for 499 steps")
+    assert finding.command == f"--{stage}.steps 1000"
+
+
 def test_the_gain_of_more_steps_is_that_of_the_power_law():
     finding = only(facts(vqvae=[n**-0.5 for n in range(1, 6)]))
     assert f"by {1 - 2**-0.5:.0%}" in finding.evidence
@@ -285,5 +295,6 @@ def test_the_page_states_every_threshold():
         f"{advice._STILL_FALLING['train-vqvae']:.0%} (stage 1)",
         f"{advice._STILL_FALLING['train-prior']:.0%} (prior)",
         f"{advice._FEWEST_EPOCHS} epochs",
+        f"fewer than {advice._FEWEST_STEPS} steps",
     ):
         assert value in text, value

@@ -34,6 +34,8 @@ _LEAST_OF_PRIOR = 0.75
 # A loss is still falling if, at its pace, twice the steps would lower it by this share.
 _STILL_FALLING = {"train-vqvae": 0.2, "train-prior": 0.1}
 _FEWEST_EPOCHS = 3
+# With fewer steps, no loss tells: the learning rate ends at almost 0, however early that is.
+_FEWEST_STEPS = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,22 +206,23 @@ def limiting_prior(facts: Facts) -> Finding | None:
 
 
 def _ended_early(stage: str, title: str, flag: str) -> Callable[[Facts], Finding | None]:
-    """Returns the rule that finds a training whose held-out loss was still falling."""
+    """Returns the rule that finds a training with few steps, or with a loss still falling."""
 
     def rule(facts: Facts) -> Finding | None:
         losses = [epoch["val_loss"] for epoch in facts.histories[stage]]
-        epochs = len(losses)
-        gain = _gain_of_twice_the_steps(losses)
-        if epochs < _FEWEST_EPOCHS or gain < _STILL_FALLING[stage]:
+        steps = (facts.config.vqvae if stage == "train-vqvae" else facts.config.prior).steps
+        epochs, gain = len(losses), _gain_of_twice_the_steps(losses)
+        if steps < _FEWEST_STEPS:
+            evidence = f"It was trained for {steps:,} steps, and even small models need thousands."
+        elif epochs >= _FEWEST_EPOCHS and gain >= _STILL_FALLING[stage]:
+            evidence = (
+                f"The held-out loss fell from {losses[-2]:.4g} to {losses[-1]:.4g} in the last of "
+                f"{epochs} epochs. At this pace, twice the steps would lower it by {gain:.0%}."
+            )
+        else:
             return None
-        section = facts.config.vqvae if stage == "train-vqvae" else facts.config.prior
-        return Finding(
-            title,
-            f"The held-out loss fell from {losses[-2]:.4g} to {losses[-1]:.4g} in the last of "
-            f"{epochs} epochs. At this pace, twice the steps would lower it by {gain:.0%}.",
-            "Train for longer, in a new folder.",
-            f"{flag} {2 * section.steps}",
-        )
+        longer = max(2 * steps, 2 * _FEWEST_STEPS)
+        return Finding(title, evidence, "Train for longer, in a new folder.", f"{flag} {longer}")
 
     return rule
 
@@ -288,8 +291,8 @@ def _has_classes(facts: Facts) -> bool:
 RULES = (
     Rule("no class is rare", _has_classes, rare_class),
     Rule("codebook in use", lambda facts: "encode" in facts.manifests, collapsed_codebook),
-    Rule("stage 1 converged", _is_trained("train-vqvae"), unconverged_vqvae),
-    Rule("prior converged", _is_trained("train-prior"), unconverged_prior),
+    Rule("stage 1 had enough steps", _is_trained("train-vqvae"), unconverged_vqvae),
+    Rule("prior had enough steps", _is_trained("train-prior"), unconverged_prior),
     Rule("prior generalizes", _is_trained("train-prior"), memorising_prior),
     Rule("samples are new", lambda f: bool(f.prior) and f.prior.get("nearest"), copied_images),
     Rule("samples are varied", _measured("recall"), uniform_samples),

@@ -256,6 +256,10 @@ def test_few_steps_are_too_few_however_flat_the_loss(stage, title):
     finding = only(facts(**{f"{stage}__steps": 499}))
     assert finding.title == title and finding.evidence.startswith("It was trained for 499 steps")
     assert finding.command == f"--{stage}.steps 1000"
+    # Few are enough from trained weights, and where the loss rises already.
+    assert titles(facts(**{f"{stage}__steps": 9, f"{stage}__init_from": "runs/a"})) == []
+    rising = {stage: [5.0, 4.0, 4.05]}
+    assert title not in titles(facts(**rising, **{f"{stage}__steps": 9}))
 
 
 def test_the_gain_of_more_steps_is_that_of_the_power_law():

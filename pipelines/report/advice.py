@@ -210,9 +210,10 @@ def _ended_early(stage: str, title: str, flag: str) -> Callable[[Facts], Finding
 
     def rule(facts: Facts) -> Finding | None:
         losses = [epoch["val_loss"] for epoch in facts.histories[stage]]
-        steps = (facts.config.vqvae if stage == "train-vqvae" else facts.config.prior).steps
+        section = facts.config.vqvae if stage == "train-vqvae" else facts.config.prior
+        steps, rises = section.steps, losses[-1] >= _RISE * min(losses)
         epochs, gain = len(losses), _gain_of_twice_the_steps(losses)
-        if steps < _FEWEST_STEPS:
+        if steps < _FEWEST_STEPS and not rises and not section.init_from:
             evidence = f"It was trained for {steps:,} steps, and even small models need thousands."
         elif epochs >= _FEWEST_EPOCHS and gain >= _STILL_FALLING[stage]:
             evidence = (

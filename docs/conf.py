@@ -17,7 +17,6 @@ html_show_sphinx = False
 
 nb_execution_mode = "off"  # the notebooks are stored with their outputs, and the tests execute them
 myst_heading_anchors = 3
-copybutton_exclude = ".linenos, .gp, .go"
 
 # The sources are read, not imported, so that the site needs no TensorFlow.
 autoapi_dirs = ["../configs", "../pipelines", "../vqvae"]

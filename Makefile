@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 # Without its compiled files, each start of Python would compile TensorFlow's sources again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-fast test-system test-engines test-engine-faults test-cloud test-browser test-diffusers bench-overhead audit lint house clean
+.PHONY: quickstart test test-fast test-system test-engines test-engine-faults test-cloud test-browser test-diffusers bench-overhead audit lint house docs clean
 
 quickstart: $(BIN)/vqbeam
 	$(BIN)/vqbeam run glyphs --run-dir runs/glyphs
@@ -73,13 +73,21 @@ lint: $(VENV)/.test-installed
 house:
 	$(PYTHON) tests/house.py
 
+# The documentation as a site in site/; a broken link or any other warning ends it.
+docs: $(VENV)/.docs-installed
+	$(BIN)/python -m sphinx -q --fail-on-warning --keep-going -d $(VENV)/doctrees docs site
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info samples.png
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info samples.png site
 
 # One recipe installs both sets, so that the versions are those of constraints.txt either way.
 $(BIN)/vqbeam: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.docs-installed: $(BIN)/vqbeam
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e .[docs]
 	touch $@
 
 $(VENV)/.cloud-installed: $(VENV)/.test-installed

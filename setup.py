@@ -37,6 +37,7 @@ setuptools.setup(
     ],
     extras_require={
         "completion": ["shtab"],
+        "docs": ["furo", "myst-nb", "sphinx-autoapi", "sphinx-copybutton"],
         "formats": ["pillow-heif", "pillow-jxl-plugin"],  # HEIC and JPEG XL
         "gcp": ["apache-beam[gcp]>=2.77"],
         "hub": ["huggingface_hub"],  # which is always installed, since Keras needs it as well

@@ -236,10 +236,9 @@ def _quality_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:
     made = {stage: manifest for stage in stages if (manifest := run.manifest(stage))}
     if "train-vqvae" in made:
         measures = made["train-vqvae"]["measures"]
-        lines.append(
-            f"held-out reconstructions: PSNR {measures['psnr']:.1f} dB (20 is blurry, 30 close to "
-            f"the original), {run.folder('train-vqvae') / 'reconstructions.png'}"
-        )
+        psnr, picture = measures["psnr"], run.folder("train-vqvae") / "reconstructions.png"
+        lines.append(f"held-out reconstructions: {picture}")
+        lines.append(f"their PSNR: {psnr:.1f} dB (20 is blurry, 30 is close to the original)")
     if "encode" in made:
         used = made["encode"]["codes_used"]
         levels = used if isinstance(used, list) else [used]

@@ -1318,6 +1318,20 @@ FAULTS: dict[str, list[Mutant]] = {
             "except KeyError as error:",
             "test_live_report.py::test_a_page_that_cannot_be_written_is_one_line",
         ),
+        Mutant(
+            "a longer training is advised where guidance is too strong",
+            "pipelines/report/advice.py",
+            "        or uniform_samples(facts)  # other",
+            "        or False  # other",
+            "test_advice.py::test_uniform_samples",
+        ),
+        Mutant(
+            "what is wrong is also among what is good",
+            "pipelines/report/advice.py",
+            "        else:\n            passed.append(rule.checks)",
+            "        passed.append(rule.checks)",
+            "test_advice.py::test_what_is_wrong_is_not_among_what_is_good",
+        ),
     ],
     "A second command in a folder is refused": [
         Mutant(

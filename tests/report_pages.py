@@ -57,7 +57,7 @@ def check_self_contained(page):
     names = ("src", "href", "srcset", "action", "data", "poster", "xlink:href", "background")
     for _, attributes in page.elements:
         for name in names:
-            assert attributes.get(name, "data:").startswith("data:"), attributes
+            assert attributes.get(name, "data:").startswith(("data:", "#")), attributes
     assert not any(word in page.source for word in ("url(", "@import", "http://", "https://"))
     kinds = {name for name, _ in page.elements}
     assert not kinds & {"iframe", "object", "embed", "base", "form"}

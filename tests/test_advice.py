@@ -21,7 +21,25 @@ MEASURED = {
 }
 
 
-def facts(encoded=None, vqvae=VQVAE, prior=PRIOR, training=None, measured=None, **settings):
+def prepared(*counts):
+    """What `prepare` says of classes with so many training images."""
+    per_label = {str(number): count for number, count in enumerate(counts) if count}
+    return {
+        "label_kind": "classes",
+        "label_names": [f"class {number}" for number in range(len(counts))],
+        "statistics": {"images_per_label": per_label},
+    }
+
+
+def facts(
+    encoded=None,
+    vqvae=VQVAE,
+    prior=PRIOR,
+    training=None,
+    measured=None,
+    images=(90, 110),
+    **settings,
+):
     """The facts of a healthy run, with some of them changed."""
     training = training or [loss - 0.05 for loss in prior]
     return Facts(
@@ -29,7 +47,12 @@ def facts(encoded=None, vqvae=VQVAE, prior=PRIOR, training=None, measured=None, 
         config=override(
             load_preset("cifar10"), {name.replace("__", "."): v for name, v in settings.items()}
         ),
-        manifests={"train-vqvae": {}, "encode": encoded or ENCODED, "train-prior": {}},
+        manifests={
+            "prepare": prepared(*images),
+            "train-vqvae": {},
+            "encode": encoded or ENCODED,
+            "train-prior": {},
+        },
         histories={
             "train-vqvae": [{"loss": loss, "val_loss": loss} for loss in vqvae],
             "train-prior": [
@@ -52,9 +75,35 @@ def only(known):
 
 
 def test_a_healthy_run_has_no_finding():
-    found, checked, left_out = findings(facts())
-    assert (found, left_out) == ([], [])
-    assert checked == [rule.checks for rule in RULES]
+    assert findings(facts()) == ([], [rule.checks for rule in RULES], [])
+
+
+@pytest.mark.parametrize(
+    ("images", "title", "evidence"),
+    [
+        ((100, 9, 191), "A class is rare", "“class 1” has 9 training images, and a class has 100"),
+        ((100, 10, 190), None, ""),
+        ((5, 0, 295), "2 classes are rare", "“class 1” has 0 training images"),
+    ],
+)
+def test_rare_classes(images, title, evidence):
+    known = facts(images=images)
+    assert titles(known) == ([title] if title else [])
+    if title:
+        assert only(known).evidence.startswith(evidence)
+
+
+def test_what_is_wrong_is_not_among_what_is_good():
+    found, passed, left_out = findings(facts(encoded={"codes_used": 9, "perplexity": 5}))
+    assert [finding.title for finding in found] == ["The codebook has collapsed"]
+    assert passed == [rule.checks for rule in RULES if rule.checks != "codebook in use"]
+    assert left_out == []
+
+
+def test_attributes_may_be_rare():
+    known = facts(images=(1, 199))
+    known.manifests["prepare"]["label_kind"] = "attributes"
+    assert findings(known)[::2] == ([], ["no class is rare"])
 
 
 @pytest.mark.parametrize(
@@ -133,6 +182,8 @@ def test_training_images_that_hold_all_held_out_ones_say_nothing():
         (0.43, 0.80, 1.0, "Samples vary too little"),
         (0.44, 0.80, 2.0, None),  # half of what reconstructions reach, which is 0.87
         (0.43, 0.73, 2.0, None),  # bad images, not uniform ones
+        (0.43, 0.14, 3.9, "The prior limits the quality of samples"),
+        (0.43, 0.14, 4.0, "Guidance is too strong"),  # so strong that images are distorted
     ],
 )
 def test_uniform_samples(recall, precision, guidance, title):
@@ -142,8 +193,9 @@ def test_uniform_samples(recall, precision, guidance, title):
     }
     known = facts(measured=changed)
     assert titles(known) == ([title] if title else [])
-    if title:
-        assert "guidance 2" in only(known).evidence or guidance == 1
+    if title and not title.startswith("The prior"):
+        assert f"guidance {guidance:g}" in only(known).evidence
+        assert ("right but alike" in only(known).advice) == (precision == 0.80)
         verb, arguments = parse(shlex.split(only(known).command)[1:])
         assert (verb, arguments["run_dir"], arguments["store"]) == ("evaluate", "runs/a b", True)
 
@@ -196,6 +248,20 @@ def test_trainings_that_stopped_early(vqvae, prior, expected):
     assert titles(facts(vqvae=vqvae, prior=prior)) == expected
 
 
+@pytest.mark.parametrize(
+    ("stage", "title"), [("vqvae", "Stage 1 stopped early"), ("prior", "The prior stopped early")]
+)
+def test_few_steps_are_too_few_however_flat_the_loss(stage, title):
+    assert titles(facts(**{f"{stage}__steps": 500})) == []
+    finding = only(facts(**{f"{stage}__steps": 499}))
+    assert finding.title == title and finding.evidence.startswith("It was trained for 499 steps")
+    assert finding.command == f"--{stage}.steps 1000"
+    # Few are enough from trained weights, and where the loss rises already.
+    assert titles(facts(**{f"{stage}__steps": 9, f"{stage}__init_from": "runs/a"})) == []
+    rising = {stage: [5.0, 4.0, 4.05]}
+    assert title not in titles(facts(**rising, **{f"{stage}__steps": 9}))
+
+
 def test_the_gain_of_more_steps_is_that_of_the_power_law():
     finding = only(facts(vqvae=[n**-0.5 for n in range(1, 6)]))
     assert f"by {1 - 2**-0.5:.0%}" in finding.evidence
@@ -218,12 +284,14 @@ def test_the_page_states_every_threshold():
     text = (pathlib.Path(__file__).parent.parent / "docs" / "report.md").read_text("utf-8")
     text = " ".join(text.split())
     for value in (
+        f"{advice._RARE:.0%} of the mean",
         f"{advice._LEAST_USED:.0%} of the codes",
         f"below {advice._LEAST_PERPLEXITY:.0%} of their number",
         f"{advice._RISE - 1:.0%} above its minimum",
         f"{advice._NEAREST} times",
         f"{advice._LEAST_RECALL:.0%} of that of reconstructions",
         f"{advice._LEAST_PRECISION:.0%} of that of real images",
+        f"guidance is at least {advice._STRONG_GUIDANCE:g}",
         f"{advice._SHARE_OF_FRECHET:.0%} of that of samples",
         f"{advice._SHARE_OF_FRECHET:.0%} of theirs",
         f"{advice._LEAST_OF_PRIOR:.0%} of that of real images",
@@ -231,5 +299,6 @@ def test_the_page_states_every_threshold():
         f"{advice._STILL_FALLING['train-vqvae']:.0%} (stage 1)",
         f"{advice._STILL_FALLING['train-prior']:.0%} (prior)",
         f"{advice._FEWEST_EPOCHS} epochs",
+        f"fewer than {advice._FEWEST_STEPS} steps",
     ):
         assert value in text, value

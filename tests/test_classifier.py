@@ -79,7 +79,7 @@ def test_learns_what_can_be_learned(prepared_run, tiny_config, monkeypatch, caps
     told = capsys.readouterr().err
     assert told.startswith("first, a classifier of the run's images is trained")
     assert f"100 steps; it is kept in {run.evaluation}" in told
-    assert told.splitlines()[-1].startswith("classifier  100%  loss ")
+    assert told.splitlines()[-1].startswith("epoch 1 of 1  step 100 of 100  loss ")
 
 
 @pytest.mark.usefixtures("compiled")

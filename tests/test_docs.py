@@ -1,5 +1,7 @@
 """Checks that the commands in README.md and docs parse, and that their links exist."""
 
+import importlib.util
+import json
 import pathlib
 import re
 import shlex
@@ -12,6 +14,7 @@ from vqbeam.pipelines.cli.parser import UsageError
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -91,9 +94,20 @@ def test_commands_and_flags_in_text_are_known(page):
     assert not {span: error for span, error in wrong.items() if "unknown" in error}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def text_of(page):
+    """The Markdown of a page or notebook, without its code."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells)
+    return FENCED.sub("", text)
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CHANGELOG.md", *NOTEBOOKS], ids=lambda path: path.name
+)
 def test_relative_links_lead_to_files_and_headings(page):
-    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    text = text_of(page)
     broken = []
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"[a-z]+:", link):
@@ -103,3 +117,15 @@ def test_relative_links_lead_to_files_and_headings(page):
         if not file.exists() or anchor and anchor not in anchors(file):
             broken.append(link)
     assert not broken
+
+
+def test_the_navigation_of_the_site_has_every_page():
+    """`make docs` notices it too, but not in `make test`."""
+    path = ROOT / "docs" / "conf.py"
+    spec = importlib.util.spec_from_file_location("conf", path)
+    conf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conf)
+    listed = [page for pages in conf.NAVIGATION.values() for page in pages]
+    files = [*(ROOT / "docs").glob("*.md"), *NOTEBOOKS]
+    there = [str(file.relative_to(path.parent).with_suffix("")) for file in files]
+    assert sorted(["index", *listed]) == sorted(there)

@@ -133,7 +133,7 @@ def contrast(page, selector):
 @pytest.mark.parametrize("color_scheme", ["light", "dark"])
 def test_texts_stand_out(opened, color_scheme):
     page = opened(color_scheme=color_scheme)
-    for selector in ("p.lead", "summary", "h2", "small"):
+    for selector in ("p.lead", "summary", "h2", "small", ".checks .fault a", ".checks .good"):
         assert contrast(page, selector) >= 4.5, selector
 
 

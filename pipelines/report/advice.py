@@ -13,6 +13,8 @@ import numpy as np
 
 from vqbeam.configs import Config
 
+# A class is rare if it has less than this share of the images that classes have on average.
+_RARE = 0.1
 # A codebook has collapsed if the perplexity, or the codes in use, are below these shares of K.
 _LEAST_PERPLEXITY, _LEAST_USED = 0.25, 0.5
 # A prior memorises if the held-out loss is above its minimum by this factor.
@@ -20,8 +22,9 @@ _RISE = 1.01
 # Samples are copies if they are this many times as far from the training images as held-out ones.
 _NEAREST = 0.5
 # Samples are uniform if their recall is below this share of what reconstructions reach, while their
-# precision is at least this share of that of real images.
-_LEAST_RECALL, _LEAST_PRECISION = 0.5, 0.9
+# precision is at least this share of that of real images. Guidance from the last value on distorts
+# images, so that their precision falls as well.
+_LEAST_RECALL, _LEAST_PRECISION, _STRONG_GUIDANCE = 0.5, 0.9, 4.0
 # Stage 1 limits the samples if the reconstructions have this share of their Fréchet distance, and
 # that is this many times what real images have.
 _SHARE_OF_FRECHET, _TIMES_REAL = 0.5, 2.0
@@ -31,6 +34,8 @@ _LEAST_OF_PRIOR = 0.75
 # A loss is still falling if, at its pace, twice the steps would lower it by this share.
 _STILL_FALLING = {"train-vqvae": 0.2, "train-prior": 0.1}
 _FEWEST_EPOCHS = 3
+# With fewer steps, no loss tells: the learning rate ends at almost 0, however early that is.
+_FEWEST_STEPS = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Finding:
         title: The fault.
         evidence: The figures that show it.
         advice: What to do, in words.
-        command: What to type, or the flags to add to the command that trains.
+        command: What to type, or the flags to add to the command that trains; "" if no flag helps.
     """
 
     title: str
@@ -136,14 +141,14 @@ def copied_images(facts: Facts) -> Finding | None:
 
 
 def uniform_samples(facts: Facts) -> Finding | None:
-    """Finds samples that are as precise as real images, but much less varied."""
+    """Finds samples that are much less varied than real images, but as precise, or guided a lot."""
     real, best, found = (facts.prior[name] for name in ("real", "reconstructions", "samples"))
-    if (
-        found["recall"] >= _LEAST_RECALL * best["recall"]
-        or found["precision"] < _LEAST_PRECISION * real["precision"]
+    settings = facts.prior["settings"]
+    precise = found["precision"] >= _LEAST_PRECISION * real["precision"]
+    if found["recall"] >= _LEAST_RECALL * best["recall"] or not (
+        precise or settings["guidance"] >= _STRONG_GUIDANCE
     ):
         return None
-    settings = facts.prior["settings"]
     used = ", ".join(f"{name} {settings[name]:g}" for name in ("guidance", "temperature"))
     guided = settings["guidance"] > 1
     return Finding(
@@ -151,7 +156,8 @@ def uniform_samples(facts: Facts) -> Finding | None:
         f"Recall is {found['recall']:.2f}, against {best['recall']:.2f} for reconstructions, at a "
         f"precision of {found['precision']:.2f} (real images: {real['precision']:.2f}); sampled "
         f"with {used}.",
-        "Samples look right but alike. Measure weaker settings, and keep the best.",
+        f"Samples look {'right but alike' if precise else 'alike, and distorted'}. Measure weaker "
+        "settings, and keep the best.",
         f"vqbeam evaluate {shlex.quote(facts.root)} --sweep "
         + ("guidance=1,1.5,2 temperature=0.9,1" if guided else "temperature=0.9,1 top_k=0 top_p=1")
         + " --store",
@@ -186,6 +192,7 @@ def limiting_prior(facts: Facts) -> Finding | None:
     if (
         found["precision"] >= _LEAST_OF_PRIOR * real["precision"]
         or best["frechet"] > _SHARE_OF_FRECHET * found["frechet"]
+        or uniform_samples(facts)  # other settings cost no training
     ):
         return None
     return Finding(
@@ -199,22 +206,24 @@ def limiting_prior(facts: Facts) -> Finding | None:
 
 
 def _ended_early(stage: str, title: str, flag: str) -> Callable[[Facts], Finding | None]:
-    """Returns the rule that finds a training whose held-out loss was still falling."""
+    """Returns the rule that finds a training with few steps, or with a loss still falling."""
 
     def rule(facts: Facts) -> Finding | None:
         losses = [epoch["val_loss"] for epoch in facts.histories[stage]]
-        epochs = len(losses)
-        gain = _gain_of_twice_the_steps(losses)
-        if epochs < _FEWEST_EPOCHS or gain < _STILL_FALLING[stage]:
-            return None
         section = facts.config.vqvae if stage == "train-vqvae" else facts.config.prior
-        return Finding(
-            title,
-            f"The held-out loss fell from {losses[-2]:.4g} to {losses[-1]:.4g} in the last of "
-            f"{epochs} epochs. At this pace, twice the steps would lower it by {gain:.0%}.",
-            "Train for longer, in a new folder.",
-            f"{flag} {2 * section.steps}",
-        )
+        steps, rises = section.steps, losses[-1] >= _RISE * min(losses)
+        epochs, gain = len(losses), _gain_of_twice_the_steps(losses)
+        if steps < _FEWEST_STEPS and not rises and not section.init_from:
+            evidence = f"It was trained for {steps:,} steps, and even small models need thousands."
+        elif epochs >= _FEWEST_EPOCHS and gain >= _STILL_FALLING[stage]:
+            evidence = (
+                f"The held-out loss fell from {losses[-2]:.4g} to {losses[-1]:.4g} in the last of "
+                f"{epochs} epochs. At this pace, twice the steps would lower it by {gain:.0%}."
+            )
+        else:
+            return None
+        longer = max(2 * steps, 2 * _FEWEST_STEPS)
+        return Finding(title, evidence, "Train for longer, in a new folder.", f"{flag} {longer}")
 
     return rule
 
@@ -232,12 +241,31 @@ unconverged_vqvae = _ended_early("train-vqvae", "Stage 1 stopped early", "--vqva
 unconverged_prior = _ended_early("train-prior", "The prior stopped early", "--prior.steps")
 
 
+def rare_class(facts: Facts) -> Finding | None:
+    """Finds the class with the fewest training images, if they are few."""
+    prepared = facts.manifests["prepare"]
+    counts = prepared["statistics"]["images_per_label"]
+    each = [counts.get(str(number), 0) for number in range(len(prepared["label_names"]))]
+    least, mean = int(np.argmin(each)), np.mean(each)
+    if each[least] >= _RARE * mean:
+        return None
+    rare = sum(of < _RARE * mean for of in each)
+    return Finding(
+        "A class is rare" if rare == 1 else f"{rare} classes are rare",
+        f"“{prepared['label_names'][least]}” has {each[least]:,} training images, and a class has "
+        f"{mean:,.0f} on average.",
+        "The prior hardly sees such classes, and samples of them look like others, or like the few "
+        "images there are. Add images of them, or leave them out.",
+        "",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """A rule, what it checks, and whether a run has the facts for it.
 
     Attributes:
-        checks: What it checks.
+        checks: What is good if it finds nothing.
         applies: Tells whether the facts are there.
         find: The rule.
     """
@@ -255,10 +283,17 @@ def _measured(name: str) -> Callable[[Facts], bool]:
     return lambda facts: bool(facts.prior) and facts.prior["samples"].get(name) is not None
 
 
+def _has_classes(facts: Facts) -> bool:
+    prepared = facts.manifests.get("prepare", {})
+    counts = prepared.get("statistics", {}).get("images_per_label")
+    return bool(counts) and prepared.get("label_kind") == "classes"
+
+
 RULES = (
+    Rule("no class is rare", _has_classes, rare_class),
     Rule("codebook in use", lambda facts: "encode" in facts.manifests, collapsed_codebook),
-    Rule("stage 1 converged", _is_trained("train-vqvae"), unconverged_vqvae),
-    Rule("prior converged", _is_trained("train-prior"), unconverged_prior),
+    Rule("stage 1 had enough steps", _is_trained("train-vqvae"), unconverged_vqvae),
+    Rule("prior had enough steps", _is_trained("train-prior"), unconverged_prior),
     Rule("prior generalizes", _is_trained("train-prior"), memorising_prior),
     Rule("samples are new", lambda f: bool(f.prior) and f.prior.get("nearest"), copied_images),
     Rule("samples are varied", _measured("recall"), uniform_samples),
@@ -268,8 +303,13 @@ RULES = (
 
 
 def findings(facts: Facts) -> tuple[list[Finding], list[str], list[str]]:
-    """Returns what the rules find, what was checked, and what could not be."""
-    checked = [rule for rule in RULES if rule.applies(facts)]
-    found = [finding for rule in checked if (finding := rule.find(facts))]
-    left_out = [rule.checks for rule in RULES if rule not in checked]
-    return found, [rule.checks for rule in checked], left_out
+    """Returns what the rules find, the checks that find nothing, and those without facts."""
+    found, passed, left_out = [], [], []
+    for rule in RULES:
+        if not rule.applies(facts):
+            left_out.append(rule.checks)
+        elif finding := rule.find(facts):
+            found.append(finding)
+        else:
+            passed.append(rule.checks)
+    return found, passed, left_out

@@ -320,7 +320,7 @@ def _view(
         budget: Bytes that all pictures together may have.
         slow: The result of `_slow_parts`.
     """
-    found, checked, unchecked = findings(facts)
+    found, passed, unchecked = findings(facts)
     samples, no_samples = _or_reason(lambda: _samples(run, facts, budget // 2))
     return {
         "root": facts.root,
@@ -330,7 +330,8 @@ def _view(
         "samples": samples,
         **slow,
         "findings": found,
-        "checked": checked,
+        "has_flags": any(finding.command.startswith("--") for finding in found),
+        "passed": passed,
         "unchecked": unchecked,
         "curves": _curves(facts, all_facts),
         "usage": _usage_curve(facts, all_facts),
@@ -367,7 +368,7 @@ def key_figures(facts: Facts) -> list[tuple[str, str, str]]:
     config, made = facts.config, facts.manifests
     figures = []
     if vqvae := made.get("train-vqvae"):
-        psnr = vqvae["measures"]["psnr"]
+        psnr = (facts.vqvae or vqvae["measures"])["psnr"]
         meaning = "of held-out reconstructions: 20 looks blurry, 30 is close to the original"
         figures.append((f"{psnr:.1f} dB", "fidelity (PSNR)", meaning))
     of = config.vqvae.num_codes

@@ -70,7 +70,7 @@ class Samples:
 
     Attributes:
         images: uint8 [N, H, W, C].
-        codes: int32 [N, *layout.shape].
+        codes: int32 [N, h, w], or as `Run.encode` returns them otherwise.
         labels: int32 [N], or [N, A] of A attributes; −1 for any.
         names: The name of each image's label, "" for any; None if the run has no labels.
         settings: Preset, checkpoint, seed and sampler settings.
@@ -511,7 +511,7 @@ class Run:
         """Returns log p(codes | label) in nats, float32 [N].
 
         Args:
-            codes: int32 [N, *layout.shape].
+            codes: int32 [N, h, w], or as `Run.encode` returns them otherwise.
             labels: int32 [N], −1 for none; or of attributes [N, A].
             precision: "exact" or "fast".
         """

@@ -88,12 +88,13 @@ class ProgressBar:
         """Characters of a line at most; None in a log."""
         return _columns() - 1 if self._is_terminal else None
 
-    def close(self) -> None:
-        """Shows the last state, which stays."""
+    def close(self, silently: bool = False) -> None:
+        """Shows the last state, which stays; or shows nothing."""
         with self._lock:
             if not self._is_closed:
                 self._is_closed = True
-                self._show()
+                if not silently:
+                    self._show()
                 if self._drawn:
                     self._write("\n")
 
@@ -270,5 +271,6 @@ class FitProgress(keras.callbacks.Callback):
         self.bar.say("  ".join(fitting(line, self.bar.width)))
 
     def on_train_end(self, logs=None):
-        """Closes the bar."""
-        self.bar.close()
+        """Closes the bar; in a log, the line of the last epoch has said it all."""
+        told = self.bar.width is None and self.step >= self.steps
+        self.bar.close(silently=told)

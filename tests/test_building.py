@@ -57,6 +57,7 @@ def test_quantizers_take_all_from_the_config(tiny_config, name):
         assert layer.dim == (4 if name == "lfq" else config.code_dim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(KINDS))
 @pytest.mark.parametrize("grids", [1, 2])
 def test_models_of_every_kind_have_the_layout_of_their_config(tiny_config, name, grids):

@@ -56,6 +56,7 @@ def test_each_pass_has_every_example_once_in_an_order_of_its_own(data):
     assert passes[0] != passes[1] and passes[0] != list(range(SIZE))
 
 
+@pytest.mark.slow
 def test_begins_at_any_step(data):
     whole = first_inputs(data, 9)
     for step in (1, 3, 6):
@@ -72,6 +73,7 @@ def test_steps_that_go_together_are_the_same(data):
         np.testing.assert_array_equal(joined(groups, name), expected)
 
 
+@pytest.mark.slow
 def test_each_step_has_random_numbers_of_its_own(data):
     noise = joined(first_inputs(data, 150), "noise")  # more steps than are drawn at once
     # float32 has 2^23 numbers here, of which a few may come twice.
@@ -79,6 +81,7 @@ def test_each_step_has_random_numbers_of_its_own(data):
     assert np.abs(noise - joined(first_inputs(make(seed=1), 150), "noise")).mean() > 0.25
 
 
+@pytest.mark.slow
 def test_the_seed_gives_the_order():
     orders = [joined(first_inputs(make(seed), 3), "first").tolist() for seed in (0, 0, 1, 2**31)]
     assert orders[0] == orders[1] and len(set(map(tuple, orders))) == 3

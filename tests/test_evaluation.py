@@ -79,6 +79,7 @@ def test_every_figure_in_numpy(run_with_model):
     assert words == {"features": "classifier", "frechet_left_out": None}
 
 
+@pytest.mark.slow
 def test_writes_what_it_returns(run_with_model):
     run, _, _ = run_with_model()
     found = evaluate_vqvae(run)
@@ -86,6 +87,7 @@ def test_writes_what_it_returns(run_with_model):
     assert evaluate_vqvae(run) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "lengths"),
     [

@@ -11,6 +11,7 @@ def quiet():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", fuzz.TARGETS)
 def test_what_others_give(target):
     for seed in range(300 if target == "images" else 25):

@@ -101,6 +101,7 @@ def _shape(index):
     return shape / np.linalg.norm(shape)
 
 
+@pytest.mark.slow
 def test_splits_are_balanced(builder):
     assert builder.info.features["label"].names == list(glyphs.LETTERS)
     for split, count in FewGlyphs.COUNTS.items():

@@ -108,6 +108,7 @@ def assert_same(found, expected, label=lambda name: name):
         assert found[number][1] == label(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_records_are_those_of_a_folder(kind, images, expected, tmp_path):
     path = write_file(kind, tmp_path / f"some{ENDINGS[kind]}", images, names_of(COUNT))
@@ -116,6 +117,7 @@ def test_the_records_are_those_of_a_folder(kind, images, expected, tmp_path):
     assert_same(by_number(run), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_are_classes(kind, images, expected, tmp_path):
     numbers = [CLASSES.index(name) for name in names_of(COUNT)]
@@ -125,6 +127,7 @@ def test_numbers_are_classes(kind, images, expected, tmp_path):
     assert_same(by_number(run), expected, lambda name: str(CLASSES.index(name)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_without_labels(kind, images, expected, tmp_path):
     path = write_file(kind, tmp_path / f"some{ENDINGS[kind]}", images)
@@ -342,6 +345,7 @@ def test_goes_on_after_a_kill(kind, images, tmp_path):
     assert shard_contents(run.folder(STAGE)) == shard_contents(whole.folder(STAGE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_that_were_mended_are_written_anew(kind, images, tmp_path):
     path = write_file(kind, tmp_path / f"some{ENDINGS[kind]}", images, names_of(COUNT))

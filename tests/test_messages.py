@@ -75,6 +75,7 @@ def test_a_bug_within_a_worker_is_none_of_the_users(error_of, do_fn):
     assert user_message(error) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error,message",
     [

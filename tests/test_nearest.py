@@ -122,6 +122,7 @@ def test_compiled(jit):
     np.testing.assert_array_equal(found, brute_force(vectors, codebook)[0])
 
 
+@pytest.mark.slow
 @only_tensorflow
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("num_codes", [50, 300])

@@ -35,6 +35,7 @@ def convolutions(model):
     return [layer for layer in model.layers if isinstance(layer, layers.Conv2D)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("downsampling", [2, 4, 8, 16])
 @pytest.mark.parametrize("image_shape", [(32, 32, 3), (16, 48, 1)])
 def test_shapes(downsampling, image_shape):

@@ -24,6 +24,7 @@ def path_of_weights(optimizer, steps):
     return variable, np.stack(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
     [

@@ -78,6 +78,7 @@ def test_steps_together_train_as_one_by_one(one_by_one, together):
     assert int(np.asarray(model.optimizer.iterations)) == 2 * STEPS
 
 
+@pytest.mark.slow
 def test_training_is_that_of_keras(one_by_one):
     expected, logs, _ = one_by_one
     model, inputs = build(), held_data().inputs()
@@ -96,6 +97,7 @@ def test_nothing_of_the_data_stays_with_the_model(one_by_one):
     model.fit(NUMBERS[:, :4], NUMBERS[:, 4:], verbose=0)
 
 
+@pytest.mark.slow
 def test_the_program_is_compiled_once(compiled):
     traces = []
 
@@ -156,6 +158,7 @@ def test_a_call_sends_row_numbers_and_compiles_nothing(monkeypatch):
     assert len(sent) == 2 * watch.calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [1, 4])
 def test_operations_of_a_step(compiled, together):
     model = build()

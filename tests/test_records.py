@@ -201,6 +201,7 @@ def test_every_core_decodes_a_batch_within_bounds(monkeypatch, megabytes, cores,
     assert batches_at_once(megabytes * 2**20) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("labels", [Labels(), ABC, Labels(("a", "b"), "attributes")])
 def test_image_batches_are_what_tfds_reads(tmp_path, labels, channels):
@@ -333,6 +334,7 @@ def test_each_pass_holds_each_example_once_in_another_order(seed):
     assert len(set(passes)) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [4, 5, 10, 13])
 def test_begins_at_any_step(seed, batch_size):
     unbroken = stream(12, batch_size=batch_size, seed=seed)

@@ -17,6 +17,7 @@ def settings(**changes):
     return defaults | changes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("downsampling", [2, 4, 8, 16])
 @pytest.mark.parametrize("image_shape", [(32, 32, 3), (16, 48, 1)])
 def test_shapes(downsampling, image_shape):
@@ -28,6 +29,7 @@ def test_shapes(downsampling, image_shape):
     assert decoder.output_shape == (None, *image_shape)
 
 
+@pytest.mark.slow
 def test_sides_that_are_no_powers_of_two():
     encoder, decoder = (
         build((28, 20, 1), **settings()) for build in (build_encoder, build_decoder)
@@ -37,6 +39,7 @@ def test_sides_that_are_no_powers_of_two():
     assert decoder(latents).shape == (2, 28, 20, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [0, 2])
 def test_channels_and_blocks_at_each_resolution(count):
     def blocks(build):
@@ -99,6 +102,7 @@ def test_block_round_trip():
     assert {conv.compute_dtype for conv in twin.convs} == {"bfloat16"}
 
 
+@pytest.mark.slow
 def test_groups_divide_all_channels():
     for width, groups in {8: 8, 12: 4, 48: 16, 64: 32, 5: 1}.items():
         for build in (build_encoder, build_decoder):

@@ -78,6 +78,7 @@ def go(run_dir, source, stages=ALL, beam_args=BEAM, retrain=(), minutes=None, **
     run_stages(config, str(run_dir), stages, beam_args, retrain, minutes, extend)
 
 
+@pytest.mark.slow
 def test_a_run_that_training_starts_from(ran, tmp_path, source, capsys):
     parent, child = RunFolder(tmp_path / "parent"), RunFolder(tmp_path / "child")
     given = {f"{section}__init_from": str(parent.root) for section in ("vqvae", "prior")}
@@ -103,6 +104,7 @@ def test_a_run_that_training_starts_from(ran, tmp_path, source, capsys):
         go(child.root, source)
 
 
+@pytest.mark.slow
 def test_more_steps(ran, tmp_path, source):
     go(tmp_path / "run", source)
     ran.clear()
@@ -167,6 +169,7 @@ def test_a_finished_run_may_be_in_use(ran, tmp_path, source, capsys):
             go(tmp_path / "run", source, sample__num=3)
 
 
+@pytest.mark.slow
 def test_stage_by_stage(ran, tmp_path, source, capsys):
     for stage in ALL:
         go(tmp_path / "run", source, (stage,))
@@ -203,6 +206,7 @@ def test_a_time_becomes_steps_which_the_same_command_keeps(
         go("gs://b/run", source, beam_args=["--runner=DataflowRunner"], minutes=1)
 
 
+@pytest.mark.slow
 def test_a_finished_model_is_replaced_only_when_asked(ran, tmp_path, source):
     go(tmp_path / "run", source)
     run = RunFolder(tmp_path / "run")
@@ -220,6 +224,7 @@ def test_a_finished_model_is_replaced_only_when_asked(ran, tmp_path, source):
     assert ran.names() == list(ALL[3:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lost", "again"),
     [
@@ -238,6 +243,7 @@ def test_what_was_made_from_a_lost_result_is_made_again(ran, tmp_path, source, l
     assert ran.names() == list(again)
 
 
+@pytest.mark.slow
 def test_what_was_made_from_an_older_result_is_made_again(ran, tmp_path, source):
     go(tmp_path / "run", source)
     run = RunFolder(tmp_path / "run")

@@ -150,6 +150,7 @@ def test_of_another_machine_goes_by_its_signs_of_life(run, signs):
     refused(run, f"in use by process 1 on '{socket.gethostname()}'")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stamp", [0, 1e10])
 def test_without_signs_a_command_is_dead(run, capsys, stamp):
     hold(run, host=socket.gethostname(), pid=os.getppid())  # before the machine was started anew
@@ -317,6 +318,7 @@ def test_gives_signs_of_life(run, monkeypatch):
             time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_command_whose_lock_was_taken_ends(run, monkeypatch, capsys):
     monkeypatch.setattr(run_lock, "_SECONDS_BETWEEN_SIGNS", 0.01)
     with pytest.raises(KeyboardInterrupt), locked(run.root):

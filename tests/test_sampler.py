@@ -125,6 +125,7 @@ def test_greedy_is_the_argmax_of_the_whole_sequence(any_sampler):
     np.testing.assert_array_equal(codes.reshape(8, -1), best)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -254,6 +255,7 @@ def test_indices_choose_the_random_numbers(sampler):
     np.testing.assert_array_equal(codes[[1, 2]], sampler(np.zeros(5), seed=1)[[4, 0]])
 
 
+@pytest.mark.slow
 def test_frequencies_for_one_code():
     model = build(layout=CodeLayout(K, ((1, 1),)))
     codes = Sampler(model, 2000)(np.full(20_000, 2), 0, SamplerSettings(temperature=1.5)).ravel()

@@ -31,6 +31,7 @@ def in_numpy(layer, z):
     return codes, vectors[codes], losses, error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"lookup": "cosine", "estimator": "rotation", "entropy": 0.2}]
 )

@@ -281,6 +281,7 @@ def test_lists_of_classes_of_one_length():
         assert _labels_of(values, labels) == [(1, 0, 1), (0, 1, 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["", "%"])
 def test_parts_of_one_split(prepared, tmp_path, unit):
     # Of a dataset that has no other.

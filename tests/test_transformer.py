@@ -76,6 +76,7 @@ def test_loss_is_mean_nats_per_code(layout):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("t", [0, 1, -2, -1])
 def test_a_code_changes_only_later_logits(layout, t):
@@ -140,6 +141,7 @@ def test_attributes_are_learned_and_stored(tmp_path):
     np.testing.assert_array_equal(logits(loaded, inputs), logits(model, inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "changes"),
     [
@@ -310,6 +312,7 @@ def test_a_few_steps_lower_the_loss(layout, dtype):
     assert model.evaluate(data, verbose=0) < math.log(K) - 0.5
 
 
+@pytest.mark.slow
 @EVERY_KIND
 def test_a_saved_model_loads_the_same(tmp_path, layout, dtype):
     new = dict(qk_norm=True, zero_init=True)

@@ -131,6 +131,7 @@ def test_epoch_measures_weigh_a_short_last_batch(make):
         np.testing.assert_allclose(trained[name][0], value, rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_perplexity_is_counted_over_the_epoch_and_anew_in_each(make):
     model = make(codebook_update="gradient", restart_below=0.0)
     model.compile(keras.optimizers.SGD(0.0))

@@ -7,13 +7,13 @@ one before it was started anew, watches whether the count moves. Neither asks a 
 number.
 """
 
-import _thread
 import contextlib
 import errno
 import fcntl
 import json
 import os
 import pathlib
+import signal
 import socket
 import sys
 import threading
@@ -262,7 +262,9 @@ def _give_signs(file: _LockFile, own: dict[str, Any], stop: threading.Event) -> 
                     f"no sign for {_SECONDS_TO_BE_DEAD} seconds: it ends",
                     file=sys.stderr,
                 )
-                _thread.interrupt_main()
+                # In the background of a script, Ctrl-C is ignored.
+                ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+                os.kill(os.getpid(), signal.SIGTERM if ignored else signal.SIGINT)
                 return
             own["signs"] += 1
             file.write(own)

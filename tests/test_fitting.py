@@ -471,8 +471,8 @@ def test_fewer_steps_than_an_epoch(tmp_path, capsys):
     model = build()
     train(model, tmp_path, 1, steps=2)
     assert int(np.asarray(model.optimizer.iterations)) == 2
-    # The bar counts these 2 batches of 8 as all there is.
-    assert "16 of 16 images" in capsys.readouterr().err
+    # The line of the epoch counts these two as all there are.
+    assert "epoch 1 of 1  step 2 of 2" in capsys.readouterr().err
 
 
 def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):

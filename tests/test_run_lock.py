@@ -318,12 +318,23 @@ def test_gives_signs_of_life(run, monkeypatch):
             time.sleep(0.01)
 
 
-@pytest.mark.slow
-def test_a_command_whose_lock_was_taken_ends(run, monkeypatch, capsys):
+def ended(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("ctrl_c", "sigterm"), [(ended, signal.SIG_IGN), (signal.SIG_IGN, ended)], ids=("C", "TERM")
+)
+def test_a_command_whose_lock_was_taken_ends(run, monkeypatch, capsys, ctrl_c, sigterm):
     monkeypatch.setattr(run_lock, "_SECONDS_BETWEEN_SIGNS", 0.01)
-    with pytest.raises(KeyboardInterrupt), locked(run.root):
-        hold(run, token="of one that counted it as dead")
-        time.sleep(20)
+    before = signal.signal(signal.SIGINT, ctrl_c), signal.signal(signal.SIGTERM, sigterm)
+    try:
+        with pytest.raises(KeyboardInterrupt), locked(run.root):
+            hold(run, token="of one that counted it as dead")
+            time.sleep(20)
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
     assert "run was taken by process 1 on 'elsewhere', since" in capsys.readouterr().err
     assert lock_of(run).exists()
 

@@ -39,6 +39,7 @@ CONFIG = Config(
         optimizer="muon",
         learning_rate=3e-3,
         warmup_steps=200,
+        qk_norm="rms",
         branch_init="zeros",
         dtype="mixed_bfloat16",  # faster on a CPU with bfloat16; see benchmarks/choices.py
     ),

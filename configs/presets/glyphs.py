@@ -33,6 +33,7 @@ CONFIG = Config(
         optimizer="muon",
         learning_rate=3e-3,
         warmup_steps=100,
+        qk_norm="rms",
         branch_init="zeros",
     ),
     sample=SampleConfig(num=104, temperature=0.85, guidance=1.5, batch_size=104),

@@ -18,29 +18,20 @@ CONFIG = Config(
         residual_layers=2,
         residual_width=32,
         batch_size=64,
-        steps=4500,  # 4.8 passes over the 60,000 training images
+        steps=6000,  # 6.4 passes over the 60,000 training images
         steps_per_epoch=500,
-        optimizer="muon",
-        learning_rate=3e-3,
-        warmup_steps=200,
-        finetune_steps=1500,  # sharper images from the same codes
-        perceptual=1.0,
-        adversarial=0.05,
+        learning_rate=1e-3,
     ),
     encode=EncodeConfig(batch_size=256),
     prior=PriorConfig(
         layers=4,
         width=192,
         heads=6,
-        dropout=0.0,
         batch_size=64,
-        steps=3000,  # 3.2 passes
+        steps=4500,  # 4.8 passes
         steps_per_epoch=500,
-        optimizer="muon",
-        learning_rate=3e-3,
+        learning_rate=1e-3,
         warmup_steps=200,
-        qk_norm="rms",
-        branch_init="zeros",
         dtype="mixed_bfloat16",  # faster on a CPU with bfloat16; see benchmarks/choices.py
     ),
     sample=SampleConfig(num=80, temperature=0.9, guidance=2.0, batch_size=80),

@@ -50,14 +50,15 @@ def test_says_what_was_made_and_what_to_type_next(place):
     lines = done.stdout.splitlines()
     assert lines[0].startswith("prepare → train-vqvae → encode → train-prior → sample: done in ")
     assert lines[1].startswith("images: ") and lines[1].endswith(", in run/images")
+    assert lines[2] == "classes, 3: Banana 9, apple 8, cherry 7 (training images)"
     letters = "run/images/dead_letters.jsonl"
-    assert lines[2] == f"could not be decoded: 1 image, listed in {letters}"
-    assert [line.partition(": ")[0] for line in lines[3:6]] == [
+    assert lines[3] == f"could not be decoded: 1 image, listed in {letters}"
+    assert [line.partition(": ")[0] for line in lines[4:7]] == [
         "held-out reconstructions",
         "codes in use",
         "prior",
     ]
-    assert lines[6:] == [
+    assert lines[7:] == [
         "new images: run/samples/samples.png",
         "all about the run, in a browser: run/report.html",
         "next: vqbeam sample run --output samples.png",

@@ -135,7 +135,8 @@ def plan_lines(
         if needed > free:
             lines.append("  the disk is too full: make room, or choose another --run-dir")
     for title, trial in trials.items():
-        lines.append(f"  {title:<12} {trial.parameters:,} parameters")
+        # Rounded, since the trial does not know how many classes there are.
+        lines.append(f"  {title:<12} about {float(f'{trial.parameters:.2g}'):,.0f} parameters")
     if set(stages) & {*MODELS}:
         lines.append(f"  codes        {code_layout(config).describe()}")
         lines += [f"  device       {line}" for line in describe_devices().splitlines()]

@@ -53,12 +53,13 @@ def test_says_what_was_made_and_what_to_type_next(place):
     assert lines[2] == "classes, 3: Banana 9, apple 8, cherry 7 (training images)"
     letters = "run/images/dead_letters.jsonl"
     assert lines[3] == f"could not be decoded: 1 image, listed in {letters}"
-    assert [line.partition(": ")[0] for line in lines[4:7]] == [
+    assert [line.partition(": ")[0] for line in lines[4:8]] == [
         "held-out reconstructions",
+        "their PSNR",
         "codes in use",
         "prior",
     ]
-    assert lines[7:] == [
+    assert lines[8:] == [
         "new images: run/samples/samples.png",
         "all about the run, in a browser: run/report.html",
         "next: vqbeam sample run --output samples.png",

@@ -45,7 +45,7 @@ from vqbeam.pipelines.stages.prepare import (
 from vqbeam.pipelines.stages.shards import ShardReport, ShardWriter, remove_leftovers
 from vqbeam.vqvae.fitting.devices import in_batches
 from vqbeam.vqvae.layout import code_layout
-from vqbeam.vqvae.storage.files import matching, read_json, size, sizes, write_json
+from vqbeam.vqvae.storage.files import matching, read_json, sizes, write_json
 from vqbeam.vqvae.storage.labels import NO_CLASS, Label, Labels
 from vqbeam.vqvae.storage.records import (
     CODES_VERSION,
@@ -122,7 +122,6 @@ class EncodeJob:
                 f"{self.folder} holds codes of {found}, and the VQ-VAE of {self.run} is "
                 f"{self.model[:HASH_DIGITS]}; give another --output"
             )
-        _check_sizes(self.folder, manifest["shards"])
         _empty_lost(self, manifest)
         return dataclasses.replace(self, earlier=len(manifest["calls"]))
 
@@ -361,19 +360,25 @@ def _shard_sizes(folder: epath.Path, shards: dict[str, list]) -> dict[epath.Path
     }
 
 
-def _check_sizes(folder: epath.Path, shards: dict[str, list]) -> None:
-    wanted = _shard_sizes(folder, shards)
+def _lost_shards(folder: epath.Path, shards: dict[str, list]) -> set[epath.Path]:
+    """Returns the shards that are missing; raises a VqbeamError if another one has changed."""
+    wanted, lost = _shard_sizes(folder, shards), set()
     for path, found in zip(wanted, sizes(list(wanted)), strict=True):
-        if found not in (None, wanted[path]):
+        if found is None:
+            lost.add(path)
+        elif found != wanted[path]:
             raise VqbeamError(
                 f"{path} has {found} bytes, not {wanted[path]}; restore it, or delete it and run "
                 "the same command to encode its images again"
             )
+    return lost
 
 
 def _empty_lost(job: EncodeJob, manifest: dict[str, Any]) -> None:
     """Puts an empty shard in the place of each one that is lost: its images then count as new."""
-    lost = [path for path in _shard_sizes(job.folder, manifest["shards"]) if size(path) is None]
+    lost = _lost_shards(job.folder, manifest["shards"])
+    if not lost:
+        return
     for split, of_split in manifest["shards"].items():
         for index, (records, _) in enumerate(of_split):
             path = job.folder / Shard(DATASET, split, index, None).filename
@@ -381,9 +386,8 @@ def _empty_lost(job: EncodeJob, manifest: dict[str, Any]) -> None:
                 print(f"{path} is missing: its {records} images are encoded again", file=sys.stderr)
                 with open_shard(path):
                     of_split[index] = [0, 0]
-    if lost:
-        _write_metadata(job, manifest)
-        write_json(job.folder / MANIFEST, manifest)
+    _write_metadata(job, manifest)
+    write_json(job.folder / MANIFEST, manifest)
 
 
 def _records(shards: dict[str, list]) -> int:

@@ -78,7 +78,7 @@ docs: $(VENV)/.docs-installed
 	$(BIN)/python -m sphinx -q --fail-on-warning --keep-going -d $(VENV)/doctrees docs site
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info samples.png site
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info samples.png site jupyter_execute
 
 # One recipe installs both sets, so that the versions are those of constraints.txt either way.
 $(BIN)/vqbeam: setup.py constraints.txt

@@ -18,7 +18,7 @@ examples:
 def parse_completion(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of `run_completion`."""
     parser.describe("SHELL", epilog=_EXAMPLE)
-    parser.add("SHELL", str, "bash or zsh", choices=("bash", "zsh"))
+    parser.add("SHELL", str, "bash or zsh", metavar="SHELL", choices=("bash", "zsh"))
     return {"shell": parser.parse_words(words)["SHELL"]}
 
 

@@ -2,13 +2,13 @@
 
     python benchmarks/kills.py --kills 100
 
-The run is small and has all stages, on images of noise. Each attempt is ended once, by SIGKILL,
-SIGTERM and SIGINT (Ctrl-C) in turn, and then finished with the same command. Its records, weights
-and images are compared with those of an unbroken run. The first moments are spread over the
-duration of that run as evenly as all of them, so that Ctrl-C may end the benchmark at any time. As
-the run is short, an epoch is all of a training, and a checkpoint is due after a second, not a
-minute. Each command is a process that is forked where the libraries are loaded already, and its
-plan foretells no times, so that the moments fall into the work.
+The run is small and has all stages, on images of noise. Its command is ended by SIGKILL, SIGTERM
+and SIGINT (Ctrl-C) in turn, and given again until it ends by itself; then the run's records,
+weights and images are compared with those of an unbroken run, and the next run begins. The moments
+are spread evenly over the duration of the unbroken run, also the first of them, so that Ctrl-C may
+end the benchmark at any time. As the run is short, an epoch is all of a training, and a checkpoint
+is due after a second, not a minute. Each command is a process that is forked where the libraries
+are loaded already, and its plan foretells no times, so that the moments fall into the work.
 """
 
 import argparse
@@ -32,26 +32,26 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path += [str(ROOT), str(ROOT / "tests")]
 
-HEADER = ["ended in", "by", "attempts", "another result", "training steps lost, at most"]
-HEADER += ["seconds of work lost, median", "at most", "seconds to the end"]
+HEADER = ["ended in", "by", "times", "training steps lost, at most"]
+HEADER += ["seconds of work lost, median", "at most"]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 INTERVAL = 1.0  # seconds between checkpoints
 GOLDEN = (5**0.5 - 1) / 2  # its multiples, without their whole parts, are spread evenly
 
 
-class Attempt(NamedTuple):
-    """What became of an attempt.
+class Kill(NamedTuple):
+    """What the end of a command cost.
 
     Attributes:
-        seconds: Time of the second command, which finished the run.
-        other: Whether the result differs from that of the unbroken run.
-        lost: Training steps that the second command did again.
+        stage: The stage at work.
+        by: Name of the signal.
+        lost: Training steps that the next command does again.
         since: Seconds from the last file that was kept to the signal: work that was done again, or
             the time in which the libraries load and the models are compiled.
     """
 
-    seconds: float
-    other: bool
+    stage: str
+    by: str
     lost: int
     since: float
 
@@ -151,8 +151,8 @@ def write_run(folder: pathlib.Path, steps: int, images: int) -> pathlib.Path:
     return write_preset(folder / "preset.py", config)
 
 
-def attempts(kills: int, steps: int, images: int) -> Iterator[tuple[tuple[str, str], Attempt]]:
-    """Yields the stage and signal of each attempt, and what became of it."""
+def kill_often(kills: int, steps: int, images: int) -> Iterator[Kill | bool]:
+    """Yields each kill, and for each run that was completed, whether its result was the same."""
     from vqbeam.vqvae.storage.run_folder import MODELS, RunFolder
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -162,68 +162,71 @@ def attempts(kills: int, steps: int, images: int) -> Iterator[tuple[tuple[str, s
         def command(run):
             return forked(run_traced, log, done, ["run", str(preset), "--run-dir", str(run.root)])
 
-        def finish(run):
-            begun, process = time.monotonic(), command(run)
+        def completed(process):
             process.join()
             assert process.exitcode == 0, log.read_text()
-            return time.monotonic() - begun
 
-        whole = RunFolder(folder / "unbroken")
-        unbroken, expected = finish(whole), result(whole)
+        whole, begun = RunFolder(folder / "unbroken"), time.monotonic()
+        completed(command(whole))
+        unbroken, expected = time.monotonic() - begun, result(whole)
         print(f"unbroken: {unbroken:.1f} seconds", file=sys.stderr)
-        for index in range(kills):
-            run, number = RunFolder(folder / f"run-{index}"), SIGNALS[index % len(SIGNALS)]
+        index, run = 0, RunFolder(folder / "run")
+        while True:
             done.write_text("0")
             begun, process = time.time(), command(run)
-            process.join(unbroken * ((index + 1) * GOLDEN % 1))
-            ended = time.time()
+            process.join(unbroken * ((index + 1) * GOLDEN % 1) if index < kills else None)
             if process.is_alive():
+                number = SIGNALS[index % len(SIGNALS)]
                 os.kill(process.pid, number)
-            process.join()
-            since, stage = max(0.0, ended - (last_kept(run) or begun)), stage_at_work(run)
-            saved = run.trained_steps(stage) if stage in MODELS else 0
-            lost = max(0, int(done.read_text()) - saved) if stage in MODELS else 0
-            seconds = finish(run)
-            attempt = Attempt(seconds, result(run) != expected, lost, since)
-            print(f"{index + 1} of {kills}: {stage}, {number.name}, {attempt}", file=sys.stderr)
+                ended = time.time()
+                process.join()
+                stage = stage_at_work(run)
+                saved = run.trained_steps(stage) if stage in MODELS else 0
+                lost = max(0, int(done.read_text()) - saved) if stage in MODELS else 0
+                yield Kill(stage, number.name, lost, max(0.0, ended - (last_kept(run) or begun)))
+                index += 1
+                continue
+            completed(process)
+            yield result(run) == expected
             shutil.rmtree(run.root)
-            yield (stage, number.name), attempt
+            if index == kills:
+                return
 
 
 def main() -> None:
-    """Makes all attempts and prints the table."""
+    """Ends runs and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--kills", type=int, default=21, help="attempts (default 21)")
+    parser.add_argument("--kills", type=int, default=21, help="commands to end (default 21)")
     parser.add_argument("--smoke", action="store_true", help="one kill of a run of few steps")
     arguments = parser.parse_args()
     # A job in the background ignores it, and so would the processes that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     load()
-    found, every = defaultdict(list), []
+    kills, same = [], []
     with contextlib.suppress(KeyboardInterrupt):
-        for where, attempt in attempts(
-            *((1, 4, 30) if arguments.smoke else (arguments.kills, 400, 75))
-        ):
-            found[where].append(attempt)
-            every.append(attempt)
+        for found in kill_often(*((1, 4, 30) if arguments.smoke else (arguments.kills, 400, 75))):
+            print(found, file=sys.stderr)
+            (kills if isinstance(found, Kill) else same).append(found)
     from side_by_side import table
 
-    rows = [row(*where, of_one) for where, of_one in sorted(found.items())]
-    if every:
-        print(table(HEADER, [*rows, row("all", "all", every)]))
+    by_place = defaultdict(list)
+    for kill in kills:
+        by_place[kill.stage, kill.by].append(kill)
+    rows = [row(*place, of_one) for place, of_one in sorted(by_place.items())]
+    if kills:
+        print(table(HEADER, [*rows, row("all", "all", kills)]))
+    print(f"{len(same)} runs completed, {same.count(False)} of them with another result")
 
 
-def row(stage: str, by: str, made: list[Attempt]) -> list[str]:
-    """Returns the line of the table for some attempts."""
+def row(stage: str, by: str, kills: list[Kill]) -> list[str]:
+    """Returns the line of the table for some kills."""
     return [
         stage,
         by,
-        str(len(made)),
-        str(sum(attempt.other for attempt in made)),
-        str(max(attempt.lost for attempt in made)),
-        f"{statistics.median(attempt.since for attempt in made):.1f}",
-        f"{max(attempt.since for attempt in made):.1f}",
-        f"{statistics.median(attempt.seconds for attempt in made):.1f}",
+        str(len(kills)),
+        str(max(kill.lost for kill in kills)),
+        f"{statistics.median(kill.since for kill in kills):.1f}",
+        f"{max(kill.since for kill in kills):.1f}",
     ]
 
 

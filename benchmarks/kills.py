@@ -92,7 +92,7 @@ def forked(function: Callable, *arguments: Any) -> multiprocessing.Process:
 def load() -> None:
     """Loads the libraries, and the modules of vqbeam that a run takes."""
     import vqbeam.pipelines.beam
-    import vqbeam.pipelines.report.live
+    import vqbeam.pipelines.report.page
     import vqbeam.pipelines.run
     import vqbeam.pipelines.sampling.sample
     import vqbeam.pipelines.stages.transforms  # noqa: F401

@@ -149,7 +149,7 @@ def _do(
     announce(run, config, pending, trials, here=runs_here(beam_args))
     _run_pipeline(run, pending, beam_args)
     if {*pending} & {*MODELS, "sample"}:
-        from vqbeam.pipelines.report.live import written
+        from vqbeam.pipelines.report.page import written
 
         written(run)
     print(f"{' → '.join(pending)}: done in {duration(time.monotonic() - start)}")

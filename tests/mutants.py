@@ -1306,14 +1306,14 @@ FAULTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "the final page loads itself again",
-            "pipelines/report/live.py",
+            "pipelines/report/page.py",
             "reload_seconds: int | None = None, pictures",
             "reload_seconds: int | None = 30, pictures",
             "test_live_report.py::test_a_page_shows_training_as_it_goes",
         ),
         Mutant(
             "a page that cannot be written ends the training",
-            "pipelines/report/live.py",
+            "pipelines/report/page.py",
             "except Exception as error:",
             "except KeyError as error:",
             "test_live_report.py::test_a_page_that_cannot_be_written_is_one_line",

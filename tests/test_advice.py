@@ -6,7 +6,8 @@ import pytest
 from vqbeam.configs import load_preset, override
 from vqbeam.pipelines.cli.main import parse
 from vqbeam.pipelines.report import advice
-from vqbeam.pipelines.report.advice import RULES, Facts, findings
+from vqbeam.pipelines.report.advice import RULES, findings
+from vqbeam.pipelines.report.facts import Facts
 
 # The figures of a healthy run of the preset cifar10.
 ENCODED = {"codes_used": 512, "perplexity": 475.0}

@@ -13,9 +13,8 @@ from report_pages import Page, check_self_contained
 
 from vqbeam.pipelines.cli.main import parse
 from vqbeam.pipelines.cli.parser import UsageError
-from vqbeam.pipelines.report import live
-from vqbeam.pipelines.report.live import LivePage, written
-from vqbeam.pipelines.report.page import comparison
+from vqbeam.pipelines.report.facts import comparison
+from vqbeam.pipelines.report.page import LivePage, written
 from vqbeam.vqvae.storage.run_folder import RunFolder
 from vqbeam.vqvae.training import train_vqvae
 
@@ -38,7 +37,7 @@ def reloads(page):
 @pytest.mark.slow
 @pytest.mark.backend
 def test_a_page_shows_training_as_it_goes(prepared_run, tiny_config, monkeypatch):
-    monkeypatch.setattr(live, "_LARGEST_SHARE", 1e9)
+    monkeypatch.setattr("vqbeam.pipelines.report.page._LARGEST_SHARE", 1e9)
     run, _ = prepared_run(tiny_config())
     reader = Reader(run)
     train_vqvae(str(run.root), [LivePage(str(run.root), "train-vqvae"), reader])

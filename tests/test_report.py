@@ -328,11 +328,4 @@ def test_the_package_holds_the_template(tmp_path):
         text=True,
     )
     assert built.returncode == 0, built.stderr
-    folder = tmp_path / "lib" / "vqbeam" / "pipelines" / "report"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "__init__.py",
-        "advice.py",
-        "live.py",
-        "page.html",
-        "page.py",
-    ]
+    assert (tmp_path / "lib" / "vqbeam" / "pipelines" / "report" / "page.html").exists()

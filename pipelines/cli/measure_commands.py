@@ -236,7 +236,7 @@ def parse_inspect(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
 def run_inspect(run_dirs: Sequence[str], form: str | None) -> str:
     """Does the work; its libraries load only now."""
     if form:
-        from vqbeam.pipelines.report.page import comparison
+        from vqbeam.pipelines.report.facts import comparison
 
         return comparison(run_dirs, form)
     from vqbeam.pipelines.inspect import describe

@@ -6,12 +6,12 @@ Each rule is a function from the facts to a finding, or to None if there is noth
 import dataclasses
 import math
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from vqbeam.configs import Config
+from vqbeam.pipelines.report.facts import Facts
 
 # A class is rare if it has less than this share of the images that classes have on average.
 _RARE = 0.1
@@ -36,27 +36,6 @@ _STILL_FALLING = {"train-vqvae": 0.2, "train-prior": 0.1}
 _FEWEST_EPOCHS = 3
 # With fewer steps, no loss tells: the learning rate ends at almost 0, however early that is.
 _FEWEST_STEPS = 500
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """What is known of a run without its images and models.
-
-    Attributes:
-        root: The run's folder.
-        config: The run's config.
-        manifests: By stage, for those that are finished.
-        histories: By stage, the metrics of each epoch so far.
-        vqvae: The result of `vqbeam evaluate` for stage 1, or None.
-        prior: The same for stage 2.
-    """
-
-    root: str
-    config: Config
-    manifests: Mapping[str, dict[str, Any]]
-    histories: Mapping[str, list[dict[str, float]]]
-    vqvae: dict[str, Any] | None = None
-    prior: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,40 +5,47 @@ and the page says why.
 """
 
 import base64
-import csv
 import dataclasses
 import datetime
-import functools
 import io
-import json
-import math
 import pathlib
 import shlex
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
+import keras
 import matplotlib
 import numpy as np
 from etils import epath
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from vqbeam import configs
 from vqbeam.configs import Config, VqbeamError
 from vqbeam.pipelines.evaluation.evaluate import vqvae_rows
 from vqbeam.pipelines.evaluation.reference import FIGURES
 from vqbeam.pipelines.inspect import duration
-from vqbeam.pipelines.report.advice import Facts, findings
+from vqbeam.pipelines.report.advice import findings
+from vqbeam.pipelines.report.charts import Chart, bar_chart, line_chart
+from vqbeam.pipelines.report.facts import (
+    Facts,
+    differing_settings,
+    key_figures,
+    or_reason,
+    preset_settings,
+    read_facts,
+    settings_of,
+)
 from vqbeam.pipelines.sampling.api import Run
 from vqbeam.vqvae.figures import picture
-from vqbeam.vqvae.fitting.checkpoints import stored_history
 from vqbeam.vqvae.layout import code_layout
 from vqbeam.vqvae.metrics import count_codes
-from vqbeam.vqvae.storage.files import modified, read_json, write_bytes
+from vqbeam.vqvae.storage.files import modified, write_bytes
 from vqbeam.vqvae.storage.labels import Labels
 from vqbeam.vqvae.storage.records import damaged_records, open_dataset, read_split
 from vqbeam.vqvae.storage.run_folder import MANIFEST, STAGES, RunFolder
+from vqbeam.vqvae.training import reconstruct
 
 _TEMPLATE = pathlib.Path(__file__).parent / "page.html"
 # Bytes of all pictures of a page; base64 adds a third, and a page stays below 5 MB.
@@ -48,11 +55,11 @@ _HELD_OUT = 16
 # Codes are counted over the first grids, and so many are shown of each kind.
 _MOST_GRIDS = 50_000
 _CODES_SHOWN = 16
-_MOST_BARS = 128
 # The absolute error of a pixel, of 255, that is shown as the brightest colour.
 _LARGEST_ERROR = 100
-# A chart, in units of its own.
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 220, 46, 10, 12, 28
+# The share of the time that writing pages may take, and how often a browser loads the page again.
+_LARGEST_SHARE = 0.05
+_RELOAD_SECONDS = 30
 
 # For each row of `vqvae_rows`, what it is and what real images have.
 _STAGE_1 = {
@@ -82,39 +89,6 @@ class Picture:
     alt: str
     width: int
     height: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Chart:
-    """A chart as the template draws it, in units of the chart.
-
-    Attributes:
-        title: What it shows.
-        ticks: Height and label of each line across.
-        labels: Place and text of each label of the horizontal axis.
-        names: The series.
-        lines: The path of each series; empty for bars.
-        marks: For each place of the horizontal axis: `left`, `width`, `x`, the heights `ys` by
-            series, and `tip`, the text to show there.
-        rows: The table behind the chart; the first row is its head.
-        bars: Whether bars are drawn.
-        even: The height of a dashed line, or None.
-    """
-
-    title: str
-    ticks: list[tuple[float, str]]
-    labels: list[tuple[float, str]]
-    names: list[str]
-    lines: list[str]
-    marks: list[dict[str, Any]]
-    rows: list[list[str]]
-    bars: bool = False
-    even: float | None = None
-    width: int = _WIDTH
-    height: int = _HEIGHT
-    left: int = _LEFT
-    right: int = _WIDTH - _RIGHT
-    bottom: int = _HEIGHT - _BOTTOM
 
 
 def report(run_dirs: Sequence[str], output: str | None = None) -> str:
@@ -164,63 +138,70 @@ def write_page(
             if kept is not None:
                 kept |= slow
         views.append(_view(run, known, facts, budget, slow))
-    html = render(views, _differing_settings(facts), reload_seconds).encode()
+    html = render(views, differing_settings(facts), reload_seconds).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, html)
     return path, len(html)
 
 
-def comparison(run_dirs: Sequence[str], form: str) -> str:
-    """Returns settings and figures of runs, for programs.
+class LivePage(keras.callbacks.Callback):
+    """Writes `DIR/report.html` when an epoch begins, so that a browser shows training as it goes.
+
+    At that time the checkpoint holds the epoch before. Pages are left out if they would take more
+    than a twentieth of the time. A page that cannot be written is one line of warning.
 
     Args:
-        run_dirs: Folders of runs.
-        form: "json", or "csv" with a row for each name and a column for each run. In both, the
-            settings that differ come first.
-
-    Raises:
-        VqbeamError: A folder holds no run.
+        run_path: The run's folder.
+        stage: The stage that trains.
     """
-    facts = [read_facts(RunFolder(place, remember=True)) for place in run_dirs]
-    settings = [_settings(each.config) for each in facts]
-    figures = [_numbers(each) for each in facts]
-    differing = [row[0] for row in _differing_settings(facts)]
-    if form == "json":
-        runs = [
-            {"run": each.root, "preset": each.config.name, "settings": own, "figures": found}
-            for each, own, found in zip(facts, settings, figures, strict=True)
-        ]
-        return json.dumps({"differing": differing, "runs": runs}, indent=1, ensure_ascii=False)
-    table = io.StringIO()
-    rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(["name", *(each.root for each in facts)])
-    rows.writerow(["preset", *(each.config.name for each in facts)])
-    names = [*differing, *(name for name in settings[0] if name not in differing)]
-    rows.writerows([name, *(own[name] for own in settings)] for name in names)
-    for name in dict.fromkeys(name for found in figures for name in found):
-        rows.writerow([name, *(found.get(name, "") for found in figures)])
-    return table.getvalue().rstrip()
+
+    def __init__(self, run_path: str, stage: str):
+        super().__init__()
+        self.run, self.stage = RunFolder(run_path), stage
+        self.kept: dict = {}  # the parts of the page that no epoch changes
+        self.originals = None
+        self.due, self.failed = 0.0, False
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Writes the page, if it is time to."""
+        begun = time.monotonic()
+        if self.failed or begun < self.due:
+            return
+        self.failed = not written(self.run, _RELOAD_SECONDS, self._pictures, self.kept)
+        now = time.monotonic()
+        self.due = now + (now - begun) / _LARGEST_SHARE
+
+    def _pictures(self):
+        """Returns held-out images and their reconstructions by the model as it is now."""
+        if self.stage != "train-vqvae":
+            return None
+        if self.originals is None:
+            self.originals = held_out_images(self.run)
+        return self.originals, reconstruct(self.model, self.originals)
 
 
-def _numbers(facts: Facts) -> dict[str, float]:
-    """Returns all figures of a run by dotted names, such as `train-vqvae.measures.psnr`."""
-    found: dict[str, float] = {}
+def written(run: RunFolder, reload_seconds: int | None = None, pictures=None, kept=None) -> bool:
+    """Writes the page of a run; returns whether that went well, and if not, warns.
 
-    def add(prefix, values):
-        for name, value in values.items():
-            if isinstance(value, dict):
-                add(f"{prefix}{name}.", value)
-            elif isinstance(value, int | float) and not isinstance(value, bool):
-                found[prefix + name] = value
-            elif name in ("perplexity", "codes_used") and isinstance(value, list):
-                add(f"{prefix}{name}.", dict(zip(map(str, range(len(value))), value, strict=True)))
-
-    for stage, manifest in facts.manifests.items():
-        left_out = ("inputs", "made_from", "outputs", "settings")
-        add(f"{stage}.", {k: v for k, v in manifest.items() if k not in left_out})
-    for name in ("vqvae", "prior"):
-        add(f"evaluation.{name}.", getattr(facts, name) or {})
-    return found
+    Args:
+        run: The run.
+        reload_seconds: How often a browser loads the page again; None for a final page.
+        pictures: Function that returns held-out images and their reconstructions, or None to let
+            the finished model make them.
+        kept: Parts of the page, which are made only if they are not in it, and put into it.
+    """
+    try:
+        write_page(
+            [str(run.root)],
+            reload_seconds=reload_seconds,
+            pictures=pictures and pictures(),
+            kept=kept,
+        )
+        return True
+    except Exception as error:  # a page is not worth a training
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"{run.root}/report.html cannot be written: {reason}", file=sys.stderr)
+        return False
 
 
 def render(
@@ -232,39 +213,6 @@ def render(
     )
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(views=views, differing=differing, reload_seconds=reload_seconds)
-
-
-def read_facts(run: RunFolder) -> Facts:
-    """Returns what the manifests, checkpoints and metrics of a run say; damaged ones say nothing.
-
-    Raises:
-        VqbeamError: There is no run in the folder.
-    """
-    config = run.load_config()
-    manifests = {stage: _or_reason(lambda s=stage: run.manifest(s))[0] for stage in STAGES}
-    manifests = {stage: manifest for stage, manifest in manifests.items() if manifest}
-    histories = {}
-    for stage, settings in (("train-vqvae", config.vqvae), ("train-prior", config.prior)):
-        if stage in manifests:
-            histories[stage] = manifests[stage].get("history", [])
-        else:
-            found, _ = _or_reason(
-                lambda s=stage, n=settings.steps_per_epoch: stored_history(run.folder(s), n)
-            )
-            histories[stage] = found or []
-    measured = {}
-    for name in ("vqvae", "prior"):
-        path = run.evaluation / f"{name}.json"
-        measured[name] = _or_reason(lambda p=path: read_json(p))[0] if path.exists() else None
-    return Facts(str(run.root), config, manifests, histories, **measured)
-
-
-def _or_reason(make: Callable[[], Any]) -> tuple[Any, str]:
-    """Returns what is made and an empty text; or None, and why it cannot be made."""
-    try:
-        return make(), ""
-    except VqbeamError as error:
-        return None, str(error)
 
 
 def _slow_parts(run: RunFolder, facts: Facts, budget: int) -> dict[str, Any]:
@@ -281,10 +229,10 @@ def _slow_parts(run: RunFolder, facts: Facts, budget: int) -> dict[str, Any]:
         originals = held_out_images(run)
         return _held_out(originals, opened.reconstruct(originals), budget // 4)
 
-    shown, no_held_out = _or_reason(held_out)
-    counts, no_counts = _or_reason(lambda: _counts(run, facts))
+    shown, no_held_out = or_reason(held_out)
+    counts, no_counts = or_reason(lambda: _counts(run, facts))
     codes, no_codes = (
-        _or_reason(lambda: _code_pictures(opened, counts, budget // 8))
+        or_reason(lambda: _code_pictures(opened, counts, budget // 8))
         if counts is not None
         else (None, "")
     )
@@ -321,7 +269,7 @@ def _view(
         slow: The result of `_slow_parts`.
     """
     found, passed, unchecked = findings(facts)
-    samples, no_samples = _or_reason(lambda: _samples(run, facts, budget // 2))
+    samples, no_samples = or_reason(lambda: _samples(run, facts, budget // 2))
     return {
         "root": facts.root,
         "preset": facts.config.name,
@@ -361,33 +309,6 @@ def _sentence(facts: Facts) -> str:
         f"({code_layout(config).describe()}) and back; stage 2, the prior, has learned to write "
         "such codes, which become new images."
     )
-
-
-def key_figures(facts: Facts) -> list[tuple[str, str, str]]:
-    """Returns the value, the name and the meaning of the figures that tell the most."""
-    config, made = facts.config, facts.manifests
-    figures = []
-    if vqvae := made.get("train-vqvae"):
-        psnr = (facts.vqvae or vqvae["measures"])["psnr"]
-        meaning = "of held-out reconstructions: 20 looks blurry, 30 is close to the original"
-        figures.append((f"{psnr:.1f} dB", "fidelity (PSNR)", meaning))
-    of = config.vqvae.num_codes
-    if encoded := made.get("encode"):
-        used, spread = (
-            ", ".join(f"{value:,.0f}" for value in np.atleast_1d(encoded[name]))
-            for name in ("codes_used", "perplexity")
-        )
-        meaning = f"as varied as {spread} codes used equally (perplexity)"
-        figures.append((f"{used} of {of:,}", "codes in use", meaning))
-    if prior := made.get("train-prior"):
-        nats = prior["measures"]["nats_per_code"]
-        meaning = f"of the prior at held-out images; guessing evenly costs {math.log(of):.2f}"
-        figures.append((f"{nats:.2f} nats", "surprise per code", meaning))
-    if made:
-        seconds = sum(manifest["seconds"] for manifest in made.values())
-        meaning = f"{len(made)} of {len(STAGES)} stages done"
-        figures.append((duration(seconds), "time in all", meaning))
-    return figures
 
 
 def _samples(run: RunFolder, facts: Facts, most_bytes: int) -> Picture:
@@ -531,19 +452,19 @@ def _curves(facts: Facts, all_facts: list[Facts]) -> list[Chart]:
     ):
         together = [epoch for each in all_facts for epoch in each.histories[stage]]
         steps = settings.steps_per_epoch, settings.steps
-        charts += _line_chart(title, both, facts.histories[stage], together, steps)
+        charts += line_chart(title, both, facts.histories[stage], together, steps)
     finetuned = facts.manifests.get("train-vqvae", {}).get("finetune_history", [])
     if len(finetuned) > 1:
         terms = {"reconstruction": "reconstruction", "perceptual": "perceptual"}
         title = "Stage 1: finetuning of the decoder"
         steps = vqvae.steps_per_epoch, vqvae.finetune_steps
-        charts += _line_chart(title, terms, finetuned, finetuned, steps)
+        charts += line_chart(title, terms, finetuned, finetuned, steps)
     return charts
 
 
 def _usage_curve(facts: Facts, all_facts: list[Facts]) -> list[Chart]:
     stage, settings = "train-vqvae", facts.config.vqvae
-    return _line_chart(
+    return line_chart(
         f"Perplexity while stage 1 trained, of {settings.num_codes:,} codes",
         {"training": "perplexity", "held out": "val_perplexity"},
         facts.histories[stage],
@@ -552,120 +473,12 @@ def _usage_curve(facts: Facts, all_facts: list[Facts]) -> list[Chart]:
     )
 
 
-def _line_chart(
-    title: str,
-    series: dict[str, str],
-    history: list[dict[str, float]],
-    together: list[dict[str, float]],
-    steps: tuple[int, int],
-) -> list[Chart]:
-    """Returns a chart of some metrics by epoch, or none without epochs.
-
-    Args:
-        title: What it shows.
-        series: Metrics by their names in the chart.
-        history: Metrics of each epoch.
-        together: Those of all runs, which determine the axis.
-        steps: Steps of an epoch, and in all.
-    """
-    series = {name: key for name, key in series.items() if history and key in history[0]}
-    if not series:
-        return []
-    place, ticks = _axis(
-        [epoch[key] for epoch in together for key in series.values() if key in epoch]
-    )
-    wide = (_WIDTH - _LEFT - _RIGHT) / len(history)
-    xs = [_LEFT + (index + 0.5) * wide for index in range(len(history))]
-    ys = {name: [place(epoch[key]) for epoch in history] for name, key in series.items()}
-    rows = [
-        [f"{n}", *(f"{epoch[key]:.4g}" for key in series.values())]
-        for n, epoch in enumerate(history, 1)
-    ]
-    marks = [
-        {
-            "left": x - wide / 2,
-            "width": wide,
-            "x": x,
-            "ys": [of[index] for of in ys.values()],
-            "tip": f"epoch {index + 1}, {min((index + 1) * steps[0], steps[1]):,} steps: "
-            + ", ".join(f"{v} {name}" for name, v in zip(series, rows[index][1:], strict=True)),
-        }
-        for index, x in enumerate(xs)
-    ]
-    return [
-        Chart(
-            title=title,
-            ticks=ticks,
-            labels=[(xs[i], f"epoch {i + 1}") for i in sorted({0, len(xs) - 1})],
-            names=list(series),
-            lines=[
-                "M" + " L".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, of, strict=True))
-                for of in ys.values()
-            ],
-            marks=marks,
-            rows=[["epoch", *series], *rows],
-        )
-    ]
-
-
-def _axis(
-    values: Sequence[float], form: str = "{:.6g}"
-) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
-    """Returns the function from a value to its height in a chart, and the ticks."""
-    finite = [value for value in values if math.isfinite(value)]
-    ends = (min(finite, default=0.0), max(finite, default=1.0))
-    found = MaxNLocator(4).tick_values(*ends) if ends[0] < ends[1] else [ends[0], ends[0] + 1]
-    low, high = float(found[0]), float(found[-1])
-
-    def place(value: float) -> float:
-        share = (min(max(value, low), high) - low) / (high - low) if math.isfinite(value) else 1.0
-        return round(_HEIGHT - _BOTTOM - share * (_HEIGHT - _BOTTOM - _TOP), 1)
-
-    return place, [(place(value), form.format(value)) for value in map(float, found)]
-
-
 def _count_charts(counts: np.ndarray) -> list[Chart]:
     """Returns for each level a chart of the shares of its codes, from the most used on."""
     return [
-        _bar_chart(f"Codes by use{f', level {level}' if len(counts) > 1 else ''}", of_level)
+        bar_chart(f"Codes by use{f', level {level}' if len(counts) > 1 else ''}", of_level)
         for level, of_level in enumerate(counts)
     ]
-
-
-def _bar_chart(title: str, counts: np.ndarray) -> Chart:
-    shares = np.sort(counts / counts.sum())[::-1]
-    together = math.ceil(len(shares) / _MOST_BARS)
-    bars = [shares[first : first + together] for first in range(0, len(shares), together)]
-    means = [float(bar.mean()) for bar in bars]
-    place, ticks = _axis([0.0, *means], form="{:.2%}")
-    width = (_WIDTH - _LEFT - _RIGHT) / len(bars)
-    rows, marks = [], []
-    for index, (bar, mean) in enumerate(zip(bars, means, strict=True)):
-        first = index * together + 1
-        last = first + len(bar) - 1
-        rows.append([f"{first}–{last}" if last > first else f"{first}", f"{mean:.3%}"])
-        left = _LEFT + index * width
-        each = " each on average" if last > first else ""
-        marks.append(
-            {
-                "left": left,
-                "width": width,
-                "x": left + width / 2,
-                "ys": [place(mean)],
-                "tip": f"codes {rows[-1][0]} by use: {rows[-1][1]} of all codes{each}",
-            }
-        )
-    return Chart(
-        title=title,
-        ticks=ticks,
-        labels=[(_LEFT + 24, "most used"), (_WIDTH - _RIGHT - 24, "least used")],
-        names=["share of all codes"],
-        lines=[],
-        marks=marks,
-        rows=[["codes by use", "share of all codes"], *rows],
-        bars=True,
-        even=place(1 / len(shares)),
-    )
 
 
 def _stage_1(facts: Facts) -> dict[str, Any] | None:
@@ -735,35 +548,13 @@ def _stages(run: RunFolder, facts: Facts) -> list[list[str]]:
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _settings(config: Config) -> dict[str, str]:
-    """Returns every setting as it would be typed, by its dotted name."""
-    found = {}
-    for name, *_ in configs.field_types():
-        value = functools.reduce(getattr, name.split("."), config)
-        found[name] = "none" if value is None else str(value)
-    return found
-
-
-def _preset_settings(config: Config) -> dict[str, str] | None:
-    """Returns the settings of the preset of a run; None if the preset is not vqbeam's own."""
-    is_known = config.name in configs.preset_names()
-    return _settings(configs.load_preset(config.name)) if is_known else None
-
-
 def _settings_table(config: Config) -> list[tuple[str, str, str | None]]:
     """Returns name and value of every setting, and the preset's value where it is another."""
-    preset = _preset_settings(config) or {}
+    preset = preset_settings(config) or {}
     return [
         (name, value, preset[name] if preset.get(name, value) != value else None)
-        for name, value in _settings(config).items()
+        for name, value in settings_of(config).items()
     ]
-
-
-def _differing_settings(facts: Sequence[Facts]) -> list[list[str]]:
-    """Returns the name and the value in each run of the settings that are not the same in all."""
-    settings = [_settings(each.config) for each in facts]
-    rows = [[name, *(of[name] for of in settings)] for name in settings[0]]
-    return [row for row in rows if len(set(row[1:])) > 1]
 
 
 def _provenance(run: RunFolder, facts: Facts) -> list[tuple[str, str, str]]:
@@ -777,8 +568,8 @@ def _provenance(run: RunFolder, facts: Facts) -> list[tuple[str, str, str]]:
 
 def _commands(facts: Facts) -> list[tuple[str, str]]:
     """Returns what to type next, and what it does."""
-    root, settings = facts.root, _settings(facts.config)
-    preset = _preset_settings(facts.config)
+    root, settings = facts.root, settings_of(facts.config)
+    preset = preset_settings(facts.config)
     changed = [
         word
         for name, value in settings.items()

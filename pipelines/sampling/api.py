@@ -129,7 +129,7 @@ class Run:
 
     def _repr_html_(self) -> str:
         """Returns what a notebook shows: figures with their meaning, and the run's pictures."""
-        from vqbeam.pipelines.report.page import key_figures, read_facts
+        from vqbeam.pipelines.report.facts import key_figures, read_facts
 
         facts = read_facts(self.folder)
         title = f"{facts.root}: preset {facts.config.name}, seed {facts.config.seed}"

@@ -35,7 +35,7 @@ def transform(stage: str, gpu_hint: bool) -> beam.PTransform:
 
 
 def _train_vqvae(run_path: str) -> str:
-    from vqbeam.pipelines.report.live import LivePage
+    from vqbeam.pipelines.report.page import LivePage
     from vqbeam.vqvae.training import train_vqvae
 
     train_vqvae(run_path, [TrainingMetrics("train_vqvae"), LivePage(run_path, "train-vqvae")])
@@ -43,7 +43,7 @@ def _train_vqvae(run_path: str) -> str:
 
 
 def _train_prior(run_path: str) -> str:
-    from vqbeam.pipelines.report.live import LivePage
+    from vqbeam.pipelines.report.page import LivePage
     from vqbeam.prior.training import train_prior
 
     train_prior(run_path, [TrainingMetrics("train_prior"), LivePage(run_path, "train-prior")])

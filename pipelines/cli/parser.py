@@ -163,7 +163,7 @@ ELSEWHERE = {
     "temp t": "--temperature --sample.temperature",
     "n n-samples num-samples num-images": "--num --sample.num",
     "class classes class-label cond": "--label",
-    "o out out-dir outdir output-dir save-dir logdir": "--output --run-dir",
+    "o out output dir out-dir outdir output-dir save-dir logdir": "--output --run-dir",
     "num-workers workers jobs j": "--direct_num_workers",
     "resume continue": "the same command goes on where it stopped",
     "force overwrite restart": "--retrain",

@@ -88,9 +88,13 @@ def measure(root: str, work: str, num: int) -> list[list[str]]:
         "samples": reference.compare(evaluator.samples(settings)),
     }
     return [
-        [root, name, *(form.format(found[key]) for key, (_, form) in FIGURES.items())]
+        [root, name, *(_text(form, found[key]) for key, (_, form) in FIGURES.items())]
         for name, found in sets.items()
     ]
+
+
+def _text(form: str, value: float | None) -> str:
+    return "–" if value is None else form.format(value)  # a set may be too small
 
 
 def main() -> None:

@@ -68,3 +68,13 @@ def test_a_benchmark_runs(words):
         assert {line["side"] for line in measured} == {"vqbeam"}
     else:
         assert all(json.loads(line)["seconds"] > 0 for line in lines)
+
+
+@pytest.mark.system
+def test_the_second_judge_measures_a_run(finished_run, tmp_path):
+    words = [FILES[0].parent / "second_judge.py", finished_run.root, "--work", tmp_path]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row[1] for row in rows] == ["images", "real", "reconstructions", "samples"]
+    assert (tmp_path / "classifier.keras").exists() and not finished_run.evaluation.exists()

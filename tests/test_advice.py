@@ -156,9 +156,9 @@ def test_advice_fits_the_quantizer(quantizer):
         ([5.0, 4.0, 4.05], [5.0, 4.0, 4.1], False),  # both rise: that is not memory
     ],
 )
-def test_a_prior_that_memorises(prior, training, is_found):
+def test_a_prior_that_memorizes(prior, training, is_found):
     found = titles(facts(prior=prior, training=training))
-    assert found == ["The prior memorises the training images"] * is_found
+    assert found == ["The prior memorizes the training images"] * is_found
 
 
 def test_early_stopping_leaves_nothing_to_say_of_a_rise():

@@ -17,7 +17,7 @@ from vqbeam.pipelines.report.facts import Facts
 _RARE = 0.1
 # A codebook has collapsed if the perplexity, or the codes in use, are below these shares of K.
 _LEAST_PERPLEXITY, _LEAST_USED = 0.25, 0.5
-# A prior memorises if the held-out loss is above its minimum by this factor.
+# A prior memorizes if the held-out loss is above its minimum by this factor.
 _RISE = 1.01
 # Samples are copies if they are this many times as far from the training images as held-out ones.
 _NEAREST = 0.5
@@ -83,7 +83,7 @@ _AGAINST_COLLAPSE = {
 }
 
 
-def memorising_prior(facts: Facts) -> Finding | None:
+def memorizing_prior(facts: Facts) -> Finding | None:
     """Finds a held-out loss of the prior that rises while the training loss falls."""
     history, settings = facts.histories["train-prior"], facts.config.prior
     losses = [epoch["val_loss"] for epoch in history]
@@ -94,7 +94,7 @@ def memorising_prior(facts: Facts) -> Finding | None:
         return None
     dropout = 0.1 if settings.dropout < 0.1 else 0.3
     return Finding(
-        "The prior memorises the training images",
+        "The prior memorizes the training images",
         f"The held-out loss was lowest after epoch {best + 1}, at {losses[best]:.3f} nats per "
         f"code, and rose to {losses[last]:.3f}, while the training loss fell from "
         f"{history[best]['loss']:.3f} to {history[last]['loss']:.3f}.",
@@ -273,7 +273,7 @@ RULES = (
     Rule("codebook in use", lambda facts: "encode" in facts.manifests, collapsed_codebook),
     Rule("stage 1 had enough steps", _is_trained("train-vqvae"), unconverged_vqvae),
     Rule("prior had enough steps", _is_trained("train-prior"), unconverged_prior),
-    Rule("prior generalizes", _is_trained("train-prior"), memorising_prior),
+    Rule("prior generalizes", _is_trained("train-prior"), memorizing_prior),
     Rule("samples are new", lambda f: bool(f.prior) and f.prior.get("nearest"), copied_images),
     Rule("samples are varied", _measured("recall"), uniform_samples),
     Rule("stage 1 is good enough", _measured("frechet"), limiting_decoder),

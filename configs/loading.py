@@ -75,7 +75,7 @@ def _one_line(error: Exception) -> str:
 def field_types() -> Iterator[tuple[str, dataclasses.Field, Any]]:
     """Yields `(dotted name, field, type)` for every config field except `name`.
 
-    `seed` and `log` come first. For an optional field, the type is that of its value when set.
+    `seed` and `log` come first. The type of an optional field is that of its value when set.
     """
     of_all = {field.name: field for field in dataclasses.fields(Config)}
     yield "seed", of_all["seed"], int
@@ -161,9 +161,9 @@ _REMOVED = {("vqvae", "adversarial_start")}
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """Returns the config that `to_dict` converted.
+    """Returns the config for the output of `to_dict`.
 
-    Missing fields (from older versions) take their defaults, and removed ones are ignored.
+    Fields that an older version did not have take their defaults, and removed fields are ignored.
 
     Raises:
         VqbeamError: A section is missing, or a field is unknown, has the wrong type or is out of

@@ -23,9 +23,9 @@ from vqbeam.configs.fields import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplerSettings(Section):
-    """Settings of the sampler: temperature, filters of the codes, guidance, and precision.
+    """Settings of the sampler: temperature, code filters, guidance and precision.
 
-    `vqbeam.prior.filters` defines what each does and the order in which they work.
+    `vqbeam.prior.filters` defines each filter and the order in which they are applied.
     """
 
     prefix = "sample"
@@ -82,14 +82,14 @@ class SamplerSettings(Section):
             )
 
     def check_guidance(self, has_labels: bool, label_dropout: float) -> None:
-        """Raises a VqbeamError if a prior that was trained so cannot be guided.
+        """Raises a VqbeamError if guidance is on and the prior was not trained for it.
 
-        Guidance extrapolates from the prediction without a label to the one with it. A prior
-        learns both only if its data has labels, some of which are dropped in training.
+        Guidance extrapolates from the prediction without a label to the prediction with it. A prior
+        learns both only if its data has labels and training drops some of them.
 
         Args:
             has_labels: Whether the data has classes or attributes.
-            label_dropout: Fraction of the training examples without their label.
+            label_dropout: Fraction of training examples whose label is dropped.
         """
         if self.guidance == 1 or (has_labels and label_dropout):
             return
@@ -114,11 +114,11 @@ class SampleConfig(SamplerSettings):
         return SamplerSettings(**{name: getattr(self, name) for name in names})
 
     def with_at_most(self, count: int) -> "SampleConfig":
-        """Returns the settings with a batch no larger than a number of images."""
+        """Returns the settings with `batch_size` limited to `count` images."""
         return dataclasses.replace(self, batch_size=min(self.batch_size, count))
 
 
-# What helps if a device has too little memory.
+# Advice for error messages when a device runs out of memory.
 LESS_MEMORY = (
     "lower batch_size, or for the prior raise prior.grad_accumulation or set prior.remat to blocks"
 )
@@ -398,7 +398,7 @@ def fsq_codes(levels: str) -> int | None:
     return math.prod(map(int, levels.split(",")))
 
 
-# The kinds of sources that are named by a path.
+# The kinds of sources that take a path.
 PATH_SOURCES = ("folder", "parquet", "webdataset", "tfrecord", "array")
 
 
@@ -513,7 +513,7 @@ class Config:
 
     @property
     def log_to(self) -> dict[str, str]:
-        """Where training writes its metrics beside TensorBoard, each with its project or ""."""
+        """Where metrics go besides TensorBoard: "csv" or "wandb", with its project or ""."""
         return {kind: rest for kind, _, rest in self._log_parts()}
 
     def _log_parts(self) -> list[tuple[str, str, str]]:
@@ -532,7 +532,7 @@ class Config:
                 f"sample.top_k is {self.sample.top_k}, more than the codes there are, "
                 f"vqvae.num_codes ({self.vqvae.num_codes}); 0 is for all"
             )
-        # Whether there are labels is known only after the data is prepared.
+        # Assume labels: whether there are any is known only once the data is prepared.
         self.sample.check_guidance(has_labels=True, label_dropout=self.prior.label_dropout)
 
     @property

@@ -1,1 +1,1 @@
-"""Moves data between the stages at any scale, and the command line. The only user of Beam."""
+"""Moves data between the stages at any scale; has the command line. The only user of Beam."""

@@ -1,4 +1,4 @@
-"""Running a Beam pipeline from the command line."""
+"""Runs Beam pipelines from the command line."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ _DATAFLOW = "apache_beam.runners.dataflow"
 
 
 def run_pipeline(beam_args: Sequence[str], build: Callable[[beam.Pipeline], object]) -> None:
-    """Runs a pipeline to its end; a job that is interrupted is cancelled.
+    """Runs a pipeline to completion; cancels the job if interrupted.
 
     Args:
         beam_args: Beam's own options, such as `["--runner=FnApiRunner"]`.
@@ -39,7 +39,7 @@ def run_pipeline(beam_args: Sequence[str], build: Callable[[beam.Pipeline], obje
         with pipeline:
             build(pipeline)
     except KeyboardInterrupt:
-        # On another machine it would go on, and be in the way of the same command.
+        # On another machine the job would go on, and collide with a repeated command.
         if getattr(pipeline, "result", None):
             pipeline.result.cancel()
         raise
@@ -62,7 +62,7 @@ def _check_service(endpoint: str | None) -> None:
 
 
 def _tell_of_the_job() -> None:
-    """Shows Beam's log messages about a job on Dataflow: its number, its page and its state."""
+    """Shows Beam's log messages about a Dataflow job: its id, its page and its state."""
     logger = logging.getLogger(_DATAFLOW)
     if not logger.handlers:
         shown = logging.StreamHandler()
@@ -77,16 +77,16 @@ def _is_of_the_job(record: logging.LogRecord) -> bool:
     said = record.getMessage()
     if record.levelno >= logging.WARNING:
         return True
-    if record.name.endswith(".apiclient"):  # which tells of all that it uploads as well
+    if record.name.endswith(".apiclient"):  # it also logs every upload
         return said.startswith(("Created job", "To access"))
-    return not said.startswith("Pipeline has additional dependencies")  # advice, and a long one
+    return not said.startswith("Pipeline has additional dependencies")  # long advice
 
 
 class Gathered(NamedTuple):
     """The combined reports of some shards of a dataset.
 
     Attributes:
-        reports: The report of each shard, without its facts, in any order.
+        reports: The reports of the shards, in any order and without their facts.
         facts: The combined facts of all the shards; None if there are none.
     """
 
@@ -108,7 +108,7 @@ class GatherReports(beam.CombineFn):
         self.add = add
 
     def create_accumulator(self) -> Gathered:
-        """Returns what there is before the first report."""
+        """Returns the accumulator before the first report."""
         return Gathered([], None)
 
     def add_input(self, gathered: Gathered, report: ShardReport) -> Gathered:
@@ -117,13 +117,13 @@ class GatherReports(beam.CombineFn):
         return Gathered(gathered.reports, self._sum([gathered.facts, report.facts]))
 
     def merge_accumulators(self, parts: Iterable[Gathered]) -> Gathered:
-        """Adds what several workers have gathered."""
+        """Combines the accumulators of several workers."""
         parts = list(parts)
         reports = [report for part in parts for report in part.reports]
         return Gathered(reports, self._sum([part.facts for part in parts]))
 
     def extract_output(self, gathered: Gathered) -> Gathered:
-        """Returns the sum as it is."""
+        """Returns the accumulator."""
         return gathered
 
     def _sum(self, facts: list[dict | None]) -> dict | None:
@@ -165,7 +165,7 @@ class ShardedStage(beam.PTransform):
 
 
 def _is_done(run_path: str, parts: int, stage: str) -> int:
-    """Returns 1 if the stage is finished, else 0: an engine may restart a job."""
+    """Returns 1 if the stage is finished, as when an engine restarts a job; otherwise 0."""
     return int(RunFolder(run_path).is_done(stage))
 
 
@@ -174,7 +174,7 @@ _lock = threading.Lock()
 
 
 def advance(title: str, images: int, total: int) -> None:
-    """Advances the progress bar of a title; opens it if needed, and closes it at `total`."""
+    """Advances the progress bar with a title, which is opened if needed and closed at `total`."""
     if not images:
         return
     with _lock:

@@ -1,4 +1,4 @@
-"""How long the stages of a run take on this machine, by trial steps, and steps for a given time."""
+"""Estimates the time of a run on this machine from trial steps, and fits its steps to a time."""
 
 import contextlib
 import dataclasses
@@ -35,33 +35,34 @@ from vqbeam.vqvae.storage.labels import Labels
 from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
 from vqbeam.vqvae.training import VALIDATION_IMAGES, augmented_batches
 
-# A prior with classes takes as long for any number of them.
+# Two classes, since the number of classes does not affect the time of a step.
 _LABELS = Labels(("a", "b"))
-# Trainings of fewer steps take seconds, most of them to start: a trial would take as long.
+# A training with fewer steps takes seconds, mostly to start: a trial would take as long.
 _FEWEST_STEPS = 100
 # Seconds of trial steps, for a plan and to choose the number of steps.
 PLAN_SECONDS, MINUTES_SECONDS = 2.0, 5.0
-# What is not measured, as seen on a CPU: a forward pass, and that of the encoder, as shares of a
-# training step; how many times as long as in training a code takes in sampling, one at a time with
-# stored keys and values; the time to compile a sampler as a multiple of that to compile a training
-# step; seconds of loading the libraries and of opening and closing a stage; and those to read,
-# encode and write an image without the network.
+# The following are not measured on each machine; these values are from a CPU.
+# Time of a forward pass, and of the encoder's, as shares of a training step.
 _FORWARD, _ENCODER = 1 / 3, 1 / 6
+# Time to sample a code, with cached keys and values, as a multiple of its share of a forward pass.
 _SAMPLING = 4.0
+# Time to compile a sampler, as a multiple of the time to compile a training step.
 _SAMPLER_START = 0.8
+# Seconds to load the libraries, and to open and close a stage.
 _LOADING = 8.0
 _STAGE = 1.5
+# Seconds to read, encode and write an image, without the network.
 _SECONDS_PER_IMAGE = 3e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """What the trial steps of a training have told.
+    """The measurements from the trial steps of a training.
 
     Attributes:
         step: Seconds of a step.
         start: Seconds to build and compile the program.
-        parameters: Numbers that are trained.
+        parameters: Number of trained parameters.
     """
 
     step: float
@@ -71,7 +72,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of a run that has a bar of its own, with the seconds that it takes.
+    """A part of a run with its own progress bar, and the seconds that it takes.
 
     Attributes:
         stage: The stage that it belongs to.
@@ -89,7 +90,7 @@ class Part:
 
     @property
     def seconds(self) -> float:
-        """All its seconds."""
+        """Seconds of the whole part."""
         return self.start + self.bar + self.end
 
 
@@ -108,15 +109,15 @@ TRAININGS: dict[str, tuple[str, Callable[[Config], int]]] = {
 def fit_to_minutes(
     config: Config, minutes: float, counts: Mapping[str, int], unit: Unit | None
 ) -> tuple[Config, dict[str, Trial]]:
-    """Returns the config with as many training steps as fill a time on this machine, and trials.
+    """Returns the config with training steps that fill a time on this machine, and the trials.
 
     Prints the numbers of steps.
 
     Args:
-        config: The config, whose steps say how the time is divided.
+        config: The config, whose steps give the proportions between the trainings.
         minutes: Time for all stages, above 0, from the start of the command.
-        counts: Images by split, as far as known.
-        unit: A unit of those that are not prepared yet; see `survey`.
+        counts: Number of images by split, as far as known.
+        unit: A unit of the images that are not prepared yet; see `survey`.
     """
     begun = time.monotonic()
     trials = measure(config, tuple(STAGES), MINUTES_SECONDS, fewest=1)
@@ -143,9 +144,10 @@ def scaled(
     counts: Mapping[str, int],
     prepare: float,
 ) -> Config:
-    """Returns the config with all steps and epochs multiplied by one factor, to fill a time.
+    """Returns the config with all steps multiplied by one factor, to fill a time.
 
-    The number of epochs stays, and so does the time of all that is not a training step.
+    The epochs are scaled as well, so their number stays the same, and so does the time of
+    everything other than training steps.
 
     Args:
         config: The config.
@@ -162,7 +164,7 @@ def scaled(
         section = getattr(config, prefix)
         before = min(section.steps_per_epoch, section.steps)
         epoch = factor * before
-        # A number with divisors: on a GPU, a call of the training program takes one of them.
+        # A number with many divisors: on a GPU, the steps of a call must divide it.
         epoch = 10 * round(epoch / 10) if epoch >= 100 else max(1, round(epoch))
         changes[f"{prefix}.steps_per_epoch"] = epoch
         for name in names:
@@ -184,12 +186,12 @@ def with_steps_of(config: Config, other: Config) -> Config:
 def parts_of(
     config: Config, trials: Mapping[str, Trial], counts: Mapping[str, int], prepare: float
 ) -> list[Part]:
-    """Returns the parts of all stages that take time, in their order; those not tried take none.
+    """Returns the parts of all stages in order, without trainings that have no trial.
 
     Args:
         config: The config.
         trials: A trial of each training, by the title of its bar.
-        counts: Images of the splits "train" and "validation", as far as known.
+        counts: Number of images in the splits "train" and "validation", as far as known.
         prepare: Seconds to prepare an image.
     """
     train, held_out = counts.get("train", 0), counts.get("validation", VALIDATION_IMAGES)
@@ -222,19 +224,19 @@ def parts_of(
 
 
 def _drawing(config: Config, trial: Trial, images: int, guided: bool) -> float:
-    """Returns the seconds to sample images, which with guidance takes two passes."""
+    """Returns the seconds to sample images; guidance takes two passes."""
     each = _FORWARD * trial.step / config.prior.batch_size
     return _SAMPLING * images * each * (2 if guided else 1)
 
 
 def seconds_per_image(config: Config, unit: Unit) -> float:
-    """Returns the seconds to prepare an image, by those of one second after the first image."""
+    """Returns the seconds to prepare an image, measured for about one second."""
     source = open_source(config.data)
     begun, images = 0.0, 0
     for raw in source.read(unit):
         with contextlib.suppress(ImageError):
             encode_png(source.decode(raw))
-        if not begun:  # the first one waits until the source is open
+        if not begun:  # the first image is not timed, since it includes opening the source
             begun = time.perf_counter()
             continue
         images += 1
@@ -244,11 +246,11 @@ def seconds_per_image(config: Config, unit: Unit) -> float:
 
 
 def survey(run: RunFolder, config: Config) -> tuple[dict[str, int], Unit | None]:
-    """Returns what is known of the images of a run without a pass over them.
+    """Returns what can be known about the images of a run without reading them.
 
     Returns:
-        The images by split, empty if they are not known; and a unit of those that are not prepared
-        yet, None if all are, or are not known.
+        The number of images by split, empty if unknown; and a unit of the images that are not
+        prepared yet, None if all are prepared or if they are unknown.
     """
     if run.exists() and (made := run.manifest("prepare")):
         return made["counts"], None
@@ -261,22 +263,22 @@ def survey(run: RunFolder, config: Config) -> tuple[dict[str, int], Unit | None]
 
 
 def used_memory() -> int:
-    """Returns the bytes of device memory, or on a CPU of main memory, that were used at most."""
+    """Returns the peak use of device memory in bytes, or on a CPU that of main memory."""
     return peak_memory() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure(
     config: Config, stages: Sequence[str], seconds: float, fewest: int = _FEWEST_STEPS
 ) -> dict[str, Trial]:
-    """Returns trials of the trainings of stages on random data, by the titles of their bars.
+    """Returns trials on random data for the trainings of stages, by the titles of their bars.
 
-    Says so, since it takes a while.
+    Prints a line first, since this takes a while.
 
     Args:
         config: The config.
         stages: Names from `STAGES`.
-        seconds: Time of the steps of each training.
-        fewest: Trainings of fewer steps are not tried.
+        seconds: Duration of the trial steps of each training.
+        fewest: Trainings with fewer steps get no trial.
     """
     wanted = [
         title
@@ -290,7 +292,7 @@ def measure(
         begun = time.perf_counter()
         model, data, settings = _BUILDERS[title](config)
         trials[title] = _trial(model, data, settings.steps_per_epoch, seconds, begun)
-    gc.collect()  # models refer to themselves, and the memory of a GPU is needed
+    gc.collect()  # models have reference cycles, and the stages need the GPU's memory
     return trials
 
 
@@ -312,7 +314,7 @@ def _trial(
 
 
 class _Stopwatch(keras.callbacks.Callback):
-    """Takes the time of steps, and ends training after some seconds."""
+    """Measures the time of steps, and ends training after some seconds."""
 
     def __init__(self, together: int, seconds: float):
         super().__init__()
@@ -391,8 +393,8 @@ def _prior(config: Config):
     return model, _batches(arrays, settings.batch_size, lambda batch: batch), settings
 
 
-# For the title of each training, the function from a config to the compiled model, its data and
-# its section of the config.
+# By the title of each training, a function from a config to the compiled model, its data, and its
+# section of the config.
 _BUILDERS: dict[str, Callable] = {
     "train vqvae": _vqvae,
     "features": _features,

@@ -1,10 +1,10 @@
-"""Transforms for Beam pipelines of one's own: from images to codes, and from labels to images.
+"""Transforms for use in other Beam pipelines: from images to codes, and from labels to images.
 
     images | vqbeam.EncodeImages("runs/fashion")    # (key, image) → (key, codes)
     labels | vqbeam.SampleImages("runs/fashion")    # (number, label) → (number, image)
 
-Each is bound to the models that the run has when it is built: if they are trained again meanwhile,
-the pipeline ends with an error instead of mixing codes of two models.
+Each is bound to the models that the run has when the transform is built. If they are retrained
+before the pipeline ends, it ends with an error instead of mixing codes of two models.
 """
 
 from typing import Any
@@ -27,9 +27,9 @@ from vqbeam.vqvae.storage.run_folder import MODELS, RunFolder
 class EncodeImages(beam.PTransform):
     """From `(key, image)` to `(key, codes)`, with the VQ-VAE of a run.
 
-    An image is the bytes of an image file, or pixels, uint8 [H, W] or [H, W, C], of any size; it is
-    cropped and resized like those of the run. Codes are int32 [h, w], as `Run.encode` returns them,
-    and do not depend on the other images. A key is anything that Beam can pass on.
+    An image is the bytes of an image file, or pixels, uint8 [H, W] or [H, W, C], of any size. It is
+    cropped and resized like the run's images. Codes are int32 [h, w], as `Run.encode` returns them,
+    and do not depend on the other images. A key is any value that Beam can pass on.
 
     An image that cannot be decoded ends the pipeline with a VqbeamError that names its key.
 
@@ -73,7 +73,7 @@ def _decoded(pair: tuple[Any, bytes | np.ndarray], config: Config) -> tuple[Any,
 
 
 class _Encode(beam.DoFn):
-    """From a batch of images with keys to their codes; holds the model between bundles."""
+    """From a batch of images with keys to their codes; keeps the model between bundles."""
 
     def __init__(self, path: str, model: str, size: int):
         self.path, self.model, self.size = path, model, size
@@ -90,12 +90,13 @@ class _Encode(beam.DoFn):
 class SampleImages(beam.PTransform):
     """From `(number, label)` to `(number, image)`, with both models of a run.
 
-    Image i of a seed and label is that of `vqbeam sample`, whatever the other elements and the
+    Image i of a seed and label is the one of `vqbeam sample`, whatever the other elements and the
     workers. A label is one as for `Run.sample`: the name or number of a class, or None for any. An
     image is uint8 [H, W, C].
 
-    Images are sampled in the run's batches, in which number i has the place i modulo the batch
-    size: consecutive numbers from 0 make full batches, and few numbers far apart cost a batch each.
+    Images are sampled in batches of the run's batch size, and image i belongs to batch
+    i // batch size. So consecutive numbers from 0 make full batches, whereas numbers far apart take
+    one batch each.
 
     Args:
         run: The run's folder, which workers must be able to read.
@@ -128,7 +129,7 @@ class SampleImages(beam.PTransform):
 
 
 class _Sample(beam.DoFn):
-    """From the numbers and labels of a batch to their images; holds the models between bundles."""
+    """From the numbers and labels of a batch to their images; keeps the models between bundles."""
 
     def __init__(self, of: SampleImages):
         self.path, self.checkpoint = of.path, of.checkpoint
@@ -142,7 +143,7 @@ class _Sample(beam.DoFn):
         labels = self.run.prior_labels
         wanted = {number: parse_label(label, labels) for number, label in elements}
         first, last = min(wanted), max(wanted)
-        # What nobody asked for between them has to have some label.
+        # The numbers in between that were not requested are sampled too, with any label.
         rows = labels_for([wanted[first]], labels, last + 1 - first)
         for number, label in wanted.items():
             rows[number - first] = label

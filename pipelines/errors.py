@@ -1,4 +1,4 @@
-"""The message of an error: one line for the user, or none if it is a bug."""
+"""Turns an error into a one-line message for the user, unless it is a bug."""
 
 import contextlib
 import http
@@ -32,7 +32,7 @@ _BEAM_REFUSAL = re.compile(
 
 # Known failures of other programs, and what a user can do about them.
 _KNOWN = {
-    # Beam and Flink, where a worker was killed or had no memory left.
+    # Beam and Flink, if a worker was killed or ran out of memory.
     r"Channel closed prematurely|StatusRuntimeException: CANCELLED: client cancelled": (
         "a worker of the engine has died; run the same command again to go on"
     ),
@@ -61,25 +61,25 @@ _KNOWN = {
     ),
 }
 
-# TensorFlow, of files in a bucket.
+# TensorFlow's errors for files in a bucket.
 _STORAGE_ERROR = re.compile(
     r"HTTP response code (?P<code>\d{3})|libcurl code \d+ meaning '(?P<reason>.*?)', error"
 )
 _GOOGLE_ERROR = re.compile(r"\bgoogle\.(?:api_core|auth)\.exceptions\.\w+: (.*)")
 
 
-# All but the tab and the line end; and marks that reverse the direction of writing.
+# Control characters, except tab and newline, and marks that change the direction of writing.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 INTERRUPTED = "\nvqbeam: interrupted; run the same command to go on"
 
 
 def user_message(error: BaseException) -> str | None:
-    """Returns a line that says how to fix an error; None if the error is a bug.
+    """Returns a line that says how to fix an error, or None if the error is a bug.
 
-    Beam's runners raise a worker's exception as it is, or as a RuntimeError with its type and
-    message, or with the worker's traceback, each with the name of the step. The last exception of
-    such a traceback counts: a bug may have started as a VqbeamError.
+    Beam's runners raise a worker's exception as it is, as a RuntimeError with its type and message,
+    or with the worker's traceback, and add the name of the step. The last exception in such a
+    traceback is decisive, since a bug may have been raised while a VqbeamError was handled.
     """
     text = "".join(traceback.format_exception_only(error))
     name, message = _last_exception(text)
@@ -95,7 +95,7 @@ def user_message(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def if_removed(is_there: Callable[[], bool], folder: Any) -> Iterator[None]:
-    """Makes one line of all errors of a block if its folder is gone by then."""
+    """Converts any error in the block into a VqbeamError if the folder has been removed."""
     try:
         yield
     except Exception as error:
@@ -107,9 +107,9 @@ def if_removed(is_there: Callable[[], bool], folder: Any) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Returns a text with control characters as escapes, such as those that change a terminal.
+    """Returns a text with control characters, which may change a terminal's state, as escapes.
 
-    Texts of others may hold them: names of files and classes, and what files say.
+    Texts from elsewhere may contain them, such as the names of files and classes.
     """
     return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
@@ -121,14 +121,14 @@ def is_interrupt(error: BaseException) -> bool:
 
 
 def _last_exception(text: str) -> tuple[str, str]:
-    """Returns the type and message of the last exception in a text, without Beam's step."""
+    """Returns the type and message of the last exception in a text, without the step's name."""
     without_steps = re.sub(r" \[while running '.*", "", text)
     found = _EXCEPTION_LINE.findall(without_steps)
     return found[-1] if found else ("", "")
 
 
 def _of_storage(text: str) -> str | None:
-    """Returns a line on how to fix the failed access to a bucket."""
+    """Returns a line on how to fix failed access to a bucket; None for other errors."""
     if found := _STORAGE_ERROR.search(text):
         place = re.search(r"gs://[^\s']*", text)
         said = found["reason"] or f"{found['code']} {_phrase(int(found['code']))}"

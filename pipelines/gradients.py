@@ -62,9 +62,9 @@ def gradients(
         config: The config of an untrained model, or None for a run.
         run_dir: The folder of a trained run, or None for a config.
         output: The .png file to write.
-        straight_through: False to compare with the model without a gradient estimator, training
-            both.
-        steps: Training steps of each of these models.
+        straight_through: False to train the model with and without its gradient estimator, and
+            compare both.
+        steps: Training steps of each of these two models.
 
     Raises:
         VqbeamError: `output` does not end in .png, the run lacks a stage, the source cannot be
@@ -89,7 +89,7 @@ def gradients(
 
 
 def audit_lines(audits: Sequence[Audit], curves: dict[str, list[float]]) -> Iterator[str]:
-    """Yields the table of each audit, and the results of training."""
+    """Yields lines with the table of each audit and the results of training."""
     for found in audits:
         yield f"estimator: {_name(found)}"
         yield from _table(found)
@@ -145,7 +145,7 @@ def _of_run(run: RunFolder) -> _Subject:
     run.require("prepare")
 
     def batches():
-        set_seed(config.seed)  # the order of images that are shuffled in a buffer depends on it
+        set_seed(config.seed)  # the order of a shuffle buffer depends on it
         return training_images(run).inputs()
 
     return _Subject(f"run {run.root}", config, model, batches)
@@ -163,14 +163,14 @@ def _of_preset(config: Config) -> _Subject:
             yield scale_batch(np.stack(list(batch))).numpy()
 
     first = next(batches())
-    # The variance of one batch stands for that of all images, which no one has read.
+    # The variance of one batch, since the other images have not been read.
     model = build_model(config, data_variance=float(first.var()) or 1.0)
     model.initialize_codebook(first, config.vqvae.codebook_init, config.seed)
     return _Subject(f"preset {config.name}, before its first step", config, model, batches)
 
 
 def _endless_images(source: Source, units: Sequence[Unit]) -> Iterator[np.ndarray]:
-    """Yields the images of units in an endless loop, uint8 [H, W, C], without damaged ones."""
+    """Yields the images of units, uint8 [H, W, C], in an endless loop; skips damaged ones."""
     while True:
         found = False
         for raw in itertools.chain.from_iterable(source.read(unit) for unit in units):
@@ -184,7 +184,7 @@ def _endless_images(source: Source, units: Sequence[Unit]) -> Iterator[np.ndarra
 
 
 def _readable(run_dir: str | None):
-    """Returns a context in which damaged records of a run are a VqbeamError."""
+    """Returns a context in which damaged records of a run raise a VqbeamError."""
     if run_dir is None:
         return contextlib.nullcontext()
     return damaged_records(RunFolder(run_dir).folder("prepare"))
@@ -206,13 +206,13 @@ def gradient_figure(
 ) -> Image.Image:
     """Returns a figure with a diagram of each audit, and training curves below them.
 
-    The boxes stand in the order in which an image passes them. Each loss has a line of its own
-    under them, with an arrow up to each part that its gradient reaches, and the gradient's norm
-    beside it; where no path is open, a cross.
+    The boxes are in the order in which an image passes through them. Each loss has a line of its
+    own below them, with an arrow up to each part that its gradient reaches, labelled with the norm,
+    and a cross at each part that it does not reach.
 
     Args:
-        audits: At least one.
-        curves: By name the reconstruction errors after 0, 1, 2, ... training steps.
+        audits: The audits, at least one.
+        curves: The reconstruction errors after 0, 1, 2, ... training steps, by name.
     """
     heights = [2.2 + _LANE * len(found.norms) for found in audits] + ([3.2] if curves else [])
     figure = Figure(figsize=(9.5, sum(heights)), layout="constrained", facecolor="white")
@@ -227,7 +227,7 @@ def gradient_figure(
 
 
 def draw_paths(axes: Axes, audit: Audit) -> None:
-    """Draws the parts of a model as boxes, and the path of each loss to each of them."""
+    """Draws the parts of a model as boxes, and the paths of the losses to them."""
     parts = _parts(audit)
     lefts = {part: i * (_BOX_WIDTH + _BOX_GAP) for i, part in enumerate(parts)}
     for part, left in lefts.items():
@@ -251,7 +251,7 @@ def draw_paths(axes: Axes, audit: Audit) -> None:
 
 
 def draw_curves(axes: Axes, curves: Mapping[str, Sequence[float]]) -> None:
-    """Draws reconstruction errors over training steps, and labels each curve with the last one."""
+    """Draws reconstruction errors over training steps, each curve labelled with its last error."""
     for name, errors in curves.items():
         (line,) = axes.plot(range(len(errors)), errors, label=name, lw=1.2)
         end = (len(errors) - 1, errors[-1])
@@ -291,11 +291,11 @@ def _draw_box(axes, left, text, *, closed):
 
 
 def _draw_path(axes, across, height, norm, colour):
-    """Draws an arrow up to a box, with the norm beside it, or a crossed stub for a norm of 0."""
+    """Draws an arrow up to a box, labelled with the norm, or a crossed stub for a norm of 0."""
     if norm:
         arrow = {"arrowstyle": "-|>", "color": colour, "lw": 1.6, "shrinkA": 0, "shrinkB": 0}
         axes.annotate("", (across, -0.05), (across, height), arrowprops=arrow)
-        # Arrows of the losses below may pass here: the number stands before them.
+        # Arrows of the losses below may pass here, so the number is drawn in front of them.
         style = {"fontsize": 8, "zorder": 5, "bbox": {"fc": "white", "ec": "none", "pad": 0.5}}
         axes.text(across + 0.08, height + 0.2, f"{norm:.2g}", color=colour, **style)
         return

@@ -20,9 +20,9 @@ _CHECKSUMS = "checksums.json"
 
 
 def push(run_dir: str, target: str, private: bool = False) -> str:
-    """Publishes the models of a run with a model card; returns where they are.
+    """Publishes the models of a run with a model card; returns a line that says where.
 
-    On the hub, all files appear in one commit. In a folder, too, they appear together.
+    On the hub, all files appear in one commit; a folder also appears with all its files.
 
     Args:
         run_dir: Folder of a run with a trained VQ-VAE; its prior is published if it is trained.
@@ -44,7 +44,7 @@ def push(run_dir: str, target: str, private: bool = False) -> str:
 
 
 def _published(run: RunFolder) -> dict[str, bytes]:
-    """Returns the published files of a run by their path in its folder."""
+    """Returns the files of a run that are published, by their path in its folder."""
     config = _without_local_paths(run.load_config())
     files = {"config.json": (json.dumps(to_dict(config), indent=1) + "\n").encode()}
     needed = [stage for stage in MODELS if run.manifest(stage) or stage == "train-vqvae"]
@@ -62,7 +62,7 @@ def _published(run: RunFolder) -> dict[str, bytes]:
 
 
 def _without_local_paths(config: Config) -> Config:
-    """Returns the config without the names of folders of this machine and of one's projects."""
+    """Returns the config without folder names of this machine and names of private projects."""
     data = dataclasses.replace(config.data, data_dir=None, manual_dir=None)
     if data.path:
         source = data.source.removesuffix(data.path) + _last_part(data.path)
@@ -89,7 +89,7 @@ def _upload(files: dict[str, bytes], name: str, private: bool) -> str:
     try:
         name = hub.create_repo(name, private=private or None, exist_ok=True).repo_id
         hub.create_commit(name, added, commit_message="A model trained with vqbeam")
-    except Exception as error:  # of many kinds
+    except Exception as error:  # of many types
         raise VqbeamError(
             f"{HUB}{name} cannot be written ({first_line(error)}); check the name, the "
             "connection, and that `hf auth login` was run"
@@ -113,12 +113,12 @@ def local_run(path: str) -> str:
     """Returns the local folder of a run, which is downloaded if `path` begins with `hf://`.
 
     Args:
-        path: A path, which is returned as it is, or `hf://USER/NAME`, optionally with `@REVISION`:
+        path: A path, which is returned unchanged, or `hf://USER/NAME`, optionally with `@REVISION`:
             a branch, a tag or a commit.
 
     Raises:
-        VqbeamError: The run cannot be downloaded, is not one that `push` has published, or a file
-            is damaged.
+        VqbeamError: The run cannot be downloaded, was not published by `push`, or a file is
+            damaged.
     """
     if not path.startswith(HUB):
         return path
@@ -127,7 +127,7 @@ def local_run(path: str) -> str:
         folder = _library().snapshot_download(
             name, revision=revision or None, allow_patterns=["*.json", "*.keras"]
         )
-    except Exception as error:  # of many kinds
+    except Exception as error:  # of many types
         reason = first_line(error.__cause__ or error)
         raise VqbeamError(
             f"{path} cannot be downloaded ({reason}); check the name and the connection"
@@ -137,7 +137,7 @@ def local_run(path: str) -> str:
 
 
 def _library():
-    """Returns the hub's library, which loads only now and shows progress in terminals alone."""
+    """Returns the hub's library, imported only now; it shows progress only in a terminal."""
     import huggingface_hub
     import huggingface_hub.utils
 
@@ -189,7 +189,7 @@ run = vqbeam.open("{target}")
 
 
 def _card(run: RunFolder, target: str, has_picture: bool) -> str:
-    """Returns the model card, in the Markdown of the hub."""
+    """Returns the model card in the hub's Markdown."""
     config, prior = run.load_config(), run.manifest("train-prior")
     height, width, channels = config.image_shape
     what = "A VQ-VAE and a transformer prior" if prior else "A VQ-VAE"

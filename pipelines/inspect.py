@@ -41,7 +41,7 @@ def describe(run_dir: str) -> str:
 
 
 def _quantizer(settings: VQVAEConfig) -> str:
-    """Returns the quantizer and the settings that it uses."""
+    """Returns a text with the quantizer and the settings that it uses."""
     parts = [f"{settings.quantizer} quantizer"]
     if settings.quantizer not in ("fsq", "lfq"):
         parts.append(f"D = {settings.code_dim}")
@@ -137,7 +137,7 @@ def _size(folder: epath.Path) -> int:
 
 
 def file_size(size: float) -> str:
-    """Returns a number of bytes in words, such as "12 MB" or "1.5 GB"."""
+    """Returns a number of bytes as text, such as "12 MB" or "1.5 GB"."""
     for unit in ("bytes", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}"
@@ -146,6 +146,6 @@ def file_size(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns a time in words, such as "3 min 20 s" or "1.5 s"."""
+    """Returns a duration as text, such as "3 min 20 s" or "1.5 s"."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

@@ -1,10 +1,10 @@
-"""One command at a time in a folder.
+"""A lock that lets one command at a time work in a folder.
 
-On one machine, the kernel knows: a command flocks the folder itself, and that lock ends with the
-process, however it ends, in whatever container. Across machines, `.lock.json` is a lease: its
-holder counts it up every few seconds, and a command that finds one of another machine, or of this
-one before it was started anew, watches whether the count moves. Neither asks a clock or a process
-number.
+On one machine, the kernel decides: a command takes a flock on the folder itself. That lock ends
+with the process, however it ends, and holds across containers. Across machines, `.lock.json` is a
+lease, in which the holder increments a count every few seconds. A command that finds a lease of
+another machine, or of this one before a reboot, watches whether the count changes. Neither lock
+relies on clocks or process ids.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.storage.files import is_local, read_regular, write_json
 
 LOCK_FILE = ".lock.json"
-# Errors of folders that cannot be created or written to.
+# Errors for folders that cannot be created or written to.
 _NOT_A_PLACE = {errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EROFS}
-# Errors of something else that is called like the lock.
+# Errors if something else has the name of the lock file.
 _NOT_A_PLACE |= {errno.EISDIR, errno.EINVAL, errno.EFBIG}
 _SECONDS_BETWEEN_SIGNS = 15
-# Without a sign for so long, a command counts as dead; several may be late or fail.
+# A command counts as dead after this time without a sign: several may be late or fail.
 _SECONDS_TO_BE_DEAD = 120
 _SECONDS_BETWEEN_LOOKS = 1
-# Longer than it takes to write a lock: if two commands find none at the same time, both have
+# Longer than it takes to write a lease: if two commands find none at the same time, both have
 # written theirs before either reads it again.
 _SECONDS_TO_SETTLE = {"local": 0.1, "remote": 3.0}
 
@@ -47,7 +47,7 @@ def locked(folder: epath.Path, flag: str) -> Iterator[None]:
 
     Args:
         folder: The folder.
-        flag: The flag by which the user chose it.
+        flag: The flag with which the user chose it, for error messages.
 
     Raises:
         VqbeamError: Another command is running in the folder, or it cannot be written to.
@@ -75,7 +75,7 @@ def locked(folder: epath.Path, flag: str) -> Iterator[None]:
 
 
 def _kernel() -> str:
-    """Returns a name of the running kernel, which changes when it is started anew."""
+    """Returns an id of the running kernel, which changes at a reboot."""
     try:
         return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:  # not Linux
@@ -84,13 +84,13 @@ def _kernel() -> str:
 
 @contextlib.contextmanager
 def flocked(folder: epath.Path) -> Iterator[bool]:
-    """Locks a folder while the block runs; yields whether its file system can.
+    """Locks a folder while the block runs; yields whether its file system supports this.
 
     Args:
-        folder: The folder; one in a bucket is not locked.
+        folder: The folder. One in a bucket is not locked.
 
     Raises:
-        BlockingIOError: Another process of this kernel has it.
+        BlockingIOError: Another process under this kernel has locked it.
     """
     if not is_local(folder):
         yield False
@@ -110,24 +110,24 @@ def flocked(folder: epath.Path) -> Iterator[bool]:
 
 
 class _LockFile:
-    """The lease as a file; of two that write it at the same moment, the last one has it."""
+    """The lease as a file; if two commands write it at the same moment, the last one holds it."""
 
     def __init__(self, path: epath.Path):
         self.path = path
 
     def read(self) -> dict[str, Any] | None:
-        """Returns the lease; None if there is none, or none that vqbeam wrote."""
+        """Returns the lease, or None if there is none or if vqbeam did not write it."""
         try:
             return _parsed(read_regular(self.path))
         except FileNotFoundError:
             return None
 
     def write(self, lease: dict[str, Any]) -> None:
-        """Writes a lease over the one that was read last."""
+        """Replaces the lease that was last read."""
         write_json(self.path, lease)
 
     def settle(self, is_flocked: bool) -> None:
-        """Waits until a lease that was written is the one that any command reads."""
+        """Waits until all commands read the same lease, whichever was written last."""
         time.sleep(_SECONDS_TO_SETTLE["local" if is_flocked else "remote"])
 
     def remove(self) -> None:
@@ -136,7 +136,7 @@ class _LockFile:
 
 
 class _LockObject(_LockFile):
-    """The lease as an object of a bucket, written only over the generation that was read."""
+    """The lease as an object in a bucket, which replaces only the generation that was read."""
 
     def __init__(self, path: epath.Path, client):
         super().__init__(path)
@@ -157,16 +157,16 @@ class _LockObject(_LockFile):
         from google.api_core.exceptions import PreconditionFailed
 
         blob, content = self._bucket.blob(self._name), json.dumps(lease)
-        # Whoever was faster is seen by the next `read`.
+        # If another command was faster, the next `read` returns its lease.
         with contextlib.suppress(PreconditionFailed):
             blob.upload_from_string(content, if_generation_match=self._generation)
 
     def settle(self, is_flocked: bool) -> None:
-        pass  # the storage has already decided
+        pass  # the storage has already decided who holds the lease
 
 
 def _lock_file(path: epath.Path) -> _LockFile:
-    """Returns the lease at a path; with generations, if Google's library is there and logged in."""
+    """Returns the lease at a path, as a `_LockObject` if Google's library is logged in."""
     if is_local(path):
         return _LockFile(path)
     try:
@@ -175,7 +175,7 @@ def _lock_file(path: epath.Path) -> _LockFile:
     except ImportError:
         return _LockFile(path)
     try:
-        return _LockObject(path, storage.Client(project="none"))  # only buckets belong to one
+        return _LockObject(path, storage.Client(project="none"))  # objects need no project
     except GoogleAuthError:
         return _LockFile(path)
 
@@ -192,7 +192,7 @@ def _parsed(content: bytes) -> dict[str, Any] | None:
 def _take(file: _LockFile, own: dict[str, Any], flag: str, is_flocked: bool) -> None:
     """Writes the lease; raises a VqbeamError if another command holds it."""
     holder = file.read()
-    # Under this kernel, the holder would have the flock, if it lived.
+    # A live holder under this kernel would have the flock.
     is_dead = holder is None or (is_flocked and holder.get("kernel") == own["kernel"])
     if not is_dead and _gives_signs(file, holder):
         _refuse(file, holder, flag)
@@ -230,13 +230,13 @@ def _refuse(file: _LockFile, holder: dict[str, Any] | None, flag: str) -> NoRetu
 
 
 def _name(holder: dict[str, Any] | None) -> str:
-    # A lock may be one that someone else has made.
+    # Another program may have made the lock.
     return f"process {holder['pid']} on {holder['host'][:80]!a}" if holder else "another command"
 
 
 @contextlib.contextmanager
 def _renewed(file: _LockFile, own: dict[str, Any]) -> Iterator[None]:
-    """Gives signs of life while the block runs; removes the lease when it ends."""
+    """A context that renews the lease in the background, and removes it at the end."""
     stop = threading.Event()
     signs = threading.Thread(target=_give_signs, args=(file, own, stop), daemon=True)
     signs.start()
@@ -252,8 +252,8 @@ def _renewed(file: _LockFile, own: dict[str, Any]) -> Iterator[None]:
 
 def _give_signs(file: _LockFile, own: dict[str, Any], stop: threading.Event) -> None:
     while not stop.wait(_SECONDS_BETWEEN_SIGNS):
-        # A folder that is unreachable for a while is no reason to stop the command;
-        # for a bucket, the error is TensorFlow's or Google's.
+        # The command goes on while its folder is unreachable. For a bucket, errors may be
+        # TensorFlow's or Google's.
         with contextlib.suppress(Exception):
             holder = file.read()
             if holder and holder["token"] != own["token"]:
@@ -262,7 +262,7 @@ def _give_signs(file: _LockFile, own: dict[str, Any], stop: threading.Event) -> 
                     f"no sign for {_SECONDS_TO_BE_DEAD} seconds: it ends",
                     file=sys.stderr,
                 )
-                # In the background of a script, Ctrl-C is ignored.
+                # A script's background processes ignore SIGINT.
                 ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
                 os.kill(os.getpid(), signal.SIGTERM if ignored else signal.SIGINT)
                 return

@@ -9,9 +9,9 @@ from vqbeam.configs import DataConfig, VqbeamError
 
 SUPPORTED_PATHS = "paths are those of this machine, or begin with gs://"
 _BUCKET = "gs://"
-# What the name of a run on the Hugging Face hub begins with.
+# The prefix of a run on the Hugging Face hub.
 HUB = "hf://"
-# Endings of files, which a folder never has.
+# Endings that mark a path as that of a file, never of a folder.
 _FILES = {
     ".bmp",
     ".csv",
@@ -35,7 +35,7 @@ def is_supported(path: str) -> bool:
 
 
 def absolute(path: str) -> str:
-    """Returns the absolute path; a URL is returned as it is."""
+    """Returns the absolute path; a URL is returned unchanged."""
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
@@ -43,7 +43,7 @@ def check_shared(places: Mapping[str, str]) -> None:
     """Checks that workers on other machines can read and write paths.
 
     Args:
-        places: The path of each flag.
+        places: The paths, by the flag that sets each.
 
     Raises:
         VqbeamError: A path is local.
@@ -120,7 +120,7 @@ def runs_here(beam_args: Sequence[str]) -> bool:
 
 
 def with_runner(beam_args: Sequence[str]) -> list[str]:
-    """Returns Beam's arguments with a runner, since Beam's default may download one."""
+    """Returns Beam's arguments, with a runner added if there is none: Beam may download its own."""
     if any(word.startswith("--runner=") for word in beam_args):
         return list(beam_args)
     return ["--runner=FnApiRunner", *beam_args]

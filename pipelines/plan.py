@@ -1,4 +1,4 @@
-"""What a command is about to do: its stages and steps, their time, and what they need."""
+"""The plan of a command: its stages and steps, the time they take, and what they need."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ from vqbeam.vqvae.layout import code_layout
 from vqbeam.vqvae.storage.files import is_local
 from vqbeam.vqvae.storage.run_folder import MODELS, RunFolder
 
-# Checkpoints at most on the disk at once, each of weights and of the two averages of the optimizer.
+# Maximum number of checkpoints on disk, each with weights and two averages of the optimizer.
 _CHECKPOINTS = 3
 
 
@@ -41,14 +41,14 @@ def announce(
     trials: Mapping[str, Trial] | None = None,
     here: bool = True,
 ) -> None:
-    """Prints a plan of the stages that are about to run; the bars then show the time in all.
+    """Prints a plan of the stages about to run; progress bars then show the total time as well.
 
     Args:
         run: The run.
         config: Its config.
-        stages: The stages to do, in their order.
-        trials: Trials of the trainings, if there have been any; else they are made now.
-        here: Whether the stages run on this machine; if not, no times are foretold.
+        stages: The stages to run, in order.
+        trials: Trials of the trainings; None to make them now.
+        here: Whether the stages run on this machine; if not, no times are predicted.
     """
     if here and trials is None and set(stages) & {*MODELS}:
         trials = measure(config, stages, PLAN_SECONDS)
@@ -66,7 +66,7 @@ def announce(
     foretell(parts)
     for line in plan_lines(run, config, stages, parts, counts, trials, done):
         print(line, file=sys.stderr)
-    # Now, since a wrong folder would else show only after training.
+    # Shown before training, so that a wrong folder is noticed in time.
     if unit and unit.labels.names:
         names = textwrap.shorten(", ".join(unit.labels.names), 36, placeholder=" …")
         labels = f"{len(unit.labels.names):,}: {printable(names)}"
@@ -75,7 +75,7 @@ def announce(
 
 
 def _rest(part: Part, config: Config, done: Mapping[str, int]) -> Part:
-    """Returns a part without the time of the steps that are done already."""
+    """Returns a part without the time of the steps that are already done."""
     steps = done.get(part.stage, 0)
     if not steps or part.title not in ("train vqvae", "train prior"):
         return part
@@ -84,7 +84,7 @@ def _rest(part: Part, config: Config, done: Mapping[str, int]) -> Part:
 
 
 def foretell(parts: Sequence[Part]) -> None:
-    """Lets each bar know how many seconds it takes, and the parts after it."""
+    """Tells each bar how many seconds it and the parts after it are expected to take."""
     seconds_of_bar.clear()
     seconds_after.clear()
     later = 0.0
@@ -104,21 +104,21 @@ def plan_lines(
     trials: Mapping[str, Trial],
     done: Mapping[str, int],
 ) -> list[str]:
-    """Returns the plan as lines of fewer than 60 characters, but for paths and devices.
+    """Returns the plan as lines of fewer than 60 characters, except those with paths or devices.
 
     Args:
         run: The run.
         config: Its config.
-        stages: The stages to do, in their order.
+        stages: The stages to run, in order.
         parts: Their parts.
-        counts: Images by split, as far as known.
+        counts: Number of images by split, as far as known.
         trials: Trials of the trainings.
-        done: Steps that are done already, by stage.
+        done: Steps that are already done, by stage.
     """
     lines = [f"plan for {run.root}:"]
     total = sum(part.seconds for part in parts)
     for stage in stages:
-        # A stage whose training was not tried is over in seconds, or nobody knows when.
+        # A training without a trial takes seconds, or its time is unknown.
         tried = stage not in MODELS or any(TRAININGS[title][0] == stage for title in trials)
         seconds = sum(part.seconds for part in parts if part.stage == stage)
         time = f"about {clock(seconds)}" if trials and tried and seconds >= 1 else ""
@@ -164,7 +164,7 @@ def _work(stage: str, config: Config, counts: Mapping[str, int]) -> str:
 def _disk(
     config: Config, stages: Sequence[str], counts: Mapping[str, int], trials: Mapping[str, Trial]
 ) -> int:
-    """Returns the bytes that stages write at most, as far as known."""
+    """Returns an upper estimate of the bytes that stages write, as far as known."""
     bytes_of_code = 1 if config.vqvae.num_codes <= 2**8 else 2
     codes = code_layout(config).length * bytes_of_code + 100
     views = sum(counts.values()) + (variant_count(config.encode.augment) - 1) * counts.get(

@@ -1,4 +1,4 @@
-"""The command that runs the stages of a run as one Beam pipeline, except finished ones."""
+"""The command that runs the unfinished stages of a run as one Beam pipeline."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from vqbeam.pipelines.paths import (
 )
 from vqbeam.vqvae.storage.run_folder import HASH_DIGITS, MODELS, STAGES, RunFolder
 
-# Classes that the closing lines name.
+# Maximum number of classes in the closing lines.
 _NAMES_SHOWN = 10
 
 
@@ -35,17 +35,17 @@ def run_stages(
     """Runs stages of a run, one after the other, as one pipeline.
 
     Args:
-        config: The run's config; stored in the folder by the first call, checked by later ones.
+        config: The run's config, which the first call stores in the folder and later calls check.
         run_dir: The run's folder.
-        stages: Names from `STAGES`, in their order.
+        stages: Names from `STAGES`, in order.
         beam_args: Beam's own options, such as `["--runner=FnApiRunner"]`.
         retrain: Stages whose folders are deleted first, so that their models are trained again.
-        minutes: Time for all stages: the training steps are those of the run, if it has begun, or
-            else as many as take that time on this machine.
+        minutes: Time for all stages. If the run has begun, its training steps are kept; otherwise
+            they are chosen to take that time on this machine.
         extend: Whether models may have more steps than before; see `RunFolder.start`.
 
     Raises:
-        VqbeamError: The folder holds another run, another command is at work in it, an earlier
+        VqbeamError: The folder holds another run, another command is running in it, an earlier
             stage is missing, a finished model would be replaced, workers elsewhere could not read
             a path, `init_from` names a run without such a model, or a stage failed for a reason
             that the user can fix.
@@ -84,9 +84,9 @@ def run_stages(
 
 
 def _with_parents(config: Config, run: RunFolder, elsewhere: bool) -> Config:
-    """Returns the config in which `init_from` names the model by its hash: `PATH@HASH`.
+    """Returns the config with the hash of each model added to its `init_from`: `PATH@HASH`.
 
-    Where both stages name the same run, it may lack one of the models.
+    If both stages name the same run, it may lack one of the two models.
     """
     from vqbeam.pipelines.hub import local_run
 
@@ -100,7 +100,7 @@ def _with_parents(config: Config, run: RunFolder, elsewhere: bool) -> Config:
         if elsewhere:
             check_shared({"--init-from": path})
         if stored and stored.rpartition("@")[0] == path:
-            found[f"{section}.init_from"] = stored  # whatever has become of the other run
+            found[f"{section}.init_from"] = stored  # even if the other run has changed since
         elif model := RunFolder(path).result_hash(stage):
             found[f"{section}.init_from"] = f"{path}@{model[:HASH_DIGITS]}"
         else:
@@ -116,14 +116,14 @@ def _with_parents(config: Config, run: RunFolder, elsewhere: bool) -> Config:
 
 
 def _fitted(config: Config, minutes: float, run: RunFolder) -> tuple[Config, dict | None]:
-    """Returns the config with the steps for a time, and the trials that have told them, if any."""
+    """Returns the config with the steps for a given time, and the trials for them, if any."""
     from vqbeam.pipelines.budget import fit_to_minutes, survey, with_steps_of
 
     if run.exists():
         return with_steps_of(config, run.load_config()), None
     try:
         counts, unit = survey(run, config)
-    except VqbeamError:  # a dataset that is downloaded later
+    except VqbeamError:  # the dataset is not downloaded yet
         counts, unit = {}, None
     return fit_to_minutes(config, minutes, counts, unit)
 
@@ -161,7 +161,7 @@ def _tell_what_is_done(run: RunFolder, stages: Sequence[str]) -> None:
 
 
 def _pending(run: RunFolder, stages: Sequence[str]) -> list[str]:
-    """Returns the stages to do: those not done, and all after them that read what they write."""
+    """Returns the stages to run: those not done, and those that read what these write."""
     done = run.done(stages)
     pending: list[str] = []
     for stage in stages:
@@ -191,7 +191,7 @@ def _run_pipeline(run: RunFolder, stages: Sequence[str], beam_args: Sequence[str
 
 
 def _closing_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:
-    """Returns lines about the results, and the next command."""
+    """Returns lines about the results and the next command."""
     lines = []
     if "prepare" in stages:
         images = run.require("prepare")
@@ -223,7 +223,7 @@ def _closing_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:
 
 
 def _labels_line(images: dict) -> str:
-    """Returns the first classes or attributes, with their training images, as a newcomer checks."""
+    """Returns a line with the first labels and their numbers of training images, to check them."""
     names, counts = images["label_names"], images["statistics"]["images_per_label"]
     shown = [f"{name} {counts.get(str(n), 0):,}" for n, name in enumerate(names[:_NAMES_SHOWN])]
     more = ", …" if len(names) > _NAMES_SHOWN else ""
@@ -231,7 +231,7 @@ def _labels_line(images: dict) -> str:
 
 
 def _quality_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:
-    """Returns how good the models of stages are, in figures with what they are measured against."""
+    """Returns lines on how good the models of the stages are, in figures and what to compare."""
     lines, codes = [], run.load_config().vqvae.num_codes
     made = {stage: manifest for stage in stages if (manifest := run.manifest(stage))}
     if "train-vqvae" in made:

@@ -1,4 +1,4 @@
-"""The command that opens a page in the browser on which a trained run is tried out."""
+"""The command that serves a page in the browser for trying out a trained run."""
 
 import contextlib
 import functools
@@ -27,12 +27,12 @@ from vqbeam.vqvae.storage.labels import Label, label_name, labels_for, parse_lab
 
 # All work is done in batches of this size, so that each program is compiled only once.
 BATCH = 8
-# The most samples, codes to choose from, and frames.
+# Maximum number of samples, of codes to choose from, and of frames.
 MOST = 64
 _QUEUE = 20
 _SETTINGS = ("temperature", "guidance", "top_k", "top_p", "min_p")
 _ANY = -1
-# Gradio's galleries have the same number of columns at any width, and scroll.
+# Gradio's own galleries have the same number of columns at any width, and scroll.
 _STYLE = """
 img, canvas { image-rendering: pixelated }
 .codes textarea { font-family: monospace; white-space: pre; overflow-x: auto }
@@ -47,7 +47,7 @@ img, canvas { image-rendering: pixelated }
 
 
 def studio(run_dir: str, port: int) -> None:
-    """Serves the page on this machine alone, until Ctrl-C.
+    """Serves the page, on this machine only, until Ctrl-C.
 
     Args:
         run_dir: Folder of a run with both models.
@@ -58,16 +58,16 @@ def studio(run_dir: str, port: int) -> None:
     """
     run = opened(run_dir)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # of uploads and of the images shown
+        os.environ["GRADIO_TEMP_DIR"] = folder  # for uploads and the images shown
         serve(build(run), port)
         print(f"studio of {run_dir}: http://127.0.0.1:{port}  (Ctrl-C ends it)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
-    os._exit(0)  # An ordinary exit would wait for open pages, and for samples under way.
+    os._exit(0)  # an ordinary exit would wait for open pages and for images being sampled
 
 
 def serve(page: gr.Blocks, port: int) -> None:
-    """Starts to serve a page on 127.0.0.1, and returns.
+    """Starts serving a page on 127.0.0.1, and returns.
 
     Raises:
         VqbeamError: The port is not free.
@@ -94,7 +94,7 @@ def opened(run_dir: str) -> Run:
     """Returns a run that works in small batches, with its models loaded."""
     run = Run(run_dir)
     run.config = override(run.config, {"encode.batch_size": BATCH})
-    # Those of a damaged file are reported now, and Keras loads them in the main thread.
+    # Loaded now, to report a damaged file at once, and because Keras needs the main thread.
     assert run.vqvae and run.prior
     return run
 
@@ -103,10 +103,10 @@ def opened(run_dir: str) -> Run:
 
 
 def uploaded(path: str, config: Config) -> np.ndarray:
-    """Returns an uploaded image as the run's images are, uint8 [H, W, C].
+    """Returns an uploaded image in the shape of the run's images, uint8 [H, W, C].
 
     Raises:
-        VqbeamError: It cannot be decoded, or is too large to be.
+        VqbeamError: It cannot be decoded, or is too large to decode.
     """
     try:
         return read_image(epath.Path(path), config)
@@ -117,13 +117,13 @@ def uploaded(path: str, config: Config) -> np.ndarray:
 def completed(
     run: Run, image: np.ndarray, painted: np.ndarray, **options: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what is kept of an image, [H, W, C], and completions of it, [8, H, W, C].
+    """Returns the kept part of an image, [H, W, C], and its completions, [8, H, W, C].
 
     Args:
         run: The run.
         image: uint8 [H, W, C].
         painted: Bool, of any height and width; see `unpainted_cells`.
-        **options: As of `Run.complete`.
+        **options: See `Run.complete`.
     """
     cells = unpainted_cells(painted, run.config.grid)
     if cells.all():
@@ -134,12 +134,12 @@ def completed(
 
 
 class Choice(NamedTuple):
-    """What could stand at one place of a grid of codes, the most likely code first.
+    """The possible codes at one position of a grid, most likely first.
 
     Attributes:
-        codes: int [N], all codes, or the 64 that are the most likely.
-        probabilities: float [N], given the codes before it.
-        images: uint8 [N, h, w, C], the neighbourhood as each code would have it.
+        codes: int [N], all codes, or the 64 most likely ones.
+        probabilities: float [N], the probability of each, given the codes before it.
+        images: uint8 [N, h, w, C], the surrounding part of the image with each code.
     """
 
     codes: np.ndarray
@@ -148,7 +148,7 @@ class Choice(NamedTuple):
 
 
 def choice(run: Run, codes: np.ndarray, cell: tuple[int, int], label: Label) -> Choice:
-    """Returns what could stand at a cell of one image's codes, int32 [rows, columns]."""
+    """Returns the possible codes at a cell of an image's codes, int32 [rows, columns]."""
     position = cell[0] * codes.shape[1] + cell[1]
     nats = _log_probabilities(run, codes, label)[position]
     likely = np.argsort(-nats, kind="stable")[:MOST]
@@ -159,19 +159,19 @@ def choice(run: Run, codes: np.ndarray, cell: tuple[int, int], label: Label) -> 
 
 
 def neighbourhood(cell: tuple[int, int], step: int) -> tuple[slice, slice]:
-    """Returns the pixels of a cell and of those around it, if a cell is `step` pixels large."""
+    """Returns rows and columns of the pixels of a cell and its neighbours of `step` pixels."""
     rows, columns = (slice(max(0, place - 1) * step, (place + 2) * step) for place in cell)
     return rows, columns
 
 
 class Reading(NamedTuple):
-    """What a run makes of an image.
+    """The codes, the reconstruction and the likelihood of an image.
 
     Attributes:
         codes: int32 [*layout.shape].
         reconstruction: uint8 [H, W, C].
         nats: −log p(code | label, previous codes) of each code, float32 [T].
-        bits_per_dim: Bits for each number of the image.
+        bits_per_dim: Bits per value of the image (H·W·C values).
     """
 
     codes: np.ndarray
@@ -192,7 +192,7 @@ def reading(run: Run, image: np.ndarray, label: Label) -> Reading:
 def heat_maps(
     nats: np.ndarray, layout: CodeLayout, image_shape: tuple[int, ...]
 ) -> list[np.ndarray]:
-    """Returns the nats [T] of each grid as an image, uint8 [H, W, 3], bright where they are high.
+    """Returns the nats [T] as an image for each grid, uint8 [H, W, 3]; bright means high.
 
     The nats of several codes in one cell are added.
     """
@@ -207,14 +207,14 @@ def heat_maps(
 
 
 def frames(run: Run, codes: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Returns how an image grows while its codes are sampled.
+    """Returns images that show how an image grows while its codes are sampled.
 
-    Codes that are not sampled yet are taken to be like the last one, and their cells are gray. A
-    cell of several codes shows as soon as it has the first of them, and gets sharper.
+    Codes that are not sampled yet are replaced by the last one, and their cells are gray. A cell
+    with several codes appears with the first of them, and then gets sharper.
 
     Args:
         run: The run.
-        codes: int32 [*layout.shape], those of one image.
+        codes: The codes of one image, int32 [*layout.shape].
 
     Returns:
         Up to 64 pairs of the number of codes so far and an image, uint8 [H, W, C].
@@ -232,11 +232,11 @@ def frames(run: Run, codes: np.ndarray) -> list[tuple[int, np.ndarray]]:
 
 
 def _log_probabilities(run: Run, codes: np.ndarray, label: Label) -> np.ndarray:
-    """Returns those of all codes at each position of one image, [T, K]."""
+    """Returns the log-probabilities of all codes at each position of one image, [T, K]."""
     return run.code_log_probabilities(codes[None], np.asarray([label], np.int32))[0]
 
 
-# The page, of one function for each tab.
+# The page, with one function for each tab.
 
 
 def build(run: Run) -> gr.Blocks:
@@ -261,7 +261,7 @@ def build(run: Run) -> gr.Blocks:
 
 
 def _panel(run: Run) -> list[gr.components.Component]:
-    """Adds what all tabs have in common; `_asked` takes the values."""
+    """Adds the inputs shared by all tabs, whose values are the arguments of `_asked`."""
     own, prior = run.default_settings(), run.config.prior
     guided, top = bool(run.prior_labels.names and prior.label_dropout), max(10, own.guidance)
     with gr.Accordion("Settings of the sampler", open=False):
@@ -294,7 +294,7 @@ def _label_input(run: Run, title: str, value: int = _ANY) -> gr.components.Compo
 def _asked(
     run: Run, label: Any, seed: int, keep: bool, *values: float
 ) -> tuple[Any, int, dict[str, float]]:
-    """Returns the label (None for any), the seed and the settings that `_panel` shows."""
+    """Returns the label (None for any), the seed and the settings from the inputs of `_panel`."""
     seed = seed if keep else random.randrange(1_000_000)
     return _label(run, label), seed, dict(zip(_SETTINGS, values, strict=True))
 
@@ -307,14 +307,14 @@ def _label(run: Run, chosen: Any) -> Label | None:
 
 
 def _one(run: Run, label: Any, seed: int, settings: dict[str, float]) -> Samples:
-    """Returns samples of one class, which depends on the seed if it may be any."""
+    """Returns samples of one class, which is chosen by the seed if `label` is None."""
     if label is None:
         (label,) = labels_for(None, run.prior_labels, 1, first=seed)
     return run.sample(BATCH, [label], seed, batch_size=BATCH, **settings)
 
 
 def _connect(trigger: Callable[..., Any], function: Callable[..., Any], *ends: Any) -> Any:
-    """Connects a function; one runs at a time, and its errors are sentences on the page."""
+    """Connects a function to an event. One runs at a time, and the page shows its errors."""
 
     @functools.wraps(function)
     def told(*values):
@@ -350,7 +350,7 @@ def _sample_tab(run: Run, panel: list) -> gr.State:
 
 
 def _source(run: Run, panel: list, sample: gr.State) -> tuple[gr.State, list]:
-    """Adds the two ways to an image; returns its state and the events that set it."""
+    """Adds two ways to choose an image; returns its state and the events that set it."""
     with gr.Row():
         upload = gr.UploadButton("Upload an image", file_types=["image"])
         take = gr.Button("Take a sample")

@@ -35,8 +35,8 @@ class Block(keras.layers.Layer):
             returns its input (Goyal et al., https://arxiv.org/abs/1706.02677, section 5.1).
 
     Attributes:
-        remat: Whether the backward pass computes both branches again instead of storing what it
-            needs of them, which takes more time and a fraction of the memory (Chen et al.,
+        remat: Whether the backward pass recomputes both branches instead of storing their
+            activations, which takes more time but a fraction of the memory (Chen et al.,
             https://arxiv.org/abs/1604.06174).
     """
 
@@ -171,8 +171,8 @@ class Block(keras.layers.Layer):
         return self.attention_output(ops.reshape(attended, (-1, length, self.width)))
 
     def _attend_fused(self, query, keys, values):
-        # Flash attention (https://arxiv.org/abs/2205.14135) where the GPU has it for the dtype:
-        # scores are never in memory, which would grow with the square of the length.
+        # Flash attention (https://arxiv.org/abs/2205.14135) if the GPU has it for the dtype. It
+        # never stores the scores, whose size grows with the square of the length.
         length = query.shape[2]
         shape = -1, self.kv_heads, length, self.head_dim
         heads = query, ops.reshape(ops.swapaxes(keys, 1, 2), shape), ops.reshape(values, shape)

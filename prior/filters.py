@@ -1,4 +1,4 @@
-"""Sampling of one code: its random number, and the settings that shape its distribution."""
+"""Samples one code: its random number, and the filters and guidance of its distribution."""
 
 import numpy as np
 from keras import ops
@@ -40,14 +40,14 @@ def _raw(seed: int, index: np.uint64, length: int) -> np.ndarray:
 def sample_code(logits, uniform, settings, *, filtered: bool):
     """Returns one code for each row of logits, by inversion of the cumulative probabilities.
 
-    The temperature divides the logits; then each of `FILTERS` removes codes from those that the
-    filters before it have left.
+    The logits are divided by the temperature. Then the `FILTERS` are applied in order, each to the
+    codes that the ones before it have kept.
 
     Args:
         logits: float32 tensor [B, K].
         uniform: float32 tensor [B, 1] in [0, 1).
-        settings: float32 scalars by name: `temperature`, from 0 up, where 0 takes the most likely
-            code; and one for each filter.
+        settings: float32 scalars by name: `temperature`, at least 0, where 0 takes the most likely
+            code, and the setting of each filter.
         filtered: Whether to apply the filters.
 
     Returns:
@@ -61,8 +61,8 @@ def sample_code(logits, uniform, settings, *, filtered: bool):
         for name, keep in FILTERS.items():
             weights = keep(weights, logits, settings[name])
     cumulative = ops.cumsum(weights, axis=-1)
-    # XLA adds in parallel, so the sum may change by a rounding error where a weight is 0; such
-    # codes are therefore excluded explicitly. A total times a number below 1 is below the total,
+    # XLA adds in parallel, so the sum may change by a rounding error even where a weight is 0; such
+    # codes are therefore excluded explicitly. The total times a number below 1 is below the total,
     # even when rounded, so there is always a code left.
     total = ops.max(cumulative * ops.cast(weights > 0, "float32"), axis=-1, keepdims=True)
     reached = (weights > 0) & (cumulative > uniform * total)
@@ -71,11 +71,11 @@ def sample_code(logits, uniform, settings, *, filtered: bool):
 
 
 def top_k(weights, logits, k):
-    """Keeps the k most likely codes, all of them if k is 0.
+    """Keeps the k most likely codes, or all of them if k is 0.
 
-    Like the other filters it takes unnormalized probabilities [B, K], of which the largest is 1,
-    the logits [B, K], of which the largest is 0, and its setting, a float32 scalar; it returns the
-    probabilities with 0 for the codes that it removes.
+    Like every filter, it takes unnormalized probabilities [B, K], the largest of which is 1; the
+    logits [B, K], the largest of which is 0; and its setting, a float32 scalar. It returns the
+    probabilities, with 0 for the codes that it removes.
     """
     count = ops.where(k > 0, k, float(logits.shape[-1]))
     return _keep_largest(weights, logits, ops.ones_like(logits), count)
@@ -100,14 +100,14 @@ def min_p(weights, logits, p):
     return ops.where(weights >= p, weights, 0.0)
 
 
-# By name of the setting, in the order in which they are applied. A new filter is a function, a
-# line here, and a field of `vqbeam.configs.SamplerSettings` whose default keeps all codes. One that
-# may remove the most likely code comes last, since the others rely on a largest weight of 1.
+# By name of the setting, in the order in which they are applied. A new filter takes a function, a
+# line here, and a field of `vqbeam.configs.SamplerSettings` whose default keeps all codes. A filter
+# that may remove the most likely code must come last: the others rely on a largest weight of 1.
 FILTERS = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
 
 
 def _keep_largest(weights, scores, shares, target):
-    """Keeps the weights of the fewest largest scores whose shares reach the target.
+    """Keeps the weights of the fewest largest scores whose shares add up to the target.
 
     Ties go to the first code, as with `argmax`.
     """
@@ -123,8 +123,8 @@ def _largest_by_sorting(scores, shares, target):
 
 
 def _largest_by_bisection(scores, shares, target):
-    # XLA sorts slowly on a CPU: three times as slow as this (benchmarks/choices.py). On a GPU, each
-    # turn of the loop would start a program of its own.
+    # On a CPU, sorting with XLA takes three times as long (benchmarks/choices.py). On a GPU, each
+    # iteration of this loop would be a kernel launch.
     def halve(_, interval):
         low, high = interval
         middle = (low + high) / 2
@@ -145,7 +145,7 @@ def _largest_by_bisection(scores, shares, target):
 def guidance_scales(settings: SamplerSettings, length: int) -> np.ndarray:
     """Returns the scale of classifier-free guidance at each position of the sequence.
 
-    It is 1 + (s - 1) f at position p, with the scale s and, for the schedule
+    It is 1 + (s - 1) f at position p, where s is the scale and f depends on the schedule:
 
         constant:  f = 1
         linear:    f = p / (T - 1)
@@ -161,7 +161,7 @@ def guidance_scales(settings: SamplerSettings, length: int) -> np.ndarray:
     Returns:
         float32 [T].
     """
-    # Reversed, so that a single code counts as the last.
+    # Reversed, so that a single code counts as the last one.
     way = np.linspace(1, 0, length)[::-1]
     match settings.guidance_schedule:
         case "constant":
@@ -179,15 +179,15 @@ def guidance_scales(settings: SamplerSettings, length: int) -> np.ndarray:
 def sampler_tensors(
     settings: SamplerSettings, length: int
 ) -> tuple[dict[str, np.ndarray], dict[str, bool]]:
-    """Returns the settings as the sampling program takes them, and which program that is.
+    """Returns the settings as inputs of a sampling program, and which program to use.
 
     Args:
         settings: The sampler's settings.
         length: Codes T of an image.
 
     Returns:
-        float32 arrays by name: `temperature` and each of `FILTERS`, scalars, and `guidance` [T];
-        and whether the program is `guided`, and `filtered`.
+        float32 arrays by name: scalars for `temperature` and each of `FILTERS`, and `guidance` [T];
+        and whether the program is `guided` and whether it is `filtered`, by name.
     """
     defaults = type(settings)()
     scales = guidance_scales(settings, length)

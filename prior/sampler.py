@@ -18,7 +18,7 @@ from vqbeam.vqvae.fitting.devices import compile_function, on_cpu
 
 # Attention reads the complete cache, so the cache starts short and grows in this many steps.
 SEGMENTS = 4
-# The fewest images that a core of a CPU samples at once.
+# Minimum number of images that one CPU core samples at once.
 LEAST_SHARE = 8
 _DEFAULTS = SamplerSettings()
 
@@ -26,16 +26,16 @@ _DEFAULTS = SamplerSettings()
 class Sampler:
     """Samples the code grids of images from a prior, in batches of a fixed size.
 
-    Image i of a seed is the same image at any batch size, since each image has random numbers of
-    its own. The only exception is a number within a rounding error of the border between two
-    codes: there, programs compiled for different batch sizes or backends may differ. With
-    precision "fast", bfloat16 rounds so much that they differ in many images.
+    Image i of a seed is the same at any batch size, since each image has its own random numbers.
+    The only exception is a number within a rounding error of the boundary between two codes: there,
+    programs compiled for different batch sizes or backends may differ. With precision "fast", they
+    differ in many images, since bfloat16 rounds so coarsely.
 
-    All other settings are inputs of the compiled program. It is compiled on first use, once for
-    each combination of precision, guidance, filters, interpolation and completion.
+    The program is compiled on first use, once for each combination of precision, guidance, filters,
+    interpolation and completion. All other settings are inputs of the compiled program.
 
     Args:
-        model: The prior. Later changes of its weights take effect, but not with precision "fast".
+        model: The prior. Later changes to its weights take effect, but not with precision "fast".
         batch_size: Images sampled at once. The last batch is padded.
 
     Example:
@@ -72,17 +72,17 @@ class Sampler:
         without the label (Ho and Salimans, https://arxiv.org/abs/2207.12598, eq. 6, s = 1 + w).
 
         Args:
-            labels: Integers [N] from 0 to `model.null_label`; -1 also means no class. Of
-                attributes [N, A], 1 for those that are present, else 0; rows of -1 for unknown.
+            labels: Classes, integers [N] from 0 to `model.null_label`, where -1 also means no
+                class; or attributes [N, A] of zeros and ones, with rows of -1 if unknown.
             seed: Any integer.
             settings: Temperature, filters, guidance and precision.
-            indices: Integers [N], the number of each image among those of the seed; by default
-                0, 1, ...
-            towards: A second label [N] and its weight w [N] in [0, 1], of each image: c becomes
+            indices: Integers [N], the index of each image among those of the seed; None for 0, 1,
+                and so on.
+            towards: A second label [N] of each image and its weight w [N] in [0, 1]: c becomes
                 (1 - w)·c + w·c', where c' are the logits with the second label.
-            known: Codes [N, *layout.shape] and a bool mask of the same shape, or of one image's.
-                Codes are kept where the mask is True. The others are sampled, each conditioned on
-                all codes before it in the sequence, but not on codes kept after it.
+            known: Codes [N, *layout.shape], and a bool mask of the same shape or the shape of one
+                image's codes. Codes are kept where the mask is True. Each of the others is sampled
+                given all codes before it in the sequence; codes kept after it have no effect on it.
             on_batch: Called at least once per batch, with the number of images sampled so far.
 
         Returns:
@@ -97,7 +97,7 @@ class Sampler:
                 f"sample.top_k is {settings.top_k}; the model has {layout.num_codes} codes; use "
                 "0 for all"
             )
-        # Whether it was trained with label dropout, the model does not know.
+        # The model does not know whether it was trained with label dropout; assume that it was.
         settings.check_guidance(self.model.num_labels > 0, label_dropout=1)
         check_labels(self.model, labels)
         images = {"labels": labels}
@@ -135,11 +135,11 @@ class Sampler:
 
 
 def in_precision(model: CodePrior, precision: str) -> CodePrior:
-    """Returns the model for "exact"; for "fast", a copy that samples and scores in bfloat16.
+    """Returns the model itself for "exact", or for "fast" a copy of it in bfloat16.
 
-    Weights, caches and matrix products of the copy are bfloat16: half the bytes, and the fast units
-    of a GPU. Statistics of the norms, the softmax of attention, and the head with its logits are
-    computed in float32, as are the random numbers and the probabilities of codes.
+    Weights, caches and matrix products of the copy are in bfloat16, which takes half the bytes and
+    runs on a GPU's fast units. The statistics of the norms, the softmax of attention, the head with
+    its logits, and the probabilities of codes are computed in float32.
 
     Args:
         model: The prior.
@@ -151,9 +151,9 @@ def in_precision(model: CodePrior, precision: str) -> CodePrior:
 def _share(batch_size: int) -> int:
     """Returns how many images of a batch one call of the program samples.
 
-    On a CPU a step is many small operations, which gain little from a second core. So each core
-    runs a program of its own, unless its share of the images is so small that reading the weights
-    would dominate.
+    On a CPU, a step consists of many small operations, which gain little from a second core. So
+    each core runs its own program, unless its share of the images is so small that reading the
+    weights would dominate.
     """
     if not on_cpu():
         return batch_size
@@ -170,15 +170,15 @@ def sample_codes(
     filtered: bool,
     segments: int = SEGMENTS,
 ):
-    """Returns the sampled codes of a batch of images; one traceable function does it all.
+    """Returns the sampled codes of a batch of images; can be traced as one function.
 
     Args:
         model: The prior.
-        images: The inputs of each image: `labels`, int32 [B]; `uniforms`, float32 [B, T] in
-            [0, 1); optionally `towards`, int32 [B], and `blend`, float32 [B], to interpolate; and
-            `known`, int32 [B, T], and `keep`, bool [B, T], to complete. See `Sampler`.
-        settings: The inputs of all images, from `sampler_tensors`.
-        guided: Whether to apply guidance, at twice the work.
+        images: Inputs per image: `labels`, int32 [B]; `uniforms`, float32 [B, T] in [0, 1); to
+            interpolate, `towards`, int32 [B], and `blend`, float32 [B]; and to complete, `known`,
+            int32 [B, T], and `keep`, bool [B, T]. See `Sampler`.
+        settings: Inputs shared by all images, from `sampler_tensors`.
+        guided: Whether to apply guidance, which takes twice the work.
         filtered: Whether to apply the filters.
         segments: How many times the cache grows; the codes do not depend on it.
 
@@ -219,7 +219,7 @@ def sample_codes(
 
 
 def _combined(logits: list, blend, scale):
-    """Returns the guided, interpolated logits of those with a label, a second one, and none."""
+    """Returns guided, interpolated logits, given those with a label, a second one, and no label."""
     with_class = logits[0]
     if blend is not None:
         with_class = (1 - blend[:, None]) * logits[0] + blend[:, None] * logits[1]
@@ -238,7 +238,7 @@ def _grown(caches: list, length: int) -> list:
     ]
 
 
-# Codes, int [B, *layout.shape], and labels, int [B] or [B, A], to nats, float32 [B]; all NumPy.
+# From codes, int [B, *layout.shape], and labels, int [B] or [B, A], to nats, float32 [B].
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -251,7 +251,7 @@ def code_scorer(
 
     Args:
         prior: The prior.
-        counted: Bool [*layout.shape], the positions to include; all by default.
+        counted: Bool [*layout.shape], the positions to include; None for all.
         precision: See `in_precision`.
     """
     prior = in_precision(prior, precision)
@@ -270,10 +270,10 @@ def code_scorer(
 
 
 def code_predictor(prior: CodePrior) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Returns a compiled function from codes and labels to what the prior expected instead.
+    """Returns a compiled function from codes and labels to the prior's prediction of each code.
 
-    It returns log p(code | label, previous codes) of all K codes at each position, float32
-    [B, T, K], where `code_scorer` needs only those of the given codes.
+    It returns log p(code | label, previous codes) for all K codes at each position, float32
+    [B, T, K]. The function of `code_scorer` uses only that of the given codes.
     """
 
     def predict(codes, labels):

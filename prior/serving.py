@@ -22,15 +22,15 @@ def serving_signatures(vqvae: VQVAE, prior: CodePrior, settings: SamplerSettings
     - `sample` takes `labels`, int32 [B], or attributes [B, A], −1 for none, and `seed`, an int64
       scalar. It samples with `settings` and returns `images` and `codes`.
     - `sample_with_settings` also takes scalars: `first_index`, int64, the index of the first image
-      within the seed; `temperature`, `top_k` (int32, 0 for all), `top_p` and `min_p`; and, if the
-      prior has labels, `guidance`, with the schedule from `settings`.
+      among those of the seed; `temperature`, `top_k` (int32, 0 for all), `top_p` and `min_p`; and,
+      if the prior has labels, `guidance`, which follows the schedule in `settings`.
 
     Image i of a seed is the same as with `Sampler`.
 
     Args:
         vqvae: The VQ-VAE, on the TensorFlow backend.
         prior: The prior of its codes, on the TensorFlow backend.
-        settings: Sampling settings of `sample`.
+        settings: Settings that `sample` uses.
     """
     codes = tf.TensorSpec((None, *vqvae.layout.shape), tf.int32)
     images = tf.TensorSpec((None, *vqvae.architecture["image_shape"]), tf.uint8)
@@ -94,7 +94,7 @@ def _range(first, labels):
 
 @contextlib.contextmanager
 def _no_need_of_xla():
-    """A context in which Keras updates slices without an XLA op, as TensorFlow Serving has no XLA.
+    """A context in which Keras updates slices without an XLA op, since TensorFlow Serving has none.
 
     Keras has no option for this, so its function is replaced.
     """
@@ -107,7 +107,7 @@ def _no_need_of_xla():
 
 
 def _slice_update(inputs, start_indices, updates):
-    """Like `keras.ops.slice_update`, for updates whose axes have the input's length or length 1."""
+    """Does `keras.ops.slice_update` for updates with axes of the input's length or of length 1."""
     inside = tf.constant(True)
     for axis, start in enumerate(start_indices):
         if updates.shape[axis] != inputs.shape[axis]:

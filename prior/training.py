@@ -105,8 +105,8 @@ def build_prior(config: Config, labels: Labels) -> CodePrior:
 def load_prior(run: RunFolder) -> CodePrior:
     """Returns the trained prior of a run, in float32 regardless of the training precision.
 
-    With bfloat16, the samples of a seed would depend on the batch size, and sampling takes twice as
-    long on a CPU. See `vqbeam.prior.sampler.in_precision`.
+    With bfloat16, the samples of a seed would depend on the batch size, and sampling on a CPU would
+    take twice as long. See `vqbeam.prior.sampler.in_precision`.
 
     Raises:
         VqbeamError: The prior has not been trained, or does not match the run's config.
@@ -184,7 +184,7 @@ def _fit(run: RunFolder, config: Config, codes: dict, callbacks: Sequence) -> Fi
 
 
 def _start_from_parent(model: CodePrior, run: RunFolder, labels: Labels) -> None:
-    """Copies the weights of the parent, if there is one; labels are told apart by their names."""
+    """Copies the weights of the parent, if there is one; labels are matched by name."""
     parent = load_parent(run, STAGE)
     if parent is None:
         return
@@ -196,14 +196,14 @@ def _start_from_parent(model: CodePrior, run: RunFolder, labels: Labels) -> None
             f"the prior of {path} has {theirs.kind}, and this run {labels.kind}; leave out "
             "--init-from for the prior"
         )
-    if parent.heads != model.heads:  # which no shape tells
+    if parent.heads != model.heads:  # no shape depends on the number of heads
         raise VqbeamError(f"{why}; give the settings of that run, or leave out --init-from")
     embeddings = model.label_embedding.embeddings
     copy_weights(parent, model, why, skip=[embeddings])
     there = ops.convert_to_numpy(parent.label_embedding.embeddings)
     if there.shape[1] == embeddings.shape[1]:
         here = np.array(ops.convert_to_numpy(embeddings))
-        # Behind the names are the rows for no label, and with attributes for all images.
+        # After the labels come the row for no label and, with attributes, the one of all images.
         here[len(labels.names) :] = there[len(theirs.names) :]
         for number, name in enumerate(labels.names):
             if name in theirs.names:

@@ -90,8 +90,8 @@ class CodePrior(AccumulatingModel):
             for _ in range(layers)
         ]
         self.output_norm = keras.layers.RMSNormalization(dtype=policy)
-        # Models in bfloat16 are copies that sample and score, which need float32 logits. Training
-        # in mixed_bfloat16 takes the faster product.
+        # Models in bfloat16 are copies for sampling and scoring, which need float32 logits.
+        # Training in mixed_bfloat16 uses the faster product.
         self.head = LevelHead(layout, dtype="float32" if policy.name == "bfloat16" else policy)
         self.cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         self._build_layers()
@@ -111,7 +111,7 @@ class CodePrior(AccumulatingModel):
         return -1 if self.conditioning == "attributes" else self.num_labels
 
     def with_dtype(self, dtype: str) -> "CodePrior":
-        """Returns a copy of the model, with its weights, in another dtype policy of Keras."""
+        """Returns a copy of the model and its weights with another Keras dtype policy."""
         copy = CodePrior.from_config(self.get_config() | {"dtype": dtype})
         copy.set_weights(self.get_weights())
         return copy

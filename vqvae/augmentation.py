@@ -11,7 +11,9 @@ _SHIFT = 1 / 8
 
 
 def random_changes(seed, kind: str, count: int, sides: Sequence[int]) -> dict[str, tf.Tensor]:
-    """Returns random changes of images, the arguments of `augment`, for use in tf.data.
+    """Returns random changes for a batch of images, as keyword arguments of `augment`.
+
+    The function runs in tf.data.
 
     Args:
         seed: Integer tensor [2]; the changes depend on it alone.
@@ -28,7 +30,7 @@ def random_changes(seed, kind: str, count: int, sides: Sequence[int]) -> dict[st
     if "crop" in kind:
         reach = [int(side * _SHIFT) for side in sides]
         numbers = tf.random.stateless_uniform([count, 2], seed)
-        # Each of −reach, ..., reach with the same probability.
+        # All integers from −reach to reach are equally likely.
         shifts = tf.floor(numbers * [2.0 * most + 1 for most in reach])
         changes["shifts"] = tf.cast(shifts, tf.int32) - reach
     if "flip" in kind:
@@ -38,12 +40,12 @@ def random_changes(seed, kind: str, count: int, sides: Sequence[int]) -> dict[st
 
 
 def augment(images, shifts=None, mirrored=None):
-    """Returns changed images.
+    """Returns the images shifted and then mirrored.
 
     Args:
         images: Tensor [B, H, W, C].
         shifts: Pixels by which the content moves up and to the left, int32 [B, 2].
-        mirrored: Whether to mirror an image horizontally after that, bool [B].
+        mirrored: Whether to mirror each image horizontally, bool [B].
 
     Returns:
         A tensor with the shape and dtype of `images`.
@@ -57,14 +59,14 @@ def augment(images, shifts=None, mirrored=None):
     if shifts is not None:
         rows = _reflected(rows + shifts[:, :1], height)
         columns = _reflected(columns + shifts[:, 1:], width)
-    # One gather of pixels from all images, as rows of a matrix.
+    # As a matrix with a row per pixel, all images take a single gather.
     first = ops.arange(batch_size)[:, None, None] * height
     places = (first + rows[:, :, None]) * width + columns[:, None, :]
     return ops.take(ops.reshape(images, (-1, channels)), places, axis=0)
 
 
 def _reflected(places, side: int):
-    """Returns places outside of [0, side) mirrored at the borders."""
+    """Returns the positions, with those outside [0, side) reflected at the borders."""
     places = ops.abs(places)
     return ops.minimum(places, 2 * (side - 1) - places)
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from vqbeam.vqvae.storage.files import write_bytes
 
-# The name of the text in a PNG, and of the array in an .npz, that says how images were sampled.
+# Name of the text chunk in a PNG, and of the array in an .npz, that record how images were sampled.
 PROVENANCE = "vqbeam"
 _MARGIN = 4
 _SMALLEST_TILE = 64
@@ -72,7 +72,7 @@ def code_figure(
     Args:
         image: uint8 [H, W, C].
         codes: int [rows, columns]; the numbers are left out where cells are too small for them.
-        marked: Row and column of the cell that has a frame.
+        marked: Row and column of a cell to draw a frame around.
     """
     figure = enlarged(image).convert("RGB")
     draw = ImageDraw.Draw(figure, "RGBA")

@@ -52,7 +52,7 @@ def estimator_of(model: VQVAE) -> str | None:
 
 
 def set_estimator(model: VQVAE, name: str) -> None:
-    """Sets the gradient estimator of a model before it is traced; "none" is only for audits.
+    """Sets the gradient estimator of a model, before it is traced. "none" is for audits only.
 
     Raises:
         VqbeamError: The model's quantizer has no gradient estimator.
@@ -133,10 +133,10 @@ def losses_of(model: VQVAE, result: dict, images) -> dict:
 
 
 def loss_gradients(model: VQVAE, images, losses: Callable = losses_of) -> dict:
-    """Returns, by loss and part, the list of gradients for the trainable variables of the part.
+    """Returns, by loss and part, the list of gradients for the part's trainable variables.
 
-    Gradients are tensors. On TensorFlow, they are None if there is no path, and IndexedSlices if
-    they contain only some rows.
+    Gradients are tensors. On TensorFlow, a gradient is None if there is no path, and IndexedSlices
+    if it has only some rows.
 
     Args:
         model: A built model.

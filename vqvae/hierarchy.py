@@ -20,8 +20,8 @@ class HierarchicalVQVAE(VQVAE):
     """A VQ-VAE with two grids; the top grid has half the rows and columns of the bottom grid.
 
     From "Generating Diverse High-Fidelity Images with VQ-VAE-2", Razavi et al. 2019
-    (https://arxiv.org/abs/1906.00446), algorithm 1: the top codes are computed from the encoder's
-    features, the bottom codes from these features and the decoded top codes, and the decoder
+    (https://arxiv.org/abs/1906.00446), algorithm 1. The top codes are computed from the encoder's
+    features, and the bottom codes from these features and the decoded top codes. The decoder
     receives both.
 
     The arguments are those of `VQVAE`. The given quantizer is used for the bottom grid; the top

@@ -1,4 +1,4 @@
-"""The layout of an image's codes in one sequence, shared by both stages and the records."""
+"""The order of an image's codes in one sequence, shared by both stages and the records."""
 
 import dataclasses
 import math
@@ -48,7 +48,7 @@ class CodeLayout:
 
     @classmethod
     def of(cls, layout: "CodeLayout | dict[str, Any]") -> "CodeLayout":
-        """Returns `layout`, converted from a dictionary of its fields if Keras has stored it so."""
+        """Returns `layout`, converted if it is a dictionary of its fields, as Keras stores it."""
         return layout if isinstance(layout, cls) else cls(**layout)
 
     @property
@@ -109,7 +109,7 @@ class CodeLayout:
         Returns:
             A list with one tensor per grid, [B, h, w], or [B, h, w, depth] if depth is above 1.
         """
-        from keras import ops  # Imported here, since `describe` must not wait for Keras.
+        from keras import ops  # imported here, so that `describe` need not wait for Keras
 
         if len(self.grids) == 1:
             return [codes]

@@ -11,7 +11,7 @@ from keras import ops
 from vqbeam.vqvae.layout import CodeLayout
 
 
-# The name of the class in earlier versions, which saved models have.
+# Saved models refer to the class by its name in earlier versions.
 @keras.saving.register_keras_serializable("vqbeam", name="CodebookUse")
 class CodebookUsage(keras.metrics.Metric):
     """A metric of the perplexity of the codes and the fraction of the codebook in use.

@@ -84,7 +84,7 @@ class VQVAE(keras.Model):
         self._build_quantizer(self.quantizer, self.layout.grids[0])
 
     def _build_quantizer(self, quantizer, grid):
-        if not quantizer.built:  # it is built if the model was loaded from a file
+        if not quantizer.built:  # one loaded from a file is already built
             quantizer.build((None, *grid, quantizer.dim))
 
     def call(self, images, training=False):
@@ -111,7 +111,7 @@ class VQVAE(keras.Model):
         return self.quantizer.decode_codes(codes)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Returns the sum of all losses and records its terms, the statistics and the codes."""
+        """Returns the sum of all losses; records each of them, the statistics and the codes."""
         del y, sample_weight, training
         error = ops.square(ops.cast(x, "float32") - y_pred["reconstruction"])
         parts = {"reconstruction": ops.mean(error) / self.data_variance, **y_pred["losses"]}

@@ -11,7 +11,7 @@ from keras import layers
 class NormalizedBlock(layers.Layer):
     """A residual block, x + conv3×3(silu(norm(conv3×3(silu(norm(x)))))), with group normalization.
 
-    From Esser et al. 2021 (https://arxiv.org/abs/2012.09841), table 7. Where the number of channels
+    From Esser et al. 2021 (https://arxiv.org/abs/2012.09841), table 7. If the number of channels
     changes, x passes through a 1×1 convolution.
 
     Args:
@@ -55,7 +55,7 @@ def build_encoder(
 ) -> keras.Model:
     """Returns the encoder, from images [B, H, W, C] to [B, H/f, W/f, latent_channels].
 
-    The layers are those of VQGAN but for attention, which is left out as in Weber et al. 2024
+    The layers are those of VQGAN without attention, which Weber et al. 2024 also leave out
     (https://arxiv.org/abs/2409.16211, section 3).
 
     Args:
@@ -86,7 +86,7 @@ def build_decoder(
     """Returns the decoder, from [B, H/f, W/f, latent_channels] to float32 images [B, H, W, C].
 
     It mirrors `build_encoder` and takes the same arguments. The resolution is doubled by repeating
-    pixels before a convolution, since strided transposed convolutions leave a pattern of dots.
+    pixels before a convolution, since strided transposed convolutions leave checkerboard artifacts.
     """
     height, image_width, colors = image_shape
     conv, block = _parts(width, dtype)
@@ -116,7 +116,7 @@ def _parts(width, dtype):
 
 
 def _groups(width):
-    """Returns the largest number of groups up to 32 that divides the channels everywhere."""
+    """Returns the largest power of two up to 32 that divides the channels of every layer."""
     return math.gcd(width, 32)
 
 

@@ -98,10 +98,10 @@ def load_parent(run: RunFolder, stage: str) -> keras.Model | None:
         stage: Its stage.
 
     Returns:
-        The model of another run; None without `init_from`, or if there is a checkpoint already.
+        The model of another run; None without `init_from`, or if there is already a checkpoint.
 
     Raises:
-        VqbeamError: The other run has no such model, or a different one by now.
+        VqbeamError: The other run has no such model, or its model has changed.
     """
     if run.parent(stage) is None or run.has_begun(stage):
         return None
@@ -118,7 +118,7 @@ def load_parent(run: RunFolder, stage: str) -> keras.Model | None:
 
 
 def parent_facts(run: RunFolder, stage: str) -> dict[str, Any]:
-    """Returns what the manifest of a stage says of the model that its training started from."""
+    """Returns the manifest entries for the model that a training started from."""
     parent = run.parent(stage)
     return {"init_from": parent[1]} if parent else {}
 
@@ -139,7 +139,7 @@ _SHAPING = {
 
 
 def misfit(run: RunFolder, stage: str) -> str:
-    """Returns the start of a message that weights of the parent do not fit, with the settings."""
+    """Returns the start of an error message that the parent's weights do not fit, and why."""
     path, _ = run.parent(stage)
     changed = differences(RunFolder(path).load_config(), run.load_config())
     named = [change for change in changed if change.partition(":")[0] in _SHAPING[stage]]
@@ -152,12 +152,12 @@ def copy_weights(
     misfit: str,
     skip: Sequence[keras.Variable] = (),
 ) -> None:
-    """Gives a model the weights of another one that is built in the same way.
+    """Copies the weights of a model to another one with the same architecture.
 
     Args:
         parent: The model to copy from.
         model: The model to copy to.
-        misfit: The start of the message of an error.
+        misfit: The start of the error message.
         skip: Weights of `model` to leave as they are.
 
     Raises:
@@ -182,7 +182,7 @@ def copy_weights(
 
 
 def _layer(weight: keras.Variable) -> str:
-    """Returns the path of a weight, without the numbers by which Keras tells layers apart."""
+    """Returns the path of a weight, without the numbers that make Keras's layer names unique."""
     return re.sub(r"_\d+(?=/)", "", weight.path)
 
 
@@ -222,12 +222,12 @@ def evaluate(model: VQVAE, batches) -> dict[str, float]:
 
 
 def _mse(reconstruction: float, model: VQVAE) -> float:
-    """Returns the error of pixels in [0, 255] for the reconstruction loss of a model."""
+    """Returns the mean squared error of pixels in [0, 255] for a model's reconstruction loss."""
     return reconstruction * model.data_variance * 127.5**2
 
 
 def epoch_figures(logs: dict[str, float], model: VQVAE) -> list[str]:
-    """Returns what the line of an epoch says of the held-out images, beside the loss."""
+    """Returns the texts about held-out images for the line of an epoch, other than the loss."""
     codes = model.layout.levels * model.layout.num_codes
     used = round(logs["val_codes_used"] * codes)
     return [
@@ -292,11 +292,11 @@ def training_images(run: RunFolder, augmentation: str = "none") -> TrainingData:
 def augmented_batches(
     examples: tf.data.Dataset, size: int, config: Config, augmentation: str
 ) -> TrainingData:
-    """Returns batches as `training_images` does.
+    """Returns batches of augmented images; see `training_images`.
 
     Args:
         examples: Dictionaries with `image`, uint8 [H, W, C].
-        size: Their number.
+        size: Number of examples.
         config: The run's config.
         augmentation: A value of the setting `vqvae.augment`.
     """
@@ -359,13 +359,13 @@ class Pictures(keras.callbacks.Callback):
         self.epoch = epoch
 
     def on_test_begin(self, logs=None):
-        """Writes the images here, since validation uses the weights that would be saved."""
+        """Writes reconstructions here, since validation uses the weights that would be saved."""
         figure = reconstruction_figure(self.images, reconstruct(self.model, self.images))
         with self.writer.as_default():
             tf.summary.image("reconstructions", np.asarray(figure)[None], step=self.epoch)
 
     def on_epoch_end(self, epoch, logs=None):
-        """Writes the code counts of the validation that has just ended."""
+        """Writes the code counts of the validation that just ended."""
         counts = keras.ops.convert_to_numpy(self.model.codebook_use.counts)
         with self.writer.as_default():
             for level, of_level in enumerate(counts):

@@ -1,4 +1,4 @@
-"""Completion of commands and flags in a shell."""
+"""Shell completion of commands and flags."""
 
 import argparse
 import contextlib
@@ -33,7 +33,7 @@ def run_completion(shell: str) -> str:
     commands = root.add_subparsers()
     for name, verb in VERBS.items():
         parser = Parser(name, verb.summary)
-        # To show all its help, a command adds all its flags.
+        # To print its complete help, a command adds all its flags.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
             verb.parse(parser, ["--help", "all"])
         for action in parser._actions:
@@ -41,7 +41,7 @@ def run_completion(shell: str) -> str:
                 action.complete = shtab.FILE
             elif action.dest == "PRESET":
                 action.choices = configs.preset_names()
-            elif (action.metavar or "").startswith("{"):  # of a setting, which is checked later
+            elif (action.metavar or "").startswith("{"):  # argparse leaves settings unchecked
                 action.choices = action.metavar.strip("{}").split(",")
         commands.add_parser(name, help=verb.summary, parents=[parser], add_help=False)
     return shtab.complete(root, shell)

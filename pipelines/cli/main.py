@@ -1,4 +1,4 @@
-"""The command line: its commands, early checks, errors of one line, and a quiet start."""
+"""The command line: its commands, early checks, one-line errors, and a quiet start."""
 
 import contextlib
 import dataclasses
@@ -161,7 +161,7 @@ VERBS = {
     ),
 }
 
-# As the help shows them.
+# The groups of commands in the help.
 _GROUPS = {
     "train a model": ("run", "prepare", "train-vqvae", "encode", "train-prior", "presets"),
     "make images": ("sample", "generate", "complete", "interpolate", "studio"),
@@ -183,7 +183,7 @@ example:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line; returns its exit status.
+    """Returns the exit status of one command line, which it runs.
 
     Args:
         argv: The words after `vqbeam`; by default those of this process.
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _checked_output() -> Iterator[None]:
-    """Prints what a terminal can show: no control characters, escapes where its encoding ends."""
+    """A context in which control characters and unsupported ones are printed as escapes."""
     if sys.stdout is None:  # closed by the shell
         raise VqbeamError("the output is closed; give it a place, such as > /dev/null")
     for stream in (sys.stdout, sys.stderr):
@@ -250,7 +250,7 @@ def _dispatch(verb: str, arguments: dict[str, Any]) -> None:
 
 
 def _with_local_runs(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arguments with the folder of each run, which may be one on the hub."""
+    """Returns the arguments with a local folder for each run; those on the hub are downloaded."""
     one, several = arguments.get("run_dir"), arguments.get("run_dirs")
     if not one and several is None:
         return arguments
@@ -263,9 +263,10 @@ def _with_local_runs(arguments: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _temporary_folder() -> Iterator[None]:
-    """Gives the libraries a folder for temporary files; removes those of commands that were killed.
+    """Gives the libraries a folder for temporary files, and removes those of killed commands.
 
-    Beam and TensorFlow leave theirs behind when they are. A living command has its folder locked.
+    When a command is killed, Beam and TensorFlow leave their files behind. A running command holds
+    a lock on its folder.
     """
     from etils import epath
 
@@ -297,7 +298,7 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     Raises:
         UsageError: A command or flag is unknown, or something is missing or malformed.
         VqbeamError: The preset does not exist, or a value is out of its range.
-        SystemExit: Help or the version was asked for, and has been printed.
+        SystemExit: Help or the version was requested, and has been printed.
     """
     if not argv:
         raise UsageError(_top_parser().format_help().rstrip())
@@ -328,7 +329,7 @@ def check(name: str, arguments: dict[str, Any]) -> None:
     """Checks the folders, files and labels that a command names, before TensorFlow loads.
 
     Raises:
-        VqbeamError: One of them is missing, or not as the command needs it.
+        VqbeamError: One of them is missing or unsuitable for the command.
     """
     verb = VERBS[name]
     if verb.outputs and arguments["output"]:
@@ -342,7 +343,7 @@ def check(name: str, arguments: dict[str, Any]) -> None:
 
 
 def _tell_what_is_replaced(output: str) -> None:
-    """Says before the work what it will replace, so that Ctrl-C can still save it."""
+    """Prints what the command is going to replace, so that Ctrl-C can still prevent it."""
     if os.path.isfile(output):
         print(f"{output} exists: it will be replaced", file=sys.stderr)
     elif os.path.isdir(output) and os.listdir(output):
@@ -358,7 +359,7 @@ def _check_stages(arguments: dict[str, Any]) -> None:
     if os.path.isfile(run_dir):
         raise VqbeamError(f"{run_dir} is a file, not a folder; choose another --run-dir")
     if "wandb" in arguments["config"].log_to:
-        importlib.import_module("wandb")  # so that its absence is reported before any work
+        importlib.import_module("wandb")  # to report its absence before any work
     kind, _, path = data.source.partition(":")
     is_needed = "prepare" in arguments["stages"] and not _is_prepared(run_dir)
     if is_needed and kind == "folder" and "://" not in path:
@@ -389,30 +390,30 @@ def _check_run(needs: tuple[str, ...], arguments: dict[str, Any]) -> None:
 
 def _set_up_devices() -> None:
     """Sets how the libraries use a GPU; to be called before they are imported."""
-    # Not all of a GPU's memory at the start, so that two programs can share one.
+    # Do not reserve all of a GPU's memory at the start, so that two programs can share it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    # What JAX has compiled, for the next command.
+    # Keep what JAX compiles for later commands.
     cache = os.path.expanduser("~/.cache/vqbeam/jax")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
 
 
 def _be_quiet() -> None:
-    """Silences the libraries but for errors; to be called before they are imported."""
+    """Silences all messages of the libraries except errors; to be called before their import."""
     # At level 2, TensorFlow still reports a missing GPU driver on machines without a GPU.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for name in (None, "absl", "apache_beam", "tensorflow", "tensorflow_datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Beam raises a worker's exception, and would also log it with its traceback.
+    # Beam raises a worker's exception; without this, it would also log it with a traceback.
     logging.getLogger("apache_beam.runners.common").setLevel(logging.CRITICAL)
     logging.getLogger("apache_beam.runners.worker").setLevel(logging.CRITICAL)
     sys.meta_path.insert(0, _QuietTensorFlow())
 
 
 class _QuietTensorFlow:
-    """An import hook that drops the lines that TensorFlow's C++ code logs while it loads.
+    """An import hook that drops the lines that TensorFlow's C++ code logs while loading.
 
-    They are written before its logging is initialised, so no setting silences them.
+    They are written before logging is initialized, so no setting silences them.
     """
 
     def find_spec(self, name, path=None, target=None):
@@ -426,7 +427,7 @@ class _QuietTensorFlow:
 
 @contextlib.contextmanager
 def _without_start_up_noise() -> Iterator[None]:
-    """Drops C++ log lines from stderr while the block runs; keeps all else."""
+    """A context that drops C++ log lines from stderr and keeps everything else."""
     sys.stderr.flush()
     stderr = os.dup(2)
     if sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""The words of the verbs that measure a run, or take it elsewhere."""
+"""Parsers of the commands that measure a run or publish it in another form."""
 
 import argparse
 import dataclasses
@@ -67,7 +67,7 @@ def parse_evaluate(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_evaluate(parser: Parser, given: Mapping[str, Any], sweep: Mapping[str, Any]) -> None:
-    """Refuses flags that do not go together."""
+    """Raises a UsageError for flags that do not go together."""
     if given["--store"] and not sweep:
         parser.error("--store stores the best settings of a sweep; add --sweep")
     if "--stage" in given and sweep:
@@ -85,7 +85,7 @@ def run_evaluate(**arguments: Any) -> str | None:
 
 
 def _swept(parser: Parser, words: Sequence[str]) -> dict[str, list[Any]]:
-    """Returns the values of each setting, in the types of the fields of SampleConfig.
+    """Returns the values of each setting of a sweep, in the types of the fields of SampleConfig.
 
     Raises:
         VqbeamError: A value is out of its range.
@@ -294,10 +294,10 @@ def parse_presets(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
 
 
 def run_presets(preset: str | None = None) -> str:
-    """Returns the name and the summary of each preset, a line each; or the settings of one.
+    """Returns a line with name and summary for each preset, or the settings of one preset.
 
     Args:
-        preset: A name or the path of a .py file, as `configs.load_preset` takes it.
+        preset: A name or the path of a .py file; see `configs.load_preset`.
 
     Raises:
         VqbeamError: There is no such preset.
@@ -328,7 +328,7 @@ def _value(config: configs.Config, name: str) -> Any:
 
 
 def _written(value: Any) -> str:
-    """Returns a value as it would be typed."""
+    """Returns a value as it is typed on the command line."""
     return "none" if value is None else str(value)
 
 

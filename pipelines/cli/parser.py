@@ -1,4 +1,4 @@
-"""Parsing of the words of a command, Beam's own flags included."""
+"""Parses the words of a command, including Beam's own flags."""
 
 import argparse
 import dataclasses
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def describe(self, usage: str, **texts: str) -> None:
-        """Sets the usage that the help shows, and its `description` or `epilog`."""
+        """Sets the usage in the help, and optionally its `description` and `epilog`."""
         self.usage = " ".join(filter(None, ("vqbeam", self.verb, usage)))
         for name, text in texts.items():
             setattr(self, name, text)
@@ -62,9 +62,9 @@ class Parser(argparse.ArgumentParser):
 
         Args:
             names: Dotted names of the fields.
-            prefix: What comes before the field's own name, such as "--vqvae.".
+            prefix: The part of the flag before the field's own name, such as "--vqvae.".
             group: The group of flags in the help.
-            defaults: The config section whose values the help shows as defaults, if any.
+            defaults: The config section whose values the help shows as defaults; None for none.
         """
         flags, wanted = {}, set(names)
         for name, field, kind in configs.field_types():
@@ -99,7 +99,7 @@ class Parser(argparse.ArgumentParser):
         return list(self._option_string_actions)
 
     def _spelled(self, words: Sequence[str]) -> list[str]:
-        """Returns the words with dashes and underscores in flags as registered."""
+        """Returns the words with flags spelled as registered, with dashes or underscores."""
         registered = {flag.replace("_", "-"): flag for flag in self.flags}
         spelled = []
         for word in words:
@@ -139,12 +139,12 @@ def _version() -> str:
 
 
 def _flag(word: str) -> str:
-    """Returns the flag at the start of a word; empty if it is none."""
+    """Returns the flag at the start of a word, or "" if it is not a flag."""
     is_flag = word.startswith("-") and not re.fullmatch(r"-+|-[\d.].*", word)
     return word.partition("=")[0] if is_flag else ""
 
 
-# Words of other programs, and what they are called here, or how it is done.
+# Names of flags in other programs, with the flags or a hint for the same purpose here.
 ELSEWHERE = {
     "epochs max-epochs num-epochs n-epochs": "--vqvae.steps --prior.steps",
     "max-steps iterations iters": "--vqvae.steps --prior.steps",
@@ -217,7 +217,7 @@ def location(text: str) -> str:
     return os.path.expanduser(text)
 
 
-# Where a run is that only its models are taken from.
+# Help text for the location of a run of which only the models are used.
 RUN = "the run's folder, or hf://USER/NAME[@REVISION]"
 
 
@@ -286,8 +286,8 @@ def add_config(
     Args:
         parser: The parser.
         sections: Names of the sections whose fields are added.
-        fields: Dotted names of the fields to add; by default all.
-        defaults: The config whose values the help shows as defaults, if any.
+        fields: Dotted names of the fields to add; None for all.
+        defaults: The config whose values the help shows as defaults; None for none.
     """
     parser.add("--seed", int, "seed of all random numbers")
     flags = {"seed": "--seed"}
@@ -318,7 +318,7 @@ def overridden(config: Config, given: Mapping[str, Any], flags: Mapping[str, str
 
 
 def in_range(build: Callable[[], Any], flags: Mapping[str, str]) -> Any:
-    """Returns `build()`; its errors name flags instead of config fields."""
+    """Returns `build()`; error messages name flags in place of config fields."""
     try:
         return build()
     except VqbeamError as error:
@@ -342,10 +342,10 @@ _REFUSED = {
 
 
 def add_beam_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds Beam's own flags to a parser, which passes them on as text, in `beam_args`.
+    """Adds Beam's own flags to a parser, which passes them on as text in `beam_args`.
 
-    Beam itself only warns of unknown flags and accepts abbreviated ones; a parser that knows all
-    flags by their full names can refuse both.
+    Beam only warns about unknown flags and accepts abbreviated ones. A parser that knows the full
+    names of all flags can refuse both.
     """
     for action in _beam_actions():
         flags = [flag for flag in action.option_strings if flag not in parser.flags]
@@ -364,7 +364,7 @@ def add_beam_flags(parser: argparse.ArgumentParser) -> None:
 def _beam_actions() -> list[argparse.Action]:
     from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
 
-    # An extension may redefine a flag of Beam; the later definition counts.
+    # Extensions may redefine a flag of Beam; the last definition wins.
     beam = _BeamArgumentParser(add_help=False, conflict_handler="resolve")
     classes = PipelineOptions.__subclasses__()
     while classes:
@@ -394,7 +394,7 @@ def _as_given(convert: Callable[[str], Any]) -> Callable[[str], str]:
 
 
 def _runner(name: str) -> str:
-    """Returns the name of a runner; for an unknown one, Beam would end with a traceback."""
+    """Returns the name of a runner after checking it; Beam itself would end with a traceback."""
     from apache_beam.options.pipeline_options import StandardOptions
     from apache_beam.runners.runner import create_runner
 

@@ -203,7 +203,7 @@ def _add_settings(parser: Parser, without: Sequence[str] = ()) -> dict[str, str]
 
 
 def _settings(given: Mapping[str, Any], flags: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the settings by name, None for those that are not given."""
+    """Returns all settings by name, None for those that are not given."""
     settings = {name.partition(".")[2]: given.get(flag) for name, flag in flags.items()}
     changes = {name: value for name, value in settings.items() if value is not None}
     in_range(lambda: SampleConfig(**changes), flags)

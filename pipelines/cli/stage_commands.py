@@ -1,4 +1,4 @@
-"""Parser of `run` and of the single stages: a preset, changes to it, and Beam's options."""
+"""Parsers of `run` and of the single stages: a preset, changes to it, and Beam's options."""
 
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -47,7 +47,7 @@ example:
 
 
 def parse_stages(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
-    """Returns the arguments of `run_stages`: one stage, or for `run` all of them."""
+    """Returns the arguments of `run_stages`, with one stage, or all of them for `run`."""
     rest = "PRESET --run-dir DIR [--smoke] [--SECTION.FIELD VALUE ...] [Beam options]"
     others = _OTHERS if parser.verb == "encode" else ""
     parser.describe(rest, epilog=BEAM_HELP + _EXAMPLE.format(verb=parser.verb) + others)
@@ -86,7 +86,7 @@ The codes of other images by a trained model: vqbeam encode --model --help"""
 
 
 def parse_encode(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
-    """Returns the arguments of `run_encode`: the stage of a run, or a model and other images."""
+    """Returns the arguments of `run_encode`, for the stage of a run or for `--model`."""
     if not any(word.partition("=")[0] == "--model" for word in words):
         return parse_stages(parser, words)
     rest = "--model RUN --data.source SOURCE --output DIR [--data.FIELD VALUE ...] [Beam options]"
@@ -125,7 +125,7 @@ def run_encode(**arguments: Any) -> str | None:
 
 
 def _show_help(parser: Parser, words: Sequence[str]) -> NoReturn:
-    """Prints the help of a topic with the defaults of a preset, if the words name them; exits."""
+    """Prints the help, of the topic and with the defaults of the preset in the words; exits."""
     named = [word for word in words if not word.startswith("-")]
     topic = next((word for word in named if word in _TOPICS), None)
     preset = next((word for word in named if word in configs.preset_names()), None)
@@ -144,7 +144,7 @@ def _show_help(parser: Parser, words: Sequence[str]) -> NoReturn:
 
 
 def add_log(parser: Parser) -> dict[str, str]:
-    """Adds `--log`; returns the flag by the name of its field."""
+    """Adds `--log`; returns the flag by the field's name."""
     return parser.add_fields(["log"], "--", group=None)
 
 

@@ -1,4 +1,4 @@
-"""Fréchet distance, precision and recall of two sets of images, from their features."""
+"""Fréchet distance, precision and recall between two sets of images, from their features."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,11 +16,11 @@ class Gaussian(NamedTuple):
 class Moments:
     """Mean and covariance of features that come in batches, in float64.
 
-    Sums are relative to the mean of the first batch: if features are far from zero, subtracting
-    their sums of squares would lose all digits of the covariance.
+    Sums are relative to the mean of the first batch: if features are far from zero, the covariance
+    would be the small difference of large sums, and all its digits would be lost.
 
     Attributes:
-        count: Features added so far.
+        count: Number of features added so far.
     """
 
     def __init__(self):
@@ -51,15 +51,15 @@ class Moments:
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
-    """Returns the squared Fréchet distance between two Gaussians, 0 for equal ones.
+    """Returns the squared Fréchet distance between two Gaussians, which is 0 if they are equal.
 
     From "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium",
     Heusel et al. 2017 (https://arxiv.org/abs/1706.08500), equation 6:
 
         ‖m₁ − m₂‖² + Tr(C₁ + C₂ − 2 (C₁ C₂)^½).
 
-    The product is not symmetric, but has the eigenvalues of C₁^½ C₂ C₁^½; their roots are the
-    singular values of C₂^½ C₁^½. So covariances of any rank are taken, and nothing is divided by.
+    The product C₁ C₂ is not symmetric, but has the eigenvalues of C₁^½ C₂ C₁^½, whose roots are the
+    singular values of C₂^½ C₁^½. Since nothing is inverted, covariances may have any rank.
     """
     difference = first.mean - second.mean
     roots = _square_root(second.covariance) @ _square_root(first.covariance)
@@ -74,23 +74,23 @@ def _square_root(covariance: np.ndarray) -> np.ndarray:
 
 
 NEIGHBOURS = 3
-# Distances that are held at once: 64 MB of them, in float32.
+# Number of distances in memory at once: 64 MB in float32.
 _BLOCK = 2**24
 
 
 class Manifold:
-    """The union of balls around features, each with the distance to its k-th neighbour as radius.
+    """The union of balls around features, whose radii are the distances to their k-th neighbours.
 
     Args:
         features: [N, D] of any float dtype, N above `neighbours`.
         neighbours: k.
 
     Attributes:
-        features: The same, float32.
+        features: The features in float32.
         radii: The square of each ball's radius, float32 [N].
 
     Raises:
-        ValueError: There are fewer than k neighbours.
+        ValueError: There are fewer than k + 1 features.
     """
 
     def __init__(self, features: np.ndarray, neighbours: int = NEIGHBOURS):
@@ -100,7 +100,7 @@ class Manifold:
         self.radii = np.empty(len(features), np.float32)
         for rows, distances in _blocks(self.features, self.features):
             own = np.arange(rows.start, rows.stop)
-            distances[own - rows.start, own] = np.inf  # none is its own neighbour
+            distances[own - rows.start, own] = np.inf  # a feature is not its own neighbour
             nearest = np.partition(distances, neighbours - 1, axis=1)
             self.radii[rows] = nearest[:, neighbours - 1]
 
@@ -129,7 +129,7 @@ def precision_recall(real: Manifold, other: Manifold) -> tuple[float, float]:
 
 
 def nearest(ones: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the distance from each of `ones` to the nearest of `others`, and the row of that.
+    """Returns the distance from each of `ones` to the nearest of `others`, and the latter's row.
 
     Args:
         ones: Features, float32 [N, D].
@@ -148,7 +148,7 @@ def nearest(ones: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def _blocks(ones: np.ndarray, others: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     """Yields blocks of rows of `ones`, and their squared distances to all of `others`."""
-    # Far from zero, the squares below would cancel out the digits of their difference.
+    # If features are far from zero, the difference of the squares below would lose its digits.
     centre = others.mean(axis=0, dtype=np.float64).astype(np.float32)
     ones, others = ones - centre, others - centre
     squares = np.square(others).sum(axis=1)

@@ -37,11 +37,11 @@ def evaluate(
     Args:
         run_dir: Folder of the run.
         features: What the Fréchet distance compares: "classifier" or "inception".
-        stage: "vqvae", "prior", or "all" that are trained.
+        stage: "vqvae", "prior", or "all" for those that are trained.
         num: Number of samples, by default 10,000, or 2,000 in a sweep; fewer if a split of the run
             has fewer images.
         seed: Seed of the samples and of the choice of real images; by default the run's own.
-        sweep: Values by setting, which are measured instead of everything else; see
+        sweep: Values by setting. If given, only their combinations are measured; see
             `vqbeam.pipelines.evaluation.sweep`.
         store: Whether to make the best settings of the sweep the run's defaults.
 
@@ -82,9 +82,9 @@ def measure_prior(run: RunFolder, features: str, num: int, seed: int) -> dict:
 
     Returns:
         `images`, the size of a set; for each of `real`, `reconstructions` and `samples` the metrics
-        of `ReferenceSet.measure`, and `left_out`, why one is None; `nearest`, the result of
-        `ReferenceSet.nearest_training` for the samples; the prior's `nats_per_code` and
-        `bits_per_dim` on the complete validation split; and the settings of the measurement:
+        of `ReferenceSet.measure`; `left_out`, the reason for each metric that is None; `nearest`,
+        the result of `ReferenceSet.nearest_training` for the samples; the prior's `nats_per_code`
+        and `bits_per_dim` on the complete validation split; and the settings of the measurement:
         `features`, `neighbours`, `seed` and the sampler's `settings`.
     """
     likelihood = run.require(TRAIN_PRIOR)["measures"]
@@ -116,7 +116,7 @@ def measure_prior(run: RunFolder, features: str, num: int, seed: int) -> dict:
 
 
 def prior_lines(measures: dict) -> list[str]:
-    """Returns the metrics of `measure_prior` as lines of text; the first is a heading."""
+    """Returns the metrics of `measure_prior` as lines of text, the first of which is a heading."""
     table = [["", *_KINDS]]
     left_out: dict[str, list[str]] = {}
     for name, (title, form) in FIGURES.items():
@@ -159,7 +159,7 @@ def _nearest_lines(found: dict | None) -> list[str]:
 
 
 def vqvae_rows(measures: dict) -> list[tuple[str, str]]:
-    """Returns the name and the value with its unit of each metric of `evaluate_vqvae`."""
+    """Returns the name of each metric of `evaluate_vqvae`, and its value with the unit."""
     codes = f"of {measures['num_codes']:,}"
     return [
         ("MSE", f"{measures['mse']:.1f} of 255²"),

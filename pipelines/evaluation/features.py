@@ -1,4 +1,4 @@
-"""Features of images for the Fréchet distance: of the run's classifier, or of InceptionV3."""
+"""Features of images for the Fréchet distance, from the run's classifier or from InceptionV3."""
 
 import contextlib
 import math
@@ -23,22 +23,23 @@ from vqbeam.vqvae.storage.run_folder import RunFolder
 
 _INCEPTION_SIDE = 299
 _INCEPTION_BATCH = 32
-# A network that drops packets would be waited for minutes, once for each address of the host.
+# If the network drops packets, connecting would take minutes for each address of the host.
 _SECONDS_TO_CONNECT = 10
 
 
-# From uint8 images [B, H, W, C] to their features float32 [B, D], both NumPy.
+# From uint8 images [B, H, W, C] to their features, float32 [B, D].
 Extract = Callable[[np.ndarray], np.ndarray]
 
 
 def feature_extractor(run: RunFolder, name: str) -> Extract:
-    """Returns a function from the images of a run to features of that name.
+    """Returns a function from the images of a run to their features.
 
     Args:
         run: A run with prepared images.
-        name: "classifier" is a classifier that vqbeam trains on the run's own images, so the
-            features show how well classes can be recognized. "inception" is Keras's InceptionV3,
-            trained on ImageNet; published distances use other weights of it, and differ a little.
+        name: The network. "classifier" is a classifier that vqbeam trains on the run's own images,
+            so the features show how well classes can be recognized. "inception" is Keras's
+            InceptionV3, trained on ImageNet. Published distances use other weights for it and
+            differ slightly.
 
     Raises:
         VqbeamError: The run has no classes for the classifier, or Inception's weights cannot be
@@ -50,7 +51,7 @@ def feature_extractor(run: RunFolder, name: str) -> Extract:
 
 
 def compiled(model: keras.Model) -> Extract:
-    """Returns the compiled function of a model from uint8 images to float32 [B, D], in NumPy."""
+    """Returns the compiled function of a model that maps uint8 images to float32 [B, D]."""
     extract = compile_function(
         lambda images: model(images, training=False), model.variables, jit=False
     )
@@ -81,7 +82,7 @@ def _imagenet_weights() -> keras.Model:
             return keras.applications.InceptionV3(
                 include_top=False, pooling="avg", weights="imagenet"
             )
-    except Exception as error:  # Keras raises nothing narrower where a download fails
+    except Exception as error:  # Keras raises nothing narrower if a download fails
         raise VqbeamError(
             f"Inception's weights do not load ({first_line(error)}); use --features "
             "classifier, or put that file into ~/.keras/models"
@@ -100,7 +101,7 @@ def _impatient():
 
 FEATURES = "features"
 _BATCH_SIZE = 128
-# Five passes over 50,000 images; small datasets are passed over more often, and overfitted.
+# Five passes over 50,000 images. Small datasets get more passes, and are overfitted.
 _MOST_STEPS = 2000
 _MOST_PASSES = 100
 
@@ -108,8 +109,8 @@ _MOST_PASSES = 100
 def load_classifier(run: RunFolder) -> keras.Model:
     """Returns the classifier of a run's images, which is trained on first use.
 
-    It is stored as `evaluation/classifier.keras`; `evaluation/classifier.json` is written last and
-    holds the accuracy on the validation split.
+    It is stored as `evaluation/classifier.keras`. `evaluation/classifier.json`, with the accuracy
+    on the validation split, is written last.
 
     Returns:
         A model from uint8 [B, H, W, C] to logits float32 [B, classes].
@@ -164,13 +165,13 @@ def build_classifier(image_shape: tuple[int, int, int], classes: int) -> keras.M
     """Returns an untrained classifier from uint8 images to logits.
 
     It computes in float32 everywhere, so that its features are the same on every machine up to
-    rounding, and strides early, so that a CPU trains it in minutes.
+    rounding. It downsamples early, so that a CPU trains it in minutes.
     """
     images = keras.Input(image_shape, dtype="uint8")
     x = keras.layers.Rescaling(1 / 127.5, offset=-1.0)(images)
     for channels, stride in ((32, 2), (64, 1), (128, 2), (256, 2)):
         x = keras.layers.Conv2D(channels, 3, stride, padding="same", use_bias=False)(x)
-        # The default of 0.99 would take longer to settle than small datasets train.
+        # On small datasets, averages with the default of 0.99 would not settle during training.
         x = keras.layers.BatchNormalization(momentum=0.9)(x)
         x = keras.layers.ReLU()(x)
     x = keras.layers.GlobalAveragePooling2D(name=FEATURES)(x)
@@ -201,7 +202,7 @@ def _train(run: RunFolder, prepared: dict, seed: int) -> keras.Model:
     model.fit(
         batches.prefetch(4),
         steps_per_epoch=steps,
-        shuffle=False,  # the batches come shuffled
+        shuffle=False,  # the batches are already shuffled
         verbose=0,
         callbacks=[progress],
     )

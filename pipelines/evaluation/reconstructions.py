@@ -33,19 +33,19 @@ from vqbeam.vqvae.training import reconstruct as reconstruct_images
 def evaluate_vqvae(run: RunFolder, features: str = "classifier") -> dict:
     """Returns the metrics of a run's VQ-VAE, and writes them to `evaluation/vqvae.json`.
 
-    Reconstructions are measured as uint8 images. The Fréchet distance is that to their originals.
+    Reconstructions are measured as uint8 images, and the Fréchet distance to their originals.
 
     Args:
         run: A run with prepared images and a trained VQ-VAE.
         features: See `vqbeam.pipelines.evaluation.features.feature_extractor`.
 
     Returns:
-        `images`: how many were measured. `mse` of 255², from the error over all pixels; `nmse`,
-        the same in units of the training pixels' variance; `psnr` in dB, from `mse`; `ssim`, the
-        mean over images. `frechet`, with `feature_dim`, or None where it is not defined, with
-        `frechet_left_out` saying why. `perplexity` and `codes_used` over the split, of
-        `num_codes`; lists where there are several levels. `bits_per_image` of the codes, and the
-        `compression_ratio` to 8 bits a number. `features` and `seed` as they were given.
+        `images`, their number; `mse` over all pixels, on the scale of 0 to 255; `nmse`, the same in
+        units of the training pixels' variance; `psnr` in dB, from `mse`; `ssim`, the mean over
+        images; `frechet` and its `feature_dim`, or None with the reason in `frechet_left_out`;
+        `perplexity` and `codes_used` over the split, lists if there are several levels, and
+        `num_codes`; `bits_per_image` of the codes; `compression_ratio`, relative to 8 bits per
+        number; and the `features` and the run's `seed`.
 
     Raises:
         VqbeamError: The run lacks a stage, or the features are not available.
@@ -63,7 +63,7 @@ def evaluate_vqvae(run: RunFolder, features: str = "classifier") -> dict:
             for originals, codes, copies in _passed_through(model, batches.as_numpy_iterator()):
                 sums.add(originals, codes, copies)
                 bar.update(len(originals))
-    # On [−1, 1], as the prepare stage states the variance, errors are 127.5 times smaller.
+    # The prepare stage measures the variance on [−1, 1], where errors are 127.5 times smaller.
     variance = prepared["statistics"]["variance"] * 127.5**2
     measures = {
         **sums.measures(config.image_shape, variance),
@@ -121,7 +121,7 @@ class _Sums:
                 moments.add(self.extract(images))
 
     def measures(self, image_shape: tuple[int, int, int], variance: float) -> dict:
-        """Returns the metrics; `variance` is that of the training pixels in [0, 255]."""
+        """Returns the metrics, given the variance of the training pixels in [0, 255]."""
         mse = float(self.squared_error / self.images / np.prod(image_shape))
         bits = bits_per_image(self.layout.length, self.layout.num_codes)
         return {

@@ -34,11 +34,11 @@ from vqbeam.vqvae.storage.run_folder import RunFolder
 from vqbeam.vqvae.training import load_vqvae
 
 _BATCH_SIZE = 256
-# Training images among which the nearest are searched, and pairs that are shown.
+# Number of training images among which the nearest are searched, and of pairs that are shown.
 _MOST_TRAINING = 100_000
 _PAIRS = 10
 
-# Images uint8 [B, H, W, C] and their labels int [B], −1 for none.
+# Images, uint8 [B, H, W, C], and their labels, int [B], −1 for none.
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]
 
 
@@ -61,7 +61,7 @@ class FeatureStats:
 class ReferenceSet:
     """Held-out images of a run, with which other sets of the same size are compared.
 
-    All sets have one size, since every metric but the agreement depends on it.
+    All sets have the same size, since every metric except the label agreement depends on it.
 
     Args:
         run: A run with prepared images.
@@ -72,7 +72,7 @@ class ReferenceSet:
     Attributes:
         num: Images in a set.
         features: As given.
-        left_out: By metric, why it cannot be measured; empty if all can.
+        left_out: The reason, by metric, why it cannot be measured; empty if all can.
 
     Raises:
         VqbeamError: The images are not prepared or are damaged, or the features are not available.
@@ -109,12 +109,12 @@ class ReferenceSet:
         """Returns how near the features of a set are to those of training images.
 
         Args:
-            others: The features of samples, say.
+            others: The features of a set, such as samples.
 
         Returns:
-            `median`, the median distance to the nearest training image; `held_out`, that of the
-            held-out images; and `pairs`, for the ten of the set that are nearest, from the nearest
-            on, their row in the set and the index of the training image.
+            `median`, the median distance to the nearest training image; `held_out`, the same for
+            the held-out images; and `pairs`, for the ten images of the set that are nearest,
+            closest first: their row in the set and the index of the training image.
         """
         images = self._pairs(read_split(self._builder, "train").take(_MOST_TRAINING))
         training = np.concatenate([self._extract(batch) for batch, _ in images])
@@ -159,7 +159,7 @@ class ReferenceSet:
         return self.compare(self.observe(batches))
 
     def compare(self, other: FeatureStats) -> dict[str, float | None]:
-        """Returns the metrics of a set of `num` images by its statistics; see `measure`."""
+        """Returns the metrics of a set of `num` images from its statistics; see `measure`."""
         if not self._extract:
             return dict.fromkeys(("frechet", "precision", "recall")) | {
                 "agreement": other.agreement
@@ -179,7 +179,7 @@ def set_size(prepared: dict, num: int) -> int:
 
 
 def _left_out(prepared: dict, features: str, num: int) -> dict[str, str]:
-    """Returns by metric the reason why it cannot be measured."""
+    """Returns, by metric, the reason why it cannot be measured."""
     without_labels = label_obstacle(prepared)
     reasons = {"agreement": without_labels} if without_labels else {}
     reason = None
@@ -235,11 +235,11 @@ class SampleEvaluator:
         return self.reference.measure(self._reconstructed())
 
     def samples(self, settings: SamplerSettings, title: str = "draw") -> FeatureStats:
-        """Returns the statistics of images sampled with the settings, under a bar with a title."""
+        """Returns the statistics of images sampled with the settings; shows a progress bar."""
         return self.reference.observe(self._drawn(settings, title))
 
     def sample_again(self, settings: SamplerSettings, rows: Sequence[int]) -> np.ndarray:
-        """Returns some of the images of `samples`, uint8 [N, H, W, C]."""
+        """Returns the images in some rows of `samples`, uint8 [N, H, W, C]."""
         indices = np.asarray(rows)
         codes = self.sampler(self._labels[indices], self.seed, settings, indices=indices)
         return keras.ops.convert_to_numpy(self._decode(codes))

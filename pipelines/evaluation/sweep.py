@@ -40,12 +40,12 @@ def sweep(
 ) -> None:
     """Measures all combinations of settings; prints, plots and writes the metrics.
 
-    `evaluation/sweep.json` is written after each combination. Combinations in it are not measured
-    again while the models and the settings of the measurement are the same.
+    `evaluation/sweep.json` is written after each combination. Combinations that it already has are
+    not measured again, unless the models or the settings of the measurement have changed.
 
     Args:
         run: A run with both models trained.
-        values: The values of each field of `SampleConfig`; the other fields are those of the run.
+        values: The values to try by field of `SampleConfig`; other fields are as in the run.
         features: See `vqbeam.pipelines.evaluation.features.feature_extractor`.
         num: Samples for each combination; fewer if a split of the run has fewer images.
         seed: Seed of the samples and of the choice of real images.
@@ -106,7 +106,7 @@ def _measured(
     Args:
         run: The run.
         grid: The combinations.
-        changed: Names of the settings that differ, for the titles of the bars.
+        changed: Names of the settings that are swept, for the titles of the bars.
         features: See `sweep`.
         num: See `sweep`.
         seed: See `sweep`.

@@ -1,1 +1,1 @@
-"""A page about trained runs, for people."""
+"""The report: a page about trained runs, for people."""

@@ -1,6 +1,6 @@
-"""What is wrong with a run, as far as its manifests and metrics tell; docs/report.md has the list.
+"""Rules that find faults of a run in its manifests and metrics; docs/report.md lists them.
 
-Each rule is a function from the facts to a finding, or to None if there is nothing to say.
+Each rule is a function from the facts to a finding, or to None if there is nothing to report.
 """
 
 import dataclasses
@@ -13,40 +13,41 @@ import numpy as np
 
 from vqbeam.pipelines.report.facts import Facts
 
-# A class is rare if it has less than this share of the images that classes have on average.
+# A class is rare if it has less than this share of the mean number of images per class.
 _RARE = 0.1
 # A codebook has collapsed if the perplexity, or the codes in use, are below these shares of K.
 _LEAST_PERPLEXITY, _LEAST_USED = 0.25, 0.5
 # A prior memorizes if the held-out loss is above its minimum by this factor.
 _RISE = 1.01
-# Samples are copies if they are this many times as far from the training images as held-out ones.
+# Samples are copies if their distance to training images is below this share of that of held-out
+# images.
 _NEAREST = 0.5
-# Samples are uniform if their recall is below this share of what reconstructions reach, while their
-# precision is at least this share of that of real images. Guidance from the last value on distorts
-# images, so that their precision falls as well.
+# Samples are uniform if their recall is below the first share of that of reconstructions, while
+# their precision is at least the second share of that of real images. The precision is not required
+# with guidance of the last value or more, which distorts images and so lowers their precision.
 _LEAST_RECALL, _LEAST_PRECISION, _STRONG_GUIDANCE = 0.5, 0.9, 4.0
-# Stage 1 limits the samples if the reconstructions have this share of their Fréchet distance, and
-# that is this many times what real images have.
+# Stage 1 limits the samples if the Fréchet distance of reconstructions is above this share of that
+# of samples, and above this multiple of that of real images.
 _SHARE_OF_FRECHET, _TIMES_REAL = 0.5, 2.0
 # The prior limits the samples if their precision is below this share of that of real images, and
-# the share above says that stage 1 does not.
+# stage 1 does not limit them by the share above.
 _LEAST_OF_PRIOR = 0.75
-# A loss is still falling if, at its pace, twice the steps would lower it by this share.
+# A loss is still falling if, at its current pace, twice the steps would lower it by this share.
 _STILL_FALLING = {"train-vqvae": 0.2, "train-prior": 0.1}
 _FEWEST_EPOCHS = 3
-# With fewer steps, no loss tells: the learning rate ends at almost 0, however early that is.
+# With fewer steps, losses are no evidence: they level off anyway as the learning rate decays.
 _FEWEST_STEPS = 500
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A fault, how it shows, and what to try.
+    """A fault, the evidence for it, and what to try.
 
     Attributes:
         title: The fault.
         evidence: The figures that show it.
         advice: What to do, in words.
-        command: What to type, or the flags to add to the command that trains; "" if no flag helps.
+        command: A command, or flags to add to the training command; "" if no flag helps.
     """
 
     title: str
@@ -56,7 +57,7 @@ class Finding:
 
 
 def collapsed_codebook(facts: Facts) -> Finding | None:
-    """Finds a level of the codebook of which few codes are used."""
+    """Finds a level of the codebook with few codes in use."""
     encoded, settings = facts.manifests["encode"], facts.config.vqvae
     levels = zip(
         np.atleast_1d(encoded["codes_used"]), np.atleast_1d(encoded["perplexity"]), strict=True
@@ -84,7 +85,7 @@ _AGAINST_COLLAPSE = {
 
 
 def memorizing_prior(facts: Facts) -> Finding | None:
-    """Finds a held-out loss of the prior that rises while the training loss falls."""
+    """Finds a prior whose held-out loss rises while its training loss falls."""
     history, settings = facts.histories["train-prior"], facts.config.prior
     losses = [epoch["val_loss"] for epoch in history]
     best, last = int(np.argmin(losses)), len(losses) - 1
@@ -120,7 +121,7 @@ def copied_images(facts: Facts) -> Finding | None:
 
 
 def uniform_samples(facts: Facts) -> Finding | None:
-    """Finds samples that are much less varied than real images, but as precise, or guided a lot."""
+    """Finds samples much less varied than real images that are as precise, or strongly guided."""
     real, best, found = (facts.prior[name] for name in ("real", "reconstructions", "samples"))
     settings = facts.prior["settings"]
     precise = found["precision"] >= _LEAST_PRECISION * real["precision"]
@@ -166,7 +167,7 @@ def limiting_decoder(facts: Facts) -> Finding | None:
 
 
 def limiting_prior(facts: Facts) -> Finding | None:
-    """Finds samples that look like no real image, although reconstructions do."""
+    """Finds samples that do not look like real images, although reconstructions do."""
     real, best, found = (facts.prior[name] for name in ("real", "reconstructions", "samples"))
     if (
         found["precision"] >= _LEAST_OF_PRIOR * real["precision"]
@@ -185,7 +186,7 @@ def limiting_prior(facts: Facts) -> Finding | None:
 
 
 def _ended_early(stage: str, title: str, flag: str) -> Callable[[Facts], Finding | None]:
-    """Returns the rule that finds a training with few steps, or with a loss still falling."""
+    """Returns a rule that finds a training with too few steps or a loss that is still falling."""
 
     def rule(facts: Facts) -> Finding | None:
         losses = [epoch["val_loss"] for epoch in facts.histories[stage]]
@@ -208,7 +209,7 @@ def _ended_early(stage: str, title: str, flag: str) -> Callable[[Facts], Finding
 
 
 def _gain_of_twice_the_steps(losses: list[float]) -> float:
-    """Returns by which share a loss would fall if it goes on as the power law of its last epoch."""
+    """Returns the share by which a loss would fall, continuing its last epoch's power law."""
     if len(losses) < 2 or min(losses[-2:]) <= 0:
         return 0.0
     epochs = len(losses)
@@ -244,8 +245,8 @@ class Rule:
     """A rule, what it checks, and whether a run has the facts for it.
 
     Attributes:
-        checks: What is good if it finds nothing.
-        applies: Tells whether the facts are there.
+        checks: What is in order if it finds nothing.
+        applies: Returns whether the facts are there.
         find: The rule.
     """
 
@@ -282,7 +283,7 @@ RULES = (
 
 
 def findings(facts: Facts) -> tuple[list[Finding], list[str], list[str]]:
-    """Returns what the rules find, the checks that find nothing, and those without facts."""
+    """Returns the findings, the checks that find nothing, and the checks that lack facts."""
     found, passed, left_out = [], [], []
     for rule in RULES:
         if not rule.applies(facts):

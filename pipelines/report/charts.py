@@ -1,4 +1,4 @@
-"""The charts of a report: what they show, and where each line, bar and label stands."""
+"""The charts of a report: what they show, and the positions of their lines, bars and labels."""
 
 import dataclasses
 import math
@@ -8,22 +8,22 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-# In units of the chart, which the page scales.
+# In chart units, which the page scales.
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 220, 46, 10, 12, 28
 _MOST_BARS = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A chart as the template draws it, in units of the chart.
+    """A chart as the template draws it, in chart units.
 
     Attributes:
         title: What it shows.
-        ticks: Height and label of each line across.
-        labels: Place and text of each label of the horizontal axis.
+        ticks: Height and label of each horizontal line.
+        labels: Position and text of each label on the horizontal axis.
         names: The series.
         lines: The path of each series; empty for bars.
-        marks: For each place of the horizontal axis: `left`, `width`, `x`, the heights `ys` by
+        marks: For each position on the horizontal axis: `left`, `width`, `x`, the heights `ys` by
             series, and `tip`, the text to show there.
         rows: The table behind the chart; the first row is its head.
         bars: Whether bars are drawn.
@@ -53,14 +53,14 @@ def line_chart(
     together: list[dict[str, float]],
     steps: tuple[int, int],
 ) -> list[Chart]:
-    """Returns a chart of some metrics by epoch, or none without epochs.
+    """Returns a list with a chart of some metrics by epoch, or an empty list without epochs.
 
     Args:
         title: What it shows.
-        series: Metrics by their names in the chart.
+        series: The keys of the metrics, by their names in the chart.
         history: Metrics of each epoch.
-        together: Those of all runs, which determine the axis.
-        steps: Steps of an epoch, and in all.
+        together: The metrics of all runs, which determine the axis.
+        steps: Steps of an epoch, and the total number of steps.
     """
     series = {name: key for name, key in series.items() if history and key in history[0]}
     if not series:
@@ -103,11 +103,11 @@ def line_chart(
 
 
 def bar_chart(title: str, counts: np.ndarray) -> Chart:
-    """Returns a chart of the shares of codes from the most used on, of at most 128 bars.
+    """Returns a chart of the shares of codes, most used first, in at most 128 bars.
 
     Args:
         title: What it shows.
-        counts: How often each code occurs, int64 [K].
+        counts: Number of occurrences of each code, int64 [K].
     """
     shares = np.sort(counts / counts.sum())[::-1]
     together = math.ceil(len(shares) / _MOST_BARS)

@@ -1,4 +1,4 @@
-"""What is known of a run without its images and models, and how runs compare."""
+"""Facts about a run that need neither its images nor its models, and comparisons of runs."""
 
 import csv
 import dataclasses
@@ -21,13 +21,13 @@ from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What is known of a run without its images and models.
+    """What is known about a run without its images and models.
 
     Attributes:
         root: The run's folder.
         config: The run's config.
-        manifests: By stage, for those that are finished.
-        histories: By stage, the metrics of each epoch so far.
+        manifests: The manifests of finished stages, by stage.
+        histories: The metrics of each epoch so far, by stage.
         vqvae: The result of `vqbeam evaluate` for stage 1, or None.
         prior: The same for stage 2.
     """
@@ -41,7 +41,7 @@ class Facts:
 
 
 def read_facts(run: RunFolder) -> Facts:
-    """Returns what the manifests, checkpoints and metrics of a run say; damaged ones say nothing.
+    """Returns the facts from the manifests, checkpoints and metrics of a run, except damaged ones.
 
     Raises:
         VqbeamError: There is no run in the folder.
@@ -66,7 +66,7 @@ def read_facts(run: RunFolder) -> Facts:
 
 
 def or_reason(make: Callable[[], Any]) -> tuple[Any, str]:
-    """Returns what is made and an empty text; or None, and why it cannot be made."""
+    """Returns the result of `make` and ""; or None and the reason, if it raises a VqbeamError."""
     try:
         return make(), ""
     except VqbeamError as error:
@@ -74,7 +74,7 @@ def or_reason(make: Callable[[], Any]) -> tuple[Any, str]:
 
 
 def key_figures(facts: Facts) -> list[tuple[str, str, str]]:
-    """Returns the value, the name and the meaning of the figures that tell the most."""
+    """Returns the value, the name and the meaning of the most important figures."""
     config, made = facts.config, facts.manifests
     figures = []
     if vqvae := made.get("train-vqvae"):
@@ -105,8 +105,8 @@ def comparison(run_dirs: Sequence[str], form: str) -> str:
 
     Args:
         run_dirs: Folders of runs.
-        form: "json", or "csv" with a row for each name and a column for each run. In both, the
-            settings that differ come first.
+        form: "json", or "csv" with a row for each name and a column for each run. Both have the
+            settings that differ first.
 
     Raises:
         VqbeamError: A folder holds no run.
@@ -154,7 +154,7 @@ def _numbers(facts: Facts) -> dict[str, float]:
 
 
 def settings_of(config: Config) -> dict[str, str]:
-    """Returns every setting as it would be typed, by its dotted name."""
+    """Returns every setting as it is typed on the command line, by its dotted name."""
     found = {}
     for name, *_ in configs.field_types():
         value = functools.reduce(getattr, name.split("."), config)
@@ -163,13 +163,13 @@ def settings_of(config: Config) -> dict[str, str]:
 
 
 def preset_settings(config: Config) -> dict[str, str] | None:
-    """Returns the settings of the preset of a run; None if the preset is not vqbeam's own."""
+    """Returns the settings of a run's preset, or None if it is not a built-in preset."""
     is_known = config.name in configs.preset_names()
     return settings_of(configs.load_preset(config.name)) if is_known else None
 
 
 def differing_settings(facts: Sequence[Facts]) -> list[list[str]]:
-    """Returns the name and the value in each run of the settings that are not the same in all."""
+    """Returns the settings that differ among runs: the name, and the value in each run."""
     settings = [settings_of(each.config) for each in facts]
     rows = [[name, *(of[name] for of in settings)] for name in settings[0]]
     return [row for row in rows if len(set(row[1:])) > 1]

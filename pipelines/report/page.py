@@ -1,4 +1,4 @@
-"""The command that writes a page about trained runs: one file, without server and network.
+"""The command that writes a page about trained runs: one file that needs no server or network.
 
 A part that cannot be made, such as the pictures of a run whose images are elsewhere, is left out,
 and the page says why.
@@ -48,20 +48,20 @@ from vqbeam.vqvae.storage.run_folder import MANIFEST, STAGES, RunFolder
 from vqbeam.vqvae.training import reconstruct
 
 _TEMPLATE = pathlib.Path(__file__).parent / "page.html"
-# Bytes of all pictures of a page; base64 adds a third, and a page stays below 5 MB.
+# Bytes of all pictures on a page. Base64 adds a third, and the page stays below 5 MB.
 _BUDGET = 3_300_000
 _LARGEST_SIDE = 1600
 _HELD_OUT = 16
-# Codes are counted over the first grids, and so many are shown of each kind.
+# Codes are counted over this many grids, and this many codes of each kind are shown.
 _MOST_GRIDS = 50_000
 _CODES_SHOWN = 16
-# The absolute error of a pixel, of 255, that is shown as the brightest colour.
+# The absolute error of a pixel, out of 255, that gets the brightest colour.
 _LARGEST_ERROR = 100
-# The share of the time that writing pages may take, and how often a browser loads the page again.
+# The share of the time that writing pages may take, and the interval at which a browser reloads.
 _LARGEST_SHARE = 0.05
 _RELOAD_SECONDS = 30
 
-# For each row of `vqvae_rows`, what it is and what real images have.
+# For each row of `vqvae_rows`, its meaning and the value for real images.
 _STAGE_1 = {
     "MSE": ("mean squared error of a pixel", "0"),
     "NMSE": ("the same as a share of the variance: 1 is what a single grey would reach", "0"),
@@ -83,7 +83,7 @@ _STAGE_2 = {
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture inside the page: a data URI, its text for those who cannot see it, and its size."""
+    """A picture inside the page: a data URI, its alternative text, and its size."""
 
     uri: str
     alt: str
@@ -96,7 +96,7 @@ def report(run_dirs: Sequence[str], output: str | None = None) -> str:
 
     Args:
         run_dirs: Folders of runs.
-        output: The .html file to write; by default `report.html` in the folder of the only run.
+        output: The .html file to write; None for `report.html` in the folder of the only run.
 
     Raises:
         VqbeamError: A folder holds no run.
@@ -118,10 +118,11 @@ def write_page(
     Args:
         run_dirs: Folders of runs.
         output: See `report`.
-        reload_seconds: How often a browser loads the page again; None for never.
-        pictures: Held-out images and their reconstructions, uint8 [N, H, W, C], of a single run
-            whose model is still being trained.
-        kept: The slow parts of the page of a single run, where an earlier call has put them.
+        reload_seconds: Seconds after which a browser reloads the page; None for never.
+        pictures: Held-out images and their reconstructions, uint8 [N, H, W, C], for a single run
+            whose VQ-VAE is being trained; None to make them with the finished model.
+        kept: A dictionary for the slow parts of the page of a single run: they are taken from it,
+            or put into it if it is empty. None to make them again in each call.
     """
     runs = [RunFolder(place, remember=True) for place in run_dirs]
     facts = [read_facts(run) for run in runs]
@@ -145,10 +146,10 @@ def write_page(
 
 
 class LivePage(keras.callbacks.Callback):
-    """Writes `DIR/report.html` when an epoch begins, so that a browser shows training as it goes.
+    """Writes `DIR/report.html` when an epoch begins, so that a browser can follow the training.
 
-    At that time the checkpoint holds the epoch before. Pages are left out if they would take more
-    than a twentieth of the time. A page that cannot be written is one line of warning.
+    At that time, the last checkpoint holds the previous epoch. Pages are skipped if they would take
+    more than a twentieth of the time. A page that cannot be written causes a one-line warning.
 
     Args:
         run_path: The run's folder.
@@ -163,7 +164,7 @@ class LivePage(keras.callbacks.Callback):
         self.due, self.failed = 0.0, False
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Writes the page, if it is time to."""
+        """Writes the page if it is time."""
         begun = time.monotonic()
         if self.failed or begun < self.due:
             return
@@ -172,7 +173,7 @@ class LivePage(keras.callbacks.Callback):
         self.due = now + (now - begun) / _LARGEST_SHARE
 
     def _pictures(self):
-        """Returns held-out images and their reconstructions by the model as it is now."""
+        """Returns held-out images and their reconstructions by the current model, in stage 1."""
         if self.stage != "train-vqvae":
             return None
         if self.originals is None:
@@ -181,14 +182,13 @@ class LivePage(keras.callbacks.Callback):
 
 
 def written(run: RunFolder, reload_seconds: int | None = None, pictures=None, kept=None) -> bool:
-    """Writes the page of a run; returns whether that went well, and if not, warns.
+    """Returns whether the page of a run was written; prints a warning if it was not.
 
     Args:
         run: The run.
-        reload_seconds: How often a browser loads the page again; None for a final page.
-        pictures: Function that returns held-out images and their reconstructions, or None to let
-            the finished model make them.
-        kept: Parts of the page, which are made only if they are not in it, and put into it.
+        reload_seconds: Seconds after which a browser reloads the page; None for a final page.
+        pictures: Function that returns `pictures` of `write_page`; None for None.
+        kept: See `write_page`.
     """
     try:
         write_page(
@@ -198,7 +198,7 @@ def written(run: RunFolder, reload_seconds: int | None = None, pictures=None, ke
             kept=kept,
         )
         return True
-    except Exception as error:  # a page is not worth a training
+    except Exception as error:  # a failed page must not end the training
         reason = " ".join(str(error).split()) or type(error).__name__
         print(f"{run.root}/report.html cannot be written: {reason}", file=sys.stderr)
         return False
@@ -207,7 +207,7 @@ def written(run: RunFolder, reload_seconds: int | None = None, pictures=None, ke
 def render(
     views: Sequence[dict[str, Any]], differing: list[list[str]], reload_seconds: int | None = None
 ) -> str:
-    """Returns the page, which a browser may load again; all texts of the views are escaped."""
+    """Returns the HTML of the page; all texts of the views are escaped."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -216,7 +216,7 @@ def render(
 
 
 def _slow_parts(run: RunFolder, facts: Facts, budget: int) -> dict[str, Any]:
-    """Returns the parts that take a model or a pass over data, and why those are missing that are.
+    """Returns the parts that need a model or a pass over data, and why missing ones are missing.
 
     Args:
         run: The run.
@@ -250,7 +250,7 @@ def _slow_parts(run: RunFolder, facts: Facts, budget: int) -> dict[str, Any]:
 def _slow_parts_in_training(
     originals: np.ndarray, copies: np.ndarray, budget: int
 ) -> dict[str, Any]:
-    """Returns what `_slow_parts` does for a model that has encoded nothing yet."""
+    """Returns the result of `_slow_parts` while stage 1 is being trained."""
     missing = {"held_out": "", "codes": "Stage 1 is being trained."}
     shown = _held_out(originals, copies, budget // 4)
     return {"held_out": shown, "counts": [], "codes": [], "missing": missing}
@@ -259,13 +259,13 @@ def _slow_parts_in_training(
 def _view(
     run: RunFolder, facts: Facts, all_facts: list[Facts], budget: int, slow: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns what the template shows of a run.
+    """Returns the template's variables for a run.
 
     Args:
         run: The run.
         facts: Its facts.
-        all_facts: Those of all runs, whose charts have the same axes.
-        budget: Bytes that all pictures together may have.
+        all_facts: The facts of all runs, whose charts share their axes.
+        budget: Maximum bytes of all pictures of the run.
         slow: The result of `_slow_parts`.
     """
     found, passed, unchecked = findings(facts)
@@ -295,7 +295,7 @@ def _view(
 
 
 def _sentence(facts: Facts) -> str:
-    """Returns what the run is, for somebody who has not seen one."""
+    """Returns a description of the run for readers who have never seen one."""
     config, prepared = facts.config, facts.manifests.get("prepare")
     height, width, channels = config.image_shape
     size = f"{height}×{width} pixels" + (" of grey" if channels == 1 else "")
@@ -329,7 +329,7 @@ def _samples(run: RunFolder, facts: Facts, most_bytes: int) -> Picture:
 def _held_out(
     originals: np.ndarray, copies: np.ndarray, most_bytes: int
 ) -> list[dict[str, Picture]]:
-    """Returns held-out images with their reconstructions and the maps of the error."""
+    """Returns held-out images with their reconstructions and error maps."""
     colours = matplotlib.colormaps["inferno"]
     shown = []
     each = most_bytes // (3 * len(originals))
@@ -365,7 +365,7 @@ def held_out_images(run: RunFolder) -> np.ndarray:
 
 
 def _counts(run: RunFolder, facts: Facts) -> np.ndarray:
-    """Returns how often each code occurs in the first training images, int64 [levels, K]."""
+    """Returns the number of occurrences of each code in the first training images, [levels, K]."""
     if run.is_elsewhere("encode"):
         raise VqbeamError(
             f"The codes of this run are not here; put them into {run.folder('encode')}, or make "
@@ -382,10 +382,10 @@ def _counts(run: RunFolder, facts: Facts) -> np.ndarray:
 
 
 def _code_pictures(run: Run, counts: np.ndarray, most_bytes: int) -> list[list[tuple[str, Any]]]:
-    """Returns for each level the title and the pictures of codes used most, least and never.
+    """Returns, for each level, pictures of the codes used most, least and never, by title.
 
-    A code is shown as the image that has it everywhere; with several levels, the other levels have
-    their most frequent code.
+    A code is shown as the image with this code at every position. If there are several levels, the
+    other levels have their most frequent code.
     """
     layout = code_layout(run.config)
     levels = []
@@ -420,7 +420,7 @@ def _code_pictures(run: Run, counts: np.ndarray, most_bytes: int) -> list[list[t
 
 
 def _picture(image: Image.Image, alt: str, most_bytes: int) -> Picture:
-    """Returns a picture of at most so many bytes: as PNG, or else as JPEG, and made smaller."""
+    """Returns a picture of at most `most_bytes`: a PNG, or else a JPEG, halved until it fits."""
     image = image.convert("RGB")
     width, height = image.size
     image.thumbnail((_LARGEST_SIDE, 4 * _LARGEST_SIDE))
@@ -442,7 +442,7 @@ def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:
 
 
 def _curves(facts: Facts, all_facts: list[Facts]) -> list[Chart]:
-    """Returns the losses of both stages by epoch, and of the finetuning if there is some."""
+    """Returns charts of the losses of both stages by epoch, and of finetuning if there was any."""
     vqvae, prior = facts.config.vqvae, facts.config.prior
     both = {"training": "loss", "held out": "val_loss"}
     charts = []
@@ -474,7 +474,7 @@ def _usage_curve(facts: Facts, all_facts: list[Facts]) -> list[Chart]:
 
 
 def _count_charts(counts: np.ndarray) -> list[Chart]:
-    """Returns for each level a chart of the shares of its codes, from the most used on."""
+    """Returns, for each level, a chart of the shares of its codes, most used first."""
     return [
         bar_chart(f"Codes by use{f', level {level}' if len(counts) > 1 else ''}", of_level)
         for level, of_level in enumerate(counts)
@@ -514,7 +514,7 @@ def _stage_2(facts: Facts) -> dict[str, Any] | None:
 
 
 def _nearest(run: RunFolder, most_bytes: int) -> Picture | None:
-    """Returns the samples that are nearest to a training image, each above it, if evaluated."""
+    """Returns the samples nearest to a training image, each above it; None if not evaluated."""
     path = run.evaluation / "nearest.png"
     if not path.exists():
         return None
@@ -524,7 +524,7 @@ def _nearest(run: RunFolder, most_bytes: int) -> Picture | None:
 
 
 def _stages(run: RunFolder, facts: Facts) -> list[list[str]]:
-    """Returns the table of times, speeds and memory; its first row is the head."""
+    """Returns the table of times, speeds and memory, whose first row is the head."""
     rows = [["stage", "time", "images/s", "device memory", "parameters"]]
     for stage in STAGES:
         manifest = facts.manifests.get(stage)
@@ -543,13 +543,13 @@ def _stages(run: RunFolder, facts: Facts) -> list[list[str]]:
                 f"{manifest['parameters']:,}" if "parameters" in manifest else "",
             ]
         )
-    # On a CPU, no stage knows its memory.
+    # Empty columns are left out: on a CPU, for example, the device memory is unknown.
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _settings_table(config: Config) -> list[tuple[str, str, str | None]]:
-    """Returns name and value of every setting, and the preset's value where it is another."""
+    """Returns name and value of every setting, and the preset's value if it differs."""
     preset = preset_settings(config) or {}
     return [
         (name, value, preset[name] if preset.get(name, value) != value else None)
@@ -558,7 +558,7 @@ def _settings_table(config: Config) -> list[tuple[str, str, str | None]]:
 
 
 def _provenance(run: RunFolder, facts: Facts) -> list[tuple[str, str, str]]:
-    """Returns for each finished stage when it ended, and the hash of its result."""
+    """Returns each finished stage with the time when it ended and the hash of its result."""
     rows = []
     for stage, manifest in facts.manifests.items():
         ended = datetime.datetime.fromtimestamp(modified(run.folder(stage) / MANIFEST))
@@ -567,7 +567,7 @@ def _provenance(run: RunFolder, facts: Facts) -> list[tuple[str, str, str]]:
 
 
 def _commands(facts: Facts) -> list[tuple[str, str]]:
-    """Returns what to type next, and what it does."""
+    """Returns the next commands to use, each after a description."""
     root, settings = facts.root, settings_of(facts.config)
     preset = preset_settings(facts.config)
     changed = [

@@ -1,1 +1,1 @@
-"""New images from a trained run, and what else its prior can do."""
+"""New images from a trained run, and other uses of its models."""

@@ -39,11 +39,11 @@ from vqbeam.vqvae.storage.run_folder import MODELS, STAGES, RunFolder
 from vqbeam.vqvae.training import MODEL_FILE, load_vqvae
 
 _DEFAULTS_FILE = "sample.json"
-# Of the pixels of images that are sampled at once.
+# Limit for the pixels of images that are sampled at once.
 _MOST_BYTES = 2**34
-# Images that a notebook shows.
+# Maximum number of images that a notebook shows.
 _MOST_SHOWN = 128
-# Settings of one schedule alone, and that schedule.
+# Settings that only one guidance schedule uses, and that schedule.
 _OF_SCHEDULE = {
     "guidance_power": "cosine",
     "guidance_start": "interval",
@@ -52,11 +52,11 @@ _OF_SCHEDULE = {
 
 
 def open(path: epath.PathLike) -> "Run":
-    """Returns the run in a folder, or on the Hugging Face hub.
+    """Returns the run in a folder or on the Hugging Face hub.
 
     Args:
-        path: The folder that `vqbeam run` was given as --run-dir, local or gs://; or
-            hf://USER/NAME[@REVISION], which is downloaded if it is not in the cache.
+        path: The --run-dir of `vqbeam run`, local or gs://; or hf://USER/NAME[@REVISION], which is
+            downloaded if it is not in the cache.
 
     Raises:
         VqbeamError: The folder holds no run, or the run cannot be downloaded.
@@ -70,11 +70,11 @@ class Samples:
 
     Attributes:
         images: uint8 [N, H, W, C].
-        codes: int32 [N, h, w], or as `Run.encode` returns them otherwise.
-        labels: int32 [N], or [N, A] of A attributes; −1 for any.
+        codes: int32 [N, h, w], or another shape that `Run.encode` returns.
+        labels: Classes, int32 [N], or attributes, int32 [N, A]; −1 for any.
         names: The name of each image's label, "" for any; None if the run has no labels.
         settings: Preset, checkpoint, seed and sampler settings.
-        first: The number of the first image among those of the seed; the others follow.
+        first: The index of the first image among those of the seed; the others follow.
     """
 
     images: np.ndarray
@@ -88,7 +88,7 @@ class Samples:
         return f"Samples({_kind(self.images)}, seed {self.settings['seed']})"
 
     def _repr_html_(self) -> str:
-        """Returns what a notebook shows: the images as a grid, under their labels."""
+        """Returns the HTML that a notebook shows: the images as a grid, under their labels."""
         shown = slice(_MOST_SHOWN)
         names = self.names and self.names[shown]
         title = f"{len(self.images):,} new images"
@@ -101,11 +101,11 @@ class Samples:
 class Run:
     """A trained run, opened with `vqbeam.open`.
 
-    Models are loaded and compiled on first use, and kept. The VQ-VAE is enough for `encode`,
-    `decode`, `reconstruct` and `codebook`; the other methods need the prior as well.
+    Models are loaded and compiled on first use, and then kept. `encode`, `decode`, `reconstruct`
+    and `codebook` need only the VQ-VAE; the other methods need the prior as well.
 
-    Every method raises a VqbeamError of one line if a model is not trained yet, or if an argument
-    does not fit the run.
+    Every method raises a one-line VqbeamError if a model is not trained yet or if an argument does
+    not fit the run.
 
     Args:
         path: The run's folder.
@@ -128,7 +128,7 @@ class Run:
         return f"vqbeam.open({str(self.path)!r})"
 
     def _repr_html_(self) -> str:
-        """Returns what a notebook shows: figures with their meaning, and the run's pictures."""
+        """Returns the HTML that a notebook shows: figures with their meaning, and pictures."""
         from vqbeam.pipelines.report.facts import key_figures, read_facts
 
         facts = read_facts(self.folder)
@@ -188,12 +188,12 @@ class Run:
         """Returns new images, the same ones as `vqbeam sample` with the same arguments.
 
         Args:
-            num: How many; by default one for each label, or the run's own number.
-            labels: Labels to use in turn: names or numbers of classes, or None for any. Of
-                attributes, names joined by commas. By default all classes.
+            num: Number of images; by default one for each label, or else the run's own number.
+            labels: Labels to use in turn: names or numbers of classes; names of attributes, joined
+                by commas; or None for any. By default all classes, or each attribute alone.
             seed: Image i of a seed is always the same image. By default the run's own seed.
             **settings: `temperature`, `top_k`, `top_p`, `min_p`, `guidance` and the other fields
-                of `vqbeam.configs.SampleConfig`; by default those of the run.
+                of `vqbeam.configs.SampleConfig`; by default the run's own.
         """
         if isinstance(labels, str):
             labels = [labels]
@@ -213,17 +213,17 @@ class Run:
             images: uint8 [N, H, W, C], of the run's own shape.
 
         Returns:
-            int32 [N, h, w]; [N, h, w, depth] of the residual quantizer; [N, T] of two grids.
+            int32 [N, h, w]; [N, h, w, depth] with the residual quantizer; [N, T] with two grids.
         """
         codes = in_batches(self.encoder, self._checked_images(images), self._batch_size)
         return codes.astype("int32", copy=False)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Returns the images, uint8 [N, H, W, C], of codes as `encode` and `sample` return them."""
+        """Returns the images, uint8 [N, H, W, C], for codes of the kind that `encode` returns."""
         return in_batches(self.decoder, self._checked_codes(codes), self._batch_size)
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
-        """Returns the decoded codes of images, uint8 [N, H, W, C] like the images."""
+        """Returns the images encoded and decoded again, uint8 [N, H, W, C]."""
         return self.decode(self.encode(images))
 
     def log_likelihood(
@@ -237,7 +237,7 @@ class Run:
 
         Args:
             images: uint8 [N, H, W, C].
-            labels: One for each image, as in `sample`; None for unconditional likelihoods.
+            labels: One label for each image, as in `sample`; None for unconditional likelihoods.
             precision: "exact" or "fast"; by default the run's own.
 
         Returns:
@@ -266,16 +266,16 @@ class Run:
         """Returns images of which a part is kept and the rest is sampled.
 
         The codes of the kept part stay, so it looks as in the reconstruction. The other codes are
-        sampled in the order of the sequence, each conditioned on those before it, so the kept part
-        has no influence on codes before it. With several candidates it has: those are chosen
+        sampled in the order of the sequence, each conditioned on all codes before it, so the kept
+        part does not influence earlier codes. With several candidates it does: those are chosen
         under which the kept codes are most likely.
 
         Args:
             images: uint8 [N, H, W, C].
             keep: "top-half", "bottom-half", "left-half", "right-half", the path of a mask (white
                 is kept), or a bool array [H, W], True where the images are kept.
-            num: Completions of each image.
-            candidates: Candidates sampled for each completion; the most likely are returned.
+            num: Number of completions of each image.
+            candidates: Number of candidates sampled for each completion; the best are returned.
             label: Name or number of the class of the images; None for unknown.
             seed: Seed of the random numbers; by default the run's own.
             **settings: See `sample`.
@@ -317,9 +317,9 @@ class Run:
 
         Args:
             start: Name or number of the class of the first column; or attributes, as in `sample`.
-            end: That of the last column.
-            num: Rows.
-            steps: Columns, 2 or more.
+            end: The same for the last column.
+            num: Number of rows.
+            steps: Number of columns, at least 2.
             seed: Seed of the random numbers; by default the run's own.
             **settings: See `sample`.
 
@@ -347,7 +347,7 @@ class Run:
         images = in_batches(self.decoder, codes, chosen.batch_size)
         return images.reshape(num, steps, *images.shape[1:])
 
-    # Below: what commands need besides.
+    # The rest is for the commands, and not documented as public.
 
     @functools.cached_property
     def vqvae(self) -> VQVAE:
@@ -380,7 +380,7 @@ class Run:
 
     @functools.cached_property
     def checkpoint(self) -> str:
-        """A fingerprint of the weights of both models, whenever they were saved."""
+        """A fingerprint of the weights of both models, whatever the date of their files."""
         sums = []
         for stage in MODELS:
             self.folder.require(stage, among=MODELS)
@@ -392,13 +392,13 @@ class Run:
         return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
 
     def seed(self, seed: int | None) -> int:
-        """Returns the seed, or for None that of the run's config."""
+        """Returns the seed, or for None the run's own."""
         return self.config.seed if seed is None else seed
 
     def default_settings(self) -> SampleConfig:
         """Returns the run's settings, without guidance if the prior has no labels.
 
-        They come from `sample.json`, which `store_default_settings` writes, or else the config.
+        They come from `sample.json` (see `store_default_settings`), or else from the config.
 
         Raises:
             VqbeamError: The run has no trained prior, or `sample.json` cannot be used.
@@ -415,7 +415,7 @@ class Run:
         return settings if self.prior_labels.names else dataclasses.replace(settings, guidance=1.0)
 
     def store_default_settings(self, settings: SampleConfig) -> epath.Path:
-        """Makes these the run's settings; returns the file that holds them."""
+        """Makes `settings` the run's defaults; returns the file that stores them."""
         path = self.path / _DEFAULTS_FILE
         write_json(path, dataclasses.asdict(settings))
         return path
@@ -424,8 +424,8 @@ class Run:
         """Returns the run's settings with the changes that are not None.
 
         Raises:
-            VqbeamError: See `default_settings`; or a setting is out of range, or this prior cannot
-                be guided.
+            VqbeamError: See `default_settings`; or a setting is unknown or out of range, or this
+                prior cannot be guided.
         """
         known = [field.name for field in dataclasses.fields(SampleConfig)]
         for name in changes:
@@ -444,12 +444,12 @@ class Run:
         return changed
 
     def checked(self, settings: SampleConfig) -> SampleConfig:
-        """Returns the settings; raises a VqbeamError if this prior cannot be guided so."""
+        """Returns the settings; raises a VqbeamError if the prior cannot be guided as they ask."""
         settings.check_guidance(bool(self.prior_labels.names), self.config.prior.label_dropout)
         return settings
 
     def check_count(self, num: int) -> None:
-        """Raises a VqbeamError if so many images are too many to hold at once."""
+        """Raises a VqbeamError if `num` images would take too much memory at once."""
         most = _MOST_BYTES // math.prod(self.config.image_shape)
         if num > most:
             raise VqbeamError(
@@ -458,7 +458,7 @@ class Run:
             )
 
     def provenance(self, settings: SampleConfig, seed: int) -> dict[str, Any]:
-        """Returns what sampled images depend on, by name, to be stored in their files."""
+        """Returns, by name, what sampled images depend on, to be stored in their files."""
         models = {"preset": self.config.name, "checkpoint": self.checkpoint, "seed": seed}
         return models | dataclasses.asdict(settings)
 
@@ -473,12 +473,12 @@ class Run:
         """Returns one new image for each label.
 
         Args:
-            labels: int32 [N], −1 for any; or of attributes [N, A].
+            labels: Classes, int32 [N], −1 for any; or attributes, int32 [N, A].
             seed: Seed of the random numbers.
             settings: Sampler settings and batch size.
-            first: The number of the first image among those of the seed.
-            on_batch: Called after each batch with the number of images so far; by default a
-                progress bar is shown.
+            first: The index of the first image among those of the seed.
+            on_batch: Called after each batch with the number of images so far; None shows a
+                progress bar.
         """
         settings = settings.with_at_most(settings.num)
         # Rounding may depend on the position in a batch, so each image always has the same one.
@@ -511,8 +511,8 @@ class Run:
         """Returns log p(codes | label) in nats, float32 [N].
 
         Args:
-            codes: int32 [N, h, w], or as `Run.encode` returns them otherwise.
-            labels: int32 [N], −1 for none; or of attributes [N, A].
+            codes: int32 [N, *layout.shape].
+            labels: Classes, int32 [N], −1 for none; or attributes, int32 [N, A].
             precision: "exact" or "fast".
         """
         score = self._scorer(precision)
@@ -526,8 +526,8 @@ class Run:
         """Returns log p(code | label, previous codes) of each of the K codes at each position.
 
         Args:
-            codes: int32 [N, *layout.shape]; all at once, so N must be small.
-            labels: int32 [N], −1 for none; or of attributes [N, A].
+            codes: int32 [N, *layout.shape], computed in one batch, so N must be small.
+            labels: Classes, int32 [N], −1 for none; or attributes, int32 [N, A].
 
         Returns:
             float32 [N, T, K].
@@ -535,7 +535,7 @@ class Run:
         return self._predict(codes, labels)
 
     def completion_label(self, label: Any) -> Label:
-        """Returns the label that `parse_label` returns, or for None the only class there is."""
+        """Returns the result of `parse_label`, but for None the class, if there is only one."""
         known = self.prior_labels
         if label is None and known.kind == "classes" and len(known.names) == 1:
             return 0
@@ -586,10 +586,10 @@ def _likeliest(score: Score, codes: np.ndarray, labels: np.ndarray, num: int) ->
     """Returns the `num` most likely candidates of each image, the best first.
 
     Args:
-        score: From `code_scorer`; `labels` are those of one batch, which all have the same.
+        score: From `code_scorer`.
         codes: [N, candidates, *layout.shape].
-        labels: [B], or [B, A].
-        num: How many to choose.
+        labels: The labels of a batch, [B] or [B, A]; every batch has the same.
+        num: Number of candidates to choose.
     """
     flat = codes.reshape(-1, *codes.shape[2:])
     scores = in_batches(lambda batch: score(batch, labels), flat, len(labels))
@@ -605,7 +605,7 @@ def _bar(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _kind(array: np.ndarray) -> str:
-    """Returns dtype and shape in words."""
+    """Returns dtype and shape as text."""
     return f"{array.dtype} {list(array.shape)}"
 
 

@@ -32,17 +32,17 @@ def complete(
     candidates: int = 1,
     **options: Any,
 ) -> None:
-    """Writes completions of images, of which a part is kept; see `Run.complete`.
+    """Writes images of which a part is kept and the rest is sampled; see `Run.complete`.
 
     Args:
         run_dir: The run's folder.
         source: An image file, or a folder of images.
         keep: See `region_mask`.
-        num: Completions of each image.
+        num: Number of completions of each image.
         output: A .png (each image, its kept part, and its completions side by side), or a folder
             (a PNG for each completion, and completions.jsonl).
-        candidates: Candidates sampled for each completion.
-        **options: `label`, `seed` and settings as of `Run.complete`.
+        candidates: Number of candidates sampled for each completion.
+        **options: `label`, `seed` and settings, as in `Run.complete`.
 
     Raises:
         VqbeamError: The run lacks a model, an image or the mask cannot be read, or a setting is
@@ -68,7 +68,7 @@ def complete(
 
 
 def kept_part(images: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """Returns images that are gray outside the cells."""
+    """Returns the images with gray outside the cells."""
     rows, columns = (images.shape[1 + axis] // cells.shape[axis] for axis in (0, 1))
     pixels = np.kron(cells, np.ones((rows, columns), bool))
     return np.where(pixels[..., None], images, np.uint8(_GRAY))
@@ -85,7 +85,7 @@ def _save_figure(
 
 
 def _save_folder(images: np.ndarray, folder: epath.Path, facts: Sequence[dict]) -> None:
-    """Writes completion k of image i as `i-k.png`, and then a list of them."""
+    """Writes completion k of image i as `i-k.png`, and then the list of all."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_listed(folder, _LIST)
     lines = []

@@ -25,17 +25,17 @@ from vqbeam.vqvae.storage.run_folder import RunFolder
 
 
 def export(run_dir: str, output: str, form: str = "savedmodel") -> None:
-    """Writes the models of a run, completely or not at all, and prints what it has written.
+    """Writes the models of a run, completely or not at all, and prints what was written.
 
     Args:
         run_dir: Folder of a run with both models.
-        output: A new or empty folder. For TensorFlow Serving its name must be the version number.
+        output: A new or empty folder. For TensorFlow Serving, its name must be the version number.
         form: "savedmodel", with signatures to sample, encode and decode; or "safetensors", the
-            weights under the names of other libraries.
+            weights with the names that other libraries use.
 
     Raises:
-        VqbeamError: The run lacks a model, the folder is not empty, a SavedModel is asked for and
-            the backend of Keras is not TensorFlow, or the VQ-VAE has no counterpart in diffusers.
+        VqbeamError: The run lacks a model, the folder is not empty, a SavedModel is requested but
+            Keras's backend is not TensorFlow, or the VQ-VAE has no counterpart in diffusers.
     """
     if form == "safetensors":
         check_exportable(RunFolder(run_dir))
@@ -69,14 +69,14 @@ def export(run_dir: str, output: str, form: str = "savedmodel") -> None:
 
 
 def _listed(specs: dict) -> str:
-    """Returns names, dtypes and shapes as text; "?" stands for any size."""
+    """Returns names, dtypes and shapes as text, where "?" stands for any size."""
     return ", ".join(
         f"{name} {spec.dtype.name} [{', '.join('?' if n is None else str(n) for n in spec.shape)}]"
         for name, spec in sorted(specs.items())
     )
 
 
-_ROWS = 4096  # read at once, and the rows of a row group
+_ROWS = 4096  # rows read at once, and in a Parquet row group
 
 
 def export_codes(run_dir: str, output: str) -> str:
@@ -84,7 +84,7 @@ def export_codes(run_dir: str, output: str) -> str:
 
     Args:
         run_dir: Folder of a run whose images are encoded.
-        output: An .npz file, which is put together in memory, or a .parquet file.
+        output: The .npz or .parquet file to write, which is built in memory.
 
     Returns:
         A line about the result.
@@ -111,7 +111,7 @@ def export_codes(run_dir: str, output: str) -> str:
 
 
 def _code_batches(run: Run, splits: dict[str, int]) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the columns of batches of records, all splits in turn."""
+    """Yields the columns of batches of records, one split after the other."""
     builder = open_dataset(run.folder.folder("encode"))
     dtype = np.min_scalar_type(run.vqvae.layout.num_codes - 1)
 
@@ -153,7 +153,7 @@ def _as_parquet(batches: Iterator[dict], facts: dict[str, Any], codebook: np.nda
 
 
 def _column(values: np.ndarray) -> pa.Array:
-    """Returns a column: of arrays, each row is a list of all its numbers."""
+    """Returns a column; if values are arrays, each row is a list of all numbers of one."""
     if values.ndim == 1:
         return pa.array(values)
     return pa.FixedSizeListArray.from_arrays(values.reshape(-1), values[0].size)

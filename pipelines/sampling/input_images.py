@@ -1,4 +1,4 @@
-"""Images of the user's own, cropped and resized like those of a run, and masks of their parts."""
+"""The user's own images, cropped and resized like those of a run, and masks of their parts."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from vqbeam.vqvae.storage.files import read_regular
 
 
 def image_files(path: epath.Path) -> dict[str, epath.Path]:
-    """Returns the paths of images by name: those in a folder, at any depth, or a single one.
+    """Returns the paths of images by name: all in a folder, at any depth, or a single one.
 
     Raises:
         VqbeamError: There is no such file or folder, or no image in it.
@@ -69,7 +69,7 @@ def region_mask(region: str, config: Config) -> np.ndarray:
     """Returns the mask of a region.
 
     Args:
-        region: One of `HALVES`, or the path of an image, whose white and opaque pixels are the
+        region: One of `HALVES`, or the path of an image whose white and opaque pixels form the
             region. It is cropped, or padded with black, and resized like the run's images.
         config: The run's config.
 
@@ -90,7 +90,7 @@ def region_mask(region: str, config: Config) -> np.ndarray:
         raise VqbeamError(f"keep is {region!r}; give {', '.join(HALVES)} or an image file")
     try:
         shape = {"height": height, "width": width, "channels": 1}
-        # Where it is transparent, nothing is kept.
+        # Transparent pixels become black, so they are not kept.
         mask = decode_image(read_regular(path), **shape, fit=config.data.fit, background="black")
     except ImageError as error:
         raise VqbeamError(f"the mask {path} cannot be read ({error}); give another") from error
@@ -98,11 +98,11 @@ def region_mask(region: str, config: Config) -> np.ndarray:
 
 
 def kept_cells(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Returns which cells of a grid have at least half of their pixels in a region.
+    """Returns which cells of a grid have at least half of their area in a region.
 
     Args:
         mask: From `region_mask`.
-        grid: Rows and columns, which divide those of the mask.
+        grid: Rows and columns, which divide the height and width of the mask.
 
     Returns:
         bool [rows, columns].
@@ -116,7 +116,7 @@ def unpainted_cells(painted: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """Returns the cells of a grid on which nothing is painted, bool [rows, columns].
 
     Args:
-        painted: Bool, of any height and width. Less than a tenth of a cell does not count.
+        painted: Bool, of any height and width. Paint on less than a tenth of a cell is ignored.
         grid: Rows and columns.
     """
     shares = Image.fromarray(painted.astype(np.float32)).resize(grid[::-1], Image.Resampling.BOX)
@@ -124,6 +124,6 @@ def unpainted_cells(painted: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def kept_codes(mask: np.ndarray, layout: CodeLayout) -> np.ndarray:
-    """Returns which codes, of all levels, lie in kept cells, bool [*layout.shape]."""
+    """Returns which codes of all levels lie in kept cells, bool [*layout.shape]."""
     cells = [kept_cells(mask, grid).ravel() for grid in layout.grids]
     return np.repeat(np.concatenate(cells), layout.depth).reshape(layout.shape)

@@ -28,14 +28,14 @@ def interpolate(
         run_dir: The run's folder.
         start: Name or number of the class of the first column.
         end: Name or number of the class of the last column.
-        steps: Columns, 2 or more.
-        num: Rows.
+        steps: Number of columns, at least 2.
+        num: Number of rows.
         output: The .png file to write.
         **settings: `seed` and fields of SampleConfig; None for the run's own.
 
     Raises:
-        VqbeamError: The run lacks a model or has no classes, the two classes are the same or not
-            known, or a setting is out of range.
+        VqbeamError: The run lacks a model or has no classes, the two classes are equal or unknown,
+            or a setting is out of range.
     """
     path = epath.Path(output).expanduser()
     run = Run(run_dir)

@@ -19,7 +19,7 @@ from vqbeam.vqvae.storage.labels import Label, labels_for, parse_label
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
 STAGE = "sample"
-# Of the smallest image that a run can have.
+# Pixels of the smallest image that a run can have.
 _LEAST_PIXELS = 16
 SAMPLES_LIST = "samples.jsonl"
 
@@ -37,21 +37,21 @@ def sample(
 
     Args:
         run_dir: The run's folder.
-        labels: Labels to use in turn: names or numbers of classes; or of attributes, those of an
-            image joined by commas. By default all classes, or each attribute alone.
+        labels: Labels to use in turn: names or numbers of classes, or the attributes of an image
+            joined by commas. By default all classes, or each attribute alone.
         seed: Seed of the random numbers; image i of a seed is always the same image. By default
             the run's own.
-        like: A .png or .npz that this command has written: samples its images again, with the
-            other arguments changed.
-        output: A .png (one labelled grid; a single picture where `like` is one), a .npz (images,
+        like: A .png or .npz written by this command, whose images are sampled again with the
+            changes that the other arguments make.
+        output: A .png (a labelled grid, or a single picture if `like` is one), a .npz (images,
             codes, labels), or a folder (a PNG for each image and samples.jsonl). By default
             samples.png.
-        **settings: Fields of SampleConfig; by default the run's own, but `num` images are as many
-            of each label as the run's own number has.
+        **settings: Fields of SampleConfig; by default the run's own. The default of `num` gives
+            each label as many images as it has among the run's own number.
 
     Raises:
-        VqbeamError: The run has no trained prior, a setting is out of range, or `like` is of
-            another checkpoint or no file of this command.
+        VqbeamError: The run has no trained prior, a setting is out of range, or `like` was sampled
+            from another checkpoint or not written by this command.
     """
     run = Run(run_dir)
     path = epath.Path(output or "samples.png").expanduser()
@@ -80,7 +80,7 @@ def _usual_number(run: Run, labels: Sequence[str] | None) -> int:
 
 
 def sample_stage(run_path: str) -> None:
-    """Writes the images of `vqbeam run`, by the run's own settings, to `DIR/samples`."""
+    """Writes the images of `vqbeam run` to `DIR/samples`, with the run's own settings."""
     folder = RunFolder(run_path)
     if folder.is_done(STAGE):
         return
@@ -98,7 +98,7 @@ def _sample_again(
     labels: Sequence[str] | None,
     seed: int | None,
 ) -> Samples:
-    """Returns the images that the provenance `facts` describe, with the given changes."""
+    """Returns the images described by the provenance `facts`, with the given changes."""
     changes = {name: value for name, value in settings.items() if value is not None}
     fields = [field.name for field in dataclasses.fields(SampleConfig)]
     stored = {name: facts[name] for name in fields if name in facts}
@@ -127,8 +127,8 @@ def write_samples(samples: Samples, path: epath.Path, *, bare: bool = False) -> 
 
     Args:
         samples: The images.
-        path: Ends in .png or .npz, or is that of a folder.
-        bare: Whether a .png is the first image alone, pixel for pixel, as in a folder.
+        path: A path that ends in .png or .npz, or a folder.
+        bare: Whether a .png has only the first image, pixel for pixel, as in a folder.
     """
     facts = samples.settings | {"images": list(_each(samples))}
     if path.suffix == ".npz":
@@ -147,7 +147,7 @@ def write_samples(samples: Samples, path: epath.Path, *, bare: bool = False) -> 
 
 
 def _write_folder(samples: Samples, folder: epath.Path) -> None:
-    """Writes a PNG for each image, and last their list, which marks the folder as complete."""
+    """Writes a PNG for each image, and finally their list, which marks the folder as complete."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_listed(folder, SAMPLES_LIST)
     lines = []
@@ -160,20 +160,20 @@ def _write_folder(samples: Samples, folder: epath.Path) -> None:
 
 
 def size_of_samples(folder: epath.Path) -> int | None:
-    """Returns the bytes of a folder's list and of the pictures in it; None if one is missing."""
+    """Returns the size of a folder's list and its pictures in bytes; None if a file is missing."""
     listing = folder / SAMPLES_LIST
     try:
         found = sizes([listing, *(folder / name for name in _listed(listing))])
-    except (VqbeamError, OSError):  # a damaged list, or none
+    except (VqbeamError, OSError):  # the list is damaged or missing
         return None
     return sum(found) if all(found) else None
 
 
 def remove_listed(folder: epath.Path, name: str) -> None:
-    """Removes the pictures that a list in a folder names, so that none is taken for a new one.
+    """Removes the pictures that a list in a folder names, so that none is mistaken for a new one.
 
-    The list is renamed first and removed last: a folder with a list is always complete, and a call
-    after an interrupted one finishes the removal.
+    The list is renamed first and removed last. So a folder with a list is always complete, and if
+    the removal is interrupted, the next call finishes it.
     """
     listing, old = folder / name, folder / f".{name}.old"
     if listing.exists():
@@ -188,7 +188,7 @@ def remove_listed(folder: epath.Path, name: str) -> None:
 def _listed(path: epath.Path) -> list[str]:
     try:
         names = [json.loads(line)["file"] for line in read_regular(path).decode().splitlines()]
-        return [os.fspath(epath.Path(name)) for name in names]  # a TypeError if it is no text
+        return [os.fspath(epath.Path(name)) for name in names]  # TypeError if not a string
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise VqbeamError(
             f"{path} does not list pictures, one a line, as vqbeam does; delete it, or give "
@@ -201,7 +201,7 @@ def _write_picture(samples: Samples, row: int, own: dict, path: epath.Path) -> N
 
 
 def _each(samples: Samples) -> Iterator[dict]:
-    """Yields for each image its index and, if there are classes, its label."""
+    """Yields, for each image, its index and, if the run has labels, its label."""
     for row, label in enumerate(samples.labels.tolist()):
         own = {"index": samples.first + row}
         yield own | ({"label": label, "name": samples.names[row]} if samples.names else {})
@@ -222,7 +222,7 @@ def read_provenance(path: epath.Path) -> dict[str, Any]:
         text, pixels = _text(path)
         facts = json.loads(text)
         is_right = _is_provenance(facts, pixels)
-    except Exception:  # Pillow and zipfile raise many kinds of errors
+    except Exception:  # Pillow and zipfile raise many types of exceptions
         is_right = False
     if not is_right:
         raise VqbeamError(
@@ -233,12 +233,13 @@ def read_provenance(path: epath.Path) -> dict[str, Any]:
 
 
 def _is_provenance(facts: Any, pixels: int) -> bool:
-    """Returns whether JSON that others may have written is of the kind of `Run.provenance`.
+    """Returns whether JSON from an untrusted file has the structure of `Run.provenance`.
 
-    Settings and labels are checked where they are used. May raise a KeyError or TypeError instead.
+    Settings and labels are checked where they are used. Other JSON may also raise a KeyError or
+    TypeError.
     """
     listed = facts.get("images", [facts])
-    # A list of millions in a small file would have as many sampled.
+    # Otherwise a small file could list millions of images to sample.
     is_list = isinstance(listed, list) and 0 < len(listed) <= max(1, pixels // _LEAST_PIXELS)
     texts = all(isinstance(facts[name], str) for name in ("preset", "checkpoint"))
     first = is_list and _natural(facts["seed"]) and _natural(listed[0]["index"])
@@ -264,7 +265,7 @@ def check_checkpoint(facts: dict[str, Any], run: Run, path: epath.Path) -> None:
 
 
 def _text(path: epath.Path) -> tuple[str, int]:
-    """Returns the text in a file and its pixels; raises one of several errors if it has none."""
+    """Returns the provenance text in a file and its number of pixels; may raise any exception."""
     check_regular(path)
     with path.open("rb") as file:
         if file.read(2) == b"PK":

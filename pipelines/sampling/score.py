@@ -26,18 +26,18 @@ def score(
 ) -> None:
     """Writes a line of JSON for each image, and reports those that cannot be read.
 
-    `log_likelihood` is log p(codes | label) under the prior, in nats; `nats_per_code` and
-    `bits_per_dim` are the negative of it per code and per number of the image, so higher is less
-    likely. These count the codes alone: the decoder is deterministic and assigns no probability to
-    pixels. `mse` is the squared error of the reconstruction, on pixels from 0 to 255.
+    `log_likelihood` is log p(codes | label) under the prior, in nats. `nats_per_code` and
+    `bits_per_dim` are its negative per code and per value of the image (H·W·C values), so higher
+    means less likely. They measure the codes alone: the decoder is deterministic and assigns no
+    probability to pixels. `mse` is the squared error of the reconstruction, on pixels in [0, 255].
 
     Args:
         run_dir: Folder of a run with both models.
         input: An image file, or a folder with images at any depth.
         label: Class or attributes that the prior is conditioned on; None for none.
         output: The file for the lines; None for standard output.
-        precision: "exact" or "fast", which is in each line; by default the run's own.
-        sort: Whether the least likely come first; they come by name otherwise.
+        precision: "exact" or "fast", which each line states; by default the run's own.
+        sort: Whether to list the least likely images first instead of sorting by name.
 
     Raises:
         VqbeamError: The run lacks a model or the label, there is no image, or none can be read.
@@ -68,7 +68,7 @@ def score(
 
 
 def _scored(run: Run, files: dict[str, epath.Path], label: Label, precision: str) -> list[dict]:
-    """Returns the metrics of each file, or the error that kept it from being read."""
+    """Returns the metrics of each file, or the error if it could not be read."""
     size, lines, named = run.config.encode.batch_size, [], list(files.items())
     with ProgressBar("score", len(files)) as bar:
         for first in range(0, len(named), size):
@@ -88,7 +88,7 @@ def _read(name: str, path: epath.Path, config: Config) -> dict:
 
 
 def _metrics(run: Run, images: np.ndarray, label: Label, precision: str) -> list[dict]:
-    """Returns the metrics of each of the images, uint8 [B, H, W, C], which have one label."""
+    """Returns the metrics of images, uint8 [B, H, W, C], that all have the same label."""
     layout, codes = run.prior.layout, run.encode(images)
     errors = np.square(images.astype(np.float64) - run.decode(codes)).mean(axis=(1, 2, 3))
     rows = np.asarray([label] * len(codes), np.int32)

@@ -1,7 +1,7 @@
-"""The weights of a run as safetensors, under the names and in the layouts of other libraries.
+"""The weights of a run as safetensors, with the names and layouts of other libraries.
 
     FOLDER/vqvae    as diffusers' `VQModel.from_pretrained` loads it
-    FOLDER/prior    tensors named as in LlamaGen's transformer, where they are the same thing
+    FOLDER/prior    tensors with the names of LlamaGen's transformer where they correspond
 
 docs/export.md has the table of names.
 """
@@ -44,7 +44,7 @@ def write_weights(run: Run, folder: epath.Path) -> None:
 
 
 def check_exportable(run: RunFolder) -> None:
-    """Raises a VqbeamError if the VQ-VAE of a run is none that diffusers' `VQModel` can be."""
+    """Raises a VqbeamError if diffusers' `VQModel` cannot represent the VQ-VAE of a run."""
     settings = run.load_config().vqvae
     wanted = {"network": "resnet", "quantizer": "vector", "lookup": "l2", "balance": 0, "grids": 1}
     for name, value in wanted.items():
@@ -62,7 +62,7 @@ def check_exportable(run: RunFolder) -> None:
 
 
 def vqmodel_config(model: VQVAE) -> dict[str, Any]:
-    """Returns the config of the `VQModel` that is the same as a VQ-VAE."""
+    """Returns the config of the `VQModel` that is equivalent to a VQ-VAE."""
     settings, quantizer = model.architecture, model.quantizer
     height, width, channels = settings["image_shape"]
     blocks = [block for block in model.encoder.layers if isinstance(block, NormalizedBlock)]
@@ -86,7 +86,7 @@ def vqmodel_config(model: VQVAE) -> dict[str, Any]:
 
 
 def vqmodel_tensors(model: VQVAE) -> Tensors:
-    """Returns the state of that `VQModel`; its two 1×1 convolutions around the codes do nothing."""
+    """Returns the weights of that `VQModel`, whose 1×1 convolutions are identities."""
     levels, blocks = len(_widths(model)), model.architecture["residual_layers"]
     identity = np.eye(model.quantizer.dim, dtype="float32")[:, :, None, None]
     tensors = {"quantize.embedding.weight": _array(model.quantizer.vectors())}
@@ -103,7 +103,7 @@ def vqmodel_tensors(model: VQVAE) -> Tensors:
 
 
 def _widths(model: VQVAE) -> list[int]:
-    """Returns the channels at each resolution, from the full one to the lowest."""
+    """Returns the channels at each resolution, from the full to the lowest."""
     blocks = [layer.width for layer in model.encoder.layers if isinstance(layer, NormalizedBlock)]
     per_level = model.architecture["residual_layers"]
     return blocks[:-2:per_level]  # the last two are in the middle
@@ -128,7 +128,7 @@ def _decoder_names(levels: int, blocks: int) -> Iterator[str]:
 
 
 def _of_layer(layer: keras.Layer) -> Tensors:
-    """Returns the weights of a layer as PyTorch has them."""
+    """Returns the weights of a layer with the names and axes of PyTorch."""
     if isinstance(layer, NormalizedBlock):
         parts = {"conv_shortcut": layer.shortcut} if layer.shortcut.built else {}
         for number, (norm, conv) in enumerate(zip(layer.norms, layer.convs, strict=True), 1):
@@ -145,7 +145,7 @@ def _of_layer(layer: keras.Layer) -> Tensors:
 
 
 def prior_config(run: Run) -> dict[str, Any]:
-    """Returns the settings of a prior, under LlamaGen's names where it has them."""
+    """Returns the settings of a prior, with LlamaGen's names where it has them."""
     prior, layout = run.prior, run.prior.layout
     block = prior.blocks[0]
     return {
@@ -197,9 +197,10 @@ def _of_block(block: Block) -> Tensors:
 
 
 def _interleaved(rows: np.ndarray, block: Block) -> np.ndarray:
-    """Returns the rows [H + 2G heads · D, width] with pairs that are rotated side by side.
+    """Returns rows [(H + 2 G) · D, width] with the two rows of each rotated pair side by side.
 
-    Here a pair is `x[i], x[i + D/2]`, in LlamaGen `x[2i], x[2i + 1]`. Values are not rotated.
+    Here, a pair is `x[i], x[i + D/2]`; in LlamaGen, it is `x[2i], x[2i + 1]`. Values are not
+    rotated.
     """
     heads = rows.reshape(-1, 2, block.head_dim // 2, block.width)
     rotated = np.swapaxes(heads[: block.heads + block.kv_heads], 1, 2)
@@ -214,8 +215,8 @@ def _array(weight: Any) -> np.ndarray:
 def safetensors(tensors: Mapping[str, np.ndarray]) -> bytes:
     """Returns float32 tensors as a file in the format of https://github.com/huggingface/safetensors.
 
-    The size of the header as 8 bytes, the header as JSON with dtype, shape and place of each
-    tensor, padded with spaces to a multiple of 8 bytes, and the values one after the other.
+    It consists of the size of the header in 8 bytes; the header, which is JSON with dtype, shape
+    and offsets of each tensor, padded with spaces to a multiple of 8 bytes; and the values.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,4 +1,4 @@
-"""Sources of images. A new kind is a file with a subclass of `Source`, and a line here."""
+"""Sources of images. A new kind takes a file with a subclass of `Source` and a case here."""
 
 from vqbeam.configs import DataConfig
 from vqbeam.pipelines.sources.source import RawImage, Source, Unit
@@ -7,7 +7,7 @@ __all__ = ["RawImage", "Source", "Unit", "open_source"]
 
 
 def open_source(data: DataConfig) -> Source:
-    """Returns the source that `data.source` names; imports its libraries."""
+    """Returns the source that `data.source` names, whose libraries are imported only now."""
     match data.source.partition(":")[0]:
         case "folder":
             from vqbeam.pipelines.sources.folder import FolderSource

@@ -42,12 +42,12 @@ class FolderSource(Source):
         return found.splits, found.labels
 
     def check(self) -> None:
-        """Checks the folder, without comparing its images; see `Source.check`."""
+        """Checks the folder, but does not compare its images; see `Source.check`."""
         _, labels = self.listing()
         check_names(self.data, labels)
 
     def plan(self) -> list[Unit]:
-        """Divides the images into units, without those held out that are trained on as well."""
+        """Divides the images into units, without held-out copies of training images."""
         splits, labels = self.listing()
         root = epath.Path(self.data.path).expanduser()
         copies = _copies(root, *([key for key, _ in splits[name]] for name in _SPLITS))
@@ -86,9 +86,9 @@ _SPLITS = ("train", "validation")
 
 
 def _copies(root: epath.Path, train: Sequence[str], held_out: Sequence[str]) -> set[str]:
-    """Returns the held-out files whose bytes are those of a training file.
+    """Returns the held-out files with the same bytes as a training file.
 
-    Only files of the same size are read.
+    Only files of equal size are read.
     """
     bytes_of = [
         dict(zip(keys, sizes([root / k for k in keys]), strict=True)) for keys in (train, held_out)
@@ -107,9 +107,9 @@ def _content(file: epath.Path) -> bytes | None:
 
 
 def _bytes_of(file: epath.Path) -> bytes | OSError:
-    # One of a million files that cannot be read, or is gone by now, must not stop the run.
+    # One unreadable or missing file among a million must not stop the run.
     try:
-        return read_regular(file)  # no image that `decode_image` accepts is larger
+        return read_regular(file)  # its size limit is above any image that `decode_image` accepts
     except OSError as error:
         return error
 
@@ -119,11 +119,11 @@ class FolderListing:
     """The images of a folder, by split.
 
     Attributes:
-        splits: For "train" and "validation" the images as `(key, label)`. A key is a path
-            relative to the folder, with "/" between its parts. A label is an index into
-            `labels.names`, `NO_CLASS` where there are none, or a 0 or 1 for each attribute.
-        labels: The attributes of the folder's table, where it has one. Otherwise the subfolders,
-            sorted, are classes; none if the images lie in the folder itself.
+        splits: The images of "train" and "validation", as `(key, label)`. A key is a path relative
+            to the folder, with "/" between its parts. A label is an index into `labels.names`,
+            `NO_CLASS` if there are no classes, or a 0 or 1 for each attribute.
+        labels: The attributes in the folder's table, if it has one. Otherwise the sorted subfolders
+            are the classes; there are none if the images lie in the folder itself.
         left_out: See `Source.left_out`.
     """
 
@@ -141,19 +141,19 @@ def list_folder(
     subfolders are not classes.
 
     An image is a file with one of `SUFFIXES`, in upper or lower case (see `list_files`). A class
-    may have subfolders of its own. `split_by_hash` divides the images, unless the folder itself has
-    nothing but `train` and `val` or `test` (see `splits_at_top`), each with the classes.
+    may have subfolders of its own. `split_by_hash` divides the images into splits, unless the
+    folder contains only `train` and `val` or `test` (see `splits_at_top`), each with the classes.
 
     Args:
-        path: The folder; local, or any that `etils.epath` can read, such as gs://.
+        path: The folder, local or any path that `etils.epath` can read, such as gs://.
         validation_share: Share of the images to hold out, from 0 to below 1.
         max_images: Limit on the images of each split; None for no limit.
         named_splits: Whether subfolders can be splits; otherwise they are classes.
 
     Raises:
-        VqbeamError: There is no such folder, it cannot be read, it holds no image, it has
-            images both at the top and in subfolders, a file name is not UTF-8, or the table of
-            attributes is damaged or lacks an image.
+        VqbeamError: There is no such folder, it cannot be read, it has no image, it has images
+            both at the top and in subfolders, a file name is not UTF-8, or the table of attributes
+            is damaged or lacks an image.
     """
     folder, left_out = check_folder(path), Counter()
     keys = sorted(image_keys(folder, left_out))
@@ -165,8 +165,8 @@ def list_folder(
         )
     tops = splits_at_top(keys) if named_splits else {}
     labels, of_keys = _labels(path, folder / FILE, keys, bool(tops))
-    # Ordered by hash, any prefix of a split is a random sample of all classes, whereas sorted
-    # paths would let max_images, or the first shards, see only the first classes.
+    # In the order of a hash, any prefix of a split is a random sample of all classes. In the order
+    # of paths, max_images or the first shards would cover only the first classes.
     order = split_by_hash(keys, 0.0)["train"] if tops else ()
     parts = {split: [i for i in order if keys[i].startswith(f"{tops[split]}/")] for split in tops}
     splits = {
@@ -181,16 +181,16 @@ def list_folder(
     return FolderListing(splits=splits, labels=labels, left_out=left_out)
 
 
-# What the folders of a split may be called. The first of those for validation that exists is taken.
+# Possible names of the folders of a split. For validation, the first one that exists is used.
 _TRAIN = ("train", "training")
 _HELD_OUT = (*VALIDATION_NAMES, "test")
 
 
 def splits_at_top(keys: Sequence[str]) -> dict[str, str]:
-    """Returns the top folder for "train" and "validation"; nothing if top folders are no splits.
+    """Returns the top folders for "train" and "validation", or nothing if these are not splits.
 
-    They are if there is one to train on and one to hold out, and no other folder or image beside
-    them. A folder `test` beside one for validation is left out.
+    Top folders are splits if one is for training, one or more are for validation, and there are no
+    other folders or images at the top. If there is a validation folder, `test` is left out.
 
     Args:
         keys: Paths of images.
@@ -214,7 +214,7 @@ def check_folder(path: str) -> epath.Path:
 def _labels(
     path: str, table: epath.Path, keys: list[str], below_splits: bool
 ) -> tuple[Labels, dict[str, Any]]:
-    """Returns the labels of the folder, and the label of each key."""
+    """Returns the labels of the folder and the label of each key."""
     if table.exists():
         names, values = read_attributes(table)
         missing = next((key for key in keys if key not in values), None)
@@ -243,7 +243,7 @@ def image_keys(folder: epath.Path, left_out: Counter | None = None) -> list[str]
 
 
 def _label_names(path: str, keys: list[str]) -> tuple[str, ...]:
-    """Returns the sorted first parts of the keys, or nothing if all images are at the top."""
+    """Returns the sorted top folders of the keys, or nothing if all images are at the top."""
     top = [key for key in keys if "/" not in key]
     if not top:
         return tuple(sorted({key.partition("/")[0] for key in keys}))
@@ -262,15 +262,16 @@ FILE = "attributes.csv"
 def read_attributes(file: epath.Path) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
     """Reads a table whose first column is the path of an image relative to the table.
 
-    Columns are separated by commas, semicolons or tabs, whichever the first line has more of. Each
-    other column is an attribute, with 1 for the images that have it and 0 for the others. Rows
-    of images that are not in the folder are ignored.
+    Columns are separated by commas, semicolons or tabs, whichever the first line has most of. Each
+    further column is an attribute, with 1 for images that have it and 0 for the others. Rows of
+    images that are not in the folder are ignored.
 
     Returns:
-        The names of the attributes, and for each path the values.
+        The names of the attributes, and the values for each path.
 
     Raises:
-        VqbeamError: The table has no attribute, one without a name or twice, or another value.
+        VqbeamError: The table has no attributes, an attribute has no name or a duplicate one, or a
+            value is not 0 or 1.
     """
     try:
         text = read_regular(file).decode("utf-8-sig")  # spreadsheets write a byte-order mark

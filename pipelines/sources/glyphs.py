@@ -1,4 +1,4 @@
-"""A made dataset of letters: real images to train on where nothing can be downloaded."""
+"""A dataset of rendered letters, to train on without a download."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ from vqbeam.pipelines.sources.tfds import TfdsSource
 SIZE = 32
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-# The text faces that matplotlib ships. Its other fonts hold mathematical symbols.
+# The text fonts that matplotlib ships. Its other fonts have mathematical symbols.
 FONTS = (
     "DejaVuSans",
     "DejaVuSans-Bold",
@@ -48,7 +48,8 @@ _MASK_SIDE = SIZE * _OVERSAMPLING  # pixels of a mask's longer side
 _MIN_SIDE, _MAX_SIDE = 21.0, 26.0
 _MAX_ANGLE = math.radians(10)
 _MAX_SHIFT = 2.0
-# Ink and paper. A few pairs: a codebook of hundreds cannot hold every colour times every stroke.
+# Ink and paper. There are few pairs, since some hundreds of codes cannot cover every stroke in
+# every colour.
 _COLOURS = np.array(
     [
         [(24, 36, 110), (255, 236, 179)],
@@ -67,7 +68,7 @@ _COLOURS = np.array(
 class Glyphs(tfds.core.GeneratorBasedBuilder):
     """Capital letters in many fonts, colours and poses: [32, 32, 3] uint8 with a label A to Z.
 
-    Drawn, not downloaded; each class has the same number of images in each split.
+    They are drawn, not downloaded. In each split, all classes have the same number of images.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -89,7 +90,7 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        # No index serves twice, so that no image is in two splits.
+        # No index is used twice, so no image is in two splits.
         splits, start = {}, 0
         for name, count in self.COUNTS.items():
             splits[name] = self._generate_examples(start, start + count)
@@ -109,15 +110,15 @@ def draw_glyph(seed: int, index: int) -> tuple[np.ndarray, int]:
     """Draws one letter; the same arguments always give the same image.
 
     Args:
-        seed: Names the series of images, from 0.
-        index: Position in the series, from 0. The letter is `LETTERS[index % 26]`, so that any
-            26 images in a row hold each letter once.
+        seed: The series of images, at least 0.
+        index: Position in the series, at least 0. The letter is `LETTERS[index % 26]`, so any 26
+            consecutive images have each letter once.
 
     Returns:
         The image, uint8 [32, 32, 3], and its label, 0 for A to 25 for Z.
     """
     label = index % len(LETTERS)
-    # Keyed by the pair itself, so that no image depends on how many were drawn before it.
+    # The pair is the key, so an image does not depend on those drawn before it.
     rng = np.random.Generator(np.random.Philox(key=[seed, index]))
     mask = _letter_mask(FONTS[rng.integers(len(FONTS))], LETTERS[label])
     coverage = _pose(mask, rng)[..., None]
@@ -127,9 +128,9 @@ def draw_glyph(seed: int, index: int) -> tuple[np.ndarray, int]:
 
 @functools.cache
 def _letter_mask(font: str, letter: str) -> Image.Image:
-    """Returns the letter, white on black (mode L), cut to its edges and one size for all."""
+    """Returns the letter, white on black (mode L), cropped to its edges and of the same size."""
     path = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf")
-    # The basic layout is in every build of Pillow, so that all machines draw the same.
+    # Every build of Pillow has the basic layout, so all machines draw the same image.
     face = ImageFont.truetype(path, _MASK_SIDE, layout_engine=ImageFont.Layout.BASIC)
     left, top, right, bottom = face.getbbox(letter)
     mask = Image.new("L", (right - left, bottom - top))
@@ -139,15 +140,15 @@ def _letter_mask(font: str, letter: str) -> Image.Image:
 
 
 def _pose(mask: Image.Image, rng: np.random.Generator) -> np.ndarray:
-    """Returns the letter scaled, turned and shifted, as coverage in [0, 1], [SIZE, SIZE]."""
+    """Returns the coverage in [0, 1] of the letter scaled, rotated and shifted, [SIZE, SIZE]."""
     angle = rng.uniform(-_MAX_ANGLE, _MAX_ANGLE)
     scale = rng.uniform(_MIN_SIDE, _MAX_SIDE) / _MASK_SIDE
     cos, sin = math.cos(angle), math.sin(angle)
     width, height = mask.width * scale, mask.height * scale
-    # What turning leaves free on each side bounds the shift, so that no letter is cut off.
+    # The free space on each side of the rotated letter limits the shift, so nothing is cut off.
     x = SIZE / 2 + _shift(width * cos + height * abs(sin), rng)
     y = SIZE / 2 + _shift(width * abs(sin) + height * cos, rng)
-    # Image.transform maps a pixel of the result to the place in the mask that it shows.
+    # Image.transform maps each pixel of the result to a position in the mask.
     a, b = cos / scale / _OVERSAMPLING, sin / scale / _OVERSAMPLING
     x, y = x * _OVERSAMPLING, y * _OVERSAMPLING
     affine = (a, b, mask.width / 2 - a * x - b * y, -b, a, mask.height / 2 + b * x - a * y)
@@ -177,5 +178,5 @@ class GlyphsSource(TfdsSource):
         )
 
     def quiet(self) -> contextlib.AbstractContextManager:
-        """Returns a context without TFDS's message on a download, since there is none."""
+        """Returns a context that drops TFDS's messages about a download, since there is none."""
         return contextlib.redirect_stdout(io.StringIO())

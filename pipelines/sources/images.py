@@ -1,4 +1,4 @@
-"""Image files of any common kind, brought to one shape; and PNG, in which records hold them."""
+"""Decodes image files of any common format to one shape, and encodes images as PNG for records."""
 
 import contextlib
 import io
@@ -10,8 +10,8 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, features
 
 
 def _suffixes() -> dict[str, tuple[str, ...]]:
-    """Returns the formats that can be read here, and how the names of their files end."""
-    # What folders and datasets hold. Pillow knows more, some of which starts other programs.
+    """Returns the formats that can be read on this machine, with their file name endings."""
+    # The usual formats. Pillow knows more, some of which start other programs.
     found = {
         "JPEG": (".jpg", ".jpeg", ".jfif"),
         "PNG": (".png",),
@@ -22,7 +22,7 @@ def _suffixes() -> dict[str, tuple[str, ...]]:
     }
     if features.check("avif"):
         found["AVIF"] = (".avif",)
-    # The extra `formats`.
+    # Installed with the extra `formats`.
     with contextlib.suppress(ImportError):
         import pillow_heif
 
@@ -59,14 +59,14 @@ def decode_image(
     background: str = "white",
     notes: list[str] | None = None,
 ) -> np.ndarray:
-    """Decodes an image file, if need be, and brings the image to one shape.
+    """Returns an image in the given shape, decoded if it is encoded.
 
-    The image is turned upright as its EXIF data say and converted to sRGB from the colours of its
-    ICC profile; transparent parts take the colour of the background, and of an animation the first
-    frame is taken. 16-bit gray is scaled to 8 bits; floating-point gray must lie in [0, 1] and is
-    scaled by 255. An image in sRGB that has the right size already keeps its pixels as they are.
-    Any other size is resampled with an antialiasing filter (Lanczos), which at the edges uses only
-    the pixels there are.
+    The image is rotated upright according to its EXIF data, and converted to sRGB from the colours
+    of its ICC profile. Transparent parts take the colour of the background. Of an animation, only
+    the first frame is used. 16-bit gray is scaled to 8 bits; floating-point gray must lie in [0, 1]
+    and is scaled by 255. An sRGB image that already has the right size keeps its pixels. Any other
+    size is resampled with an antialiasing filter (Lanczos), which does not extend the image at the
+    edges.
 
     Args:
         data: The bytes of a file in one of `FORMATS`; or pixels, uint8 [H, W] or
@@ -74,17 +74,18 @@ def decode_image(
         height: Height of the result in pixels.
         width: Width of the result in pixels.
         channels: 1 for grayscale, 3 for RGB.
-        fit: "crop" covers the shape and cuts off, evenly on both sides, what juts out; "pad"
-            fits the whole image inside and fills the rest, evenly on both sides, with black.
+        fit: "crop" covers the shape and cuts off the excess, evenly on both sides; "pad" fits the
+            whole image inside and fills the rest, evenly on both sides, with black.
         background: "white" or "black".
-        notes: Gets a line if the colours cannot be converted, and are taken as they are.
+        notes: A list to which a line is added if the colours cannot be converted and are left as
+            they are.
 
     Returns:
         uint8 [height, width, channels].
 
     Raises:
-        ImageError: The data are damaged, of another format, or too large to decode safely
-            (more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, found before any is decoded).
+        ImageError: The data are damaged, of another format, or too large to decode safely (more
+            than `PIL.Image.MAX_IMAGE_PIXELS` pixels, which is checked before decoding).
     """
     image = _load(data, 2 * max(height, width), background, [] if notes is None else notes)
     image = _in_mode(image, "L" if channels == 1 else "RGB")
@@ -93,7 +94,7 @@ def decode_image(
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """Encodes an image without loss; the same image always gives the same bytes.
+    """Returns an image as PNG bytes, which are always the same for the same image.
 
     Args:
         image: uint8 [height, width, channels] with 1 or 3 channels.
@@ -107,7 +108,7 @@ def encode_png(image: np.ndarray) -> bytes:
 def _load(
     data: bytes | np.ndarray, draft_side: int, background: str, notes: list[str]
 ) -> Image.Image:
-    """Returns the image upright and opaque, 8 bits a channel; raises ImageError."""
+    """Returns the image upright and opaque, with 8 bits per channel; raises ImageError."""
     try:
         image = _opened(data)
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -118,7 +119,7 @@ def _load(
         return _flatten(_in_srgb(image, notes), background)
     except ImageError:
         raise
-    # Damaged files make Pillow raise nearly anything: struct.error, SyntaxError, KeyError, ...
+    # For damaged files, Pillow raises nearly anything: struct.error, SyntaxError, KeyError, ...
     except Exception as error:
         raise ImageError(_reason(error)) from error
 
@@ -131,15 +132,16 @@ def _opened(data: bytes | np.ndarray) -> Image.Image:
     return Image.fromarray(data[..., 0] if data.ndim == 3 and data.shape[-1] == 1 else data)
 
 
-# A code stream of JPEG XL: bare, or in a box, of which the second kind begins with a number.
+# Start of a JPEG XL code stream: bare, or in one of two kinds of boxes; `jxlp` has a number first.
 _JXL = re.compile(rb"\A\xff\x0a|(?:jxlc|jxlp....)\xff\x0a", re.DOTALL)
 _JXL_RATIOS = (None, (1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
 
 
 def _jxl_pixels(data: bytes) -> int:
-    """Returns the pixels of a JPEG XL file, 0 for any other.
+    """Returns the number of pixels of a JPEG XL file, or 0 for any other file.
 
-    Its plugin decodes all of them when it opens a file. The header is that of ISO/IEC 18181-1, D.3.
+    It is read from the header (ISO/IEC 18181-1, D.3), since the plugin decodes all pixels when it
+    opens a file.
     """
     start = _JXL.search(data[: 2**16]) if data[:2] == b"\xff\x0a" or data[4:8] == b"JXL " else None
     if start is None:
@@ -170,13 +172,13 @@ def _reason(error: Exception) -> str:
 
 
 def _in_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
-    """Returns the image in sRGB, which others are if they have no profile, or one without use."""
+    """Returns the image converted to sRGB; one without a usable profile is taken to be in sRGB."""
     embedded = image.info.get("icc_profile")
     if not embedded:
         return image
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(embedded))
-        # Converting from sRGB itself would take time, and round.
+        # Converting from sRGB to sRGB would take time and cause rounding.
         if "sRGB" in (profile.profile.profile_description or ""):
             return image
         if image.mode in ("P", "PA"):
@@ -196,7 +198,7 @@ def _flatten(image: Image.Image, background: str) -> Image.Image:
         return _scale_gray(np.asarray(image), top=1)
     if image.mode.startswith("I"):  # "I;16", "I;16B", and "I" for 16 bits in 32
         gray = _scale_gray(np.asarray(image), top=65535)
-        if "transparency" in image.info:  # a value, of which Pillow makes nothing in this mode
+        if "transparency" in image.info:  # a transparent value, which Pillow ignores in this mode
             hole = Image.fromarray(np.asarray(image) == image.info["transparency"])
             gray.paste(255 if background == "white" else 0, mask=hole)
         return gray
@@ -208,7 +210,7 @@ def _flatten(image: Image.Image, background: str) -> Image.Image:
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
-    # Pillow's own `convert` copies an image of the right mode, and images may be large.
+    # Pillow's `convert` copies the image even if it has the mode, and images may be large.
     return image if image.mode == mode else image.convert(mode)
 
 
@@ -216,7 +218,7 @@ def _scale_gray(values: np.ndarray, top: int) -> Image.Image:
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= top):
         raise ImageError(f"gray values from {low:g} to {high:g}, which is outside 0 to {top}")
-    # Pillow's own conversion to 8 bits clips.
+    # Not Pillow's conversion to 8 bits, which clips.
     return Image.fromarray(np.rint(values * np.float32(255 / top)).astype(np.uint8))
 
 

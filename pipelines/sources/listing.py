@@ -1,4 +1,4 @@
-"""The files of a folder, and the division of images into those to train on and those held out."""
+"""Lists the files of a folder, and divides images into those to train on and those held out."""
 
 import glob
 import hashlib
@@ -14,9 +14,9 @@ from etils import epath
 from vqbeam.configs import DataConfig, VqbeamError
 from vqbeam.vqvae.storage.files import is_local, named_if_slow
 
-# What the folder of a run that has begun holds.
+# Contents by which the folder of a run is recognized.
 _RUN = {"config.json", "images"}
-# What the split "validation" may be called in the names of folders and files.
+# Possible names of the split "validation" in the names of folders and files.
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
 
@@ -25,13 +25,13 @@ def list_files(
 ) -> list[str]:
     """Returns the paths of the wanted files in a folder, at any depth, relative to it.
 
-    Files and folders whose name starts with "." do not count, links to folders are not followed,
-    and the folders of runs of vqbeam are passed over.
+    Files and folders whose names start with "." are ignored, links to folders are not followed, and
+    the folders of vqbeam's runs are skipped.
 
     Args:
-        folder: The folder; local, or any that `etils.epath` can read, such as gs://.
-        is_wanted: Function of a path.
-        left_out: Counts what is left out, by what it is called in a message.
+        folder: The folder, local or any path that `etils.epath` can read, such as gs://.
+        is_wanted: Function from a path to whether the file is wanted.
+        left_out: Counter to which the files and folders left out are added, by their description.
 
     Raises:
         VqbeamError: A folder cannot be read, or a file name is not UTF-8.
@@ -54,7 +54,7 @@ def list_files(
 
 
 def _in_folder(folder: epath.Path, left_out: Counter) -> Iterator[tuple[str, list[str]]]:
-    """Yields the relative path of each folder, with a slash at its end, and its files."""
+    """Yields the relative path of each folder, with a slash at the end, and its files."""
     for directory, folders, names in os.walk(folder, onerror=_refuse):
         place = os.path.relpath(directory, folder)
         if place != "." and _RUN <= {*folders, *names}:
@@ -67,7 +67,7 @@ def _in_folder(folder: epath.Path, left_out: Counter) -> Iterator[tuple[str, lis
 
 
 def _in_bucket(folder: epath.Path, place: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Yields the same for a bucket, where epath would make a request for every file."""
+    """Yields the same for a bucket, where epath would make one request per file."""
     import tensorflow as tf
 
     names = tf.io.gfile.listdir(f"{folder}/{place}")
@@ -91,16 +91,16 @@ def _refuse(error: OSError) -> None:
 
 
 def split_by_name(files: Sequence[str], data: DataConfig) -> dict[str, list[str]]:
-    """Returns the files to train on and those held out; all under "all" if names do not tell.
+    """Returns the files of "train" and "validation", or all under "all" if names show no splits.
 
-    A file belongs to a split if its name begins with that of the split, or else that of a folder
-    does, the nearest first. Files of other splits are left out.
+    A file belongs to a split if its name, or else the name of one of its folders (nearest first),
+    begins with the name of the split. Files of other splits are left out.
 
     Args:
         files: Relative paths.
-        data: The section whose `train_split` is taken ("none" if names tell no splits), and
-            `validation_split`, for which any of "validation" and "test" stands for the first of the
-            two that has files.
+        data: The section with `train_split`, which is "none" to ignore names, and
+            `validation_split`: both "validation" and "test" mean the first of these two that has
+            files.
 
     Raises:
         VqbeamError: A split of any other name has no files.
@@ -137,15 +137,15 @@ def _split_of(file: str, splits: Sequence[str]) -> str | None:
 
 
 def split_by_hash(keys: Iterable[str], validation_share: float) -> dict[str, np.ndarray]:
-    """Returns for "train" and "validation" the positions of their keys, in the order of a hash.
+    """Returns the positions of the keys of "train" and "validation", in the order of a hash.
 
     The split of an image depends only on its key, so it does not change when others are added. The
-    only exception: an empty split, if there are two or more keys and `validation_share` is above
-    0, gets the image whose hash is nearest to it.
+    only exception is a split that would be empty although there are two or more keys and
+    `validation_share` is above 0: it gets the image whose hash is nearest to it.
 
     Args:
         keys: The keys of all images.
-        validation_share: Share of the images to hold out, from 0 to below 1.
+        validation_share: Share of the images to hold out, in [0, 1).
     """
     hashes = np.fromiter(map(_hash, keys), np.float64)
     ordered = np.argsort(hashes, kind="stable")
@@ -162,7 +162,7 @@ def _hash(key: str) -> float:
 
 
 def check_splits(data: DataConfig, splits: Mapping[str, Sequence[Any]]) -> None:
-    """Raises a VqbeamError if a split of a source has no image, and is meant to have some."""
+    """Raises a VqbeamError if a split that must have images has none."""
     if not splits["train"]:
         raise VqbeamError(f"{data.source} has no image to train on")
     if not splits["validation"] and data.validation_share:
@@ -173,8 +173,8 @@ def files_at(path: str, is_wanted: Callable[[str], bool]) -> tuple[epath.Path, l
     """Returns a folder and the sorted paths of files relative to it.
 
     Args:
-        path: A folder, whose wanted files are taken; or a file, or a glob pattern.
-        is_wanted: Function of a path.
+        path: A folder, of which the wanted files are returned; or a file; or a glob pattern.
+        is_wanted: See `list_files`.
 
     Raises:
         VqbeamError: There is no such file, or see `list_files`.

@@ -20,8 +20,8 @@ class RawImage(NamedTuple):
 
     Attributes:
         key: The image's name in the source.
-        data: The encoded bytes, or the pixels, or the error raised by reading them.
-        label: The class, −1 for none; or 1 for each attribute of the image, else 0.
+        data: The encoded bytes, or the pixels, or the error from reading them.
+        label: The class, −1 for none; or a 0 or 1 for each attribute.
     """
 
     key: str
@@ -46,7 +46,7 @@ class Unit(NamedTuple):
 
 
 def check_names(data: DataConfig, labels: Labels) -> None:
-    """Raises a VqbeamError if TFDS, which keeps a name a line, would read one back as another."""
+    """Raises a VqbeamError for class names that TFDS, which stores one per line, would change."""
     for name in labels.names if labels.kind == "classes" else ():
         if [name] != name.splitlines() or name != name.strip():
             raise VqbeamError(
@@ -56,15 +56,15 @@ def check_names(data: DataConfig, labels: Labels) -> None:
 
 
 class Source:
-    """A kind of source that `data.source` can name; a new one subclasses this.
+    """The base class of all sources that `data.source` can name.
 
     Args:
         data: The section that names the source.
 
     Attributes:
-        may_change: Whether an image that could not be decoded may be repaired by the next try.
-        left_out: What `plan` has left out: counts by what it is called in a message.
-        lists_at_once: Whether `listing` takes no pass over the images.
+        may_change: Whether an image that could not be decoded may have been repaired since.
+        left_out: Number of items that `plan` has left out, by their description.
+        lists_at_once: Whether `listing` works without a pass over the images.
     """
 
     may_change = False
@@ -78,12 +78,12 @@ class Source:
         """Checks the source before anything is written or downloaded.
 
         Raises:
-            VqbeamError: See `plan`, as far as it can be known before a download.
+            VqbeamError: See `plan`, as far as this can be known before a download.
         """
         self.plan()
 
     def download(self, beam_args: Sequence[str]) -> None:
-        """Downloads and prepares the source, if needed, and prints that it does.
+        """Downloads and prepares the source if needed, after printing a line about it.
 
         Args:
             beam_args: Beam's options, for sources that a pipeline prepares.
@@ -105,7 +105,7 @@ class Source:
         raise NotImplementedError
 
     def keys(self, split: str, images: Sequence[Any]) -> list[str]:
-        """Returns the keys of images of a split, which are as in `Unit.images`."""
+        """Returns the keys of images of a split, given as in `Unit.images`."""
         raise NotImplementedError
 
     def plan(self) -> list[Unit]:
@@ -113,7 +113,7 @@ class Source:
         return self.units(*self.listing())
 
     def units(self, splits: Mapping[str, Sequence[Any]], labels: Labels) -> list[Unit]:
-        """Divides images, those of `listing` or some, into units; raises as `check_names`."""
+        """Divides all or some of the images of `listing` into units; raises as `check_names`."""
         check_names(self.data, labels)
         from vqbeam.vqvae.storage.records import Shard
 
@@ -128,7 +128,7 @@ class Source:
         return units
 
     def decode(self, raw: RawImage, notes: list[str] | None = None) -> "np.ndarray":
-        """Returns an image in the shape that the section asks for, uint8 [H, W, C].
+        """Returns an image in the shape that the section requests, uint8 [H, W, C].
 
         Args:
             raw: The image.

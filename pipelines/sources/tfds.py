@@ -50,7 +50,7 @@ class TfdsSource(Source):
         return {"data_dir": self.data.data_dir} if self.data.data_dir else {}
 
     def check(self) -> None:
-        """Checks the dataset, as far as it is known; see `Source.check`."""
+        """Checks as much of the dataset as is known before a download; see `Source.check`."""
         builder = self.builder()
         if builder.is_prepared():
             self.plan()
@@ -74,7 +74,7 @@ class TfdsSource(Source):
         except Exception as error:
             if is_interrupt(error) or user_message(error):
                 raise
-            if self.builder().is_prepared():  # by another command, at the same time
+            if self.builder().is_prepared():  # by another command at the same time
                 return
             raise VqbeamError(
                 f"TFDS could not prepare {builder.info.full_name} ({first_line(error)}); where its "
@@ -107,7 +107,7 @@ class TfdsSource(Source):
         return splits, _labels(data, info)
 
     def keys(self, split: str, images: Sequence[int]) -> list[str]:
-        """Returns the ids that TFDS gives to examples: the file, and the number in it."""
+        """Returns the ids of TFDS: the name of the file and the example's number in it."""
         theirs = self.builder().info.splits[_split_of(self.data, split)]
         ends = np.cumsum(theirs.shard_lengths)
         files = np.searchsorted(ends, images, side="right")
@@ -118,8 +118,8 @@ class TfdsSource(Source):
     def read(self, unit: Unit) -> Iterator[RawImage]:
         """Yields the encoded images of a slice of a split, or some of it; see `Source.read`.
 
-        `tfds.beam.ReadFromTFDS` reads the same files, one worker a file, but leaves the examples
-        of a one-file dataset in no particular order: sorting them would shuffle pixels.
+        `tfds.beam.ReadFromTFDS` reads the same files, with one worker per file, but leaves the
+        examples of a one-file dataset in no particular order. Sorting them would shuffle pixels.
         """
         data, builder = self.data, self.builder()
         theirs = _split_of(data, unit.shard.split)
@@ -136,7 +136,7 @@ class TfdsSource(Source):
             ),
         )
         with damaged_records(builder.data_path):
-            # One by one, reading would take as long as decoding and encoding.
+            # In batches: reading one by one would take as long as decoding and encoding.
             number = itertools.count(bounds[0])
             for batch in examples.ragged_batch(_READ_AT_ONCE).prefetch(2):
                 keys, images = batch["tfds_id"].numpy(), batch[data.image_key].numpy()
@@ -190,7 +190,7 @@ def _labels(data: DataConfig, info) -> Labels:
             f"feature {data.image_key!r} of {info.full_name} holds images of {np.dtype(dtype)}; "
             "prepare a dataset of uint8 images, or a folder of image files"
         )
-    # Not of the usual name, which most datasets without classes do not have.
+    # The default name may be missing: most datasets without classes do not have it.
     if data.label_key not in (*info.features, DataConfig.label_key, "none"):
         raise VqbeamError(
             f"{info.full_name} has no feature {data.label_key!r}; set data.label_key to one of "
@@ -212,13 +212,13 @@ def _labels(data: DataConfig, info) -> Labels:
 
 
 def _is_multi_hot(label) -> bool:
-    """Returns whether a feature is a list of classes of an image."""
+    """Returns whether a feature is a list of the classes of an image."""
     is_list = isinstance(label, tfds.features.Sequence)
     return is_list and isinstance(label.feature, tfds.features.ClassLabel)
 
 
 def _is_flags(label) -> bool:
-    """Returns whether a feature is a dictionary of one bool for each attribute."""
+    """Returns whether a feature is a dictionary with a bool for each attribute."""
     is_dict = isinstance(label, tfds.features.FeaturesDict)
     return is_dict and all(
         feature.shape == () and feature.np_dtype == np.bool_ for feature in label.values()
@@ -239,7 +239,7 @@ def _labels_of(values, labels: Labels) -> list[int] | list[tuple[int, ...]]:
 
 @contextlib.contextmanager
 def _ended_by_an_interrupt() -> Iterator[None]:
-    """Lets Ctrl-C end the process at once; TFDS would wait for threads that wait for a host."""
+    """A context in which Ctrl-C ends the process at once, without waiting for TFDS's downloads."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -56,8 +56,8 @@ class ImageShard(NamedTuple):
     Attributes:
         shard: The shard to write.
         images: The number of images in it.
-        augment: Views to encode besides the images; see `vqbeam.vqvae.augmentation`.
-        total: Code grids in all shards, for the progress bar.
+        augment: Views to encode in addition to the images; see `vqbeam.vqvae.augmentation`.
+        total: Number of code grids in all shards, for the progress bar.
     """
 
     shard: Shard
@@ -107,7 +107,7 @@ def encode_shard(run_path: str, part: ImageShard) -> tuple[str, ShardReport]:
 
 
 def _encoded(run: RunFolder, part: ImageShard) -> Iterator[tuple[bytes, np.ndarray, dict]]:
-    """Yields for each batch and view the suffix of its keys, its codes, and its other fields."""
+    """Yields, for each batch and view, the suffix of its keys, its codes and its other fields."""
     encode = load_encoder(run, run.result_hash("train-vqvae"))
     batch_size = run.load_config().encode.batch_size
     builder = open_dataset(run.folder("prepare"))
@@ -134,7 +134,7 @@ def add_facts(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def finish_codes(run_path: str, gathered: Gathered) -> str:
-    """Finishes the dataset, with codebook usage; returns the run's path."""
+    """Finishes the dataset and records the codebook usage; returns the run's path."""
     run = RunFolder(run_path)
     if run.is_done(STAGE):
         return run_path  # a runner may repeat a finished step
@@ -166,10 +166,10 @@ def load_encoder(run: RunFolder, model: str) -> Callable[[Any], Any]:
 
     Args:
         run: The run.
-        model: The hash of the VQ-VAE that is meant, `run.result_hash("train-vqvae")`.
+        model: The hash of the expected VQ-VAE, from `run.result_hash("train-vqvae")`.
 
     Raises:
-        VqbeamError: The run has another VQ-VAE by now.
+        VqbeamError: The run now has another VQ-VAE.
     """
 
     def load():
@@ -186,7 +186,7 @@ def load_encoder(run: RunFolder, model: str) -> Callable[[Any], Any]:
 
 
 class _Encoder:
-    """The compiled function as an object, since `Shared` needs weakly referenceable ones."""
+    """The compiled function wrapped in an object, since `Shared` needs weak references to it."""
 
     def __init__(self, function):
         self.function = function

@@ -1,12 +1,12 @@
-"""`vqbeam encode --model`: the codes of any images by a trained VQ-VAE, as a dataset of their own.
+"""`vqbeam encode --model`: encodes any images with a trained VQ-VAE into a separate dataset.
 
     DIR/manifest.json       the model, and what each call has added
-    DIR/codes-*             a TFDS dataset of code records; `model` begins the VQ-VAE's hash
+    DIR/codes-*             a TFDS dataset of code records; `model` is the start of the model's hash
     DIR/dead_letters.jsonl  images of the last call that could not be decoded
 
-Each call adds shards for the images whose keys are not there yet. Those of a call count only once
-its last step has listed them in the manifest and in TFDS's metadata, so a call that was killed has
-changed nothing, and the same call resumes it.
+Each call adds shards for the images whose keys are not in the dataset yet. Its shards become part
+of the dataset in the last step, which lists them in the manifest and in TFDS's metadata. So a
+killed call has changed nothing, and the same call resumes it.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ _TITLE = "encode"
 
 @dataclasses.dataclass(frozen=True)
 class EncodeJob:
-    """One call: the model, the images and the folder.
+    """The job of one call: the model, the images and the folder.
 
     Attributes:
         run: The folder of the model's run.
@@ -73,7 +73,7 @@ class EncodeJob:
         output: The folder of the dataset.
         data: The source of the images, and the shape that the model takes.
         batch_size: Images encoded at once.
-        earlier: How many calls have added to the dataset before.
+        earlier: Number of earlier calls that have added to the dataset.
     """
 
     run: str
@@ -90,22 +90,22 @@ class EncodeJob:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of everything that the contents of a shard depend on, but for its images."""
+        """A hash of everything that the contents of a shard depend on, except its images."""
         facts = dataclasses.asdict(self)
-        facts["data"].pop("max_failed")  # it decides whether the result is accepted
+        facts["data"].pop("max_failed")  # it only decides whether the result is accepted
         del facts["run"], facts["output"]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def manifest(self) -> dict[str, Any]:
-        """Returns what is known of the dataset so far."""
+        """Returns the manifest of the dataset so far."""
         return read_json(self.folder / MANIFEST)
 
     def is_finished(self) -> bool:
-        """Returns whether the call has ended: an engine may repeat a step."""
+        """Returns whether the call has finished, as when an engine repeats a step."""
         return len(self.manifest()["calls"]) > self.earlier
 
     def bind_folder(self) -> "EncodeJob":
-        """Reserves the folder for codes of the model; returns the job with its number.
+        """Reserves the folder for codes of the model; returns the job with `earlier` set.
 
         Raises:
             VqbeamError: The folder has codes of another model or other contents, or is damaged.
@@ -131,7 +131,7 @@ class Addition(NamedTuple):
 
     Attributes:
         unit: The unit; its labels are those of the source.
-        labels: The labels of the dataset, which has the classes of earlier calls first.
+        labels: The labels of the dataset, with the classes of earlier calls first.
     """
 
     unit: Unit
@@ -152,7 +152,7 @@ def encode_source(run_dir: str, *, output: str, data: DataConfig, beam_args: Seq
 
     Raises:
         VqbeamError: The run has no VQ-VAE, the folder has codes of another model or other contents,
-            the source cannot be read, its labels do not fit those that are there, too many images
+            the source cannot be read, its labels do not fit those of the dataset, too many images
             could not be decoded, or workers elsewhere could not read a path.
     """
     run = RunFolder(run_dir, remember=True)
@@ -188,14 +188,14 @@ class EncodeSource(beam.PTransform):
             | "Plan" >> beam.FlatMap(plan_additions)
             | beam.Reshuffle()
             | "WriteShard" >> beam.MapTuple(encode_addition)
-            # There is a result even without anything to add.
+            # Global, so that there is a result even if there is nothing to add.
             | "GatherReports" >> beam.CombineGlobally(GatherReports(add_facts))
             | "Finish" >> beam.Map(finish_additions, job=self.job)
         )
 
 
 def plan_additions(job: EncodeJob) -> Iterator[tuple[EncodeJob, Addition]]:
-    """Yields the images whose keys are not in the dataset, by units.
+    """Yields units of the images whose keys are not in the dataset.
 
     Raises:
         VqbeamError: See `joined`.
@@ -205,7 +205,7 @@ def plan_additions(job: EncodeJob) -> Iterator[tuple[EncodeJob, Addition]]:
     manifest, source = job.manifest(), open_source(job.data)
     splits, labels = source.listing()
     before = manifest["shards"]
-    # Not from TFDS's metadata, which a killed call may have left ahead of the manifest.
+    # Not from TFDS's metadata: a killed call may have updated it, but not the manifest.
     with damaged_records(job.folder):
         known = keys_in(list(_shard_sizes(job.folder, before))) if before else set()
     both = joined(Labels.of(manifest), labels, job.folder) if before else labels
@@ -221,12 +221,12 @@ def plan_additions(job: EncodeJob) -> Iterator[tuple[EncodeJob, Addition]]:
 
 
 def joined(before: Labels, labels: Labels, folder: epath.Path) -> Labels:
-    """Returns the labels of a dataset to which images with labels are added.
+    """Returns the labels of a dataset after images with other labels are added to it.
 
-    Classes keep their numbers, and new ones follow.
+    Its classes keep their numbers, and new ones follow.
 
     Raises:
-        VqbeamError: The labels are of another kind, or other attributes.
+        VqbeamError: The new labels are of another kind, or are other attributes.
     """
     classes = before.kind == labels.kind == "classes" and bool(before.names) == bool(labels.names)
     if not classes and before != labels:
@@ -269,7 +269,7 @@ def encode_addition(job: EncodeJob, addition: Addition) -> ShardReport:
 def _encoded(
     job: EncodeJob, source: Source, unit: Unit, failures: list[dict]
 ) -> Iterator[tuple[list[RawImage], np.ndarray]]:
-    """Yields batches of images with their codes, and collects those that cannot be decoded."""
+    """Yields batches of images with their codes; adds undecodable images to `failures`."""
     encode = load_encoder(RunFolder(job.run), job.model)
     decoded = _decoded(source, unit, failures)
     while batch := list(itertools.islice(decoded, job.batch_size)):
@@ -289,7 +289,7 @@ def _decoded(
 
 
 def _renumbered(label: Label, own: Labels, both: Labels) -> Label:
-    """Returns a label of a source as the dataset numbers it."""
+    """Returns a label of a source with its number in the dataset."""
     if own == both or label == NO_CLASS:
         return label
     return both.names.index(own.names[label])
@@ -331,7 +331,7 @@ def _write_metadata(job: EncodeJob, manifest: dict[str, Any]) -> None:
     layout = code_layout(RunFolder(job.run).load_config())
     features = code_features(layout, Labels.of(manifest))
     shards = manifest["shards"]
-    # TFDS refuses files of splits that it is not told of, which a killed call may have left.
+    # TFDS refuses files of unlisted splits, which a killed call may have left.
     for path in matching(job.folder, f"{DATASET}-*"):
         if path not in _files(job.folder, shards):
             path.unlink(missing_ok=True)
@@ -361,7 +361,7 @@ def _shard_sizes(folder: epath.Path, shards: dict[str, list]) -> dict[epath.Path
 
 
 def _lost_shards(folder: epath.Path, shards: dict[str, list]) -> set[epath.Path]:
-    """Returns the shards that are missing; raises a VqbeamError if another one has changed."""
+    """Returns the missing shards; raises a VqbeamError if any other has changed its size."""
     wanted, lost = _shard_sizes(folder, shards), set()
     for path, found in zip(wanted, sizes(list(wanted)), strict=True):
         if found is None:
@@ -375,7 +375,7 @@ def _lost_shards(folder: epath.Path, shards: dict[str, list]) -> set[epath.Path]
 
 
 def _empty_lost(job: EncodeJob, manifest: dict[str, Any]) -> None:
-    """Puts an empty shard in the place of each one that is lost: its images then count as new."""
+    """Replaces each lost shard with an empty one, so that its images count as new."""
     lost = _lost_shards(job.folder, manifest["shards"])
     if not lost:
         return

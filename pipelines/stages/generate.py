@@ -39,7 +39,7 @@ SPLIT = "train"
 
 @dataclasses.dataclass(frozen=True)
 class GenerateJob:
-    """The images to sample, and the folder to write them to.
+    """The job of sampling images into a folder.
 
     Attributes:
         run: The run's folder.
@@ -48,7 +48,7 @@ class GenerateJob:
         labels: See `labels_for`.
         seed: Seed of the random numbers; image i of a seed is always the same image.
         shard_images: Images in a shard, a multiple of the batch size.
-        settings: Sampler settings; `num` is the number of all images.
+        settings: Sampler settings; `num` is the total number of images.
         preset: The run's preset.
         checkpoint: The fingerprint of the run's models.
     """
@@ -70,7 +70,7 @@ class GenerateJob:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Everything that the contents of the folder depend on, as JSON values."""
+        """Everything that the contents of the folder depend on, as JSON values by name."""
         values = dataclasses.asdict(self)
         facts = values.pop("settings") | values
         del facts["run"], facts["output"]
@@ -109,34 +109,34 @@ class GenerateJob:
             write_json(self._file, {"order": self.facts, "done": False})
 
     def exists(self) -> bool:
-        """Returns whether the folder is there, and reserved for images."""
+        """Returns whether the folder exists and is reserved for images."""
         return self._file.exists()
 
     def is_done(self) -> bool:
-        """Returns whether the job was finished, and all that it wrote is there and whole."""
+        """Returns whether the job was finished and its files are still complete."""
         return self._stored["done"] and not self._damaged
 
     def begin_again(self) -> None:
-        """Declares the job not finished, and removes what is damaged."""
+        """Marks the job as unfinished and removes damaged files."""
         for path in self._damaged:
             path.rmtree() if path.is_dir() else path.unlink(missing_ok=True)
         write_json(self._file, {"order": self.facts, "done": False})
 
     def finish(self) -> None:
-        """Declares the job finished; with the sizes of what it wrote."""
+        """Marks the job as finished and records the sizes of its files."""
         paths = [path for path in matching(self.folder, "[!.]*") if path != self._file]
         found = {path.name: self._size(path) for path in paths}
         write_json(self._file, {"order": self.facts, "done": True, "sizes": found})
 
     @property
     def _damaged(self) -> list[epath.Path]:
-        """What a finished job wrote, and is not there or not whole."""
+        """The files and folders of a finished job that are missing or incomplete."""
         written = self._stored.get("sizes", {})
         paths = [self.folder / epath.Path(name).name for name in written]
         return [path for path in paths if self._size(path) != written.get(path.name)]
 
     def _size(self, path: epath.Path) -> int | None:
-        """Returns the bytes of a file, or of a folder of PNGs; None for one that lacks some."""
+        """Returns the size of a file or a folder of PNGs; None if it is missing or incomplete."""
         return size_of_samples(path) if self.form == "png" else size(path)
 
     def shard_folder(self, index: int) -> epath.Path:
@@ -148,7 +148,7 @@ class GenerateJob:
         return ShardWriter(self.folder, self.fingerprint, Shard(DATASET, SPLIT, index, self.shards))
 
     def shard_array(self, index: int) -> epath.Path:
-        """Returns the file of the pixels of a shard of the archive."""
+        """Returns the file with the pixels of a shard of the archive."""
         return self.folder / f".{self.fingerprint}-{index:05d}-of-{self.shards:05d}.npy"
 
     @property
@@ -157,7 +157,7 @@ class GenerateJob:
         return self.folder / "samples.npz"
 
     def has_shard(self, index: int) -> bool:
-        """Returns whether all files of a shard are there."""
+        """Returns whether a shard is complete."""
         if self.form == "png":
             return self._size(self.shard_folder(index)) is not None
         if self.form == "npz":
@@ -182,7 +182,7 @@ _run = Shared()
 
 
 class GeneratedShard(NamedTuple):
-    """A complete shard: its job, its index, and for TFRecords its report."""
+    """A complete shard: its job, its index and, for TFRecords, its report."""
 
     job: GenerateJob
     index: int
@@ -199,9 +199,9 @@ def generate(
     beam_args: Sequence[str],
     **settings: Any,
 ) -> str:
-    """Samples images shard by shard.
+    """Samples images shard by shard; returns a line about the result.
 
-    A call that was killed is resumed by the same call, which samples the missing shards.
+    After a call was killed, the same call samples the missing shards.
 
     Args:
         run_dir: The run's folder.
@@ -211,15 +211,15 @@ def generate(
         labels: See `Run.sample`.
         shard_images: Images in a shard, rounded up to full batches.
         beam_args: Beam's own options.
-        **settings: `num`, the number of images; `seed`, with which image i is that of `sample`;
-            and other fields of SampleConfig.
+        **settings: `num`, the number of images; `seed`, for which image i is the same as that of
+            `sample`; and other fields of SampleConfig.
 
     Returns:
         A line about the result.
 
     Raises:
         VqbeamError: The run has no trained prior, a setting or label is out of range, the folder
-            holds other images or another command is at work in it, or workers elsewhere could not
+            holds other images or another command is running in it, or workers elsewhere could not
             read a path.
     """
     if is_dataflow(beam_args):
@@ -228,7 +228,7 @@ def generate(
     seed = run.seed(settings.pop("seed", None))
     chosen = run.settings(**settings)
     chosen = chosen.with_at_most(chosen.num)
-    labels_for(labels, run.prior_labels, 1)  # refuses one that is not known
+    labels_for(labels, run.prior_labels, 1)  # raises an error for an unknown label
     job = GenerateJob(
         absolute(run_dir),
         absolute(output),
@@ -252,7 +252,7 @@ def generate(
 
 
 class GenerateImages(beam.PTransform):
-    """From a pipeline to the folder of an job, once all its images are there."""
+    """From a pipeline to the folder of a job, once all its images are there."""
 
     def __init__(self, job: GenerateJob):
         super().__init__()
@@ -277,7 +277,7 @@ def _shards(job: GenerateJob) -> Iterator[tuple[GenerateJob, int]]:
 
 
 def generate_shard(job: GenerateJob, index: int) -> GeneratedShard:
-    """Samples and writes one shard, unless an earlier attempt has; returns it."""
+    """Returns a shard, sampled and written now unless an earlier attempt has written it."""
     first = index * job.shard_images
     num = min(job.shard_images, job.settings.num - first)
     report, drawn = None, 0
@@ -301,7 +301,7 @@ def generate_shard(job: GenerateJob, index: int) -> GeneratedShard:
         report = writer.report
     elif not job.has_shard(index):
         _write_files(job, index, draw())
-    moved(num)  # if an earlier attempt has written them
+    moved(num)  # in case an earlier attempt has written the shard
     Metrics.counter("vqbeam", "images_generated").inc(num)
     return GeneratedShard(job, index, report)
 
@@ -313,7 +313,7 @@ def _write_files(job: GenerateJob, index: int, samples: Samples) -> None:
         write_bytes(job.shard_array(index), pixels.getvalue())
         return
     folder = job.shard_folder(index)
-    folder.rmtree(missing_ok=True)  # a killed attempt may have left half a picture
+    folder.rmtree(missing_ok=True)  # a killed attempt may have left half of a picture
     write_samples(samples, folder)
 
 
@@ -350,9 +350,9 @@ def finish_images(shards: Sequence[GeneratedShard]) -> str:
 
 
 def _write_archive(job: GenerateJob) -> None:
-    """Writes all images as `arr_0` and their classes, if any, as `arr_1`; holds one shard at once.
+    """Writes all images as `arr_0` and their labels, if any, as `arr_1`, one shard at a time.
 
-    These are the names that the evaluation programs of the field read.
+    These are the names that common evaluation programs read.
     """
     run, num = Run(job.run), job.settings.num
     header = {"descr": "|u1", "fortran_order": False, "shape": (num, *run.config.image_shape)}
@@ -374,11 +374,11 @@ def load_run(path: str, checkpoint: str, mend: str) -> Run:
 
     Args:
         path: The run's folder.
-        checkpoint: The fingerprint of the models that are meant, `Run.checkpoint`.
-        mend: What to do if there are others by now.
+        checkpoint: The fingerprint of the expected models, from `Run.checkpoint`.
+        mend: What to do if the run now has other models, for the error message.
 
     Raises:
-        VqbeamError: The run has other models by now.
+        VqbeamError: The run now has other models.
     """
 
     def load():

@@ -28,7 +28,7 @@ from vqbeam.vqvae.storage.run_folder import RunFolder
 
 STAGE = "prepare"
 DEAD_LETTERS = "dead_letters.jsonl"
-# From the plan, for the worker that finishes the stage.
+# File with `Source.left_out`, from the worker that plans the stage to the one that finishes it.
 _LEFT_OUT = ".left_out"
 
 
@@ -47,7 +47,7 @@ def plan_units(run_path: str) -> Iterator[tuple[str, Unit]]:
     data = run.load_config().data
     source = open_source(data)
     units = source.plan()
-    run.begin(STAGE)  # not before, since the source may be gone
+    run.begin(STAGE)  # only now, since planning fails if the source is gone
     if all(unit.shard.split == "train" for unit in units):
         raise VqbeamError(f"{data.source} has no image to hold out; set data.validation_share")
     write_json(run.folder(STAGE) / _LEFT_OUT, {what: n for what, n in source.left_out.items() if n})
@@ -59,7 +59,7 @@ def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
     """Decodes the images of one unit and writes them as one shard of `DIR/images`."""
     run = RunFolder(run_path)
     source = open_source(run.load_config().data)
-    # Files and classes may change between two attempts, so a shard of this name may have held
+    # Files and classes may change between two attempts, so an earlier shard of this name may hold
     # other images.
     content = hashlib.sha256(repr((unit.images, unit.labels)).encode()).hexdigest()
     writer = ShardWriter(run.folder(STAGE), run.fingerprint(STAGE), unit.shard, content)
@@ -110,8 +110,8 @@ def finish_images(run_path: str, gathered: Gathered) -> str:
     """Finishes the dataset, with statistics and dead letters; returns the run's path.
 
     Raises:
-        VqbeamError: More than `data.max_failed` of the images could not be decoded, or all of a
-            split.
+        VqbeamError: More than `data.max_failed` of the images, or all of a split, could not be
+            decoded.
     """
     run = RunFolder(run_path)
     if run.is_done(STAGE):
@@ -154,7 +154,7 @@ def finish_images(run_path: str, gathered: Gathered) -> str:
 
 
 def was_mended(failures: Sequence[dict], unit: Unit, source: Source) -> bool:
-    """Returns whether an image of a unit that an earlier attempt could not decode now can be."""
+    """Returns whether an image of a unit can now be decoded that an earlier attempt could not."""
     failed = {failure["key"] for failure in failures}
     if not failed or not source.may_change:
         return False
@@ -168,15 +168,15 @@ def was_mended(failures: Sequence[dict], unit: Unit, source: Source) -> bool:
 
 
 def label_fields(label: Label, labels: Labels) -> dict[str, Any]:
-    """Returns the features of a record that hold the label of its image; none without labels."""
+    """Returns the features of a record for the label of its image; none without labels."""
     if labels.kind == "attributes":
         return {"attributes": np.asarray(label, np.uint8)}
     return {"label": label} if labels.names else {}
 
 
 def write_dead_letters(folder: epath.Path, failures: Sequence[dict]) -> epath.Path:
-    """Writes the list of images that something is wrong with, sorted by key; returns its path."""
-    # It does not depend on the order in which workers end.
+    """Writes the list of images with problems; returns its path."""
+    # Sorted, so that it does not depend on the order in which workers finish.
     ordered = sorted(failures, key=lambda failure: failure["key"])
     lines = [json.dumps(failure, ensure_ascii=False) + "\n" for failure in ordered]
     letters = folder / DEAD_LETTERS
@@ -188,8 +188,8 @@ def check_failures(failures: Sequence[dict], total: int, data: DataConfig, lette
     """Raises a VqbeamError if more images could not be decoded than `data.max_failed` allows.
 
     Args:
-        failures: The images with their reasons.
-        total: The number of all images.
+        failures: The images that could not be decoded, with the reasons.
+        total: The total number of images.
         data: The section that sets the limit.
         letters: The file that lists the failures.
     """
@@ -212,7 +212,7 @@ def _check_splits(reports: Sequence[ShardReport], config: Config, letters) -> No
 
 
 class _Statistics:
-    """Sums over the training images of a shard, in integers, so that the order is irrelevant."""
+    """Sums over the training images of a shard; integers, so that the order does not matter."""
 
     def __init__(self):
         self.pixels = 0
@@ -230,7 +230,7 @@ class _Statistics:
 
 
 def _scaled(sums: dict[str, Any]) -> dict[str, Any]:
-    """Returns the mean and variance of the training pixels in [−1, 1], and the images per label."""
+    """Returns mean and variance of the training pixels in [−1, 1], and the images per label."""
     mean = sums["pixel_sum"] / sums["pixels"]
     variance = sums["square_sum"] / sums["pixels"] - mean**2
     labels = sums["labels"]

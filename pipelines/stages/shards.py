@@ -21,7 +21,7 @@ _M_ARENA_MAX = -8  # of malloc.h
 
 @dataclasses.dataclass(frozen=True)
 class ShardReport:
-    """The report of one complete shard: its records, its size, and facts found while writing it.
+    """The report of a complete shard: its records, its size, and facts collected in writing it.
 
     `content` is a hash of its inputs; the report is valid only for this content.
     """
@@ -43,8 +43,8 @@ class ShardWriter:
                 writer.facts["seen"] = 1
         return writer.report
 
-    The report is written after the shard, and both are renamed into place: a worker killed at any
-    moment leaves either a shard with its report or work to be done again.
+    The report is written after the shard, and both are renamed into place. So a worker killed at
+    any moment leaves either a shard with its report, or work that is done again.
 
     Args:
         folder: The folder of the dataset.
@@ -55,7 +55,7 @@ class ShardWriter:
     Attributes:
         report: The report of the shard, once it is written; available from the start if an earlier
             attempt wrote it.
-        facts: Facts found while writing, which become part of the report.
+        facts: Facts collected while writing, which become part of the report.
     """
 
     def __init__(self, folder: epath.Path, fingerprint: str, shard: Shard, content: str = ""):
@@ -91,12 +91,12 @@ class ShardWriter:
 
 @functools.cache
 def _keep_memory_flat() -> None:
-    """Limits glibc's memory arenas to the number of cores, instead of eight times as many.
+    """Limits glibc's memory arenas to one per core, instead of eight.
 
-    TensorFlow reads each shard in new threads, and each takes another arena, which keeps its
+    TensorFlow reads each shard in new threads. Each thread takes another arena, which keeps its
     memory: 100 MB over a million images.
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # if there is no glibc
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, max(2, os.cpu_count() or 1))
 
 
@@ -108,7 +108,7 @@ def write_dataset_metadata(
     version: str,
     description: str,
 ) -> tuple[list[epath.Path], dict[str, int]]:
-    """Writes the metadata that makes a TFDS dataset of complete shards.
+    """Writes the metadata that turns complete shards into a TFDS dataset.
 
     Returns:
         All files of the dataset, and the number of records in each split.
@@ -116,7 +116,7 @@ def write_dataset_metadata(
     Raises:
         VqbeamError: A shard was not reported.
     """
-    # The result does not depend on the order in which workers end.
+    # Sorted, so that the result does not depend on the order in which workers finish.
     reports = sorted(reports, key=lambda report: report.shard)
     splits: dict[str, list[ShardReport]] = {}
     for report in reports:
@@ -143,15 +143,15 @@ def write_dataset_metadata(
 
 
 def remove_leftovers(folder: epath.Path, keep: Sequence[epath.Path], fingerprint: str) -> None:
-    """Removes from a folder of shards the remains of earlier attempts, and of other inputs.
+    """Removes from a folder of shards everything left by earlier attempts or other inputs.
 
-    To be called after the manifest is written: until then, a restart needs all reports. Those of
-    the shards that are there stay, so that one that is lost later can be written again alone.
+    To be called after the manifest is written: until then, a restart needs all reports. The reports
+    of the current shards stay, so that a shard that is lost later can be rewritten alone.
 
     Args:
         folder: The folder.
         keep: Files that stay.
-        fingerprint: That of the shards.
+        fingerprint: The fingerprint of the current shards.
     """
     kept = {path.name for path in keep} | {MANIFEST, f".reports-{fingerprint}"}
     for path in folder.iterdir():
@@ -164,5 +164,5 @@ def _earlier(path: epath.Path) -> ShardReport | None:
     try:
         values = json.loads(path.read_text())
         return ShardReport(**{**values, "shard": Shard(*values["shard"])})
-    except (FileNotFoundError, ValueError, TypeError, KeyError):  # emptied by a power failure
+    except (FileNotFoundError, ValueError, TypeError, KeyError):  # e.g. empty after a power failure
         return None

@@ -7,8 +7,8 @@ from apache_beam.metrics import Metrics
 from vqbeam.pipelines.stages.encode import EncodeStage
 from vqbeam.pipelines.stages.prepare import PrepareImages
 
-# What a Dataflow worker that trains is given. Other runners, the local ones above all, start a
-# set of processes for each distinct hint and cannot honour it: only Dataflow gets it.
+# Resource hints for a Dataflow worker that trains. Other runners do not get them: they cannot
+# honour them, and local ones would start a set of processes for each distinct hint.
 GPU_HINTS = {"accelerator": "type:nvidia-l4;count:1;install-nvidia-driver", "min_ram": "16GB"}
 
 
@@ -17,7 +17,7 @@ def transform(stage: str, gpu_hint: bool) -> beam.PTransform:
 
     Args:
         stage: A name from `STAGES`.
-        gpu_hint: Whether to ask the runner for a GPU where the stage trains.
+        gpu_hint: Whether to request a GPU from the runner if the stage trains.
     """
     hints = GPU_HINTS if gpu_hint else {}
     match stage:
@@ -60,8 +60,8 @@ def _sample(run_path: str) -> str:
 class TrainingMetrics(keras.callbacks.Callback):
     """Reports training steps and loss as Beam metrics, after each epoch.
 
-    Beam shows them among the job's metrics, in the namespace `vqbeam`: the counter `STAGE_steps`,
-    the steps of this attempt, and the gauge `STAGE_loss_millionths`, since gauges are integers.
+    Beam shows them among the job's metrics, in the namespace `vqbeam`: the counter `STAGE_steps`
+    with the steps of this attempt, and the gauge `STAGE_loss_millionths`, as gauges are integers.
 
     Args:
         stage: The prefix of the metrics' names.
@@ -74,7 +74,7 @@ class TrainingMetrics(keras.callbacks.Callback):
         self.done = 0
 
     def on_train_batch_begin(self, batch, logs=None):
-        """Counts the steps of this epoch, of which some may have been trained before."""
+        """Counts the steps of this epoch in this attempt."""
         self.done = batch + self.model.steps_per_execution
 
     def on_epoch_end(self, epoch, logs=None):

@@ -1,1 +1,1 @@
-"""The second part of stage 1: the decoder is trained alone, on fixed codes, for sharper images."""
+"""The second part of stage 1: training the decoder alone, on fixed codes, for sharper images."""

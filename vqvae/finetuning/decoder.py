@@ -1,4 +1,4 @@
-"""Training of the decoder alone, on the codes of a trained VQ-VAE, beside a discriminator."""
+"""Trains the decoder alone, on the codes of a trained VQ-VAE, together with a discriminator."""
 
 import keras
 from keras import layers, ops
@@ -16,17 +16,17 @@ _LEARNING_RATE = 6e-4
 
 
 def finetune_decoder(run: RunFolder, model: VQVAE, data: TrainingData) -> Fitted:
-    """Trains the decoder of a trained model alone, resuming if it was interrupted.
+    """Trains only the decoder of a trained model, resuming if it was interrupted.
 
     Args:
-        run: The run of the model.
-        model: The model, whose decoder is changed.
+        run: The run that the model belongs to.
+        model: The model; only its decoder changes.
         data: The training images.
     """
     config, folder = run.load_config(), run.folder("train-vqvae") / "finetuning"
     settings = config.vqvae
     features = train_features(run, settings.finetune_steps) if settings.perceptual else None
-    model.optimizer = None  # its state is no part of what follows
+    model.optimizer = None  # finetuning has an optimizer of its own
     set_seed(config.seed)
     trainer = build_trainer(model, features, settings)
     schedule = Schedule(
@@ -46,7 +46,7 @@ def finetune_decoder(run: RunFolder, model: VQVAE, data: TrainingData) -> Fitted
 def build_trainer(
     model: VQVAE, features: keras.Model | None, settings: VQVAEConfig
 ) -> "DecoderTraining":
-    """Returns the compiled model that trains the decoder of a trained VQ-VAE."""
+    """Returns a compiled model whose training trains the decoder of a VQ-VAE."""
     trainer = DecoderTraining(
         model, features, perceptual=settings.perceptual, adversarial=settings.adversarial
     )
@@ -65,16 +65,16 @@ def build_trainer(
 class DecoderTraining(keras.Model):
     """Trains the decoder of a VQ-VAE for sharper images; encoder and codebook stay as they are.
 
-    The squared error alone makes the decoder blur what the codes do not say. The loss is
+    With the squared error alone, a decoder blurs whatever the codes do not determine. The loss is
 
         ‖x − x̂‖² / variance + perceptual · d(x, x̂) − adversarial · D(x̂)
 
-    with the distance d of `feature_distance` and a patch discriminator D, which learns beside it
-    (Esser et al. 2021, https://arxiv.org/abs/2012.09841, with fixed weights).
+    with the distance d of `feature_distance` and a patch discriminator D, which is trained together
+    with the decoder (Esser et al. 2021, https://arxiv.org/abs/2012.09841, with fixed weights).
 
     Args:
         vqvae: A trained model.
-        features: The network of the distance; None without one.
+        features: The network that computes d; None if `perceptual` is 0.
         perceptual: Weight of the distance; 0 for none.
         adversarial: Weight of the adversarial loss; 0 for no discriminator.
     """
@@ -97,7 +97,7 @@ class DecoderTraining(keras.Model):
         self.built = True
 
     def call(self, images, training=False):
-        """Returns the losses by name for images [B, H, W, C] in [−1, 1], each with its weight."""
+        """Returns the weighted losses by name for images [B, H, W, C] in [−1, 1]."""
         latents = ops.stop_gradient(self.vqvae.quantize_images(images).quantized)
         reconstruction = self.vqvae.decoder(latents, training=training)
         error = ops.mean(ops.square(ops.cast(images, "float32") - reconstruction))
@@ -112,7 +112,7 @@ class DecoderTraining(keras.Model):
         return losses
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Returns the sum of all losses and records its terms."""
+        """Returns the sum of all losses and records each of them."""
         del y, sample_weight, training
         parts = y_pred | {"loss": sum(y_pred.values())}
         for name, value in parts.items():
@@ -129,9 +129,9 @@ class DecoderTraining(keras.Model):
 class PatchDiscriminator(layers.Layer):
     """A convolutional network that classifies image patches as original or reconstructed.
 
-    From Isola et al. 2017 (https://arxiv.org/abs/1611.07004), section 3.2: strided convolutions,
-    each output of which depends on one patch of the image. Group normalization replaces batch
-    normalization, since originals and reconstructions are passed in separate batches.
+    From Isola et al. 2017 (https://arxiv.org/abs/1611.07004), section 3.2: a stack of strided
+    convolutions, so that each output depends on one patch of the image. Group normalization
+    replaces batch normalization, since originals and reconstructions come in separate batches.
 
     Args:
         width: Channels of the first convolution, doubled in each further strided convolution.
@@ -159,7 +159,7 @@ class PatchDiscriminator(layers.Layer):
             shape = layer.compute_output_shape(shape)
 
     def call(self, images):
-        """Returns float32 logits [B, h, w, 1], high for originals, for images [B, H, W, C]."""
+        """Returns float32 logits [B, h, w, 1] for images [B, H, W, C]; high means original."""
         x = images
         for layer in self.stack:
             x = layer(x)

@@ -1,4 +1,4 @@
-"""A small network that learns from the run's own images, and whose features compare images."""
+"""A small network, trained on the run's own images, whose features are used to compare images."""
 
 import keras
 import tensorflow as tf
@@ -12,9 +12,9 @@ from vqbeam.vqvae.model import scale_images
 from vqbeam.vqvae.storage.records import label_of, labels_of, open_dataset, read_split
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
-# Channels of the maps that are compared, each of half the resolution of the one before, and the
-# weights of their distances and of that of the logits. On CIFAR-10, twice the channels took 1.5
-# times as long and brought the Fréchet distance to 1.94 instead of 2.01 in 600 steps.
+# Channels of the feature maps, each at half the resolution of the one before; the weights of the
+# distances between maps, and the weight of the distance between logits. On CIFAR-10, with 600
+# steps, twice the channels took 1.5 times as long for a Fréchet distance of 1.94 instead of 2.01.
 _CHANNELS = (16, 32, 64)
 _MAP_WEIGHTS = (0.5, 0.5, 3.0)
 _LOGITS_WEIGHT = 0.1
@@ -23,9 +23,9 @@ _TURNS = 4
 
 
 def feature_distance(features: keras.Model, images, reconstruction):
-    """Returns the mean distance of two batches of images in the features, a scalar.
+    """Returns the mean distance between the features of two batches of images, a scalar.
 
-    The vectors at each position of a map are scaled to unit length, and their squared distances
+    The vectors at each position of a map are scaled to unit length, and their squared distances are
     averaged over positions: Zhang et al. 2018 (https://arxiv.org/abs/1801.03924), eq. 1 with one
     weight for each map. The mean squared difference of the logits is added, as in MaskBit (Weber et
     al. 2024, https://arxiv.org/abs/2409.16211). No gradient reaches `images`.
@@ -48,9 +48,9 @@ def feature_distance(features: keras.Model, images, reconstruction):
 def build_features(image_shape: tuple[int, int, int], outputs: int, dtype: str) -> keras.Model:
     """Returns an untrained network from images in [−1, 1] to its feature maps and its logits.
 
-    Pairs of 3×3 convolutions and average pooling, as in VGG (https://arxiv.org/abs/1409.1556). It
-    differs from the classifier of `vqbeam evaluate`, since what trains the decoder must not be its
-    judge.
+    It consists of pairs of 3×3 convolutions and average pooling, as in VGG
+    (https://arxiv.org/abs/1409.1556). It differs from the classifier of `vqbeam evaluate`, because
+    the network that trains the decoder must not judge it as well.
 
     Args:
         image_shape: (H, W, C).
@@ -76,14 +76,14 @@ def build_features(image_shape: tuple[int, int, int], outputs: int, dtype: str) 
 
 
 def train_features(run: RunFolder, steps: int) -> keras.Model:
-    """Returns the network of `build_features`, which has learned from the run's training images.
+    """Returns the network of `build_features`, trained on the run's training images.
 
-    It learns their classes; without classes, by how many quarter turns an image is rotated (Gidaris
-    et al. 2018, https://arxiv.org/abs/1803.07728).
+    It learns to predict their classes or, if there are none, by how many quarter turns an image is
+    rotated (Gidaris et al. 2018, https://arxiv.org/abs/1803.07728).
 
     Args:
         run: A run with prepared images.
-        steps: Training steps; training resumes if it was interrupted.
+        steps: Number of training steps. Training resumes if it was interrupted.
     """
     config = run.load_config()
     data, outputs = _training(run, config.seed + 1)
@@ -104,14 +104,14 @@ def train_features(run: RunFolder, steps: int) -> keras.Model:
 
 
 def build_classification(features: keras.Model, steps: int) -> keras.Model:
-    """Returns the compiled model that trains the network of `build_features` in so many steps."""
+    """Returns the compiled model that trains the network of `build_features` for `steps` steps."""
     model = _Classification(features.input, features.outputs[-1], name="classification")
     model.compile(AdamW(learning_rate(2e-3, steps=steps, warmup_steps=steps // 10)))
     return model
 
 
 class _Classification(keras.Model):
-    """A network from images to logits that is trained on pairs of images and classes."""
+    """A network that maps images to logits, trained on pairs of images and classes."""
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Returns the mean cross-entropy."""
@@ -120,7 +120,7 @@ class _Classification(keras.Model):
 
 
 def _training(run: RunFolder, seed: int) -> tuple[TrainingData, int]:
-    """Returns batches of images with the answers to learn, and the number of possible answers."""
+    """Returns batches of images with their targets, and the number of possible targets."""
     builder = open_dataset(run.folder("prepare"))
     labels = labels_of(builder)
     classes = len(labels.names) if labels.kind == "classes" else 0
@@ -128,7 +128,7 @@ def _training(run: RunFolder, seed: int) -> tuple[TrainingData, int]:
 
     def prepare(batch):
         images = scale_images(batch["image"])
-        if by_class:  # the last answer is "no class"
+        if by_class:  # the last target is "no class"
             return images, ops.where(batch["label"] < 0, classes, batch["label"])
         return turned(images, batch["turns"]), batch["turns"]
 
@@ -155,7 +155,7 @@ def _training(run: RunFolder, seed: int) -> tuple[TrainingData, int]:
 def turned(images, turns):
     """Returns images [B, H, W, C] rotated by `turns` quarter turns, int32 [B] in [0, 4).
 
-    Of images that are not square, odd turns mirror instead: 1 from left to right, 3 upside down.
+    Images that are not square are mirrored for odd turns: 1 horizontally, 3 vertically.
     """
     _, height, width, _ = images.shape
     if height == width:

@@ -1,4 +1,4 @@
-"""Checkpoints of a training, to resume from and to restore the best epoch."""
+"""Training checkpoints, for resuming and for restoring the best epoch."""
 
 import io
 import json
@@ -24,26 +24,26 @@ from vqbeam.vqvae.storage.run_folder import checkpoint_files
 class Checkpoints(keras.callbacks.Callback):
     """Saves a checkpoint after each epoch, about once a minute, and before a signal ends training.
 
-    A checkpoint is one file, which is written atomically. Beside the weights and the state of the
-    optimizer, which Keras writes, it holds the history, the metrics of the epoch so far, and the
-    states of the random generators. The number of steps is part of the file name.
+    A checkpoint is a single file, written atomically. Besides the weights and the optimizer state,
+    which Keras writes, it holds the history, the metrics of the epoch so far, and the states of the
+    random generators. The file name contains the number of steps.
 
     Args:
         folder: Output folder for `checkpoints/FINGERPRINT/step-NNNNNNNN.weights.h5`.
-        fingerprints: Checkpoints of the first are written, and those of all of them read. Those of
-            others are removed.
+        fingerprints: Fingerprints of the training inputs. Checkpoints are written under the first
+            one and read under all of them; those under any other fingerprint are removed.
         steps_per_epoch: Steps of an epoch.
-        steps: Steps in all; the last epoch ends with them.
+        steps: Total number of steps, after which the last epoch ends.
         patience: Epochs without a better validation loss after which training ends; 0 disables
             early stopping.
 
     Attributes:
         history: A dictionary of metrics for each complete epoch.
-        signals: The context to train in, so that Ctrl-C and SIGTERM save a checkpoint.
+        signals: A context for training in which Ctrl-C and SIGTERM first save a checkpoint.
     """
 
     kept = 2
-    # Time between checkpoints within an epoch, and the largest share of it for writing them.
+    # Seconds between checkpoints within an epoch, and the share of the time that writing may take.
     seconds, largest_share = 60.0, 0.02
 
     def __init__(
@@ -60,11 +60,12 @@ class Checkpoints(keras.callbacks.Callback):
         self.history: list[dict[str, float]] = []
         self.signals = EndSignals()
         self._metrics: list[np.ndarray] = []  # to be restored when the epoch begins
-        self._begin = self._end = self._saved = 0  # steps: of this epoch, and of the last file
+        # Steps done when this `fit` began the epoch, after the current call, when last saved.
+        self._begin = self._end = self._saved = 0
         self._due = 0.0
 
     def restore(self, model: keras.Model) -> int:
-        """Loads the last readable checkpoint into `model` and returns its number of steps.
+        """Returns the steps of the last readable checkpoint, loaded into `model`; 0 if none.
 
         Raises:
             VqbeamError: There are checkpoints, but none of them can be loaded.
@@ -126,7 +127,7 @@ class Checkpoints(keras.callbacks.Callback):
                 model.load_weights(copy)
                 if not weights_only:
                     self._load_rest(model, file, copy)
-            # What Keras and HDF5 raise of a damaged file is of many kinds.
+            # Keras and HDF5 raise many types of exceptions for a damaged file.
             except Exception as error:
                 raise VqbeamError(
                     f"{file} does not match this run's model; delete "
@@ -135,7 +136,7 @@ class Checkpoints(keras.callbacks.Callback):
 
     def _load_rest(self, model: keras.Model, file: epath.Path, copy: pathlib.Path) -> None:
         with h5py.File(copy) as content:
-            if "vqbeam" not in content:  # of an earlier version, after an epoch
+            if "vqbeam" not in content:  # written by an earlier version, after an epoch
                 self._metrics, self.history = [], _checked(read_json(_history_file(file), list))
                 return
             rest = content["vqbeam"]
@@ -149,15 +150,15 @@ class Checkpoints(keras.callbacks.Callback):
         self._due = time.monotonic() + self.seconds
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Restores the metrics of an epoch that was broken off; Keras has just reset them."""
+        """Restores the metrics of an interrupted epoch, after Keras has reset them."""
         if self._metrics:
             for variable, value in zip(self.model.metrics_variables, self._metrics, strict=True):
                 variable.assign(value)
             self._metrics = []
 
-    # Keras calls `on_train_batch_end` in another thread, while the next steps run.
+    # Not at the end of a batch, which Keras signals in another thread while the next steps run.
     def on_train_batch_begin(self, batch, logs=None):
-        """Saves the state between two calls of the training program, if it is time to."""
+        """Saves the state between two calls of the training program, if it is time."""
         step = self._begin + batch
         self._end = min(step + self.model.steps_per_execution, self.steps)
         if step > self._saved:
@@ -179,7 +180,7 @@ class Checkpoints(keras.callbacks.Callback):
         if keras.backend.backend() == "jax":
             self.model.jax_state_sync()
         metrics = list(map(keras.ops.convert_to_numpy, self.model.metrics_variables))
-        # Else the loss has become nan, with which training is about to end.
+        # Otherwise the loss is NaN, and training is about to end with an error.
         if all(np.isfinite(values).all() for values in metrics):
             self._save(step, metrics)
 
@@ -190,7 +191,7 @@ class Checkpoints(keras.callbacks.Callback):
             self.model.save_weights(file)
             with h5py.File(file, "a") as content:
                 rest = content.create_group("vqbeam")
-                # Not as a string: HDF5 keeps those in a heap, and may never end with a damaged one.
+                # Not a string: HDF5 stores strings in a heap, and may hang on a damaged one.
                 rest["history"] = np.frombuffer(json.dumps(self.history).encode(), np.uint8)
                 states = map(keras.ops.convert_to_numpy, random_states(self.model))
                 for name, arrays in (("metrics", metrics), ("random_states", states)):
@@ -209,7 +210,7 @@ class Checkpoints(keras.callbacks.Callback):
             kept.append(self._best_step)
         for step, file in files.items():
             if step not in kept:
-                # A concurrent attempt may remove it as well.
+                # A concurrent attempt may have removed it.
                 file.unlink(missing_ok=True)
                 _history_file(file).unlink(missing_ok=True)
 
@@ -223,15 +224,15 @@ class Checkpoints(keras.callbacks.Callback):
 
 
 class EndSignals:
-    """A context in which SIGINT and SIGTERM wait for `deliver`, if `waits` is set.
+    """A context in which SIGINT and SIGTERM are held back until `deliver`, if `waits` is set.
 
-    They then have the effect that they have outside of the context: Ctrl-C raises a
-    KeyboardInterrupt, and SIGTERM ends the process. A second signal has it at once. In another
-    thread than the main one, Python allows no handlers, and nothing waits.
+    `deliver` gives the signal the effect that it has outside the context: SIGINT (Ctrl-C) raises a
+    KeyboardInterrupt, and SIGTERM ends the process. A second signal takes effect at once. Outside
+    the main thread, Python allows no signal handlers, so no signal is held back.
 
     Attributes:
-        waits: Whether a signal has to wait.
-        received: The signal that waits; None if there is none.
+        waits: Whether to hold signals back.
+        received: The signal held back; None if there is none.
     """
 
     def __init__(self):
@@ -243,7 +244,7 @@ class EndSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 usual = signal.getsignal(number)
-                # One that is ignored, as by nohup, stays so; None is a handler not of Python.
+                # An ignored signal, as under nohup, stays ignored. None: Python did not install it.
                 if usual not in (signal.SIG_IGN, None):
                     self._usual[number] = usual
                     signal.signal(number, self._receive)
@@ -254,7 +255,7 @@ class EndSignals:
         self.deliver()
 
     def deliver(self) -> None:
-        """Gives the signal that waits its usual effect."""
+        """Gives the signal held back its usual effect."""
         if self.received is not None:
             number, self.received = self.received, None
             signal.raise_signal(number)
@@ -279,15 +280,15 @@ def random_states(model: keras.Model) -> list[keras.Variable]:
 
 
 def stored_history(folder: epath.Path, steps_per_epoch: int) -> list[dict[str, float]]:
-    """Returns the metrics of the epochs so far of a training that has not ended.
+    """Returns the metrics of the epochs so far, for a training that has not ended.
 
     Args:
         folder: The training's output folder.
         steps_per_epoch: Steps of an epoch.
 
     Returns:
-        What the last checkpoint holds; an empty list if there is none, or if it cannot be read,
-        such as one that is just being replaced.
+        The history in the last checkpoint; an empty list if there is none or if it cannot be read,
+        for example because it is being replaced.
     """
     files: dict[int, epath.Path] = {}
     for kept in matching(folder / "checkpoints", "*"):
@@ -301,26 +302,26 @@ def stored_history(folder: epath.Path, steps_per_epoch: int) -> list[dict[str, f
             if "vqbeam" in content:
                 return _stored(content["vqbeam"], len(data))
         return _checked(read_json(_history_file(file), list))
-    except Exception:  # what HDF5 raises of a damaged file is of many kinds
+    except Exception:  # HDF5 raises many types of exceptions for a damaged file
         return []
 
 
 def _stored(rest: h5py.Group, size: int) -> list[dict[str, float]]:
-    """Returns the history in the group of a checkpoint; raises a ValueError if it is none.
+    """Returns the history stored in a checkpoint; raises a ValueError if it is not valid.
 
     Args:
-        rest: The group.
-        size: Bytes of the file.
+        rest: The checkpoint's group "vqbeam".
+        size: Size of the file in bytes.
     """
     text = rest["history"]
-    # The file says how long the text is, and HDF5 takes as much memory, whatever that is.
+    # HDF5 would allocate whatever length the file claims for the text.
     if text.nbytes > size:
         raise ValueError("the history is longer than its file")
     return _checked(json.loads(bytes(text[()])))
 
 
 def _checked(history: Any) -> list[dict[str, float]]:
-    """Returns a history; raises a ValueError if it is none."""
+    """Returns `history`; raises a ValueError if it is not a list of metrics by name."""
     is_list = isinstance(history, list) and all(isinstance(epoch, dict) for epoch in history)
     if not is_list or any(not isinstance(value, float) for of in history for value in of.values()):
         raise ValueError("the history is not as vqbeam writes it")

@@ -12,10 +12,10 @@ from keras import ops, tree
 from vqbeam.vqvae.fitting.devices import device_memory
 from vqbeam.vqvae.storage.records import training_batches
 
-# Steps whose random numbers are drawn at once. Each block has a seed of its own.
+# Random numbers are drawn for this many steps at once. Each block of steps has its own seed.
 _BLOCK = 100
-# Shares of the memory that a dataset may take: of a device, and of the host, where TensorFlow makes
-# a second copy.
+# A dataset is held in memory up to these shares of the device's memory and of the host's. The share
+# of the host is smaller, since TensorFlow makes a second copy there.
 _SHARE_OF_DEVICE = 1 / 4
 _SHARE_OF_HOST = 1 / 8
 
@@ -25,12 +25,14 @@ class TrainingData:
     """Batches for training, whose images or codes can stay on the device.
 
     Attributes:
-        batches: Function from the number of a first step, and of the steps that go together, to an
-            endless tf.data.Dataset of the batches of so many steps, [steps, B, ...].
-        held: Arrays [N, ...] that are copied to the device once, by name. Then the batches are
-            dictionaries with `rows`, integers [steps, B], which stand for those rows of each array.
-        prepare: Function from the batch of one step to the input of the model. It is compiled with
-            the training step, so it must use `keras.ops`.
+        batches: Function that takes the index of the first step and a number of steps, and returns
+            an endless tf.data.Dataset. Each element has the batches of that many steps,
+            [steps, B, ...].
+        held: Arrays [N, ...] by name that are copied to the device once. If there are any, the
+            batches are dictionaries with `rows`, integers [steps, B]: the rows of each array to
+            take.
+        prepare: Function from the batch of one step to the model's input. It is compiled with the
+            training step, so it must use `keras.ops`.
     """
 
     batches: Callable[[int, int], tf.data.Dataset]
@@ -38,14 +40,14 @@ class TrainingData:
     prepare: Callable[[Any], Any] = lambda batch: batch
 
     def input(self, batch: Any, held: dict[str, Any]) -> Any:
-        """Returns the input of the model for a batch and the held arrays on the device."""
+        """Returns the model's input for a batch and the held arrays on the device."""
         if held:
             rows = {name: ops.take(array, batch["rows"], axis=0) for name, array in held.items()}
             batch = rows | {name: values for name, values in batch.items() if name != "rows"}
         return self.prepare(batch)
 
     def inputs(self, first_step: int = 0) -> Iterator[Any]:
-        """Yields the input of the model at each step, without end."""
+        """Yields the model's input at each step, endlessly."""
         for batch in self.batches(first_step, 1).as_numpy_iterator():
             yield self.input(tree.map_structure(lambda values: values[0], batch), self.held)
 
@@ -62,17 +64,17 @@ def training_data(
     """Returns the training data of a split.
 
     If all examples fit in a quarter of the device's memory and an eighth of the host's, they are
-    read once, and pass p over them has an order that is drawn from `seed` and p. Otherwise, each
-    pass reads them and shuffles a buffer.
+    read once, and each pass over them has an order drawn from `seed` and the number of the pass.
+    Otherwise, each pass reads them again, through a shuffle buffer.
 
     Args:
         examples: Dictionaries of tensors, in the order on disk.
         size: Number of examples.
         batch_size: Examples in a batch.
         seed: Seed of the order and of the random numbers.
-        numbers: Function from a seed, int64 [2], and a number of examples N, to the random numbers
-            that they need: tensors [N, ...] by name. It works in tf.data.
-        prepare: See `TrainingData`; it gets examples and random numbers in one dictionary.
+        numbers: Function from a seed, int64 [2], and a number of examples N to the random numbers
+            for these examples: tensors [N, ...] by name. It runs in tf.data.
+        prepare: See `TrainingData`; it takes examples and random numbers in one dictionary.
     """
     bytes_each = sum(s.shape.num_elements() * s.dtype.size for s in examples.element_spec.values())
     held = _read(examples, size) if _fits_in_memory(size * bytes_each) else {}
@@ -101,13 +103,13 @@ def training_data(
 
 
 def _rows(positions, size: int, seed: int):
-    """Returns the row at each position of the training, int32: in each pass, every row once."""
+    """Returns the row to train on at each position, int32; each pass has every row once."""
     passes = positions // size
-    # Mixed, since the cipher ignores the high bits of its key where there are few rows.
+    # The seed is hashed, since the cipher ignores the high bits of its key if there are few rows.
     parts = tf.constant(np.random.SeedSequence(seed).generate_state(2), tf.int64)
     seeds = tf.concat([tf.tile(parts[None], [len(passes), 1]), passes[:, None]], axis=1)
     last = tf.fill(tf.shape(passes), np.int64(size - 1))
-    # Each pass is a permutation by a block cipher, of which any place can be computed by itself.
+    # Each pass is a permutation by a block cipher, which can be evaluated at any single position.
     rows = tf.raw_ops.RandomIndexShuffle(
         index=positions % size, seed=tf.cast(seeds, tf.uint32), max_index=last, rounds=16
     )

@@ -1,4 +1,4 @@
-"""Devices: data-parallel training on all of them, and functions compiled for them."""
+"""The devices: data-parallel training, and functions compiled for them."""
 
 import contextlib
 import functools
@@ -23,13 +23,13 @@ def on_cpu() -> bool:
     return keras.distribution.list_devices()[0].startswith("cpu")
 
 
-# What the driver of NVIDIA has for each GPU.
+# NVIDIA's driver has a folder here for each GPU.
 _NVIDIA_GPUS = pathlib.Path("/proc/driver/nvidia/gpus")
 _CUDA_PACKAGES = {"tensorflow": "tensorflow[and-cuda]", "jax": "jax[cuda12]"}
 
 
 def describe_devices() -> str:
-    """Returns the backend and devices used for training, and how to use a GPU that is not."""
+    """Returns a text with backend and devices, and with advice if there is a GPU not in use."""
     backend, devices = keras.backend.backend(), keras.distribution.list_devices()
     text = f"{', '.join(devices)} with {backend}"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
@@ -42,15 +42,15 @@ def describe_devices() -> str:
 
 
 def device_memory() -> int | None:
-    """Returns the memory of the first device in bytes, or None if it has none of its own."""
+    """Returns the memory of the first device in bytes, or None if it is the CPU."""
     if keras.backend.backend() == "jax":
         return _jax_memory().get("bytes_limit")
-    # TensorFlow does not tell. Few GPUs on which people train have less than 16 GiB.
+    # TensorFlow does not report it. Few GPUs used for training have less than 16 GiB.
     return None if on_cpu() else 2**34
 
 
 def peak_memory() -> int | None:
-    """Returns how much memory of the first device was in use at most, in bytes, None on a CPU."""
+    """Returns the peak memory use of the first device in bytes, or None on a CPU."""
     if keras.backend.backend() == "jax":
         return _jax_memory().get("peak_bytes_in_use")
     import tensorflow as tf
@@ -64,8 +64,8 @@ def _jax_memory() -> dict[str, int]:
     return jax.local_devices()[0].memory_stats() or {}
 
 
-# Operations per second of dense matrix products in bfloat16, from NVIDIA's data sheets. The first
-# name that is part of a device's name counts.
+# Operations per second of dense matrix products in bfloat16, from NVIDIA's data sheets. The order
+# matters: a device takes the first entry whose name is part of its own.
 _PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -84,7 +84,7 @@ _PEAK_FLOPS = {
 
 
 def peak_flops() -> float | None:
-    """Returns how many operations per second all devices can do in bfloat16, None if unknown."""
+    """Returns the peak operations per second of all devices in bfloat16, or None if unknown."""
     name = _device_name()
     known = [flops for model, flops in _PEAK_FLOPS.items() if model in name]
     return known[0] * device_count() if known else None
@@ -186,7 +186,7 @@ def from_first_replica(tensor):
 
 
 def share_of_replica(tensor):
-    """Returns the tensor divided by the number of replicas, so that the sum is their mean."""
+    """Returns the tensor divided by the number of replicas: the sum over them is then the mean."""
     context = _replica_context()
     return tensor if context is None else tensor / context.num_replicas_in_sync
 
@@ -263,9 +263,10 @@ def compiled_decoder(model: keras.Model) -> Callable[[Any], Any]:
 
 
 def in_batches(function: Callable[[Any], Any], rows: np.ndarray, batch_size: int) -> np.ndarray:
-    """Returns the results, [N, ...], of a compiled function for rows [N, ...], batch by batch.
+    """Returns the results [N, ...] of a compiled function for rows [N, ...], N at least 1.
 
-    The last batch is padded, so only one shape is compiled, and results do not depend on N.
+    The rows are passed in batches. The last batch is padded, so that only one shape is compiled and
+    results do not depend on N.
     """
     made = []
     for first in range(0, len(rows), batch_size):

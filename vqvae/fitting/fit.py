@@ -42,8 +42,8 @@ class Schedule:
         seed: Seed of the random numbers of layers such as dropout.
         patience: Epochs without a better validation loss after which training ends, with the
             weights of the best epoch; 0 for all the steps and the last weights.
-        figures: Function from the metrics of an epoch to texts for the line of that epoch.
-        config: The run's config, which says where metrics are written beside TensorBoard.
+        figures: Function from the metrics of an epoch to texts for the line printed after it.
+        config: The run's config, which says where metrics are written besides TensorBoard.
     """
 
     title: str
@@ -57,15 +57,15 @@ class Schedule:
 
     @property
     def epoch(self) -> int:
-        """The number of steps of an epoch, at most that of all steps; the last may have fewer."""
+        """Steps of an epoch, limited to all steps; the last epoch may have fewer."""
         return min(self.steps, self.steps_per_epoch)
 
     def epochs_after(self, step: int) -> int:
-        """Returns the number of epochs that end after a step."""
+        """Returns the number of epochs that end after `step`."""
         return math.ceil(self.steps / self.epoch) - step // self.epoch
 
     def epoch_end(self, step: int) -> int:
-        """Returns the step at which the epoch ends that a step is part of."""
+        """Returns the last step of the epoch that `step` is part of."""
         return min(self.steps, (step // self.epoch + 1) * self.epoch)
 
 
@@ -106,7 +106,7 @@ def fit(
     speed = {}
     if step < schedule.steps and not checkpoints.stalled:
         done = step % schedule.epoch
-        # The rest of an epoch that was broken off must be a whole number of calls, too.
+        # An interrupted epoch must also be finished in a whole number of calls.
         together = steps_per_call(math.gcd(schedule.epoch, done))
         progress = _progress(model, schedule, step, together)
         writers = metric_writers(schedule.config, schedule.title, folder, checkpoints.folders[0])
@@ -148,15 +148,15 @@ def fit(
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """What a training leaves beside the weights.
+    """The results of a training other than the weights.
 
     Attributes:
         history: A dictionary of metrics for each epoch, including those before a restart.
-        speed: How fast the steps of this process ran, as far as that is known:
+        speed: The speed of the steps in this process, without what is unknown:
             `images_per_second`, without compilation and validation; `flops_per_step`, the
             floating-point operations of a step; `share_of_peak`, the operations per second as a
-            share of what the devices can do in bfloat16; and `device_bytes`, the memory of the
-            first device that was in use at most.
+            share of the devices' peak in bfloat16; and `device_bytes`, the peak memory use of the
+            first device.
     """
 
     history: list[dict[str, float]]
@@ -166,7 +166,7 @@ class Fitted:
 def _progress(
     model: keras.Model, schedule: Schedule, first_step: int, together: int
 ) -> FitProgress:
-    """Returns the progress bar of a training, after a line that says what is trained, and where."""
+    """Returns the progress bar of a training; first prints what is trained, and on what device."""
     title, steps = schedule.title, schedule.steps
     weights = sum(math.prod(variable.shape) for variable in model.trainable_variables)
     print(
@@ -223,10 +223,10 @@ class WrittenMetrics(keras.callbacks.Callback):
     """Writes the metrics of each epoch, its learning rate and the speed of its steps.
 
     Args:
-        writers: Where to.
+        writers: The writers to pass them to.
         schedule: The schedule of the training.
-        progress: Its progress, which has the time of the steps.
-        program: The training program, which has their number of operations.
+        progress: The progress bar, which measures the time of the steps.
+        program: The training program, which knows the operations of a step.
     """
 
     def __init__(
@@ -243,14 +243,14 @@ class WrittenMetrics(keras.callbacks.Callback):
         self.images, self.seconds = 0, 0.0  # of the epochs before
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Tells the writers how many epochs there are already."""
+        """Starts the writers before the first epoch, with the number of epochs done before."""
         if not self.is_started:
             self.is_started = True
             for writer in self.writers:
                 writer.start(epoch)
 
     def on_epoch_end(self, epoch, logs=None):
-        """Writes what the epoch has measured."""
+        """Writes the metrics of the epoch."""
         images = self.progress.images - self.images
         seconds = self.progress.seconds - self.seconds
         self.images, self.seconds = self.progress.images, self.progress.seconds
@@ -270,7 +270,7 @@ class StopOnNaN(keras.callbacks.Callback):
     """Stops training with a one-line error message if the loss is not finite.
 
     Args:
-        done: Steps of the first epoch that were done before.
+        done: Steps of the first epoch done before this call of `fit`.
     """
 
     async_safe = True  # the next steps begin before the loss is read
@@ -285,7 +285,7 @@ class StopOnNaN(keras.callbacks.Callback):
         self._check(logs["loss"], f"loss became {logs['loss']} at step {step} of this epoch")
 
     def on_epoch_end(self, epoch, logs=None):
-        """Checks the validation loss, since the epoch's last update may have broken the weights."""
+        """Checks the validation loss, since the epoch's last update may have made weights NaN."""
         self.done = 0
         loss = logs.get("val_loss", 0.0)
         self._check(loss, f"validation loss became {loss} in epoch {epoch + 1}")
@@ -298,11 +298,11 @@ class StopOnNaN(keras.callbacks.Callback):
 
 
 class EpochEnds(keras.callbacks.Callback):
-    """Ends the epochs of a call of `fit` that are shorter than the others.
+    """Ends those epochs of a call of `fit` that are shorter than the others.
 
-    These are the first one, if a part of it was trained before, and the last one. Where
-    `stop_training` is set, Keras leaves the steps of an epoch. It leaves the epochs only if that is
-    still so after the callbacks at the end of the epoch.
+    These are the first one, if a part of it was trained before, and the last one. If
+    `stop_training` is set during an epoch, Keras ends that epoch. It ends the training only if it
+    is still set after the callbacks at the end of the epoch.
 
     Args:
         schedule: How long the training lasts.
@@ -315,7 +315,7 @@ class EpochEnds(keras.callbacks.Callback):
 
     # Not at the end of the last batch: Keras calls that in another thread.
     def on_train_batch_begin(self, batch, logs=None):
-        """Lets this batch be the last one of its epoch, if it is."""
+        """Ends the epoch after this batch if it reaches the epoch's last step."""
         end = self.step + batch + self.model.steps_per_execution
         if end >= self.schedule.epoch_end(self.step):
             self.model.stop_training = True

@@ -1,4 +1,4 @@
-"""Where training writes its metrics: TensorBoard always, a CSV file and Weights & Biases if asked.
+"""Writers of training metrics: TensorBoard always, a CSV file and Weights & Biases on request.
 
 Each writer takes rows: the metrics of an epoch by name, with `epoch` and `step`.
 """
@@ -17,16 +17,16 @@ from vqbeam.vqvae.storage.files import is_local, read_json, read_regular, write_
 
 
 class MetricWriter(Protocol):
-    """Writes the metrics of a training, of which a part may have been written before."""
+    """Writes the metrics of a training, some of which may have been written before a restart."""
 
     def start(self, epochs: int) -> None:
-        """Begins, or goes on after a number of epochs; rows of later ones come once more."""
+        """Starts after `epochs` epochs; rows of later ones that were written before come again."""
 
     def write(self, row: dict[str, Any]) -> None:
         """Writes the metrics of an epoch."""
 
     def close(self) -> None:
-        """Ends, after the last epoch or an error; `start` may not have been called."""
+        """Finishes after the last epoch or an error; `start` may never have been called."""
 
 
 def metric_writers(
@@ -35,10 +35,10 @@ def metric_writers(
     """Returns the writers of a training.
 
     Args:
-        config: The run's config, whose `log` names the writers beside TensorBoard.
+        config: The run's config, whose `log` names the writers besides TensorBoard.
         title: Name of the training.
         folder: Output folder of the training.
-        kept: Folder of its checkpoints, which is removed if training has to start anew.
+        kept: Folder of its checkpoints, which is removed if training has to start over.
     """
     writers: list[MetricWriter] = [TensorBoard(folder / "logs")]
     if config is None:
@@ -55,7 +55,7 @@ class TensorBoard:
     """Event files in the folders `train` and `validation`, as Keras's own callback writes them.
 
     Args:
-        folder: Folder of these two.
+        folder: The parent of these two folders.
     """
 
     def __init__(self, folder: epath.Path):
@@ -63,10 +63,10 @@ class TensorBoard:
         self.files: dict[str, Any] = {}
 
     def start(self, epochs: int) -> None:
-        """Does nothing: TensorBoard shows a later event of a step instead of an earlier one."""
+        """Does nothing: of several events for a step, TensorBoard shows the latest."""
 
     def write(self, row: dict[str, Any]) -> None:
-        """Writes a scalar for each metric, at the number of the epoch, counted from 0."""
+        """Writes a scalar for each metric; its step is the epoch, counted from 0."""
         import tensorflow as tf
 
         metrics = {name: value for name, value in row.items() if name not in ("epoch", "step")}
@@ -89,7 +89,7 @@ class TensorBoard:
 class CsvFile:
     """A CSV file with a line for each epoch.
 
-    It is written as a whole each time, since buckets cannot append to a file.
+    The whole file is rewritten each time, since files in buckets cannot be appended to.
 
     Args:
         path: The file.
@@ -100,7 +100,7 @@ class CsvFile:
         self.rows: list[dict[str, Any]] = []
 
     def start(self, epochs: int) -> None:
-        """Takes over the lines of so many epochs."""
+        """Keeps the existing lines of the first `epochs` epochs."""
         if not self.path.exists():
             return
         try:
@@ -127,14 +127,14 @@ class CsvFile:
 
 
 class WandbRun:
-    """A run of Weights & Biases, the same one after a restart.
+    """A run on Weights & Biases, continued after a restart.
 
     Args:
         project: Its project.
-        title: The end of its name.
-        config: The run's config, whose settings are shown beside the curves.
+        title: Name of the training, the last part of its name.
+        config: The run's config, whose settings are shown next to the curves.
         folder: A local folder for its files.
-        kept: File that holds its id.
+        kept: File that stores its id.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class WandbRun:
         self.run: Any = None
 
     def start(self, epochs: int) -> None:
-        """Starts the run, or the one that was started before."""
+        """Starts the run, or continues the one that was started before."""
         import wandb
 
         stored = read_json(self.kept) if self.kept.exists() else {}
@@ -160,7 +160,7 @@ class WandbRun:
                 name=f"{self.config.name}: {self.title}",
                 config=to_dict(self.config),
                 dir=str(self.folder),
-                reinit="create_new",  # the program may have one of its own
+                reinit="create_new",  # the calling program may have its own run
                 settings=wandb.Settings(
                     silent=True, console="off", disable_git=True, save_code=False
                 ),
@@ -175,10 +175,10 @@ class WandbRun:
             print(f"{self.title}: {self.run.url}", file=sys.stderr)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Writes the metrics of an epoch at its step; wandb ignores steps that it has already."""
+        """Writes the metrics of an epoch at its step; wandb ignores steps that it already has."""
         self.run.log(row, step=row["step"])
 
     def close(self) -> None:
-        """Ends the run; wandb sends what it still has."""
+        """Ends the run, after wandb has sent what is left."""
         if self.run:
             self.run.finish()

@@ -54,8 +54,8 @@ class WarmAverage:
 
     At step t, counted from 0, the decay is min(`ema_momentum`, t / (t + 9)), so the average covers
     about a tenth of the steps so far. Keras's EMA starts from the weights after the first step,
-    which keep a weight of decay^(t - 1): after 1,000 steps with a decay of 0.999, more than a third
-    of the average would come from an untrained model.
+    whose share of the average is decay^(t - 1): after 1,000 steps with a decay of 0.999, more than
+    a third of the average would come from an untrained model.
     """
 
     def _update_model_variables_moving_average(self, trainable_variables):

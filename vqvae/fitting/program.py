@@ -1,8 +1,8 @@
 """Training programs: several training steps in one compiled call, on data that stays on the device.
 
-A GPU takes less time for a small step than Python needs to start one. So a call runs many steps,
-and the host sends only row numbers: the images or codes are on the device already, where each batch
-is gathered, augmented and scaled.
+On a GPU, a small step takes less time than Python needs to start it. So one call runs many steps,
+and the host sends only row numbers: the images or codes are already on the device, which gathers,
+augments and scales each batch.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from vqbeam.configs import LESS_MEMORY, VqbeamError
 from vqbeam.vqvae.fitting.data import TrainingData
 from vqbeam.vqvae.fitting.devices import device_count, device_memory, on_cpu
 
-# Steps in a call on a GPU, at most. On a CPU, a step takes so long that more are not faster.
+# Maximum number of steps in a call on a GPU. On a CPU, steps take so long that one is enough.
 _STEPS_PER_CALL = 100
 
 
 def steps_per_call(steps_per_epoch: int) -> int:
-    """Returns how many steps a call runs: on a GPU, up to 100, a divisor of those of an epoch."""
-    # TensorFlow's devices cannot exchange anything inside of a loop.
+    """Returns the number of steps in a call: on a GPU up to 100, a divisor of `steps_per_epoch`."""
+    # With TensorFlow, devices cannot exchange tensors inside a loop.
     if on_cpu() or (keras.backend.backend() == "tensorflow" and device_count() > 1):
         return 1
     return max(n for n in range(1, _STEPS_PER_CALL + 1) if steps_per_epoch % n == 0)
@@ -33,10 +33,10 @@ def steps_per_call(steps_per_epoch: int) -> int:
 
 @dataclasses.dataclass
 class TrainingProgram:
-    """What `fit` needs to train with a program of several steps.
+    """State of a training with a program of several steps, for `fit`.
 
     Attributes:
-        batches: Function from a step number to the dataset for `fit`.
+        batches: Function from the index of the first step to the dataset for `fit`.
         left: Steps until the training ends.
         flops: Floating-point operations of a step; None before the first call, and if TensorFlow
             trains on several devices or runs eagerly.
@@ -47,7 +47,7 @@ class TrainingProgram:
     flops: float | None = None
 
     def take(self, steps: int) -> int:
-        """Returns how many steps the next call runs: so many, or in the last call fewer."""
+        """Returns the number of steps of the next call: `steps`, or fewer in the last call."""
         count = min(steps, self.left)
         self.left -= count
         return count
@@ -62,9 +62,9 @@ def training_program(
     Args:
         model: A compiled and built model.
         data: The data for training.
-        steps: Steps in a program, which must divide those of all epochs but the last.
-        left: Steps until the training ends. The last call runs what is left of them, with a
-            program of its own.
+        steps: Steps in a program. They must divide the steps of every epoch except the last.
+        left: Steps until the training ends. If they are no multiple of `steps`, the last call runs
+            the remaining ones.
     """
     before, model.steps_per_execution = model.steps_per_execution, steps
     program = TrainingProgram(lambda first: data.batches(first, steps).map(_joined), left)
@@ -81,7 +81,7 @@ def _tensorflow_program(
     model: keras.Model, data: TrainingData, steps: int, facts: TrainingProgram
 ) -> Callable:
     """Returns the function that Keras's `fit` calls with an iterator of batches."""
-    # As variables, each device has a copy.
+    # Variables, so that each device has a copy.
     held = {name: tf.Variable(array, trainable=False) for name, array in data.held.items()}
 
     def one(batch):
@@ -148,7 +148,7 @@ def _jax_program(
             function = jax_steps(model, data, steps, count)
             program = jax.jit(function, donate_argnums=0, out_shardings=(None, places))
             lowered = program.lower(state, held, batches)
-            # XLA counts the body of a loop once, and so one step.
+            # XLA counts the body of a loop once, so this is one step.
             facts.flops = lowered.cost_analysis()["flops"]
             compiled[count] = lowered.compile()
             _check_memory(compiled[count].memory_analysis())
@@ -158,10 +158,10 @@ def _jax_program(
 
 
 def _check_memory(needed) -> None:
-    """Raises a VqbeamError if a program takes more memory than its device has.
+    """Raises a VqbeamError if a program needs more memory than its device has.
 
     Args:
-        needed: What XLA says of a compiled program.
+        needed: XLA's memory analysis of the compiled program.
     """
     there = device_memory()
     state = needed.argument_size_in_bytes
@@ -177,14 +177,14 @@ def _check_memory(needed) -> None:
 def jax_steps(model: keras.Model, data: TrainingData, steps: int, count: int) -> Callable:
     """Returns a pure function that trains several steps.
 
-    Its arguments are the model's state as Keras's `fit` has it, the held arrays, and the batches of
-    all steps as `_joined` returns them; it returns the logs and the new state.
+    Its arguments are the model's state in the form of Keras's `fit`, the held arrays, and the
+    batches of all steps in the form of `_joined`. It returns the logs and the new state.
 
     Args:
         model: A compiled and built model.
         data: The data for training.
-        steps: Steps whose batches it is given.
-        count: How many of them it trains.
+        steps: Number of steps whose batches the function takes.
+        count: Number of steps that it trains.
     """
     import jax
 
@@ -199,7 +199,7 @@ def jax_steps(model: keras.Model, data: TrainingData, steps: int, count: int) ->
             state, logs = one(state, 0)
             return logs, state
         state, logs = jax.lax.scan(one, state, jax.numpy.arange(count))
-        # Metrics are means over the epoch so far, so those of the last step say all.
+        # Metrics are means over the epoch so far, so those of the last step cover all steps.
         return jax.tree.map(lambda values: values[-1], logs), state
 
     return several
@@ -208,7 +208,7 @@ def jax_steps(model: keras.Model, data: TrainingData, steps: int, count: int) ->
 def _sent(batches):
     import jax
 
-    # Keras has placed the batches already if there are several devices.
+    # With several devices, Keras has already placed the batches.
     return jax.tree.map(lambda b: b if isinstance(b, jax.Array) else jax.device_put(b), batches)
 
 
@@ -223,9 +223,9 @@ def _on_each_device(array: np.ndarray):
 
 
 def _joined(*batches):
-    """Returns batches [steps, B, ...] as [B · steps, ...], of which `_part` takes those of a step.
+    """Returns batches [steps, B, ...] as [B · steps, ...], from which `_part` takes single steps.
 
-    So each device gets its share of every batch.
+    In this order, each device gets its share of every batch.
     """
 
     def join(values):
@@ -233,7 +233,7 @@ def _joined(*batches):
         return tf.reshape(tf.transpose(values, order), [-1, *values.shape[2:]])
 
     joined = tree.map_structure(join, batches)
-    return joined if len(joined) > 1 else joined[0]  # `Dataset.map` passes the parts of a tuple
+    return joined if len(joined) > 1 else joined[0]  # `Dataset.map` unpacks tuples
 
 
 class AccumulatingModel(keras.Model):
@@ -312,7 +312,7 @@ class AccumulatingModel(keras.Model):
 
 
 def _part(inputs, index, parts: int):
-    """Returns every `parts`-th example from `index` on, so each device keeps an equal share."""
+    """Returns every `parts`-th example, starting at `index`: an equal share of each device's."""
     if parts == 1:
         return inputs
 

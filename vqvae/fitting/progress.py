@@ -1,7 +1,7 @@
-"""What is shown of a long computation: bars in a terminal, whole lines in a log.
+"""Progress of a long computation: a bar in a terminal, whole lines in a log.
 
-In a terminal, figures come first and the bar takes what is left of the width. A log gets a line at
-most every 30 seconds, and one at the end.
+In a terminal, figures come first and the bar takes the rest of the width. A log gets at most one
+line every 30 seconds, and one at the end.
 """
 
 import os
@@ -13,26 +13,26 @@ from collections.abc import Callable
 import keras
 
 _TERMINAL_SECONDS, _LOG_SECONDS = 0.2, 30.0
-# As narrow may a bar become; before that, figures are left out.
+# Minimum width of a bar. Figures are left out before it gets narrower.
 _LEAST_BAR = 8
 _UNKNOWN_COLUMNS = 100
-# Over less time, a speed is chance.
+# A rate measured over less time is unreliable.
 _LEAST_SECONDS = 0.5
-# Steps of so many seconds tell how long a training takes.
+# Seconds of training after which its duration is predicted.
 _FIRST_SECONDS = 5.0
 
-# What the plan of a command expects, by the title of a bar: its seconds, and those after its end.
+# Expected seconds by the title of a bar, from a command's plan: of the bar, and after its end.
 seconds_of_bar: dict[str, float] = {}
 seconds_after: dict[str, float] = {}
 
 
 class ProgressBar:
-    """Shows how many images are done, figures, and the time left.
+    """Shows the number of images done, figures, and the time left.
 
     Args:
-        title: Its name.
-        total: Images in all.
-        initial: Images that were done before.
+        title: Its label.
+        total: Total number of images.
+        initial: Images done before.
 
     Attributes:
         n: Images done.
@@ -59,22 +59,22 @@ class ProgressBar:
         self.close()
 
     def update(self, images: int) -> None:
-        """Adds images; shows the bar unless it was shown just before."""
+        """Adds images, and shows the bar unless it was just shown."""
         with self._lock:
             self.n += images
-            # The first images may have waited for a compiler.
+            # The rate leaves out the first images, which may have waited for compilation.
             self._begun = self._begun or (self.n, time.monotonic())
             if self.is_due:
                 self._show()
 
     @property
     def is_due(self) -> bool:
-        """Whether nothing has been shown for some time."""
+        """Whether the bar was last shown long enough ago to be shown again."""
         pause = _TERMINAL_SECONDS if self._is_terminal else _LOG_SECONDS
         return time.monotonic() - self._shown >= pause
 
     def say(self, line: str) -> None:
-        """Prints a line that stays; the bar goes on below it."""
+        """Prints a line that stays on the screen; the bar continues below it."""
         with self._lock:
             if self._drawn:
                 sys.stderr.write("\r\033[K")
@@ -85,11 +85,11 @@ class ProgressBar:
 
     @property
     def width(self) -> int | None:
-        """Characters of a line at most; None in a log."""
+        """Maximum number of characters in a line; None in a log."""
         return _columns() - 1 if self._is_terminal else None
 
     def close(self, silently: bool = False) -> None:
-        """Shows the last state, which stays; or shows nothing."""
+        """Shows the final state, which stays on the screen, unless `silently`."""
         with self._lock:
             if not self._is_closed:
                 self._is_closed = True
@@ -110,8 +110,8 @@ class ProgressBar:
     def seconds_left(self) -> float | None:
         """Seconds to the end of the bar; None if unknown.
 
-        They come from the mean rate, and the less is done, the more from the plan: it knows of
-        what comes in between, such as validation.
+        This is an average of the estimate by the mean rate and that of the plan, which includes
+        interruptions such as validation. The more is done, the more the rate counts.
         """
         if not self.rate:
             return None
@@ -140,7 +140,7 @@ class ProgressBar:
         self._shown = time.monotonic()
 
     def _parts(self) -> list[str]:
-        """Returns title and share in one text, and further ones, the most important first."""
+        """Returns the parts of the line, most important first; the first has title and share."""
         parts = [f"{self.title + ' ':<12}{self.n / max(self.total, 1):4.0%}", *self.figures[:1]]
         if self.seconds_left:
             parts.append(f"{clock(self.seconds_left)} left")
@@ -153,21 +153,21 @@ class ProgressBar:
 
 
 def fitting(parts: list[str], width: int | None) -> list[str]:
-    """Returns texts without the last ones, if they are too long for a width as one line."""
+    """Returns as many of the first texts as fit in one line of `width`, but at least one."""
     while width is not None and len(parts) > 1 and len("  ".join(parts)) > width:
         parts = parts[:-1]
     return parts
 
 
 def clock(seconds: float) -> str:
-    """Returns a time as minutes and seconds, such as 3:20, or from an hour on as 1:03:20."""
+    """Returns a duration such as 3:20 (minutes and seconds), or 1:03:20 from an hour on."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _bar(share: float, width: int) -> str:
-    """Returns a bar of blocks, in eighths of a character where the terminal has them."""
+    """Returns a bar of blocks, in eighths of a character if the terminal can show them."""
     if width < 1:
         return ""
     blocks = "▏▎▍▌▋▊▉█"
@@ -181,7 +181,7 @@ def _bar(share: float, width: int) -> str:
 
 
 def _columns() -> int:
-    """Returns the width of the terminal, which it may not tell."""
+    """Returns the width of the terminal, or a default if it is unknown."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or _UNKNOWN_COLUMNS
     except (OSError, ValueError, AttributeError):
@@ -193,10 +193,10 @@ class FitProgress(keras.callbacks.Callback):
 
     Args:
         title: Label of the bar.
-        steps: Steps in all, over all epochs.
+        steps: Total number of steps, over all epochs.
         first_step: Steps before this call of `fit`.
         batch_size: Images in a step.
-        together: Steps of a call of the training program; the last may have fewer.
+        together: Steps in a call of the training program; the last call may have fewer.
         per_epoch: Steps of an epoch.
         figures: Function from the metrics of an epoch to texts for its line.
     """
@@ -233,7 +233,7 @@ class FitProgress(keras.callbacks.Callback):
         return self.images / self.seconds if self.seconds else None
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Starts the clock, but not for the first call, which compiles."""
+        """Restarts the clock, unless no step has run: the first call compiles and is not timed."""
         self.last = None if self.last is None else time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
@@ -249,7 +249,7 @@ class FitProgress(keras.callbacks.Callback):
             self._tell_time()
 
     def _tell_time(self) -> None:
-        """Says how long the training will take, now that its speed is known."""
+        """Prints how long the training will take, now that its speed is known."""
         left = self.steps - self.step
         seconds = left * self.batch_size / self.rate
         if seconds > 2 * _FIRST_SECONDS:
@@ -271,6 +271,6 @@ class FitProgress(keras.callbacks.Callback):
         self.bar.say("  ".join(fitting(line, self.bar.width)))
 
     def on_train_end(self, logs=None):
-        """Closes the bar; in a log, the line of the last epoch has said it all."""
+        """Closes the bar, silently in a log that already has the line of the last epoch."""
         told = self.bar.width is None and self.step >= self.steps
         self.bar.close(silently=told)

@@ -1,4 +1,4 @@
-"""Gradient estimators: they pass the gradient of the quantized vectors on to the input z."""
+"""Gradient estimators, which pass the gradient of the quantized vectors on to the input z."""
 
 from keras import ops
 

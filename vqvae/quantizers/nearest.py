@@ -5,8 +5,8 @@ from keras import ops
 
 from vqbeam.vqvae.fitting.devices import full_precision, on_cpu
 
-# Scores per block: 4 MB, which fits in a core's cache; and 256 MB on a GPU, which computes one
-# block after the other, so that a training batch is one block.
+# Scores per block. On a CPU they take 4 MB, which fits in a core's cache. On a GPU, which computes
+# one block after the other, they take 256 MB, so that a training batch is a single block.
 BLOCK_SIZE = 2**20
 _GPU_BLOCK_SIZE = 2**26
 # Maximum number of codes per block.
@@ -27,8 +27,7 @@ def nearest_codes(vectors, codebook, penalties=None, block_size=None):
         vectors: float32 [N, D]. N may be 0 or unknown at trace time.
         codebook: float32 [K, D].
         penalties: float32 [K], added to the squared distances to each code; None for none.
-        block_size: Approximate number of scores in memory at once; by default as many as suit the
-            device.
+        block_size: Approximate number of scores in memory at once; None chooses for the device.
 
     Returns:
         int32 [N] in [0, K).

@@ -6,7 +6,7 @@ from keras import ops
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 
-# The name of the class in earlier versions, which saved models have.
+# Saved models refer to the class by its name in earlier versions.
 @keras.saving.register_keras_serializable("vqbeam", name="LinearVectorQuantizer")
 class SimVQ(VectorQuantizer):
     """A vector quantizer whose codebook is a fixed random matrix times a learned one.

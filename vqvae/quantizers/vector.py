@@ -227,7 +227,7 @@ class VectorQuantizer(Quantizer):
         total = ops.sum(ema_counts)
         smoothed = (ema_counts + self.epsilon) / (total + self.num_codes * self.epsilon) * total
         chosen = counts[:, None] > 0
-        # Unused codes are left unchanged: their ratio is of two averages decaying to zero.
+        # Unused codes are left unchanged: both averages of their ratio decay to zero.
         moved = ema_sums / ops.where(chosen, smoothed[:, None], 1.0)
         assign_where(self.codebook, chosen, moved)
         self.ema_counts.assign(ema_counts)

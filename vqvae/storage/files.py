@@ -19,13 +19,13 @@ from etils import epath
 
 from vqbeam.configs import VqbeamError
 
-# More than any file that is read at once has: images, and JSON of vqbeam.
+# Limit for files that are read as a whole, such as images and vqbeam's JSON; none is that large.
 MOST_BYTES = 2**30
 _SECONDS_TO_BE_SLOW = 30.0
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
-    """Writes a file atomically: to a temporary name, which is then renamed."""
+    """Writes a file atomically: under a temporary name, which is then renamed."""
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
         temporary.write_bytes(data)
@@ -39,8 +39,8 @@ def write_folder(folder: epath.Path, write: Callable[[epath.Path], None]) -> Non
     """Writes a folder as a whole: under a temporary name, which is then renamed.
 
     Args:
-        folder: The folder, which must not exist, or be empty.
-        write: Function that creates the folder that it is given, and all that is in it.
+        folder: The folder; it must be empty or not exist.
+        write: Function that takes a folder, creates it and writes its files.
     """
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,16 +60,16 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 
 def check_regular(path: epath.Path) -> None:
-    """Raises an OSError unless a file is regular: to read a pipe or a device may never end."""
+    """Raises an OSError unless a file is regular: reading a pipe or a device may never end."""
     if is_local(path) and not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
 
 
 def read_regular(path: epath.Path) -> bytes:
-    """Returns the content of a file, which others may have put there.
+    """Returns the content of a file that other programs may have put there.
 
     Raises:
-        OSError: It cannot be read, is no regular file, or has more than `MOST_BYTES`.
+        OSError: It cannot be read, is not a regular file, or has more than `MOST_BYTES`.
     """
     with named_if_slow(path):
         check_regular(path)
@@ -80,9 +80,9 @@ def read_regular(path: epath.Path) -> bytes:
 
 @contextlib.contextmanager
 def named_if_slow(path: epath.Path) -> Iterator[None]:
-    """Names a file or folder on stderr if reading it in the block takes more than 30 seconds.
+    """Prints the path of a file or folder if the block, which reads it, takes over 30 seconds.
 
-    A file system on a network may never answer.
+    A network file system may never answer.
     """
     with _starting:
         _watch(os.getpid())
@@ -100,7 +100,7 @@ _starting = threading.Lock()
 
 @functools.cache
 def _watch(process: int) -> None:
-    """Starts a thread that names what is slow to read, once in each process."""
+    """Starts the thread that reports slow reads, once in each process."""
     threading.Thread(
         target=_name_what_is_slow, name=f"slow reads of {process}", daemon=True
     ).start()
@@ -128,7 +128,7 @@ def read_json(path: epath.Path, kind: type = dict) -> Any:
     """Returns the contents of a JSON file written by vqbeam.
 
     Raises:
-        VqbeamError: The file is not valid JSON, or holds anything else than a `kind`.
+        VqbeamError: The file is not valid JSON, or does not hold a value of type `kind`.
     """
     try:
         found = json.loads(read_regular(path))
@@ -146,7 +146,7 @@ def read_json(path: epath.Path, kind: type = dict) -> Any:
 
 
 def size(path: epath.Path) -> int | None:
-    """Returns the size of a file in bytes, or None if it is missing, or a link to nothing."""
+    """Returns the size of a file in bytes, or None if it is missing or a broken link."""
     try:
         with named_if_slow(path):
             # For local files, epath's stat also looks up the owner's name, which may not exist.

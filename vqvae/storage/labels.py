@@ -30,21 +30,22 @@ class Labels(NamedTuple):
         return cls(tuple(manifest["label_names"]), manifest.get("label_kind", "classes"))
 
 
-# As records have it: the number of a class, or a 0 or 1 for each attribute; −1 for none.
+# A label as records store it: the number of a class, or a 0 or 1 per attribute; −1 means none.
 Label = int | tuple[int, ...]
 
 
 def labels_for(texts: Sequence[Any] | None, labels: Labels, num: int, first: int = 0) -> np.ndarray:
-    """Returns the label of each of `num` images: those asked for, in turn.
+    """Returns the label of each of `num` images, which take the requested labels in turn.
 
     Args:
-        texts: See `parse_label`; None for all classes, or for each attribute alone.
-        labels: Those of the run.
-        num: Images.
-        first: Index of the first of them.
+        texts: The requested labels, see `parse_label`; None for all classes, or for each attribute
+            alone.
+        labels: The labels of the run.
+        num: Number of images.
+        first: Index of the first image.
 
     Returns:
-        int32 [num], or of attributes [num, A].
+        Classes as int32 [num], or attributes as int32 [num, A].
 
     Raises:
         VqbeamError: A label is not known.
@@ -56,15 +57,15 @@ def labels_for(texts: Sequence[Any] | None, labels: Labels, num: int, first: int
 
 
 def parse_label(text: Any, labels: Labels) -> Label:
-    """Returns the label that a user names; None is no label.
+    """Returns the label that a user asks for.
 
     Args:
-        text: The name or number of a class; or of attributes, joined by commas. What is no text
-            is a label as records have it.
-        labels: Those of the run.
+        text: The name or number of a class, or names or numbers of attributes, joined by commas;
+            None for no label. A value that is not a string is a label as records store it.
+        labels: The labels of the run.
 
     Raises:
-        VqbeamError: It is not known, or there are none.
+        VqbeamError: The label is unknown, or the run has no labels.
     """
     if text is not None and not isinstance(text, str):
         return _checked(text, labels)
@@ -72,7 +73,7 @@ def parse_label(text: Any, labels: Labels) -> Label:
         return -1 if text is None else label_number(text, labels.names)
     if text is None:
         return (-1,) * len(labels.names)
-    # An attribute of TFDS may have a comma in its name.
+    # In TFDS, the name of an attribute may contain a comma.
     parts = [text] if text in labels.names else text.split(",")
     on = {label_number(part.strip(), labels.names) for part in parts}
     return tuple(int(number in on) for number in range(len(labels.names)))
@@ -90,22 +91,22 @@ def _checked(label: Any, labels: Labels) -> Label:
 
 
 def label_name(label: Label, labels: Labels) -> str:
-    """Returns the name of a class, or of attributes, joined by commas; "" for none."""
+    """Returns the name of a class, or the names of attributes joined by commas; "" for none."""
     if labels.kind == "classes":
         return labels.names[label] if label >= 0 else ""
     return ",".join(name for name, on in zip(labels.names, label, strict=True) if on > 0)
 
 
 def _folded(name: str) -> str:
-    """Returns a name in lower case and one Unicode form; those of file systems differ."""
+    """Returns a name in lower case and in one Unicode form, which differs among file systems."""
     return unicodedata.normalize("NFC", name).lower()
 
 
 def label_number(label: str, names: Sequence[str]) -> int:
-    """Returns the number of what is called `label`, or has it as its number.
+    """Returns the number of the class or attribute that `label` gives by name or by number.
 
     Raises:
-        VqbeamError: There is no such class or attribute, or there are none.
+        VqbeamError: There is no such class or attribute, or the run has none.
     """
     if not names:
         raise VqbeamError(f"label {label!r} was asked for, but the run has no classes")

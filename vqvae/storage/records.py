@@ -36,22 +36,22 @@ from vqbeam.vqvae.storage.run_folder import MANIFEST
 if keras.backend.backend() == "jax":
     tf.config.set_visible_devices([], "GPU")
 
-# Bytes of the images that are decoded at once, at most: with a GPU, decoding them is most of the
-# work of encoding, and takes all cores.
+# Maximum bytes of images being decoded at once. On a GPU, decoding is most of the work of the
+# encode stage and needs all cores.
 _DECODED = 2**29
 
 IMAGES_VERSION = "1.0.0"
 CODES_VERSION = "1.0.0"
 
 
-# The names of the shards of a dataset to which others are added later.
+# TFDS template for the shards of a dataset to which shards may be added later.
 GROWING = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 
 
 class Shard(NamedTuple):
-    """One file of a dataset: number `index`, from 0 up, of the `count` files of `split`.
+    """One file of a dataset: file `index`, counted from 0, of the `count` files of `split`.
 
-    `count` is None if others are added later; the name then does not tell how many there are.
+    `count` is None if shards may be added later; the file name then does not contain it.
     """
 
     dataset: str
@@ -70,7 +70,7 @@ class Shard(NamedTuple):
 
 
 def image_features(image_shape: Sequence[int], labels: Labels) -> Any:
-    """Returns the TFDS features of an image record; without label names, it has no label."""
+    """Returns the TFDS features of an image record, which has no label if `labels` has no names."""
     image = tfds.features.Image(shape=tuple(image_shape), dtype=np.uint8, encoding_format="png")
     return _features({"image": image}, labels)
 
@@ -102,8 +102,8 @@ def _features(content: dict[str, Any], labels: Labels) -> Any:
 def serialize(example: dict[str, Any]) -> bytes:
     """Returns an example as a serialized `tf.train.Example`; the bytes are deterministic.
 
-    The record has the same content as with TFDS's serializer for these formats, in a fifth of the
-    time. Features are sorted by name; in TFDS, their order is left to protobuf.
+    The record has the same content as with TFDS's serializer and takes a fifth of the time. The
+    features are sorted by name, whereas TFDS leaves their order to protobuf.
 
     Args:
         example: Values by feature name: images as PNG bytes, strings, and integers of any shape.
@@ -155,7 +155,7 @@ def write_metadata(
         name: Name of the dataset, which is the prefix of its shards' file names.
         version: Version of the record format.
         description: TFDS description of the dataset.
-        names: TFDS template of the shards' names, such as `GROWING`; by default TFDS's own.
+        names: TFDS template of the shards' file names, such as `GROWING`; None for TFDS's default.
 
     Returns:
         The paths of the metadata files, sorted.
@@ -184,7 +184,7 @@ def write_metadata(
     return sorted(
         path
         for path in folder.iterdir()
-        # The manifest is also in the folder if the stage has been completed before.
+        # The manifest is in the same folder if the stage has finished before.
         if path.suffix in (".json", ".txt") and path.name != MANIFEST
     )
 
@@ -195,7 +195,7 @@ def open_dataset(folder: epath.Path) -> Any:
 
 
 def keys_in(shards: Sequence[epath.Path]) -> set[str]:
-    """Returns the keys of all records in some shards of images or codes."""
+    """Returns the keys of all records in the given shards of images or codes."""
     spec = {"key": tf.io.FixedLenFeature((), tf.string)}
     records = tf.data.TFRecordDataset([os.fspath(path) for path in shards])
     parsed = records.batch(4096).map(lambda batch: tf.io.parse_example(batch, spec)["key"])
@@ -244,8 +244,7 @@ def read_split(builder: Any, split: str, *, first: int = 0, last: int | None = N
 def image_batches(builder: Any, split: str, shard: int, batch_size: int):
     """Returns batches of one shard of images, in the order on disk.
 
-    This is twice as fast as TFDS, which parses examples one at a time; here, a batch is parsed at
-    once.
+    This is twice as fast as TFDS, which parses one example at a time instead of a batch.
 
     Args:
         builder: From `open_dataset`, for images.
@@ -280,10 +279,9 @@ def image_batches(builder: Any, split: str, shard: int, batch_size: int):
 
 
 def batches_at_once(size: int) -> int:
-    """Returns how many batches of so many bytes are decoded at once.
+    """Returns how many batches of `size` bytes are decoded at once: up to one per core.
 
-    A core decodes one batch. There are at least two, so that one is decoded while another is
-    encoded.
+    There are at least two, so that one is decoded while another is encoded.
     """
     return max(2, min(os.cpu_count(), _DECODED // size))
 
@@ -325,7 +323,7 @@ def damaged_records(folder: epath.Path):
         yield
     except tf.errors.DataLossError as error:
         damaged = [path for path in matching(folder, "*.tfrecord-*") if not _is_sound(path)]
-        # Only a stage writes single shards again.
+        # Only the shards of a run can be rewritten one by one.
         is_of_run = damaged and (folder / MANIFEST).exists()
         what = " and ".join(map(str, damaged)) if is_of_run else folder
         raise VqbeamError(
@@ -335,7 +333,7 @@ def damaged_records(folder: epath.Path):
 
 
 def _is_sound(path: epath.Path) -> bool:
-    """Returns whether all checksums in a shard are right; only read when one is known to be not."""
+    """Returns whether all checksums in a shard are right, which takes reading all of it."""
     try:
         for _ in tf.data.TFRecordDataset(os.fspath(path)):
             pass

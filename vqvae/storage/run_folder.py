@@ -47,7 +47,7 @@ _SECTIONS = {
 MODELS = ("train-vqvae", "train-prior")
 SHARDED = ("prepare", "encode")
 MANIFEST = "manifest.json"
-# Of the hash of a result, what records, configs and messages hold.
+# Number of digits of a result's hash in records, configs and messages.
 HASH_DIGITS = 16
 _CONFIG = "config.json"
 
@@ -57,8 +57,7 @@ class RunFolder:
 
     Args:
         path: A local path or any other path that etils.epath supports, such as gs://BUCKET/NAME.
-        remember: Whether to read each manifest only once, for a reader of stages that do not
-            change meanwhile.
+        remember: Whether to read each manifest only once; for readers while no stage is running.
     """
 
     def __init__(self, path: epath.PathLike, remember: bool = False):
@@ -71,14 +70,14 @@ class RunFolder:
         return self.root / STAGES[stage][0]
 
     def trained_steps(self, stage: str) -> int:
-        """Returns the number of steps that a stage has trained, by its last checkpoint."""
+        """Returns the number of steps of a stage's training, according to its last checkpoint."""
         settings = self._settings(stage)
         steps = min(settings.get("steps", 1), settings.get("steps_per_epoch", 1))
         kept = matching(self.folder(stage) / "checkpoints", "*")
         return max((step for folder in kept for step in checkpoint_files(folder, steps)), default=0)
 
     def has_begun(self, stage: str) -> bool:
-        """Returns whether a training has a checkpoint of its settings and inputs to go on from."""
+        """Returns whether a stage has a checkpoint to resume from, of its settings and inputs."""
         folders = [self.folder(stage) / "checkpoints" / name for name in self.fingerprints(stage)]
         return any(matching(folder, "*.weights.h5") for folder in folders)
 
@@ -86,8 +85,8 @@ class RunFolder:
         """Returns the run whose model a training starts from, and the hash of that model.
 
         Returns:
-            The folder, and the first digits of its `result_hash`; None if it starts from random
-            weights.
+            The run's folder and the first digits of its `result_hash`; None if training starts from
+            random weights.
         """
         init_from = self._settings(stage)["init_from"]
         if init_from is None:
@@ -110,17 +109,17 @@ class RunFolder:
     def start(self, config: Config, extend: bool = False) -> None:
         """Creates the folder and stores the config.
 
-        A setting can be changed until its stage has a result or a checkpoint; `log` also later, and
-        `steps_per_epoch` unless the result depends on it.
+        A setting can be changed until its stage has a result or a checkpoint. `log` can be changed
+        at any time, and so can `steps_per_epoch` unless the result depends on it.
 
         Args:
             config: The config.
-            extend: Whether a model may have more steps than before, also if it is finished: its
-                training goes on from the last checkpoint.
+            extend: Whether to accept more training steps than before, even for a finished model.
+                Its training then continues from the last checkpoint.
 
         Raises:
             VqbeamError: The folder has a run with a different config, and a stage that depends on
-                a changed setting has a result or a checkpoint; or a model cannot go on.
+                a changed setting has a result or a checkpoint; or a model cannot be extended.
         """
         if self.exists():
             changed = differences(self.load_config(), config)
@@ -141,7 +140,7 @@ class RunFolder:
         write_json(self.root / _CONFIG, to_dict(config))
 
     def _longer(self, config: Config) -> dict[str, str]:
-        """Returns the models with more steps in a new config, by the name of the setting."""
+        """Returns the stages with more steps in a new config, by the name of the setting."""
         longer = {}
         for stage in MODELS:
             before, after = self._settings(stage), to_dict(config)[_SECTIONS[stage]]
@@ -164,7 +163,7 @@ class RunFolder:
             )
         epochs = [min(values["steps"], values["steps_per_epoch"]) for values in (before, after)]
         steps = before["steps"]
-        # Else the epoch that ended with them would count as one of all its steps.
+        # Otherwise the shorter epoch at the end would count as a full one.
         if self.trained_steps(stage) == steps and steps % epochs[1]:
             epoch = steps if steps % epochs[0] else epochs[0]
             raise VqbeamError(
@@ -173,7 +172,7 @@ class RunFolder:
             )
 
     def _take_along(self, stage: str, config: Config) -> None:
-        """Moves the checkpoints of a stage to where its training looks with a new config."""
+        """Moves the checkpoints of a stage to the folder where a new config looks for them."""
         checkpoints = self.folder(stage) / "checkpoints"
         target = checkpoints / self.fingerprints(stage, config)[0]
         for fingerprint in self.fingerprints(stage):
@@ -189,7 +188,7 @@ class RunFolder:
                 (self.folder(stage) / MANIFEST).unlink(missing_ok=True)
 
     def _is_bound(self, change: str) -> bool:
-        """Returns whether a change such as `vqvae.num_codes: 256 → 512` comes too late."""
+        """Returns whether it is too late for a change such as `vqvae.num_codes: 256 → 512`."""
         section, dot, field = _name(change).partition(".")
         return _name(change) != "log" and any(
             self._binds(stage, field) for stage in STAGES if not dot or _SECTIONS[stage] == section
@@ -240,11 +239,12 @@ class RunFolder:
     def is_done(self, stage: str) -> bool:
         """Returns whether a stage has finished with the current inputs.
 
-        A dataset of which some files are missing or damaged is not done: its stage writes them
-        again, and no others.
+        A dataset with missing or damaged files is not done: its stage writes these again, and no
+        others.
 
         Raises:
-            VqbeamError: It has finished, but all files are missing, or a model is damaged.
+            VqbeamError: The stage has finished, but all its files are missing, or its model is
+                damaged.
         """
         return stage in self.done([stage])
 
@@ -270,9 +270,9 @@ class RunFolder:
 
         Args:
             stage: The stage.
-            among: Stages whose results are used together with this one: it must have been made
-                from those that are there now. A result that is missing is no error, since a model
-                can be used without its data.
+            among: Stages whose results are used together with this one, which must have been made
+                from their current results. A missing result is no error, since a model can be used
+                without its data.
 
         Raises:
             VqbeamError: The stage is not done, its files are damaged, or a result that it was made
@@ -293,7 +293,7 @@ class RunFolder:
         return manifest
 
     def is_stale(self, stage: str, among: Iterable[str] = tuple(STAGES)) -> bool:
-        """Returns whether a stage was made from other results than those that are there now."""
+        """Returns whether a result that a stage was made from has been replaced since."""
         return any(
             self.result_hash(source) not in (None, hash)
             for source, hash in self._made_from(stage).items()
@@ -301,7 +301,7 @@ class RunFolder:
         )
 
     def check_replaceable(self, stage: str) -> None:
-        """Raises a VqbeamError if a stage would replace a finished model by one of new inputs."""
+        """Raises a VqbeamError if a stage would replace a finished model because inputs changed."""
         if stage in MODELS and self.manifest(stage) is not None and self.is_stale(stage):
             raise VqbeamError(
                 f"{self.folder(stage)} holds a finished model, and its inputs have changed since; "
@@ -317,16 +317,16 @@ class RunFolder:
 
         Args:
             stage: The stage.
-            config: Another config than that of the run.
+            config: The config to use instead of the run's.
         """
         config = config or self.load_config()
         settings = to_dict(config)[_SECTIONS[stage]]
-        # It decides whether the result is accepted, but does not affect it.
+        # This decides whether a result is accepted, but does not affect it.
         settings.pop("max_failed", None)
-        if settings.get("init_from") is None:  # a setting that earlier versions do not have
+        if settings.get("init_from") is None:  # earlier versions did not have this setting
             settings.pop("init_from", None)
         earlier = self._hash_with(stage, config.seed, settings)
-        if not settings.get("early_stopping"):  # which counts epochs
+        if not settings.get("early_stopping"):  # early stopping counts epochs
             settings.pop("steps_per_epoch", None)
         return self._hash_with(stage, config.seed, settings), earlier
 
@@ -388,20 +388,20 @@ class RunFolder:
         return manifest and manifest["sha256"]
 
     def _made_from(self, stage: str) -> dict[str, str]:
-        """Returns the hash of each earlier result that went into a stage's own, by its stage."""
+        """Returns the hashes, by stage, of all earlier results that a stage's result depends on."""
         manifest = self.manifest(stage)
         if manifest is None:
             return {}
         if "made_from" in manifest:
             return manifest["made_from"]
-        # Earlier versions stored the direct inputs alone.
+        # Earlier versions stored only the direct inputs.
         made_from = dict(manifest["inputs"])
         for source in manifest["inputs"]:
             made_from = self._made_from(source) | made_from
         return made_from
 
     def _outputs(self, stage: str, manifest: dict[str, Any]) -> dict[epath.Path, int]:
-        """Returns the size of each output file."""
+        """Returns the size of each output file, according to the manifest."""
         outputs = {self.folder(stage) / name: size for name, size in manifest["outputs"].items()}
         if stage in MODELS:  # earlier versions listed a picture as well
             outputs = {path: size for path, size in outputs.items() if path.suffix != ".png"}
@@ -423,7 +423,7 @@ class RunFolder:
         return VqbeamError(f"{damage}; {delete}{self._again(stage)}{alone}")
 
     def _damage(self, stage: str, manifest: dict[str, Any]) -> str:
-        """Returns which output is missing or has another size; an empty text if none."""
+        """Returns which output is missing or has another size; "" if there is none."""
         outputs = self._outputs(stage, manifest)
         for (path, whole), found in zip(outputs.items(), sizes(list(outputs)), strict=True):
             if found != whole:
@@ -446,20 +446,19 @@ def checkpoint_files(folder: epath.Path, steps_per_epoch: int) -> dict[int, epat
 
     Args:
         folder: The folder.
-        steps_per_epoch: Steps of an epoch, for checkpoints of earlier versions: their names have
-            the number of epochs.
+        steps_per_epoch: Steps of an epoch. Earlier versions named checkpoints by epoch, not step.
     """
     found = {}
     for path in matching(folder, "*.weights.h5"):
         unit, _, number = path.name.partition(".")[0].rpartition("-")
-        # Others may have put something else there.
+        # Other programs may have put other files there.
         if unit in ("step", "epoch") and number.isdecimal() and not path.is_dir():
             found[int(number) * (steps_per_epoch if unit == "epoch" else 1)] = path
     return dict(sorted(found.items()))
 
 
 class _Manifest(dict):
-    """The manifest at a path; an entry that another program has left out is named."""
+    """A manifest whose path is named in the error for an entry that another program left out."""
 
     def __init__(self, path: epath.Path, entries: dict[str, Any]):
         super().__init__(entries)
@@ -469,7 +468,7 @@ class _Manifest(dict):
         raise VqbeamError(f"{self._path} has no entry {name!r}; restore it as vqbeam wrote it")
 
 
-# The kind of each entry of a manifest; the first are in all of them.
+# The type of each entry of a manifest: those that all manifests have, and those that some have.
 _ENTRIES = {"inputs": dict, "outputs": dict, "seconds": (int, float)}
 _FURTHER = {"made_from": dict, "counts": dict, "label_names": list, "label_kind": str}
 _FURTHER |= {"history": list, "measures": dict, "settings": dict, "failed": int, "noted": int}
@@ -483,7 +482,7 @@ def _is_right(manifest: dict[str, Any]) -> bool:
 
 
 def _hash_of(manifest: dict[str, Any]) -> str:
-    """Returns a hash of a manifest without what varies between identical results."""
+    """Returns a hash of a manifest, without the entries that vary between identical results."""
     varies = "sha256", "seconds", "speed", "left_out"
     said = {name: value for name, value in manifest.items() if name not in varies}
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()

@@ -16,8 +16,8 @@ from vqbeam.pipelines.sources.files.base import FilesSource
 class ArraySource(FilesSource):
     """`array:FILE.npz`: images uint8 [N, H, W, C] or [N, H, W], and possibly labels [N].
 
-    The arrays are called as `data.image_key` and `data.label_key` say, or so with an "s". A label
-    is an integer or a string.
+    `data.image_key` and `data.label_key` name the arrays, which may also have an "s" at the end. A
+    label is an integer or a string.
     """
 
     endings = (".npz",)
@@ -46,7 +46,7 @@ class ArraySource(FilesSource):
                     )
 
     def rows(self, path: epath.Path) -> Iterator[tuple[int, int | str | None]]:
-        """Yields number and label of each image; reads the labels only."""
+        """Yields number and label of each image; reads only the labels."""
         with _opened(path) as archive:
             (count, *_), _, _ = _header(archive, self.data.image_key)
             labels = [None] * count
@@ -57,7 +57,7 @@ class ArraySource(FilesSource):
         yield from enumerate(labels)
 
     def images(self, path: epath.Path, rows: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yields the pixels of some images; holds no others."""
+        """Yields the pixels of some images, one at a time."""
         with _opened(path) as archive:
             with archive.open(_member(archive, self.data.image_key)) as stream:
                 shape, _, _ = _read_header(stream)
@@ -84,7 +84,7 @@ def _header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], bool, 
 
 
 def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Returns shape, whether the order is Fortran's, and type."""
+    """Returns the shape, whether the array is in Fortran order, and the dtype."""
     is_first = np.lib.format.read_magic(stream) == (1, 0)
     read = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
     return read(stream)

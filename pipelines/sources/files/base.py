@@ -1,4 +1,4 @@
-"""What the sources of files with many images have in common: splits, classes and order."""
+"""The base class of sources whose files hold many images: splits, classes and order."""
 
 import contextlib
 import itertools
@@ -21,19 +21,19 @@ from vqbeam.pipelines.sources.source import RawImage, Source, Unit
 from vqbeam.vqvae.storage.files import check_regular, named_if_slow
 from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
 
-# More are no classes, but numbers or captions of the images.
+# If there are more, they are ids or captions of images rather than classes.
 _MAX_CLASSES = 100_000
 
 
 class FilesSource(Source):
     """`KIND:PATH`: a file, the files in a folder, or those that a glob pattern matches.
 
-    In a unit, an image is `(file, row, label)`: the file's path relative to the folder, what the
-    format calls the image in its file, and the class.
+    In a unit, an image is `(file, row, label)`: the file's path relative to the folder, the image's
+    number or name in the file, and the class.
 
     Attributes:
         endings: Endings of the names of such files.
-        damage: What reading a damaged file raises, besides an OSError.
+        damage: Exceptions that reading a damaged file may raise, besides OSError.
     """
 
     may_change = True
@@ -47,31 +47,31 @@ class FilesSource(Source):
         return self.data.path
 
     def class_names(self, path: epath.Path) -> Sequence[str] | None:
-        """Checks what a file holds, as far as it tells at once; returns its class names, if any.
+        """Returns the class names that a file defines, if any, after a quick check of the file.
 
         Raises:
-            VqbeamError: It has no such images or labels.
+            VqbeamError: The file has no images or labels of the expected names and types.
         """
         raise NotImplementedError
 
     def rows(self, path: epath.Path) -> Iterator[tuple[int | str, int | str | None]]:
-        """Yields row and label of each image of a file; reads the images only if it must."""
+        """Yields row and label of each image of a file; avoids reading the images if possible."""
         raise NotImplementedError
 
     def images(self, path: epath.Path, rows: Sequence[Any]) -> Iterator[bytes | np.ndarray]:
-        """Yields the images of some rows of a file, in its order; b"" where there is none."""
+        """Yields the images of some rows of a file, in the file's order; b"" if one is missing."""
         raise NotImplementedError
 
     def is_named(self, file: str) -> bool:
-        """Returns whether a file in a folder counts, by its name."""
+        """Returns whether a file in a folder belongs to the source, by its name."""
         return file.lower().endswith(self.endings)
 
     def keys(self, split: str, images: Sequence[tuple[str, int | str, Any]]) -> list[str]:
-        """Returns file and row of each image."""
+        """Returns the keys `FILE/ROW` of images."""
         return [f"{file}/{row}" for file, row, _ in images]
 
     def check(self) -> None:
-        """Checks the names of the files, and what the first holds; see `Source.check`."""
+        """Checks the names of the files and the content of the first one; see `Source.check`."""
         root, splits = self._files()
         path = root / next(file for files in splits.values() for file in files)
         with self._reading(path), named_if_slow(path):
@@ -80,7 +80,8 @@ class FilesSource(Source):
     def listing(self) -> tuple[dict[str, Sequence[Any]], Labels]:
         """Returns the images in the order of their files; see `Source.listing`.
 
-        In the order of a hash, as in a folder, each shard would take a pass over all files.
+        If they were in the order of a hash, as for a folder of images, each shard would take a pass
+        over all files.
         """
         root, files_of = self._files()
         known, images = None, {split: [] for split in files_of}
@@ -119,7 +120,8 @@ class FilesSource(Source):
         """Returns the name of the feature that holds the class; None if none does.
 
         Raises:
-            VqbeamError: A file has no feature `data.image_key`, or not the other one asked for.
+            VqbeamError: A file has no feature `data.image_key`, or not the requested
+                `data.label_key`.
         """
         for flag in ("image_key", "label_key"):
             wanted = getattr(self.data, flag)
@@ -130,7 +132,7 @@ class FilesSource(Source):
         return self.data.label_key if self.data.label_key in features else None
 
     def _files(self) -> tuple[epath.Path, dict[str, list[str]]]:
-        """Returns a folder, and the files of each split; or under "all", if names tell none."""
+        """Returns a folder and the files of each split, or all under "all" without splits."""
         root, files = files_at(self.path, self.is_named)
         if not files:
             raise VqbeamError(
@@ -140,7 +142,7 @@ class FilesSource(Source):
         return root, split_by_name(files, self.data)
 
     def _divide(self, images: Mapping[str, list]) -> dict[str, list]:
-        """Returns the images to train on and those to hold out, no more than `max_images` each."""
+        """Returns the images to train on and to hold out, at most `max_images` of each."""
         splits = {}
         for split, some in images.items():
             share = self.data.validation_share if split == "all" else 0
@@ -156,7 +158,7 @@ class FilesSource(Source):
             check_regular(path)
             yield
         except (OSError, *self.damage) as error:
-            if getattr(error, "errno", None) is not None:  # of the operating system
+            if getattr(error, "errno", None) is not None:  # raised by the operating system
                 raise
             raise VqbeamError(
                 f"{path} cannot be read ({first_line(error)}): it is damaged or of another kind; "
@@ -167,13 +169,13 @@ class FilesSource(Source):
 def _classes(
     data: DataConfig, known: Sequence[str] | None, labels: set[int | str]
 ) -> tuple[tuple[str, ...], dict[int | str, int]]:
-    """Returns the names of the classes, and the number of each label that has one.
+    """Returns the names of the classes, and the class number of each label that has one.
 
     Args:
         data: The section that names the source.
-        known: The names that the source itself gives to the numbers of classes.
-        labels: The labels that are found. Strings are names of classes, and are sorted; negative
-            numbers stand for no class.
+        known: Names for the numbers of classes, if the source itself has them.
+        labels: The labels in the data. Strings are names of classes, which are sorted; negative
+            numbers mean no class.
 
     Raises:
         VqbeamError: A number has no name, or there are too many classes.

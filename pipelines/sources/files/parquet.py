@@ -1,4 +1,4 @@
-"""Parquet files, with the columns that datasets of Hugging Face have; on its hub, too."""
+"""Parquet files with the columns of Hugging Face datasets, local or on the Hugging Face hub."""
 
 import contextlib
 import itertools
@@ -15,9 +15,9 @@ from vqbeam.pipelines.sources.files.base import FilesSource
 
 _BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())
 _TEXTS = (pa.string(), pa.large_string(), pa.string_view())
-# Of images more would take memory, since they may be large.
+# Fewer images than labels, since images may be large.
 _LABELS_AT_ONCE, _IMAGES_AT_ONCE = 4096, 16
-# Arrow would hold a whole row group, which may be the whole file, without this.
+# Without this, Arrow would hold a whole row group in memory, which may be the whole file.
 _BUFFER = 2**18
 
 
@@ -32,7 +32,7 @@ class ParquetSource(FilesSource):
     damage = (*FilesSource.damage, pa.ArrowException)
 
     def class_names(self, path: epath.Path) -> Sequence[str] | None:
-        """Checks the columns; returns the names in the metadata of Hugging Face."""
+        """Returns the class names in Hugging Face's metadata, after a check of the columns."""
         with _opened(path) as file:
             schema = file.schema_arrow
         label = self.label_feature(path, schema.names)
@@ -56,7 +56,7 @@ class ParquetSource(FilesSource):
         return told.get("info", {}).get("features", {}).get(label, {}).get("names")
 
     def rows(self, path: epath.Path) -> Iterator[tuple[int, int | str | None]]:
-        """Yields number and label of each row; reads the column of labels only."""
+        """Yields number and label of each row; reads only the column of labels."""
         with _opened(path) as file:
             label = self.label_feature(path, file.schema_arrow.names)
             if label is None:
@@ -78,7 +78,7 @@ class ParquetSource(FilesSource):
 
 
 class HubSource(ParquetSource):
-    """`hf:NAME[@REVISION]`: the Parquet files of a dataset on the hub of Hugging Face."""
+    """`hf:NAME[@REVISION]`: the Parquet files of a dataset on the Hugging Face hub."""
 
     @property
     def path(self) -> str:
@@ -86,7 +86,7 @@ class HubSource(ParquetSource):
         return self._snapshot(local_files_only=True)
 
     def check(self) -> None:
-        """Checks the files; before they are downloaded, only that there are some."""
+        """Checks the files, or only that there are some if they are not downloaded yet."""
         if self._is_here():
             super().check()
         elif not self._snapshot(dry_run=True):
@@ -113,7 +113,7 @@ class HubSource(ParquetSource):
         chosen = {"revision": revision or None, "allow_patterns": "*.parquet"} | options
         try:
             return huggingface_hub.snapshot_download(name, repo_type="dataset", **chosen)
-        except Exception as error:  # of many kinds
+        except Exception as error:  # of many types
             reason = first_line(error.__cause__ or error)
             raise VqbeamError(
                 f"{self.data.source} cannot be downloaded ({reason}); check the name and the "
@@ -125,7 +125,7 @@ class HubSource(ParquetSource):
 def _of_group(
     file: pq.ParquetFile, group: int, column: str, first: int, wanted: set[int]
 ) -> Iterator[bytes]:
-    """Yields the wanted images of a row group, whose first row has the number `first`."""
+    """Yields the wanted images of a row group whose first row has the number `first`."""
     last = max(wanted)
     batches = file.iter_batches(
         _IMAGES_AT_ONCE, row_groups=[group], columns=[column], use_threads=False
@@ -143,6 +143,6 @@ def _of_group(
 @contextlib.contextmanager
 def _opened(path: epath.Path) -> Iterator[pq.ParquetFile]:
     with path.open("rb") as file:
-        if not hasattr(file, "closed"):  # TensorFlow's files in a bucket, which Arrow asks
+        if not hasattr(file, "closed"):  # Arrow needs it, and TensorFlow's bucket files lack it
             file.closed = False
         yield pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)

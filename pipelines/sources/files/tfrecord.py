@@ -21,7 +21,7 @@ class TfrecordSource(FilesSource):
     damage = (*FilesSource.damage, tf.errors.DataLossError, DecodeError)
 
     def is_named(self, file: str) -> bool:
-        """Returns whether a file counts, by its name without `-00000-of-00001`."""
+        """Returns whether a file belongs to the source, by its name without `-00000-of-00001`."""
         place = file.rpartition("-of-")
         name = place[0].rpartition("-")[0] if place[2].isdecimal() else file
         return super().is_named(name)
@@ -41,7 +41,7 @@ class TfrecordSource(FilesSource):
                 self._label(path, features)
 
     def rows(self, path: epath.Path) -> Iterator[tuple[int, int | str | None]]:
-        """Yields number and label of each example; reads the whole file, which has no index."""
+        """Yields number and label of each example; reads the whole file, as it has no index."""
         for row, record in enumerate(_records(path)):
             features = tf.train.Example.FromString(record).features.feature
             yield row, self._label(path, features)

@@ -13,10 +13,10 @@ from vqbeam.pipelines.sources.images import SUFFIXES
 
 
 class WebdatasetSource(FilesSource):
-    """`webdataset:PATH`: members KEY.jpg, .png and so on, with KEY.cls or KEY.json beside them.
+    """`webdataset:PATH`: members KEY.jpg, .png and so on, each next to a KEY.cls or KEY.json.
 
-    KEY.json holds the class under `data.label_key`, KEY.cls nothing else. A class is an integer or
-    a string. The row of an image is its KEY.
+    KEY.json holds the class under `data.label_key`; KEY.cls holds only the class. A class is an
+    integer or a string. The row of an image is its KEY.
     """
 
     endings = (".tar", ".tar.gz", ".tgz")
@@ -82,9 +82,9 @@ def _image(members: dict[str, bytes]) -> bytes | None:
 def _samples(
     path: epath.Path, is_read: Callable[[str, str], bool]
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yields each key with its members by their endings, which lie side by side.
+    """Yields each key with its members by ending; members of a key must be adjacent in the file.
 
-    A member that is not read is empty. The file is read from front to back, since it may be
+    Members that are not to be read are empty. The file is read from front to back, since it may be
     compressed or in a bucket.
     """
     with path.open("rb") as file, tarfile.open(fileobj=file, tarinfo=_Member) as tar:
@@ -98,21 +98,21 @@ def _contents(
 ) -> Iterator[tuple[str, str, bytes]]:
     """Yields key, ending and content of each member."""
     while (member := tar.next()) is not None:
-        tar.members.clear()  # which would hold all of a long file
+        tar.members.clear()  # otherwise it would grow with the length of the file
         if member.isfile():
             key, ending = _parts(member.name)
             yield key, ending, tar.extractfile(member).read() if is_read(key, ending) else b""
 
 
 def _parts(name: str) -> tuple[str, str]:
-    """Returns the key and the ending of a member, at the first dot of its file name."""
+    """Returns the key and the ending of a member, split at the first dot of its file name."""
     folder, slash, file = name.removeprefix("./").rpartition("/")
     key, dot, ending = file.partition(".")
     return folder + slash + key, (dot + ending).lower()
 
 
 class _Member(tarfile.TarInfo):
-    """A member of a tar file, which does not end early at a damaged header."""
+    """A member of a tar file. A damaged header raises an error instead of ending the file early."""
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
@@ -120,6 +120,6 @@ class _Member(tarfile.TarInfo):
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
-            if buf.strip(b"\0"):  # the end is empty
+            if buf.strip(b"\0"):  # only zeros mark the end of the file
                 raise tarfile.ReadError(str(error)) from error
             raise

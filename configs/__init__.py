@@ -11,6 +11,7 @@ from vqbeam.configs.loading import (
     preset_summary,
     smoke,
     to_dict,
+    typed_settings,
 )
 from vqbeam.configs.schema import (
     LESS_MEMORY,
@@ -45,4 +46,5 @@ __all__ = [
     "preset_summary",
     "smoke",
     "to_dict",
+    "typed_settings",
 ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.util
 import pathlib
@@ -85,6 +86,15 @@ def field_types() -> Iterator[tuple[str, dataclasses.Field, Any]]:
         for field in dataclasses.fields(cls):
             union = [t for t in typing.get_args(hints[field.name]) if t is not type(None)]
             yield f"{section}.{field.name}", field, union[0] if union else hints[field.name]
+
+
+def typed_settings(config: Config) -> dict[str, str]:
+    """Returns every setting as it is typed on the command line, by its dotted name."""
+    found = {}
+    for name, *_ in field_types():
+        value = functools.reduce(getattr, name.split("."), config)
+        found[name] = "none" if value is None else str(value)
+    return found
 
 
 def override(config: Config, values: Mapping[str, Any]) -> Config:

@@ -27,7 +27,7 @@ from vqbeam.vqvae.finetuning.features import (
     build_features,
 )
 from vqbeam.vqvae.fitting.data import TrainingData, training_data
-from vqbeam.vqvae.fitting.devices import peak_memory
+from vqbeam.vqvae.fitting.devices import data_parallel, peak_memory
 from vqbeam.vqvae.fitting.optimizers import build_optimizer
 from vqbeam.vqvae.fitting.program import steps_per_call, training_program
 from vqbeam.vqvae.layout import code_layout
@@ -167,7 +167,7 @@ def scaled(
         # A number with many divisors: on a GPU, the steps of a call must divide it.
         epoch = 10 * round(epoch / 10) if epoch >= 100 else max(1, round(epoch))
         changes[f"{prefix}.steps_per_epoch"] = epoch
-        for name in names:
+        for name in (*names, "warmup_steps"):
             steps = getattr(section, name)
             changes[f"{prefix}.{name}"] = max(1, round(steps / before * epoch)) if steps else 0
     return override(config, changes)
@@ -175,11 +175,10 @@ def scaled(
 
 def with_steps_of(config: Config, other: Config) -> Config:
     """Returns the config with the steps of another one."""
-    names = ("vqvae.steps", "vqvae.steps_per_epoch", "vqvae.finetune_steps", "prior.steps")
+    each = ("steps", "steps_per_epoch", "warmup_steps")
     changes = {}
-    for name in (*names, "prior.steps_per_epoch"):
-        section, _, field = name.partition(".")
-        changes[name] = getattr(getattr(other, section), field)
+    for section, names in {"vqvae": (*each, "finetune_steps"), "prior": each}.items():
+        changes |= {f"{section}.{name}": getattr(getattr(other, section), name) for name in names}
     return override(config, changes)
 
 
@@ -264,7 +263,8 @@ def survey(run: RunFolder, config: Config) -> tuple[dict[str, int], Unit | None]
 
 def used_memory() -> int:
     """Returns the peak use of device memory in bytes, or on a CPU that of main memory."""
-    return peak_memory() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return peak_memory() or unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure(
@@ -290,10 +290,23 @@ def measure(
     trials = {}
     for title in wanted:
         begun = time.perf_counter()
-        model, data, settings = _BUILDERS[title](config)
-        trials[title] = _trial(model, data, settings.steps_per_epoch, seconds, begun)
+        with _devices(title, config):
+            model, data, settings = _BUILDERS[title](config)
+            trials[title] = _trial(model, data, settings.steps_per_epoch, seconds, begun)
     gc.collect()  # models have reference cycles, and the stages need the GPU's memory
     return trials
+
+
+def _devices(title: str, config: Config) -> contextlib.AbstractContextManager[None]:
+    """Returns the context of the devices that a training will have."""
+    match title:
+        case "train vqvae":
+            return data_parallel(config.vqvae.batch_size, config.vqvae.dtype)
+        case "train prior":
+            at_once = config.prior.batch_size // config.prior.grad_accumulation
+            return data_parallel(at_once, config.prior.dtype)
+        case _:
+            return contextlib.nullcontext()  # the first one alone
 
 
 def _trial(
@@ -382,9 +395,6 @@ def _decoder(config: Config):
 def _prior(config: Config):
     settings, layout = config.prior, code_layout(config)
     model = build_prior(config, _LABELS)
-    model.parts = settings.grad_accumulation
-    for block in model.blocks:
-        block.remat = settings.remat == "blocks"
     model.compile(prior_optimizer(settings))
     size = 4 * settings.batch_size
     rng = np.random.default_rng(config.seed)

@@ -116,7 +116,9 @@ def is_dataflow(beam_args: Sequence[str]) -> bool:
 def runs_here(beam_args: Sequence[str]) -> bool:
     """Returns whether Beam's arguments choose a runner in this process or on this machine."""
     runners = [word.removeprefix("--runner=") for word in beam_args if word.startswith("--runner=")]
-    return runners[-1:] in ([], ["FnApiRunner"], ["DirectRunner"], ["BundleBasedDirectRunner"])
+    # Beam accepts names in any case, and without "Runner".
+    last = runners[-1].lower().removesuffix("runner") if runners else "direct"
+    return last in ("direct", "fnapi", "bundlebaseddirect")
 
 
 def with_runner(beam_args: Sequence[str]) -> list[str]:

@@ -165,7 +165,7 @@ def _disk(
     config: Config, stages: Sequence[str], counts: Mapping[str, int], trials: Mapping[str, Trial]
 ) -> int:
     """Returns an upper estimate of the bytes that stages write, as far as known."""
-    bytes_of_code = 1 if config.vqvae.num_codes <= 2**8 else 2
+    bytes_of_code = math.ceil((config.vqvae.num_codes - 1).bit_length() / 7)  # as protocol buffers
     codes = code_layout(config).length * bytes_of_code + 100
     views = sum(counts.values()) + (variant_count(config.encode.augment) - 1) * counts.get(
         "train", 0

@@ -17,6 +17,7 @@ from vqbeam.pipelines.paths import (
     source_paths,
     with_absolute_paths,
 )
+from vqbeam.vqvae.storage.labels import Labels
 from vqbeam.vqvae.storage.run_folder import HASH_DIGITS, MODELS, STAGES, RunFolder
 
 # Maximum number of classes in the closing lines.
@@ -75,12 +76,36 @@ def run_stages(
         # The config is written only while holding the lock.
         with locked(run.root, "--run-dir"):
             run.start(config, extend)
-            for stage in retrain:
-                run.folder(stage).rmtree(missing_ok=True)
+            _remove_models(run, stages, retrain)
             with if_removed(run.exists, run.root):
                 _do(run, config, stages, beam_args, trials)
     for line in _closing_lines(run, stages):
         print(line)
+
+
+def _remove_models(run: RunFolder, stages: Sequence[str], retrain: Sequence[str]) -> None:
+    """Deletes the models to train again, once it is certain that their stages can run.
+
+    Raises:
+        VqbeamError: An input of the stages is missing, or a finished prior would be left over.
+    """
+    _require_inputs(run, stages)
+    kept = "train-prior" in stages and "train-prior" not in retrain and run.is_done("train-prior")
+    if "train-vqvae" in retrain and kept:
+        raise VqbeamError(
+            f"{run.folder('train-prior')} holds a prior of the model that --retrain train-vqvae "
+            "replaces; add --retrain train-prior, or give another --run-dir to keep both"
+        )
+    for stage in retrain:
+        run.folder(stage).rmtree(missing_ok=True)
+
+
+def _require_inputs(run: RunFolder, stages: Sequence[str]) -> None:
+    """Checks the results that stages read and that are not made by one of them."""
+    for stage in stages:
+        for source in STAGES[stage][1]:
+            if source not in stages:
+                run.require(source)
 
 
 def _with_parents(config: Config, run: RunFolder, elsewhere: bool) -> Config:
@@ -162,14 +187,11 @@ def _tell_what_is_done(run: RunFolder, stages: Sequence[str]) -> None:
 
 def _pending(run: RunFolder, stages: Sequence[str]) -> list[str]:
     """Returns the stages to run: those not done, and those that read what these write."""
+    _require_inputs(run, stages)
     done = run.done(stages)
     pending: list[str] = []
     for stage in stages:
-        sources = STAGES[stage][1]
-        for source in sources:
-            if source not in stages:
-                run.require(source)
-        if stage not in done or any(source in pending for source in sources):
+        if stage not in done or any(source in pending for source in STAGES[stage][1]):
             pending.append(stage)
     for stage in pending:
         run.check_replaceable(stage)
@@ -224,10 +246,11 @@ def _closing_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:
 
 def _labels_line(images: dict) -> str:
     """Returns a line with the first labels and their numbers of training images, to check them."""
-    names, counts = images["label_names"], images["statistics"]["images_per_label"]
+    labels, counts = Labels.of(images), images["statistics"]["images_per_label"]
+    names = labels.names
     shown = [f"{name} {counts.get(str(n), 0):,}" for n, name in enumerate(names[:_NAMES_SHOWN])]
     more = ", …" if len(names) > _NAMES_SHOWN else ""
-    return f"{images['label_kind']}, {len(names):,}: {', '.join(shown)}{more} (training images)"
+    return f"{labels.kind}, {len(names):,}: {', '.join(shown)}{more} (training images)"
 
 
 def _quality_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:

@@ -87,7 +87,7 @@ def train_prior(run_path: str, callbacks: Sequence[keras.callbacks.Callback] = (
 def build_prior(config: Config, labels: Labels) -> CodePrior:
     """Returns an untrained prior for a run and its labels; sets the global random seeds."""
     set_seed(config.seed)
-    return CodePrior(
+    model = CodePrior(
         code_layout(config),
         num_labels=len(labels.names),
         conditioning=labels.kind,
@@ -100,6 +100,10 @@ def build_prior(config: Config, labels: Labels) -> CodePrior:
         zero_init=config.prior.branch_init == "zeros",
         dtype=config.prior.dtype,
     )
+    model.parts = config.prior.grad_accumulation
+    for block in model.blocks:
+        block.remat = config.prior.remat == "blocks"
+    return model
 
 
 def load_prior(run: RunFolder) -> CodePrior:
@@ -155,9 +159,6 @@ def _fit(run: RunFolder, config: Config, codes: dict, callbacks: Sequence) -> Fi
         callbacks.append(_pictures(run, config, Labels.of(codes)))
     with data_parallel(settings.batch_size // settings.grad_accumulation, settings.dtype):
         model = build_prior(config, Labels.of(codes))
-        model.parts = settings.grad_accumulation
-        for block in model.blocks:
-            block.remat = settings.remat == "blocks"
         _start_from_parent(model, run, Labels.of(codes))
         model.compile(build_optimizer(settings))
         schedule = Schedule(

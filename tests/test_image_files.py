@@ -570,7 +570,9 @@ def test_every_stage_on_two_workers(images, tmp_path):
 
 @pytest.mark.system
 def test_a_dataset_on_the_hub(images, expected, tmp_path):
-    write_file("parquet", tmp_path / "hub" / "data" / "some.parquet", images, names_of(COUNT))
+    for part, rows in {"a": slice(10), "b": slice(10, None)}.items():
+        path = tmp_path / "hub" / "data" / f"{part}.parquet"
+        write_file("parquet", path, images[rows], names_of(COUNT)[rows])
     (tmp_path / "hub" / "README.md").write_text("Some images.")
     flags = [f"--data.{side}={SIDE}" for side in ("height", "width")]
 
@@ -589,6 +591,11 @@ def test_a_dataset_on_the_hub(images, expected, tmp_path):
         assert told.count("\n") == 1
         assert "check the name and the connection, or download its Parquet files elsewhere" in told
         assert not (tmp_path / "wrong").exists()
+        # Another program has downloaded a part of it.
+        (stored,) = (tmp_path / "home").rglob("snapshots/*/data/b.parquet")
+        stored.unlink()
+        assert "is not in" not in say("part", "me/set", endpoint)
+    assert_same(by_number(RunFolder(tmp_path / "part")), expected)
     assert_same(by_number(RunFolder(tmp_path / "first")), expected)
     assert {p.suffix for p in (tmp_path / "home").rglob("snapshots/*/*/*")} == {".parquet"}
     # By now, nothing answers there.

@@ -29,6 +29,7 @@ from quantizer_checks import array  # noqa: E402
 from test_prior_training import stateful_run  # noqa: E402
 
 from vqbeam.configs import PriorConfig, VqbeamError, override  # noqa: E402
+from vqbeam.pipelines.budget import measure  # noqa: E402
 from vqbeam.prior.training import build_optimizer as build_prior_optimizer  # noqa: E402
 from vqbeam.prior.training import build_prior, load_prior, train_prior  # noqa: E402
 from vqbeam.vqvae.building import build_model  # noqa: E402
@@ -38,6 +39,7 @@ from vqbeam.vqvae.fitting.devices import data_parallel, device_count, share_of_r
 from vqbeam.vqvae.fitting.optimizers import build_optimizer  # noqa: E402
 from vqbeam.vqvae.fitting.program import training_program  # noqa: E402
 from vqbeam.vqvae.storage.labels import Labels  # noqa: E402
+from vqbeam.vqvae.storage.run_folder import STAGES  # noqa: E402
 from vqbeam.vqvae.training import load_vqvae, train_vqvae  # noqa: E402
 
 STEPS, BATCH = 4, 8
@@ -119,13 +121,17 @@ def check_a_whole_stage(folder):
     assert len(manifest["history"]) == 2
     assert np.isfinite(list(manifest["measures"].values())).all()
     assert load_vqvae(run).quantizer.built
-    run, _ = _prepared_run(folder / "odd", _config(vqvae__batch_size=7))
-    try:
-        train_vqvae(str(run.root))
-    except VqbeamError as error:
-        assert "a batch of 7 cannot be divided among 2 devices" in str(error)
-    else:
-        raise AssertionError("a batch of 7 was shared by 2 devices")
+    odd = _config(vqvae__batch_size=7)
+    run, _ = _prepared_run(folder / "odd", odd)
+    # The trial of the plan has the same devices, so that it tells before the work begins.
+    for attempt in (lambda: train_vqvae(str(run.root)), lambda: measure(odd, STAGES, 0, fewest=1)):
+        try:
+            attempt()
+        except VqbeamError as error:
+            assert "a batch of 7 cannot be divided among 2 devices" in str(error)
+        else:
+            raise AssertionError("a batch of 7 was shared by 2 devices")
+    assert set(measure(_config(), STAGES, 0, fewest=1)) == {"train vqvae", "train prior"}
 
 
 def trained_prior(parts, scope):

@@ -129,11 +129,12 @@ _SHAPING = {
         *("data.channels", "vqvae.quantizer", "vqvae.num_codes", "vqvae.code_dim", "vqvae.depth"),
         *("vqvae.grids", "vqvae.fsq_levels", "vqvae.downsampling", "vqvae.network"),
         *("vqvae.width", "vqvae.residual_layers", "vqvae.residual_width"),
-        *("vqvae.codebook_update", "vqvae.balance"),
+        *("vqvae.codebook_update", "vqvae.balance", "vqvae.restart_below"),
     ),
     "train-prior": (
         *("data.height", "data.width", "vqvae.num_codes", "vqvae.depth", "vqvae.grids"),
         *("vqvae.downsampling", "prior.layers", "prior.width", "prior.heads", "prior.kv_heads"),
+        "prior.qk_norm",
     ),
 }
 

@@ -46,7 +46,6 @@ class Verb:
 
 
 _TEMPORARY = "vqbeam-temporary-"
-_MODELS = ("train-vqvae", "train-prior")
 _STAGES = (stage_commands.parse_stages, stage_commands.run_stages)
 
 VERBS = {
@@ -64,27 +63,27 @@ VERBS = {
         "sample new images from a trained run",
         sampling_commands.parse_sample,
         sampling_commands.run_sample,
-        needs=_MODELS,
+        needs=stage_commands.MODELS,
         outputs=(".png", ".npz", ""),
     ),
     "generate": Verb(
         "sample many images in parallel, as a Beam pipeline; resumable",
         sampling_commands.parse_generate,
         sampling_commands.run_generate,
-        needs=_MODELS,
+        needs=stage_commands.MODELS,
     ),
     "complete": Verb(
         "sample the missing part of images, several times",
         sampling_commands.parse_complete,
         sampling_commands.run_complete,
-        needs=_MODELS,
+        needs=stage_commands.MODELS,
         outputs=(".png", ""),
     ),
     "interpolate": Verb(
         "sample images between one class and another",
         sampling_commands.parse_interpolate,
         sampling_commands.run_interpolate,
-        needs=_MODELS,
+        needs=stage_commands.MODELS,
         outputs=(".png",),
     ),
     "reconstruct": Verb(
@@ -104,14 +103,14 @@ VERBS = {
         "print the log-likelihood of images of your own",
         measure_commands.parse_score,
         measure_commands.run_score,
-        needs=_MODELS,
+        needs=stage_commands.MODELS,
         outputs=(".jsonl",),
     ),
     "export": Verb(
         "write a trained run as a SavedModel, or its weights as safetensors",
         measure_commands.parse_export,
         measure_commands.run_export,
-        needs=_MODELS,
+        needs=stage_commands.MODELS,
     ),
     "export-codes": Verb(
         "write the codes of all images as one NumPy or Parquet file",
@@ -141,7 +140,7 @@ VERBS = {
         "try out a trained run in the browser",
         measure_commands.parse_studio,
         measure_commands.run_studio,
-        needs=_MODELS,
+        needs=stage_commands.MODELS,
     ),
     "gradients": Verb(
         "plot which losses reach which parts of a model",
@@ -191,6 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _be_quiet()
         _set_up_devices()
+        if sys.stderr is None:  # closed, as by 2>&-
+            sys.stderr = open(os.devnull, "w")
         with _checked_output():
             _dispatch(*parse(sys.argv[1:] if argv is None else argv))
         return 0
@@ -277,8 +278,8 @@ def _temporary_folder() -> Iterator[None]:
         with contextlib.suppress(OSError), flocked(left) as is_dead:
             if is_dead and os.stat(left).st_uid == os.getuid():
                 left.rmtree()
-    own = tempfile.mkdtemp(prefix=_TEMPORARY)
-    with flocked(epath.Path(own)):
+    with contextlib.ExitStack() as held:
+        own = _new_folder(held)
         tempfile.tempdir = os.environ["TMPDIR"] = own
         try:
             yield
@@ -287,6 +288,21 @@ def _temporary_folder() -> Iterator[None]:
             del os.environ["TMPDIR"]
             os.environ.update({"TMPDIR": before} if before else {})
             shutil.rmtree(own, ignore_errors=True)
+
+
+def _new_folder(held: contextlib.ExitStack) -> str:
+    """Returns a new temporary folder, which is locked until `held` ends."""
+    from etils import epath
+
+    from vqbeam.pipelines.lock import flocked
+
+    while True:
+        own = tempfile.mkdtemp(prefix=_TEMPORARY)
+        # Until it is locked, another command may take it for one that was left behind.
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            held.enter_context(flocked(epath.Path(own)))
+            if os.path.exists(own):
+                return own
 
 
 def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:

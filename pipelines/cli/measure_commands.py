@@ -311,25 +311,14 @@ def run_presets(preset: str | None = None) -> str:
 
 def _settings(preset: str) -> str:
     """Returns a line for each setting of a preset: its flag, value and meaning."""
-    config = configs.load_preset(preset)
+    values = configs.typed_settings(configs.load_preset(preset))
     rows = [
-        (f"--{name.replace('_', '-')}", _written(_value(config, name)), field.metadata["help"])
+        (f"--{name.replace('_', '-')}", values[name], field.metadata["help"])
         for name, field, _ in configs.field_types()
     ]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = [f"{flag:<{widths[0]}}  {value:<{widths[1]}}  {text}" for flag, value, text in rows]
     return "\n".join([configs.preset_summary(preset), *lines])
-
-
-def _value(config: configs.Config, name: str) -> Any:
-    for part in name.split("."):
-        config = getattr(config, part)
-    return config
-
-
-def _written(value: Any) -> str:
-    """Returns a value as it is typed on the command line."""
-    return "none" if value is None else str(value)
 
 
 def parse_gradients(parser: Parser, words: Sequence[str]) -> dict[str, Any]:

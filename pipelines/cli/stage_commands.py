@@ -20,6 +20,7 @@ from vqbeam.pipelines.cli.parser import (
 from vqbeam.pipelines.paths import with_runner
 
 STAGES = ("prepare", "train-vqvae", "encode", "train-prior", "sample")
+MODELS = ("train-vqvae", "train-prior")
 
 # The flags that `--help` shows without a topic.
 _COMMON = (
@@ -158,12 +159,13 @@ def _add_own_flags(parser: Parser) -> None:
     if parser.verb == "run":
         minutes = "choose the training steps so that all stages take about X minutes"
         parser.add("--minutes", above_zero, minutes, metavar="X")
-    again = "train the model of this stage again: deletes the stage's folder first"
-    models = ("train-vqvae", "train-prior")
-    parser.add("--retrain", str, again, choices=models, action="append", metavar="STAGE")
+    models = [stage for stage in MODELS if parser.verb in ("run", stage)]
+    if models:
+        again = "train the model of this stage again: deletes the stage's folder first"
+        parser.add("--retrain", str, again, choices=models, action="append", metavar="STAGE")
     begin = "start training from the weights of another run or hf://USER/NAME, both if it has them"
     parser.add("--init-from", run_location, begin, metavar="DIR")
-    if parser.verb in ("run", *models):
+    if models:
         parser.add_switch("--extend", "a finished model goes on to more training steps")
 
 

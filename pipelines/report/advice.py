@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from vqbeam.pipelines.report.facts import Facts
+from vqbeam.vqvae.storage.labels import Labels
 
 # A class is rare if it has less than this share of the mean number of images per class.
 _RARE = 0.1
@@ -264,9 +265,9 @@ def _measured(name: str) -> Callable[[Facts], bool]:
 
 
 def _has_classes(facts: Facts) -> bool:
-    prepared = facts.manifests.get("prepare", {})
-    counts = prepared.get("statistics", {}).get("images_per_label")
-    return bool(counts) and prepared.get("label_kind") == "classes"
+    prepared = facts.manifests.get("prepare")
+    labels = Labels.of(prepared) if prepared else Labels()
+    return bool(labels.names) and labels.kind == "classes"
 
 
 RULES = (

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import functools
 import io
 import json
 import math
@@ -112,7 +111,7 @@ def comparison(run_dirs: Sequence[str], form: str) -> str:
         VqbeamError: A folder holds no run.
     """
     facts = [read_facts(RunFolder(place, remember=True)) for place in run_dirs]
-    settings = [settings_of(each.config) for each in facts]
+    settings = [configs.typed_settings(each.config) for each in facts]
     figures = [_numbers(each) for each in facts]
     differing = [row[0] for row in differing_settings(facts)]
     if form == "json":
@@ -153,23 +152,14 @@ def _numbers(facts: Facts) -> dict[str, float]:
     return found
 
 
-def settings_of(config: Config) -> dict[str, str]:
-    """Returns every setting as it is typed on the command line, by its dotted name."""
-    found = {}
-    for name, *_ in configs.field_types():
-        value = functools.reduce(getattr, name.split("."), config)
-        found[name] = "none" if value is None else str(value)
-    return found
-
-
 def preset_settings(config: Config) -> dict[str, str] | None:
     """Returns the settings of a run's preset, or None if it is not a built-in preset."""
     is_known = config.name in configs.preset_names()
-    return settings_of(configs.load_preset(config.name)) if is_known else None
+    return configs.typed_settings(configs.load_preset(config.name)) if is_known else None
 
 
 def differing_settings(facts: Sequence[Facts]) -> list[list[str]]:
     """Returns the settings that differ among runs: the name, and the value in each run."""
-    settings = [settings_of(each.config) for each in facts]
+    settings = [configs.typed_settings(each.config) for each in facts]
     rows = [[name, *(of[name] for of in settings)] for name in settings[0]]
     return [row for row in rows if len(set(row[1:])) > 1]

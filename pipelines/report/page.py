@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from vqbeam.configs import Config, VqbeamError
+from vqbeam.configs import Config, VqbeamError, first_line, typed_settings
 from vqbeam.pipelines.evaluation.evaluate import vqvae_rows
 from vqbeam.pipelines.evaluation.reference import FIGURES
 from vqbeam.pipelines.inspect import duration
@@ -35,7 +35,6 @@ from vqbeam.pipelines.report.facts import (
     or_reason,
     preset_settings,
     read_facts,
-    settings_of,
 )
 from vqbeam.pipelines.sampling.api import Run
 from vqbeam.vqvae.figures import picture
@@ -322,8 +321,7 @@ def _samples(run: RunFolder, facts: Facts, most_bytes: int) -> Picture:
         )
     labels = Labels.of(trained) if trained else Labels()
     alt = f"New images of the {labels.kind} {', '.join(labels.names[:30])}" if labels.names else ""
-    with Image.open(io.BytesIO(path.read_bytes())) as image:
-        return _picture(image, alt or "New images", most_bytes)
+    return _stored_picture(path, alt or "New images", most_bytes)
 
 
 def _held_out(
@@ -417,6 +415,15 @@ def _code_pictures(run: Run, counts: np.ndarray, most_bytes: int) -> list[list[t
             ]
         )
     return levels
+
+
+def _stored_picture(path: epath.Path, alt: str, most_bytes: int) -> Picture:
+    """Returns the picture in a file; see `_picture`."""
+    try:
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            return _picture(image, alt, most_bytes)
+    except OSError as error:
+        raise VqbeamError(f"{path} cannot be read ({first_line(error)}); delete it") from error
 
 
 def _picture(image: Image.Image, alt: str, most_bytes: int) -> Picture:
@@ -514,13 +521,12 @@ def _stage_2(facts: Facts) -> dict[str, Any] | None:
 
 
 def _nearest(run: RunFolder, most_bytes: int) -> Picture | None:
-    """Returns the samples nearest to a training image, each above it; None if not evaluated."""
+    """Returns the samples nearest to a training image, each above it; None if there are none."""
     path = run.evaluation / "nearest.png"
     if not path.exists():
         return None
-    with Image.open(io.BytesIO(path.read_bytes())) as image:
-        alt = "The ten samples nearest to a training image, each above that image"
-        return _picture(image, alt, most_bytes)
+    alt = "The ten samples nearest to a training image, each above that image"
+    return or_reason(lambda: _stored_picture(path, alt, most_bytes))[0]
 
 
 def _stages(run: RunFolder, facts: Facts) -> list[list[str]]:
@@ -553,7 +559,7 @@ def _settings_table(config: Config) -> list[tuple[str, str, str | None]]:
     preset = preset_settings(config) or {}
     return [
         (name, value, preset[name] if preset.get(name, value) != value else None)
-        for name, value in settings_of(config).items()
+        for name, value in typed_settings(config).items()
     ]
 
 
@@ -568,7 +574,7 @@ def _provenance(run: RunFolder, facts: Facts) -> list[tuple[str, str, str]]:
 
 def _commands(facts: Facts) -> list[tuple[str, str]]:
     """Returns the next commands to use, each after a description."""
-    root, settings = facts.root, settings_of(facts.config)
+    root, settings = facts.root, typed_settings(facts.config)
     preset = preset_settings(facts.config)
     changed = [
         word

@@ -83,7 +83,7 @@ def _scored(run: Run, files: dict[str, epath.Path], label: Label, precision: str
 def _read(name: str, path: epath.Path, config: Config) -> dict:
     try:
         return {"file": name, "image": read_image(path, config)}
-    except VqbeamError as error:
+    except (VqbeamError, OSError) as error:
         return {"file": name, "error": str(error)}
 
 

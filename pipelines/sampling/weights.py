@@ -156,6 +156,7 @@ def prior_config(run: Run) -> dict[str, Any]:
         "n_kv_head": prior.kv_heads,
         "ffn_hidden": block.hidden,
         "norm_eps": prior.output_norm.epsilon,
+        "qk_norm": prior.qk_norm,
         "rope_base": BASE,
         "vocab_size": layout.num_codes,
         "block_size": layout.length,
@@ -185,7 +186,11 @@ def prior_tensors(prior: CodePrior) -> Tensors:
 
 def _of_block(block: Block) -> Tensors:
     gate, up = np.split(_array(block.gate_and_up.kernel).T, 2)
-    return {
+    scales = {
+        f"attention.{part}_norm.weight": _interleaved_pairs(_array(norm.scale))
+        for part, norm in zip("qk", block.qk_norms, strict=False)
+    }
+    return scales | {
         "attention_norm.weight": _array(block.attention_norm.scale),
         "attention.wqkv.weight": _interleaved(_array(block.qkv.kernel).T, block),
         "attention.wo.weight": _array(block.attention_output.kernel).T,
@@ -199,13 +204,20 @@ def _of_block(block: Block) -> Tensors:
 def _interleaved(rows: np.ndarray, block: Block) -> np.ndarray:
     """Returns rows [(H + 2 G) · D, width] with the two rows of each rotated pair side by side.
 
-    Here, a pair is `x[i], x[i + D/2]`; in LlamaGen, it is `x[2i], x[2i + 1]`. Values are not
-    rotated.
+    Values are not rotated.
     """
-    heads = rows.reshape(-1, 2, block.head_dim // 2, block.width)
-    rotated = np.swapaxes(heads[: block.heads + block.kv_heads], 1, 2)
+    heads = rows.reshape(-1, block.head_dim, block.width)
     values = heads[block.heads + block.kv_heads :]
-    return np.concatenate([part.reshape(-1, block.width) for part in (rotated, values)])
+    rotated = [_interleaved_pairs(head) for head in heads[: block.heads + block.kv_heads]]
+    return np.concatenate([*rotated, *values])
+
+
+def _interleaved_pairs(head: np.ndarray) -> np.ndarray:
+    """Returns the rows [D, ...] of a head with those of each rotated pair side by side.
+
+    Here, a pair is `x[i], x[i + D/2]`; in LlamaGen, it is `x[2i], x[2i + 1]`.
+    """
+    return np.swapaxes(head.reshape(2, -1, *head.shape[1:]), 0, 1).reshape(head.shape)
 
 
 def _array(weight: Any) -> np.ndarray:

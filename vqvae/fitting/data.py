@@ -1,7 +1,9 @@
 """Training data: the batches of a split, in an order that depends only on the seed."""
 
+import contextlib
 import dataclasses
 import os
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +20,7 @@ _BLOCK = 100
 # of the host is smaller, since TensorFlow makes a second copy there.
 _SHARE_OF_DEVICE = 1 / 4
 _SHARE_OF_HOST = 1 / 8
+_CONTAINER_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,6 +134,14 @@ def _read(examples: tf.data.Dataset, size: int) -> dict[str, np.ndarray]:
 
 
 def _fits_in_memory(size: int) -> bool:
-    host, device = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), device_memory()
+    device = device_memory()
     fits_device = device is None or size <= _SHARE_OF_DEVICE * device
-    return fits_device and size <= _SHARE_OF_HOST * host
+    return fits_device and size <= _SHARE_OF_HOST * _host_memory()
+
+
+def _host_memory() -> int:
+    """Returns the bytes of memory of the host, or of the container if it has a limit."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no container, or "max"
+        return min(memory, int(_CONTAINER_LIMIT.read_text()))
+    return memory

@@ -64,8 +64,7 @@ def _jax_memory() -> dict[str, int]:
     return jax.local_devices()[0].memory_stats() or {}
 
 
-# Operations per second of dense matrix products in bfloat16, from NVIDIA's data sheets. The order
-# matters: a device takes the first entry whose name is part of its own.
+# Operations per second of dense matrix products in bfloat16, from NVIDIA's data sheets.
 _PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -85,8 +84,10 @@ _PEAK_FLOPS = {
 
 def peak_flops() -> float | None:
     """Returns the peak operations per second of all devices in bfloat16, or None if unknown."""
-    name = _device_name()
-    known = [flops for model, flops in _PEAK_FLOPS.items() if model in name]
+    # As whole words: an RTX A1000 is no A100, and the laptop's RTX 4090 is another one.
+    words = f" {_device_name().replace('-', ' ')} "
+    known = [flops for model, flops in _PEAK_FLOPS.items() if f" {model} " in words]
+    known = [] if " Laptop " in words else known
     return known[0] * device_count() if known else None
 
 

@@ -100,7 +100,8 @@ class HubSource(ParquetSource):
         if not self._is_here():
             place = huggingface_hub.constants.HF_HUB_CACHE
             print(f"{self.data.source} is not in {place} yet: it is downloaded", flush=True)
-            self._snapshot()
+        # Also if there are files: another program may have downloaded some of them.
+        self._snapshot()
 
     def _is_here(self) -> bool:
         try:

@@ -57,7 +57,11 @@ def test_the_time_is_used_and_divided_as_in_the_preset():
     assert fitted.vqvae.steps_per_epoch % 10 == fitted.prior.steps_per_epoch % 10 == 0
     assert fitted.vqvae.steps // fitted.vqvae.steps_per_epoch == 12
     assert fitted.prior.steps // fitted.prior.steps_per_epoch == 6
+    # The warm-up of 200 steps is the same share of them.
+    assert fitted.prior.warmup_steps == round(200 / 3000 * two)
+    assert fitted.vqvae.warmup_steps == pytest.approx(200 / 6000 * one, abs=1)
     assert override(fitted, {}) == fitted  # it is valid
+    assert with_steps_of(config, fitted) == fitted
 
 
 def test_minutes_are_filled(monkeypatch, capsys):

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import os
 import subprocess
@@ -182,6 +183,35 @@ def test_closed_output():
     )
     assert done.returncode == 1 and done.stderr.startswith("vqbeam: the output is closed")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.system
+def test_a_closed_stderr():
+    done = subprocess.run(
+        [sys.executable, "-m", "vqbeam", "presets"],
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: os.close(2),
+    )
+    assert done.returncode == 0 and b"glyphs" in done.stdout
+
+
+def test_a_temporary_folder_that_another_command_removes(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    tried = []
+
+    @contextlib.contextmanager
+    def flocked(folder):
+        tried.append(folder)
+        if len(tried) == 1:
+            raise BlockingIOError
+        if len(tried) == 2:
+            folder.rmdir()
+        yield True
+
+    monkeypatch.setattr("vqbeam.pipelines.lock.flocked", flocked)
+    with contextlib.ExitStack() as held:
+        assert cli._new_folder(held) == str(tried[-1])
+    assert len(tried) == 3
 
 
 @pytest.mark.system

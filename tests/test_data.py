@@ -97,3 +97,12 @@ def test_data_are_held_if_host_and_device_have_the_memory(monkeypatch):
     assert module._fits_in_memory(30) and not module._fits_in_memory(31)
     monkeypatch.setattr(module, "device_memory", lambda: 100)
     assert module._fits_in_memory(25) and not module._fits_in_memory(26)
+
+
+@pytest.mark.parametrize(("limit", "fits"), [("160", 20), ("1000", 30), ("max", 30), (None, 30)])
+def test_a_container_has_less_memory_than_its_host(monkeypatch, tmp_path, limit, fits):
+    monkeypatch.setattr(module.os, "sysconf", {"SC_PAGE_SIZE": 8, "SC_PHYS_PAGES": 30}.get)
+    monkeypatch.setattr(module, "_CONTAINER_LIMIT", tmp_path / "memory.max")
+    if limit:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+    assert module._fits_in_memory(fits) and not module._fits_in_memory(fits + 1)

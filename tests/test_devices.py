@@ -60,7 +60,16 @@ def test_a_gpu_that_is_not_used_is_named(monkeypatch, tmp_path, devices, hidden,
 
 @pytest.mark.parametrize(
     "name, flops",
-    [("NVIDIA H200", 989e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("cpu", None)],
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA RTX A1000", None),
+        ("cpu", None),
+    ],
 )
 def test_peak_of_known_devices(monkeypatch, name, flops):
     monkeypatch.setattr(module, "_device_name", lambda: name)

@@ -8,6 +8,7 @@ from vqbeam.pipelines.paths import (
     check_output,
     check_shared,
     is_supported,
+    runs_here,
     source_paths,
     with_absolute_paths,
 )
@@ -71,6 +72,12 @@ def test_files_got_by_hand_lie_where_they_can_be_found():
     data = DataConfig(source="glyphs", manual_dir="s3://bucket/raw")
     with pytest.raises(VqbeamError, match="--data.manual-dir is s3://bucket/raw; paths are those"):
         with_absolute_paths(data)
+
+
+@pytest.mark.parametrize("name", ["FnApiRunner", "DirectRunner", "direct", "DIRECTRUNNER"])
+def test_runners_of_this_machine_in_any_spelling(name):
+    assert runs_here([f"--runner={name}"]) and runs_here([])
+    assert not runs_here([f"--runner={name}", "--runner=FlinkRunner"])
 
 
 def test_endings():

@@ -290,6 +290,21 @@ def test_damaged_metrics_do_not_hide_the_rest(tmp_path):
     assert "Not measured yet" in page_of(run, output=tmp_path / "page.html").text
 
 
+def test_damaged_pictures_do_not_hide_the_rest(run, tmp_path):
+    path = run.folder("sample") / "samples.png"
+    whole = path.read_bytes()
+    path.write_bytes(b"no picture")
+    run.evaluation.mkdir(exist_ok=True)
+    (run.evaluation / "nearest.png").write_bytes(whole[:99])
+    try:
+        report([str(run.root)], str(tmp_path / "page.html"))
+    finally:
+        path.write_bytes(whole)
+        (run.evaluation / "nearest.png").unlink()
+    page = Page((tmp_path / "page.html").read_text())
+    assert f"{path} cannot be read" in page.text and "Held-out image 1" in str(page.all("img"))
+
+
 def test_losses_that_cannot_be_drawn(tmp_path):
     history = [{"loss": float("nan"), "val_loss": 1.0}, {"loss": 1.0, "val_loss": 1.0}]
     facts = dict(measures={"psnr": 20.0}, history=history)

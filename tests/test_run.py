@@ -218,6 +218,17 @@ def test_a_finished_model_is_replaced_only_when_asked(ran, tmp_path, source):
     assert ran.names() == []
     go(tmp_path / "run", source, retrain=["train-vqvae", "train-prior"])
     assert ran.names() == list(ALL[1:])
+    # A prior of the model of before would be left, and refused after stage 1 has been trained.
+    ran.clear()
+    with pytest.raises(VqbeamError, match="prior of the model that .* add --retrain train-prior"):
+        go(tmp_path / "run", source, retrain=["train-vqvae"])
+    assert run.is_done("train-vqvae") and ran.names() == []
+    # Nothing is deleted if what the stage reads is not there.
+    (run.folder("encode") / MANIFEST).rename(tmp_path / "away")
+    with pytest.raises(VqbeamError, match="has no finished encode stage"):
+        go(tmp_path / "run", source, ["train-prior"], retrain=["train-prior"])
+    assert run.is_done("train-prior")
+    (tmp_path / "away").rename(run.folder("encode") / MANIFEST)
     # Also where nothing has changed.
     ran.clear()
     go(tmp_path / "run", source, retrain=["train-prior"])

@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import shutil
 
 import keras
 import numpy as np
@@ -79,6 +81,17 @@ def test_the_least_likely_first_and_the_broken_last(scored, capsys, tmp_path):
     assert {line["file"] for line in lines} >= {"wide.jpg", "sub/3.png"}
     assert lines[-1]["file"] == "broken.png" and "not an image" in lines[-1]["error"]
     assert set(lines[-1]) == {"file", "error"}
+
+
+def test_a_file_that_is_none_costs_only_itself(scored, capsys, tmp_path):
+    run, _, _, folder = scored
+    shutil.copytree(folder, tmp_path / "images")
+    os.mkfifo(tmp_path / "images" / "pipe.png")
+    path = tmp_path / "scores.jsonl"
+    assert score(run, "--input", tmp_path / "images", "--output", path) == 0
+    assert "2 of 13 images could not be read" in capsys.readouterr().err
+    lines = {line["file"]: line for line in map(json.loads, path.read_text().splitlines())}
+    assert "not a regular file" in lines["pipe.png"]["error"]
 
 
 def test_what_cannot_be_scored(scored, capsys, tmp_path):

@@ -62,11 +62,15 @@ def test_models_to_extend(parse_run, preset):
         parse(["encode", preset, "--run-dir", "runs/x", "--extend"])
 
 
-def test_models_to_train_again(parse_run):
+def test_models_to_train_again(parse_run, preset):
     words = ["--retrain", "train-vqvae", "--retrain", "train-prior"]
     assert parse_run(*words)["retrain"] == ["train-vqvae", "train-prior"]
     with pytest.raises(UsageError, match="--retrain: .*'encode'"):
         parse_run("--retrain", "encode")
+    # Not by a stage that would delete the model and not train it.
+    for verb, message in (("prepare", "unknown flag --retrain"), ("train-prior", "'train-vqvae'")):
+        with pytest.raises(UsageError, match=message):
+            parse([verb, preset, "--run-dir", "runs/x", "--retrain", "train-vqvae"])
 
 
 def test_minutes_are_for_all_stages(parse_run, preset):

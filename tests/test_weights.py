@@ -188,6 +188,8 @@ def llamagen(tensors, tokens, label, settings):
         w = {n.split(".", 2)[2]: v for n, v in tensors.items() if n.startswith(f"layers.{layer}.")}
         qkv = norm(h, w["attention_norm.weight"]) @ w["attention.wqkv.weight"].T
         q, k, v = np.split(qkv.reshape(len(h), -1, dim), [heads, heads + groups], axis=1)
+        if "attention.q_norm.weight" in w:
+            q, k = norm(q, w["attention.q_norm.weight"]), norm(k, w["attention.k_norm.weight"])
         q, k = rotated(q), rotated(k)
         k, v = (np.repeat(each, heads // groups, axis=1) for each in (k, v))
         scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(dim)
@@ -202,9 +204,11 @@ def llamagen(tensors, tokens, label, settings):
     return norm(h, tensors["norm.weight"]) @ tensors["output.weight"].T
 
 
-def test_the_prior_in_numpy():
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_the_prior_in_numpy(qk_norm):
     keras.utils.set_random_seed(0)
-    prior = CodePrior(CodeLayout(12, ((3, 4),)), 2, layers=2, width=32, heads=4, kv_heads=2)
+    sizes = dict(layers=2, width=32, heads=4, kv_heads=2, qk_norm=qk_norm)
+    prior = CodePrior(CodeLayout(12, ((3, 4),)), 2, **sizes)
     for weight in prior.trainable_weights:
         weight.assign(weight + 0.3 * keras.random.normal(weight.shape))
     tensors = read_safetensors(safetensors(prior_tensors(prior)))

@@ -1307,8 +1307,8 @@ FAULTS: dict[str, list[Mutant]] = {
         Mutant(
             "the final page loads itself again",
             "pipelines/report/page.py",
-            "reload_seconds: int | None = None, pictures",
-            "reload_seconds: int | None = 30, pictures",
+            "reload_seconds: int | None = None, slow_parts",
+            "reload_seconds: int | None = 30, slow_parts",
             "test_live_report.py::test_a_page_shows_training_as_it_goes",
         ),
         Mutant(

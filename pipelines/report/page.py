@@ -12,7 +12,7 @@ import pathlib
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jinja2
@@ -109,8 +109,7 @@ def write_page(
     output: str | None = None,
     *,
     reload_seconds: int | None = None,
-    pictures: tuple[np.ndarray, np.ndarray] | None = None,
-    kept: dict[str, Any] | None = None,
+    slow_parts: Callable[[RunFolder, Facts, int], dict[str, Any]] | None = None,
 ) -> tuple[epath.Path, int]:
     """Writes a page about runs atomically; returns its path and its size in bytes.
 
@@ -118,10 +117,7 @@ def write_page(
         run_dirs: Folders of runs.
         output: See `report`.
         reload_seconds: Seconds after which a browser reloads the page; None for never.
-        pictures: Held-out images and their reconstructions, uint8 [N, H, W, C], for a single run
-            whose VQ-VAE is being trained; None to make them with the finished model.
-        kept: A dictionary for the slow parts of the page of a single run: they are taken from it,
-            or put into it if it is empty. None to make them again in each call.
+        slow_parts: Function like `_slow_parts`, which makes them with the finished models.
     """
     runs = [RunFolder(place, remember=True) for place in run_dirs]
     facts = [read_facts(run) for run in runs]
@@ -129,14 +125,7 @@ def write_page(
     budget = _BUDGET // len(runs)
     views = []
     for run, known in zip(runs, facts, strict=True):
-        if pictures:
-            slow = _slow_parts_in_training(*pictures, budget)
-        elif kept:
-            slow = kept
-        else:
-            slow = _slow_parts(run, known, budget)
-            if kept is not None:
-                kept |= slow
+        slow = (slow_parts or _slow_parts)(run, known, budget)
         views.append(_view(run, known, facts, budget, slow))
     html = render(views, differing_settings(facts), reload_seconds).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,8 +147,7 @@ class LivePage(keras.callbacks.Callback):
     def __init__(self, run_path: str, stage: str):
         super().__init__()
         self.run, self.stage = RunFolder(run_path), stage
-        self.kept: dict = {}  # the parts of the page that no epoch changes
-        self.originals = None
+        self.originals = self.kept = None
         self.due, self.failed = 0.0, False
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -167,35 +155,31 @@ class LivePage(keras.callbacks.Callback):
         begun = time.monotonic()
         if self.failed or begun < self.due:
             return
-        self.failed = not written(self.run, _RELOAD_SECONDS, self._pictures, self.kept)
+        self.failed = not written(self.run, _RELOAD_SECONDS, self._slow_parts)
         now = time.monotonic()
         self.due = now + (now - begun) / _LARGEST_SHARE
 
-    def _pictures(self):
-        """Returns held-out images and their reconstructions by the current model, in stage 1."""
-        if self.stage != "train-vqvae":
-            return None
-        if self.originals is None:
-            self.originals = held_out_images(self.run)
-        return self.originals, reconstruct(self.model, self.originals)
+    def _slow_parts(self, run: RunFolder, facts: Facts, budget: int) -> dict[str, Any]:
+        if self.stage == "train-vqvae":
+            if self.originals is None:
+                self.originals = held_out_images(run)
+            copies = reconstruct(self.model, self.originals)
+            return _slow_parts_in_training(self.originals, copies, budget)
+        if self.kept is None:  # the epochs of the prior change nothing about them
+            self.kept = _slow_parts(run, facts, budget)
+        return self.kept
 
 
-def written(run: RunFolder, reload_seconds: int | None = None, pictures=None, kept=None) -> bool:
+def written(run: RunFolder, reload_seconds: int | None = None, slow_parts=None) -> bool:
     """Returns whether the page of a run was written; prints a warning if it was not.
 
     Args:
         run: The run.
         reload_seconds: Seconds after which a browser reloads the page; None for a final page.
-        pictures: Function that returns `pictures` of `write_page`; None for None.
-        kept: See `write_page`.
+        slow_parts: See `write_page`.
     """
     try:
-        write_page(
-            [str(run.root)],
-            reload_seconds=reload_seconds,
-            pictures=pictures and pictures(),
-            kept=kept,
-        )
+        write_page([str(run.root)], reload_seconds=reload_seconds, slow_parts=slow_parts)
         return True
     except Exception as error:  # a failed page must not end the training
         reason = " ".join(str(error).split()) or type(error).__name__

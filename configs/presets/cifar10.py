@@ -30,7 +30,6 @@ CONFIG = Config(
         finetune_steps=2000,  # sharper images from the same codes
         perceptual=1.0,
         adversarial=0.05,
-        dtype="mixed_bfloat16",
     ),
     encode=EncodeConfig(batch_size=256),
     prior=PriorConfig(
@@ -46,7 +45,6 @@ CONFIG = Config(
         warmup_steps=200,
         qk_norm="rms",
         branch_init="zeros",
-        dtype="mixed_bfloat16",
     ),
     # By a sweep: with less guidance, the distance falls by 6%, and fewer labels agree.
     sample=SampleConfig(num=80, guidance=3.0, guidance_schedule="cosine", batch_size=80),

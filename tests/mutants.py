@@ -1333,6 +1333,22 @@ FAULTS: dict[str, list[Mutant]] = {
             "test_advice.py::test_what_is_wrong_is_not_among_what_is_good",
         ),
     ],
+    "A finished model is replaced only when its stage can run": [
+        Mutant(
+            "it is deleted before what its stage reads is looked for",
+            "pipelines/run.py",
+            "    _require_inputs(run, stages)\n    kept",
+            "    kept",
+            "test_run.py::test_a_finished_model_is_replaced_only_when_asked",
+        ),
+        Mutant(
+            "stage 1 is trained again, and the prior of the one before is refused after it",
+            "pipelines/run.py",
+            'if "train-vqvae" in retrain and kept:',
+            'if "train-vqvae" in retrain and not kept:',
+            "test_run.py::test_a_finished_model_is_replaced_only_when_asked",
+        ),
+    ],
     "A second command in a folder is refused": [
         Mutant(
             "the lock of a living process does not count",
@@ -1542,8 +1558,15 @@ FAULTS: dict[str, list[Mutant]] = {
         Mutant(
             "pairs that are rotated stay half a head apart",
             "pipelines/sampling/weights.py",
-            "rotated = np.swapaxes(heads[: block.heads + block.kv_heads], 1, 2)",
-            "rotated = heads[: block.heads + block.kv_heads]",
+            "[_interleaved_pairs(head) for head in",
+            "[head for head in",
+            "test_weights.py::test_the_prior_in_numpy",
+        ),
+        Mutant(
+            "the norms of queries and keys keep the order of the other layout",
+            "pipelines/sampling/weights.py",
+            "_interleaved_pairs(_array(norm.scale))",
+            "_array(norm.scale)",
             "test_weights.py::test_the_prior_in_numpy",
         ),
     ],

@@ -227,7 +227,7 @@ def test_a_finished_model_is_replaced_only_when_asked(ran, tmp_path, source):
     (run.folder("encode") / MANIFEST).rename(tmp_path / "away")
     with pytest.raises(VqbeamError, match="has no finished encode stage"):
         go(tmp_path / "run", source, ["train-prior"], retrain=["train-prior"])
-    assert run.is_done("train-prior")
+    assert run.manifest("train-prior")
     (tmp_path / "away").rename(run.folder("encode") / MANIFEST)
     # Also where nothing has changed.
     ran.clear()

@@ -5,8 +5,6 @@ from quantizer_checks import array, latents, nearest_codes
 
 from vqbeam.vqvae.quantizers.nearest import initial_codebook
 
-pytestmark = pytest.mark.backend
-
 
 def initial(vectors, num_codes, method, seed=0):
     codebook, counts = initial_codebook(
@@ -61,6 +59,7 @@ def test_clusters_fit_better_than_data():
     assert errors[1] < 0.8 * errors[0]
 
 
+@pytest.mark.backend
 def test_empty_clusters_begin_again_at_a_vector():
     # All but two of the vectors are one and the same: most of what is drawn ties, and stays empty.
     vectors = np.ones((40, 2), "float32")

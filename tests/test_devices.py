@@ -5,9 +5,8 @@ from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.fitting import devices as module
 from vqbeam.vqvae.fitting.devices import data_parallel, describe_devices, device_count
 
-pytestmark = pytest.mark.backend
 
-
+@pytest.mark.backend
 def test_one_device_needs_nothing():
     with data_parallel(7):
         assert keras.distribution.distribution() is None
@@ -78,6 +77,7 @@ def test_peak_of_known_devices(monkeypatch, name, flops):
     assert module.peak_flops() == (flops and 2 * flops)
 
 
+@pytest.mark.backend
 def test_a_cpu_has_no_memory_of_its_own_and_no_known_peak():
     found = module.device_memory(), module.peak_memory(), module.peak_flops()
     assert found == (None, None, None)

@@ -6,8 +6,6 @@ from quantizer_checks import array, gradient
 
 from vqbeam.vqvae.finetuning.decoder import PatchDiscriminator
 
-pytestmark = pytest.mark.backend
-
 
 @pytest.fixture(scope="module")
 def discriminator():
@@ -28,6 +26,7 @@ def test_a_logit_for_each_patch(discriminator):
     assert len(np.unique(logits)) == 80
 
 
+@pytest.mark.backend
 def test_losses_in_numpy(discriminator):
     originals, copies = images(4), images(4, seed=1)
     real, fake = (array(discriminator(x)) for x in (originals, copies))
@@ -37,6 +36,7 @@ def test_losses_in_numpy(discriminator):
     np.testing.assert_allclose(found["adversarial"], -fake.mean(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.backend
 def test_the_adversarial_loss_alone_reaches_the_reconstruction(discriminator):
     def loss(name):
         return lambda x: discriminator.losses_of(images(4), x)[name]

@@ -8,8 +8,6 @@ from vqbeam.configs import SamplerSettings
 from vqbeam.prior.filters import sample_code, sampler_tensors
 from vqbeam.vqvae.fitting.devices import compile_function
 
-pytestmark = pytest.mark.backend
-
 
 def numpy_draw(logits, uniform, temperature, top_k, top_p, min_p):
     """The code for one row, by sorting, in double precision."""
@@ -44,6 +42,7 @@ def device(request, monkeypatch):
     monkeypatch.setattr("vqbeam.prior.filters.on_cpu", lambda: request.param == "cpu")
 
 
+@pytest.mark.backend
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_draws_against_numpy(device, tied):
@@ -78,6 +77,7 @@ def test_a_filtered_code_is_never_drawn(device):
             np.testing.assert_array_equal(codes, extreme)
 
 
+@pytest.mark.backend
 @pytest.mark.parametrize("filtered", [False, True])
 def test_extreme_logits_draw_a_code(device, filtered):
     logits = np.array([[0, 1e4, 0], [-1e30, 0, -1e30], [0, 0, 0], [-1e4, -1e4, 1]], "float32")
@@ -87,6 +87,7 @@ def test_extreme_logits_draw_a_code(device, filtered):
         np.testing.assert_array_equal(codes, [1, 1, tied, 2])
 
 
+@pytest.mark.backend
 def test_min_p_keeps_what_is_likely_enough_at_the_temperature():
     # Shares of the likeliest at temperature 1: 1, 0.4, 0.2; at temperature 2 their square roots.
     logits = np.log([[0.4, 1, 0.2]]).astype("float32").repeat(1000, 0)

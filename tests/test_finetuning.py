@@ -8,8 +8,6 @@ from vqbeam.vqvae.finetuning.decoder import DecoderTraining, finetune_decoder
 from vqbeam.vqvae.finetuning.features import build_features, feature_distance, turned
 from vqbeam.vqvae.training import training_images
 
-pytestmark = pytest.mark.backend
-
 SHAPE = (8, 8, 1)
 LOSSES = ["reconstruction", "perceptual", "discriminator", "adversarial"]
 
@@ -38,6 +36,7 @@ def test_feature_maps(features):
     assert {keras.backend.standardize_dtype(output.dtype) for output in uneven} == {"float32"}
 
 
+@pytest.mark.backend
 def test_distance_in_numpy(features):
     one, other = images(3), images(3, seed=1)
     (*maps, logits), (*others, other_logits) = features(one), features(other)
@@ -92,6 +91,7 @@ def test_each_loss_moves_one_part(trainer, name):
     assert moved_by(trainer, name) == {"discriminator" if name == "discriminator" else "decoder"}
 
 
+@pytest.mark.backend
 def test_losses_have_their_weights(trainer):
     batch = images(4)
     losses = {name: array(value) for name, value in trainer(batch).items()}

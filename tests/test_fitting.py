@@ -140,7 +140,6 @@ def test_training_ends_when_it_stalls_with_the_best_weights(tmp_path):
         assert_same_state(kept(resumed), kept(unbroken))
 
 
-@pytest.mark.backend
 def test_resumed_is_unbroken_bit_for_bit(tmp_path):
     unbroken = build(**AVERAGING)
     history = train(unbroken, tmp_path / "unbroken", 4)
@@ -155,7 +154,6 @@ def test_resumed_is_unbroken_bit_for_bit(tmp_path):
     assert int(np.asarray(resumed.optimizer.iterations)) == 4 * STEPS_PER_EPOCH
 
 
-@pytest.mark.backend
 @pytest.mark.parametrize("step, together", [(1, 1), (8, 1), (8, 2)])
 def test_resumed_within_an_epoch_is_unbroken_bit_for_bit(tmp_path, monkeypatch, step, together):
     monkeypatch.setattr(module, "steps_per_call", lambda steps: math.gcd(steps, together))
@@ -174,7 +172,6 @@ def test_resumed_within_an_epoch_is_unbroken_bit_for_bit(tmp_path, monkeypatch, 
 LAST_IS_SHORTER = dict(steps=11, steps_per_epoch=4)
 
 
-@pytest.mark.backend
 @pytest.mark.parametrize("together", [1, 2, 4])
 def test_the_last_epoch_may_be_shorter(tmp_path, monkeypatch, together):
     monkeypatch.setattr(module, "steps_per_call", lambda steps: math.gcd(steps, together))
@@ -191,7 +188,6 @@ def test_the_last_epoch_may_be_shorter(tmp_path, monkeypatch, together):
     assert [shown[index] for index in range(3)] == pytest.approx(losses, rel=1e-5)
 
 
-@pytest.mark.backend
 @pytest.mark.parametrize("step, together", [(3, 1), (9, 1), (10, 2)])
 def test_resumed_with_a_shorter_last_epoch(tmp_path, monkeypatch, step, together):
     monkeypatch.setattr(module, "steps_per_call", lambda steps: math.gcd(steps, together))
@@ -215,7 +211,6 @@ def test_early_stopping_returns_to_a_shorter_last_epoch(tmp_path):
     assert int(np.asarray(model.optimizer.iterations)) == 11
 
 
-@pytest.mark.backend
 def test_the_length_of_an_epoch_may_change_and_changes_no_weight(tmp_path):
     unbroken = build(**AVERAGING)
     train(unbroken, tmp_path / "unbroken", 4, steps_per_epoch=12)
@@ -365,7 +360,6 @@ def test_the_clock_decides_when_to_save(tmp_path, monkeypatch):
     assert saved == names(5, 13, 21, 29, 30)
 
 
-@pytest.mark.backend
 def test_checkpoints_of_earlier_versions_are_read(tmp_path):
     """They were saved after an epoch alone, without random states and beside a history."""
     model = build(**AVERAGING)
@@ -396,7 +390,6 @@ def test_random_layers_begin_with_numbers_of_their_own():
     assert found[0] == found[2] and len({*found[0], *found[1]}) == 4
 
 
-@pytest.mark.backend
 def test_dropout_differs_between_seeds(tmp_path):
     states = []
     for seed in (0, 1):
@@ -648,7 +641,6 @@ def test_half_precision_keeps_an_average_too(tmp_path):
     assert history[-1]["val_loss"] == pytest.approx(model.evaluate(data, verbose=0), rel=1e-5)
 
 
-@pytest.mark.backend
 def test_metrics_are_written_once_an_epoch_whatever_was_killed(tmp_path, tiny_config, monkeypatch):
     config = override(tiny_config(), {"log": "csv"})
     train(build(), tmp_path / "unbroken", 3, config=config)
@@ -724,7 +716,6 @@ def test_save_and_load(tmp_path):
     )
 
 
-@pytest.mark.backend
 def test_a_stored_model_has_its_weights_and_nothing_of_the_optimizer(tmp_path):
     model, path = build(), epath.Path(tmp_path) / "model.keras"
     train(model, tmp_path, 1)

@@ -5,8 +5,6 @@ from quantizer_checks import array, check_quantizer, gradient, latents
 
 from vqbeam.vqvae.quantizers.fsq import FiniteScalarQuantizer
 
-pytestmark = pytest.mark.backend
-
 
 def constants(sizes):
     """Reach, offset, shift and half of appendix A.1 of Mentzer et al. 2023; no shift of 2."""
@@ -65,6 +63,7 @@ def test_zero_is_a_value_of_its_own():
     np.testing.assert_allclose(array(layer(np.zeros((1, 2), "float32")).quantized), 0, atol=1e-6)
 
 
+@pytest.mark.backend
 def test_the_gradient_is_that_of_the_bound():
     sizes = (8, 5, 2)
     layer, z, g = FiniteScalarQuantizer(sizes), latents(6, 3), latents(6, 3, seed=1)

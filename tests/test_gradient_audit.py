@@ -195,7 +195,6 @@ def test_families_without_a_codebook(make, quantizer):
         set_estimator(model, "none")
 
 
-@pytest.mark.backend
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_model_stays_as_it_was(make, name):
     model = make(**VARIANTS[name], restart_below=0.5)

@@ -5,8 +5,6 @@ from quantizer_checks import array, check_quantizer, gradient, latents
 
 from vqbeam.vqvae.quantizers.lfq import LookupFreeQuantizer
 
-pytestmark = pytest.mark.backend
-
 
 def corners(bits):
     """All codes as vectors: the lowest bit of a code is its first channel."""
@@ -54,6 +52,7 @@ def test_entropy_is_exact_up_to_512_codes(bits, scale):
     np.testing.assert_allclose(found, of_each - of_mean, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.backend
 def test_entropy_of_more_codes_takes_the_channels_in_groups():
     layer = LookupFreeQuantizer(11, entropy=1.0)
     z = 0.5 * latents(6, 5, 11)
@@ -81,6 +80,7 @@ def test_the_largest_codes_fit_an_int32():
     np.testing.assert_array_equal(array(layer.decode_codes(layer.encode(z))), z)
 
 
+@pytest.mark.backend
 def test_gradients():
     layer = LookupFreeQuantizer(4, commitment=0.6, entropy=0.0)
     z, g = latents(6, 4), latents(6, 4, seed=1)

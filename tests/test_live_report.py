@@ -35,7 +35,6 @@ def reloads(page):
 
 
 @pytest.mark.slow
-@pytest.mark.backend
 def test_a_page_shows_training_as_it_goes(prepared_run, tiny_config, monkeypatch):
     monkeypatch.setattr("vqbeam.pipelines.report.page._LARGEST_SHARE", 1e9)
     run, _ = prepared_run(tiny_config())

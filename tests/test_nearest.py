@@ -11,8 +11,6 @@ from vqbeam.vqvae.fitting.devices import compile_function
 from vqbeam.vqvae.quantizers import nearest
 from vqbeam.vqvae.quantizers.nearest import nearest_codes
 
-pytestmark = pytest.mark.backend
-
 BACKEND = keras.backend.backend()
 only_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow alone")
 
@@ -177,6 +175,7 @@ def test_blocks_follow_the_device(monkeypatch):
     assert most[0] * 512 == 2**20 and most[1] >= 512 * 64
 
 
+@pytest.mark.backend
 def test_float32_keeps_all_digits_on_gpus():
     run(normal(2, 3), normal(4, 3))
     if BACKEND == "tensorflow":

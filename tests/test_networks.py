@@ -12,8 +12,6 @@ from vqbeam.vqvae.networks import (
     build_projection,
 )
 
-pytestmark = pytest.mark.backend
-
 
 def array(tensor):
     return np.asarray(tensor).copy()
@@ -92,6 +90,7 @@ def test_mixed_policies_reach_every_convolution(policy, compute):
     assert keras.backend.standardize_dtype(decoder(latents).dtype) == "float32"
 
 
+@pytest.mark.backend
 def test_arithmetic_of_a_mixed_policy_is_that_of_half_precision():
     keras.utils.set_random_seed(0)
     encoder = build_encoder((8, 8, 1), **settings(dtype="mixed_bfloat16"))
@@ -104,6 +103,7 @@ def test_arithmetic_of_a_mixed_policy_is_that_of_half_precision():
     assert 1e-4 < error < 0.05
 
 
+@pytest.mark.backend
 def test_residual_block_in_numpy():
     keras.utils.set_random_seed(0)
     block = ResidualBlock(4, 3)

@@ -10,8 +10,6 @@ from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.fitting.optimizers import ConvolutionMuon, Muon, build_optimizer
 from vqbeam.vqvae.layout import CodeLayout
 
-pytestmark = pytest.mark.backend
-
 
 def path_of_weights(optimizer, steps):
     """Takes steps of random gradients; returns the weights after each of them."""

@@ -12,8 +12,6 @@ from quantizer_checks import (
 
 from vqbeam.vqvae.quantizers.predictive import PredictiveQuantizer
 
-pytestmark = pytest.mark.backend
-
 K, D = 9, 3
 
 
@@ -101,6 +99,7 @@ def test_each_turn_sees_those_before_it_alone():
         assert np.abs(after - before).max() > 1
 
 
+@pytest.mark.backend
 def test_a_training_step_predicts_by_the_codebook_before_it():
     layer = built(make(decay=0.0))
     z = latents(2, 3, 5, D)

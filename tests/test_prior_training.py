@@ -259,7 +259,6 @@ def batches(run, config, model, count, first_step=0):
     return [{name: array(values) for name, values in batch.items()} for batch in taken]
 
 
-@pytest.mark.backend
 def test_a_share_of_the_labels_is_dropped(trained, config):
     run, content, _ = trained
     config = override(config, {"prior.label_dropout": 0.25})
@@ -365,7 +364,6 @@ def test_a_prior_of_another_codebook(trained, config, monkeypatch):
         load_prior(run)
 
 
-@pytest.mark.backend
 def test_a_prior_draws_in_float32_however_it_was_trained(prepared_run, tiny_config):
     run, pixels = prepared_run(tiny_config())
     _, trained = add_models(run, pixels, dtype="mixed_bfloat16")

@@ -4,8 +4,6 @@ import pytest
 
 import vqbeam
 
-pytestmark = pytest.mark.backend
-
 
 def blobs(count=64):
     """Images [N, 8, 8, 1] of one soft spot each."""
@@ -46,6 +44,7 @@ def test_an_autoencoder_of_ones_own(settings, tmp_path):
     )
 
 
+@pytest.mark.backend
 def test_tensor_in_tensor_out_and_the_losses_added():
     layer = vqbeam.VectorQuantizer(16, 4, update="gradient", commitment=0.5)
     z = np.random.default_rng(0).normal(size=(2, 3, 4)).astype("float32")

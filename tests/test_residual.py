@@ -14,8 +14,6 @@ from quantizer_checks import (
 from vqbeam.vqvae.quantizers.residual import ResidualQuantizer
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
-pytestmark = pytest.mark.backend
-
 LEVELS, K, D = 3, 7, 4
 
 
@@ -40,6 +38,7 @@ def in_numpy(layer, z):
     return np.stack(codes, -1), z - left, losses, errors[-1]
 
 
+@pytest.mark.backend
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",

@@ -5,8 +5,6 @@ from keras import layers
 
 from vqbeam.vqvae.resnet import NormalizedBlock, build_decoder, build_encoder
 
-pytestmark = pytest.mark.backend
-
 
 def array(tensor):
     return np.asarray(tensor).copy()

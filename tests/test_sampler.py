@@ -147,7 +147,6 @@ def test_filters_that_keep_all_change_nothing(sampler):
         np.testing.assert_array_equal(sampler(LABEL_ROWS, 1, SamplerSettings(**settings)), expected)
 
 
-@pytest.mark.backend
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "interval"])
 def test_codes_follow_their_uniform_numbers(any_sampler, schedule):
     layout = any_sampler.model.layout
@@ -189,7 +188,6 @@ def drawn_from(logits):
     return (cdf <= uniforms(1, np.arange(8), cdf.shape[1])[..., None]).sum(-1)
 
 
-@pytest.mark.backend
 def test_kept_codes_stay_and_the_others_follow_those_before_them(any_sampler):
     layout = any_sampler.model.layout
     known, keep = clamps(layout)
@@ -220,7 +218,6 @@ def test_nothing_and_everything_kept(sampler):
     np.testing.assert_array_equal(kept, known)
 
 
-@pytest.mark.backend
 @pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
 def test_between_two_classes(any_sampler, guidance):

@@ -6,8 +6,6 @@ from vqbeam.prior.sampler import code_scorer
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.layout import CodeLayout
 
-pytestmark = pytest.mark.backend
-
 
 def build(layout):
     keras.utils.set_random_seed(3)
@@ -18,6 +16,7 @@ def build(layout):
     return prior
 
 
+@pytest.mark.backend
 @pytest.mark.parametrize(
     "layout",
     [CodeLayout(11, ((2, 3),)), CodeLayout(11, ((2, 2),), 2), CodeLayout(11, ((1, 2), (2, 4)))],

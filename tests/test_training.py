@@ -109,7 +109,6 @@ def test_writes_model_picture_logs_and_manifest(trained):
     assert list((run.folder(STAGE) / "logs" / "images").glob("events*"))
 
 
-@pytest.mark.backend
 def test_measures_in_numpy(trained):
     run, pixels, manifest = trained
     model, images = load_vqvae(run), pixels["validation"]

@@ -12,7 +12,6 @@ from vqbeam.vqvae.layout import CodeLayout
 
 # A grid of one code has nothing to attend to but itself.
 pytestmark = [
-    pytest.mark.backend,
     pytest.mark.filterwarnings("ignore:You are using a softmax over axis"),
 ]
 
@@ -65,6 +64,7 @@ def test_untrained_loss_is_log_k(layout):
     np.testing.assert_array_equal(found, np.zeros((4, layout.length, K)))
 
 
+@pytest.mark.backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loss_is_mean_nats_per_code(layout):
     model, inputs = compiled(build(dropout=0.5, layout=layout)), examples(32, layout=layout)
@@ -106,6 +106,7 @@ def test_missing_label_is_the_null_class():
     np.testing.assert_array_equal(missing, null)
 
 
+@pytest.mark.backend
 def test_the_token_of_attributes_in_numpy():
     model = build(conditioning="attributes", num_labels=3)
     table = ops.convert_to_numpy(model.label_embedding.embeddings.value)
@@ -352,6 +353,7 @@ def trained_with_dropout(remat):
     return model
 
 
+@pytest.mark.backend
 @pytest.mark.slow
 def test_what_is_computed_again_is_the_same():
     plain, again = trained_with_dropout(False), trained_with_dropout(True)
@@ -362,6 +364,7 @@ def test_what_is_computed_again_is_the_same():
         assert np.abs(a - before).max() > 1e-3, "nothing was learned"
 
 
+@pytest.mark.backend
 @pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX shows what is stored")
 def test_computing_again_stores_less():

@@ -15,8 +15,6 @@ from quantizer_checks import (
 from vqbeam.vqvae.metrics import perplexity
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
-pytestmark = pytest.mark.backend
-
 K, D = 9, 4
 RESTARTS = {"restart_below": 0.2}
 
@@ -109,6 +107,7 @@ def test_smoothing_is_slight():
     assert build().epsilon == 1e-5
 
 
+@pytest.mark.backend
 def test_averages_of_directions_where_the_angle_decides():
     layer = build(lookup="cosine")
     z = latents(2, 3, 5, D)
@@ -275,6 +274,7 @@ def test_restarts_move_averages_along():
     np.testing.assert_allclose(array(layer.ema_sums)[~chosen], moved * mean_count, rtol=1e-5)
 
 
+@pytest.mark.backend
 def test_restarts_of_a_trainable_codebook_are_added_to_it():
     codebook, z = clustered()
     layer = build(codebook, update="gradient", **RESTARTS)
@@ -339,6 +339,7 @@ def test_initialize_a_trainable_codebook():
     assert array(layer.usage).sum() == 60
 
 
+@pytest.mark.backend
 def test_balance_adds_a_penalty_for_usage_to_the_squared_distances():
     balance, error = 0.4, 2.0
     layer = build(balance=balance)

@@ -13,8 +13,6 @@ from vqbeam.vqvae.metrics import perplexity
 from vqbeam.vqvae.model import VQVAE, scale_images
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
-pytestmark = pytest.mark.backend
-
 SHAPE = (8, 8, 1)
 VARIANCE = 0.3
 
@@ -116,6 +114,7 @@ def test_fit_lowers_the_loss(make, update):
     assert history["loss"][-1] < history["loss"][0]
 
 
+@pytest.mark.backend
 def test_epoch_measures_weigh_a_short_last_batch(make):
     model = make(codebook_update="gradient", restart_below=0.0)
     model.compile(keras.optimizers.SGD(0.0))
@@ -205,6 +204,7 @@ def test_mixed_policies(make, dtype, compute):
         assert keras.backend.standardize_dtype(tensor.dtype) == "float32"
 
 
+@pytest.mark.backend
 @pytest.mark.slow
 def test_mixed_policy_trains(make):
     model = make(dtype="mixed_bfloat16")

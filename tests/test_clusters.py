@@ -36,7 +36,9 @@ def lloyd(vectors, num_codes, seed, iterations):
     return codebook
 
 
-@pytest.mark.parametrize(("method", "iterations"), [("data", 0), ("kmeans", 10)])
+@pytest.mark.parametrize(
+    ("method", "iterations"), [("data", 0), pytest.param("kmeans", 10, marks=pytest.mark.backend)]
+)
 def test_in_numpy(method, iterations):
     vectors = latents(70, 3)
     codebook, counts = initial(vectors, 6, method, seed=3)

@@ -12,7 +12,7 @@ def scale():
     return keras.Variable(np.array(2.0, "float32"))
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [False, pytest.param(True, marks=pytest.mark.backend)])
 def test_sees_new_values_and_traces_once(compiled, scale, jit):
     traces = []
 

@@ -154,7 +154,7 @@ def test_resumed_is_unbroken_bit_for_bit(tmp_path):
     assert int(np.asarray(resumed.optimizer.iterations)) == 4 * STEPS_PER_EPOCH
 
 
-@pytest.mark.parametrize("step, together", [(1, 1), (8, 1), (8, 2)])
+@pytest.mark.parametrize("step, together", [(1, 1), pytest.param(8, 2, marks=pytest.mark.backend)])
 def test_resumed_within_an_epoch_is_unbroken_bit_for_bit(tmp_path, monkeypatch, step, together):
     monkeypatch.setattr(module, "steps_per_call", lambda steps: math.gcd(steps, together))
     unbroken = build(**AVERAGING)
@@ -172,7 +172,7 @@ def test_resumed_within_an_epoch_is_unbroken_bit_for_bit(tmp_path, monkeypatch, 
 LAST_IS_SHORTER = dict(steps=11, steps_per_epoch=4)
 
 
-@pytest.mark.parametrize("together", [1, 2, 4])
+@pytest.mark.parametrize("together", [1, pytest.param(4, marks=pytest.mark.backend)])
 def test_the_last_epoch_may_be_shorter(tmp_path, monkeypatch, together):
     monkeypatch.setattr(module, "steps_per_call", lambda steps: math.gcd(steps, together))
     model, whole = build(**AVERAGING), build(**AVERAGING)
@@ -188,7 +188,7 @@ def test_the_last_epoch_may_be_shorter(tmp_path, monkeypatch, together):
     assert [shown[index] for index in range(3)] == pytest.approx(losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("step, together", [(3, 1), (9, 1), (10, 2)])
+@pytest.mark.parametrize("step, together", [(9, 1), pytest.param(10, 2, marks=pytest.mark.backend)])
 def test_resumed_with_a_shorter_last_epoch(tmp_path, monkeypatch, step, together):
     monkeypatch.setattr(module, "steps_per_call", lambda steps: math.gcd(steps, together))
     unbroken = build(**AVERAGING)
@@ -529,15 +529,15 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
         train(build(), tmp_path, 2)
 
 
-@pytest.mark.parametrize("text", ["7", "[7]", "{", '[{"loss": "low"}]', "[[1.0]]", "[" * 100_000])
-def test_a_history_that_is_none_counts_as_damage(tmp_path, text):
+def test_a_history_that_is_none_counts_as_damage(tmp_path):
     train(build(), tmp_path, 1)
-    with h5py.File(tmp_path / "checkpoints" / "f" / names(3)[0], "a") as parts:
-        del parts["vqbeam/history"]
-        parts["vqbeam/history"] = text
-    assert stored_history(epath.Path(tmp_path), STEPS_PER_EPOCH) == []
-    with pytest.raises(VqbeamError, match="step-00000003.* does not match this run's model"):
-        train(build(), tmp_path, 2)
+    for text in ("7", "[7]", "{", '[{"loss": "low"}]', "[[1.0]]", "[" * 100_000):
+        with h5py.File(tmp_path / "checkpoints" / "f" / names(3)[0], "a") as parts:
+            del parts["vqbeam/history"]
+            parts["vqbeam/history"] = text
+        assert stored_history(epath.Path(tmp_path), STEPS_PER_EPOCH) == [], text
+        with pytest.raises(VqbeamError, match="step-00000003.* does not match this run's model"):
+            train(build(), tmp_path, 2)
 
 
 def test_stray_files_among_checkpoints_are_left_alone(tmp_path):
@@ -557,7 +557,7 @@ def test_stray_files_among_checkpoints_are_left_alone(tmp_path):
     assert len(list(own.iterdir())) == 6 + 2 and (own.parent / ".DS_Store").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x89HDF and no more", None])
+@pytest.mark.parametrize("content", [b"", None])
 def test_goes_back_where_the_last_checkpoint_is_damaged(tmp_path, capsys, content):
     unbroken = build()
     expected = train(unbroken, tmp_path / "unbroken", 3)
@@ -577,14 +577,13 @@ def test_goes_back_where_the_last_checkpoint_is_damaged(tmp_path, capsys, conten
 
 
 @pytest.mark.backend
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_ends_training(tmp_path, bad):
+def test_a_loss_that_is_no_number_ends_training(tmp_path):
     train(build(), tmp_path, 1)
     spoilt = NUMBERS.copy()
-    spoilt[10] = bad
+    spoilt[10] = math.nan
     batches = pairs(tf.data.Dataset.from_tensor_slices(spoilt).batch(8, True).repeat())
     data = TrainingData(batches=lambda first_step, steps: batches.batch(steps))
-    with pytest.raises(VqbeamError, match="loss became (nan|inf) at step 2 .*lower learning rate"):
+    with pytest.raises(VqbeamError, match="loss became nan at step 2 .*lower learning rate"):
         train(build(), tmp_path, 3, data=data)
     # The last good state is there, and no other.
     assert checkpoints(tmp_path) == names(3)

@@ -195,7 +195,14 @@ def test_families_without_a_codebook(make, quantizer):
         set_estimator(model, "none")
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("ema", marks=pytest.mark.backend),
+        "residual",
+        pytest.param("hierarchical", marks=pytest.mark.backend),
+    ],
+)
 def test_the_model_stays_as_it_was(make, name):
     model = make(**VARIANTS[name], restart_below=0.5)
     before = [array(variable) for variable in model.variables]

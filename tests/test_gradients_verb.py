@@ -65,9 +65,8 @@ def test_a_preset(preset, tmp_path, capsys):
         assert figure.format == "PNG" and figure.size[0] == 950
 
 
-@pytest.mark.parametrize("estimator", ["straight_through", "rotation"])
-def test_without_straight_through(preset, tmp_path, capsys, estimator):
-    path = tmp_path / "paths.png"
+def test_without_an_estimator(preset, tmp_path, capsys):
+    path, estimator = tmp_path / "paths.png", "rotation"
     words = ["--no-straight-through", "--steps", 3, "--output", path]
     status, lines, _ = call(capsys, preset, *words, "--vqvae.estimator", estimator)
     assert status == 0

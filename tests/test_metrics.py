@@ -148,7 +148,13 @@ def ssim_of_channel(x, y, size):
 
 
 @pytest.mark.parametrize(
-    ("shape", "size"), [((28, 28, 1), 11), ((16, 14, 3), 11), ((8, 8, 1), 7), ((12, 5, 1), 5)]
+    ("shape", "size"),
+    [
+        ((28, 28, 1), 11),
+        pytest.param((16, 14, 3), 11, marks=pytest.mark.backend),
+        ((8, 8, 1), 7),
+        ((12, 5, 1), 5),
+    ],
 )
 def test_ssim_in_numpy(shape, size):
     numbers = np.random.default_rng(0)

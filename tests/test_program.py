@@ -65,7 +65,7 @@ def one_by_one():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("together", [2, 6, 12])
+@pytest.mark.parametrize("together", [pytest.param(6, marks=pytest.mark.backend), 12])
 def test_steps_together_train_as_one_by_one(one_by_one, together):
     expected, _, losses = one_by_one
     model, logs, found = trained(held_data(), together)
@@ -160,7 +160,7 @@ def test_a_call_sends_row_numbers_and_compiles_nothing(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("together", [1, 4])
+@pytest.mark.parametrize("together", [1, pytest.param(4, marks=pytest.mark.backend)])
 def test_operations_of_a_step(compiled, together):
     model = build()
     with training_program(model, held_data(), together) as program:

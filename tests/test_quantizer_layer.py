@@ -27,7 +27,10 @@ def autoencoder(**settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"update": "gradient"}, {"restart_below": 0.1}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"update": "gradient"}, pytest.param({"restart_below": 0.1}, marks=pytest.mark.backend)],
+)
 def test_an_autoencoder_of_ones_own(settings, tmp_path):
     images, model = blobs(), autoencoder(**settings)
     layer = model.get_layer("codes")

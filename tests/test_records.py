@@ -77,8 +77,7 @@ def codes(tmp_path):
     return (*write_dataset(tmp_path / "codes", features, examples), examples)
 
 
-@pytest.mark.parametrize("names", [(), ("hut", "schuhe")])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("names", "channels"), [((), 1), (("hut", "schuhe"), 3)])
 def test_images_round_trip(tmp_path, names, channels):
     shape = (6, 5, channels)
     images = np.random.default_rng(0).integers(0, 256, (9, *shape), np.uint8)
@@ -126,9 +125,13 @@ def test_the_label_of_an_example():
     assert attributes.dtype == tf.int32 and attributes.numpy().tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("names", [(), ("a", "b", "c")])
 @pytest.mark.parametrize(
-    ("num_codes", "dtype"), [(500, "uint16"), (2**16, "uint16"), (2**16 + 1, "uint32")]
+    ("names", "num_codes", "dtype"),
+    [
+        ((), 500, "uint16"),
+        (("a", "b", "c"), 2**16, "uint16"),
+        (("a", "b", "c"), 2**16 + 1, "uint32"),
+    ],
 )
 def test_codes_round_trip(tmp_path, names, num_codes, dtype):
     examples = code_examples(6, num_codes=num_codes, label=bool(names))
@@ -201,9 +204,9 @@ def test_every_core_decodes_a_batch_within_bounds(monkeypatch, megabytes, cores,
     assert batches_at_once(megabytes * 2**20) == expected
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("labels", [Labels(), ABC, Labels(("a", "b"), "attributes")])
+@pytest.mark.parametrize(
+    ("labels", "channels"), [(Labels(), 1), (ABC, 3), (Labels(("a", "b"), "attributes"), 1)]
+)
 def test_image_batches_are_what_tfds_reads(tmp_path, labels, channels):
     shape = (6, 5, channels)
     numbers = np.random.default_rng(0)
@@ -335,10 +338,10 @@ def test_each_pass_holds_each_example_once_in_another_order(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [4, 5, 10, 13])
+@pytest.mark.parametrize("batch_size", [4, 10, 13])
 def test_begins_at_any_step(seed, batch_size):
     unbroken = stream(12, batch_size=batch_size, seed=seed)
-    for first_step in range(12):
+    for first_step in (1, 2, 5, 7, 11):
         rest = stream(12 - first_step, batch_size=batch_size, first_step=first_step, seed=seed)
         assert rest == unbroken[first_step:]
 

@@ -240,9 +240,7 @@ def test_a_finished_model_is_replaced_only_when_asked(ran, tmp_path, source):
     ("lost", "again"),
     [
         ("prepare", ALL),
-        ("train-vqvae", ALL[1:]),
         ("encode", ALL[2:]),
-        ("train-prior", ALL[3:]),
         ("sample", ALL[4:]),
     ],
 )

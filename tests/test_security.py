@@ -68,10 +68,15 @@ def a_call_of_a_library(config, command):
     }
 
 
-@pytest.mark.parametrize("stage", ["train-vqvae", "train-prior"])
 @pytest.mark.parametrize(
-    "attack",
-    [lambda_layer, a_command_as_the_model, a_command_as_an_argument, a_call_of_a_library],
+    ("attack", "stage"),
+    [
+        (lambda_layer, "train-prior"),
+        (a_command_as_the_model, "train-prior"),
+        (a_command_as_an_argument, "train-vqvae"),
+        (a_command_as_an_argument, "train-prior"),
+        (a_call_of_a_library, "train-vqvae"),
+    ],
 )
 def test_a_model_runs_no_code(failure, own_run, tmp_path, stage, attack):
     run, _ = own_run

@@ -29,11 +29,10 @@ def in_numpy(layer, z):
     return codes, vectors[codes], losses, error
 
 
+@pytest.mark.backend
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes", [{}, {"lookup": "cosine", "estimator": "rotation", "entropy": 0.2}]
-)
-def test_all_that_holds_for_quantizers(changes):
+def test_all_that_holds_for_quantizers():
+    changes = {"lookup": "cosine", "estimator": "rotation", "entropy": 0.2}
     check_quantizer(lambda: SimVQ(K, D, **changes), in_numpy)
 
 

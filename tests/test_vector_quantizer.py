@@ -17,6 +17,10 @@ from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 K, D = 9, 4
 RESTARTS = {"restart_below": 0.2}
+ON_JAX_TOO = pytest.mark.backend
+BOTH_UPDATES = pytest.mark.parametrize(
+    "update", [pytest.param("ema", marks=ON_JAX_TOO), "gradient"]
+)
 
 
 def build(codebook=None, **changes):
@@ -58,7 +62,9 @@ def in_numpy(layer, z):
     [
         {},
         {"lookup": "cosine", "estimator": "rotation", "decay": 0.5},
-        {"update": "gradient", "commitment": 0.7, "entropy": 0.3, **RESTARTS},
+        pytest.param(
+            {"update": "gradient", "commitment": 0.7, "entropy": 0.3, **RESTARTS}, marks=ON_JAX_TOO
+        ),
     ],
     ids=["ema", "cosine", "gradient"],
 )
@@ -87,7 +93,7 @@ class NumpyAverages:
             self.codebook[k] = self.sums[k] / smoothed[k]
 
 
-@pytest.mark.parametrize("decay", [0.99, 0.5, 0.0])
+@pytest.mark.parametrize("decay", [pytest.param(0.5, marks=ON_JAX_TOO), 0.0])
 def test_moving_averages_over_several_steps(decay):
     layer = build(decay=decay)
     # Large enough that smoothing which leaks into the averages would show.
@@ -146,7 +152,7 @@ def test_codes_that_nothing_chooses_hold_their_place():
     layer(away, training=True)
     held = array(layer.codebook)
     near_first = np.broadcast_to(held[0], (1, 2, 2, D)).astype("float32")
-    for _ in range(100):
+    for _ in range(30):
         layer(near_first, training=True)
     after = array(layer.codebook)
     np.testing.assert_array_equal(after[1:], held[1:])
@@ -171,9 +177,8 @@ def test_assigns_before_the_codebook_moves():
     np.testing.assert_allclose(array(result.losses["commitment"]), 0.25 * error, rtol=1e-5)
 
 
-@pytest.mark.parametrize("update", ["ema", "gradient"])
-def test_usage_fades_by_a_hundredth_a_step(update):
-    layer = build(update=update, decay=0.5)
+def test_usage_fades_by_a_hundredth_a_step():
+    layer = build(update="gradient")
     usage = np.zeros(K)
     for seed in range(4):
         codes = array(layer(latents(3, 2, 2, D, seed=seed), training=True).codes)
@@ -199,7 +204,9 @@ def test_learning_by_averages_has_no_trainable_weight():
 
 # Half-precision arithmetic would go wrong in each: 8 bits cannot tell near codes apart, and
 # float16 overflows.
-@pytest.mark.parametrize(("dtype", "offset"), [("bfloat16", 10.0), ("float16", 100.0)])
+@pytest.mark.parametrize(
+    ("dtype", "offset"), [pytest.param("bfloat16", 10.0, marks=ON_JAX_TOO), ("float16", 100.0)]
+)
 def test_distances_are_float32_whatever_the_dtype_of_the_input(dtype, offset):
     codebook = np.float32(offset + numbers(1).normal(size=(32, 8)))
     z = ops.cast(offset + numbers(2).normal(size=(4, 8, 8, 8)), dtype)
@@ -218,7 +225,7 @@ def test_refuses_an_unknown_choice(name):
         VectorQuantizer(K, D, **{name: "both"})
 
 
-@pytest.mark.parametrize("update", ["ema", "gradient"])
+@BOTH_UPDATES
 def test_a_training_step_of_an_empty_batch(update):
     layer = build(update=update)
     layer(latents(2, 3, 5, D), training=True)
@@ -236,7 +243,7 @@ def clustered():
     return codebook, z.astype("float32")
 
 
-@pytest.mark.parametrize("update", ["ema", "gradient"])
+@BOTH_UPDATES
 def test_restarts_move_neglected_codes_onto_vectors_of_the_batch(update):
     codebook, z = clustered()
     layer, without = (build(codebook, update=update, **changes) for changes in (RESTARTS, {}))
@@ -311,8 +318,9 @@ def test_initialize_at_random_changes_nothing():
         np.testing.assert_array_equal(old, new)
 
 
-@pytest.mark.parametrize("method", ["data", "kmeans"])
-@pytest.mark.parametrize("lookup", ["l2", "cosine"])
+@pytest.mark.parametrize(
+    ("method", "lookup"), [("data", "l2"), pytest.param("kmeans", "cosine", marks=ON_JAX_TOO)]
+)
 def test_initialize_places_codebook_averages_and_usage(method, lookup):
     layer = build(lookup=lookup)
     vectors = latents(60, D, seed=4) + 2

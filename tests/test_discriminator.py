@@ -84,29 +84,8 @@ def test_each_loss_moves_its_own_side(name, moves_discriminator):
     assert (array(model.offset) != 0) == (not moves_discriminator)
 
 
-@pytest.mark.slow
-def test_learns_to_tell():
-    keras.utils.set_random_seed(0)
-    layer = PatchDiscriminator(width=8)
-    layer.build((None, 16, 16, 3))
-    originals = images(8)
-    copies = np.broadcast_to(originals.mean((1, 2), keepdims=True), originals.shape)
-
-    class Told(Game):
-        def call(self, pair):
-            return self.discriminator.losses_of(pair[:, 0], pair[:, 1])
-
-    model = Told(layer, "discriminator")
-    model.compile(keras.optimizers.Adam(3e-3))
-    pairs = np.stack([originals, copies], axis=1)
-    model.fit(pairs, batch_size=8, epochs=25, verbose=0)
-    real, fake = array(layer(originals)), array(layer(copies.astype("float32")))
-    assert real.mean() > fake.mean() + 1
-
-
-@pytest.mark.parametrize("policy", ["mixed_bfloat16"])
-def test_round_trip_and_precision(policy):
-    layer = PatchDiscriminator(width=8, strides=3, dtype=policy)
+def test_round_trip_and_precision():
+    layer = PatchDiscriminator(width=8, strides=3, dtype="mixed_bfloat16")
     twin = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
     assert isinstance(twin, PatchDiscriminator) and twin.get_config() == layer.get_config()
     assert {part.compute_dtype for part in twin.stack} == {"bfloat16"}

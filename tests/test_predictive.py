@@ -146,37 +146,6 @@ def test_diveq_takes_the_gradient_along_each_error_away():
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("compiled")
-def test_predictions_learn_from_the_commitment_loss():
-    # Columns alike, so that neighbours can be told exactly.
-    images = np.repeat(latents(16, 4, 1, D), 4, axis=2)
-    layer = PredictiveQuantizer(K, D, update="gradient")
-
-    class Trained(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def call(self, x, training=False):
-            return self.layer(x, training=training)
-
-        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-            return sum(y_pred.losses.values())
-
-    trained = Trained()
-    trained.compile(keras.optimizers.Adam(0.02))
-    losses = trained.fit(images, epochs=60, batch_size=16, verbose=0).history["loss"]
-    assert all(np.abs(array(c.kernel)).max() > 0.05 for c in layer.predictions)
-    still = [c.get_weights() for c in layer.predictions]
-    for convolution in layer.predictions:
-        convolution.set_weights([np.zeros_like(w) for w in convolution.get_weights()])
-    without = sum(float(x) for x in layer(images).losses.values())
-    for convolution, weights in zip(layer.predictions, still, strict=True):
-        convolution.set_weights(weights)
-    assert losses[-1] < 0.8 * without
-
-
 def test_refuses_a_cosine_lookup():
     with pytest.raises(ValueError, match="use 'l2'"):
         PredictiveQuantizer(K, D, lookup="cosine")

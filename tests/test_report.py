@@ -47,6 +47,12 @@ def run(finished_run, tmp_path):
     return RunFolder(shutil.copytree(finished_run.root, tmp_path / "run", ignore=without))
 
 
+@pytest.fixture(scope="module")
+def page(finished_run, tmp_path_factory):
+    """The page about a finished run, for all tests that only look at it."""
+    return page_of(finished_run, output=tmp_path_factory.mktemp("page") / "page.html")
+
+
 def page_of(*runs, output):
     """The page about some runs."""
     report([str(run.root) for run in runs], str(output))
@@ -124,10 +130,10 @@ def test_a_finished_run(run, capsys):
 
 
 @pytest.mark.slow
-def test_pictures_are_those_of_the_run(run, tmp_path):
-    page = page_of(run, output=tmp_path / "page.html")
-    originals = np.stack([e["image"] for e in read_records(run.folder("prepare"))["validation"]])
-    copies = vqbeam.open(run.root).reconstruct(originals)
+def test_pictures_are_those_of_the_run(finished_run, page):
+    records = read_records(finished_run.folder("prepare"))["validation"]
+    originals = np.stack([example["image"] for example in records])
+    copies = vqbeam.open(finished_run.root).reconstruct(originals)
     colours = matplotlib.colormaps["inferno"]
     assert len(page.all("div", class_="tile")) == min(len(originals), 16) > 0
     for number, (original, copy) in enumerate(zip(originals, copies, strict=True), 1):
@@ -141,8 +147,8 @@ def test_pictures_are_those_of_the_run(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_codes_are_counted_and_shown(run, tmp_path):
-    page = page_of(run, output=tmp_path / "page.html")
+def test_codes_are_counted_and_shown(finished_run, page):
+    run = finished_run
     codes = np.stack([example["codes"] for example in read_records(run.folder("encode"))["train"]])
     shares = np.bincount(codes.ravel(), minlength=12) / codes.size
     order = np.argsort(-shares, kind="stable")

@@ -19,7 +19,6 @@ from pipeline_fixtures import (
     write_tfds,
 )
 
-
 from vqbeam.pipelines.run import run_stages
 from vqbeam.pipelines.sampling.sample import sample
 from vqbeam.pipelines.stages.encode import EncodeStage

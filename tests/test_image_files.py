@@ -22,7 +22,6 @@ from image_files import (
 from pipeline_fixtures import (
     CLASSES,
     SIDE,
-    TWO_THREADS,
     gathered,
     read_records,
     shard_contents,
@@ -552,19 +551,6 @@ def test_labels_that_are_no_classes(images, tmp_path):
     message = "^'label' of parquet:.* would have 1,000,000,000,001 classes; set data.label_key to"
     with pytest.raises(VqbeamError, match=message):
         open_source(data(f"parquet:{path}")).plan()
-
-
-@pytest.mark.system
-def test_every_stage_on_two_workers(images, tmp_path):
-    for split, labels in (("train", names_of(COUNT)), ("test", [*names_of(COUNT - 1), "apple"])):
-        write_file("parquet", tmp_path / "data" / f"{split}.parquet", images, labels)
-    flags = ("--data.source", f"parquet:{tmp_path / 'data'}")
-    log, run = tmp_path / "log.txt", tmp_path / "run"
-    words = ("run", "glyphs", "--smoke", *flags, "--run-dir", run)
-    assert status_of(log, *words, *TWO_THREADS) == 0, log.read_text()
-    assert "images: 44 train, 44 validation" in log.read_text()
-    assert RunFolder(run).manifest(STAGE)["label_names"] == list(CLASSES)
-    assert (run / "samples" / "samples.png").exists()
 
 
 @pytest.mark.system

@@ -1,6 +1,4 @@
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -231,16 +229,6 @@ def test_image_batches_are_what_tfds_reads(tmp_path, labels, channels):
                 np.testing.assert_array_equal(ours[name].numpy(), value)
 
 
-SERIALIZE = """
-import numpy as np
-from vqbeam.vqvae.storage.records import serialize
-codes = np.arange(4, dtype="uint16").reshape(2, 2)
-for order in [("codes", "key", "label"), ("label", "key", "codes")]:
-    values = {"codes": codes, "key": "k", "label": 1}
-    print(serialize({name: values[name] for name in order}).hex())
-"""
-
-
 @pytest.mark.parametrize("kind", ["classes", "attributes"])
 @pytest.mark.parametrize("content", ["image", "codes", "levels"])
 def test_serialize_writes_what_tfds_writes(content, kind):
@@ -260,20 +248,6 @@ def test_serialize_writes_what_tfds_writes(content, kind):
     theirs = features.serialize_example(features.encode_example(own | label))
     found = tf.train.Example.FromString(serialize(own | label))
     assert found == tf.train.Example.FromString(theirs) and len(found.features.feature) == 3
-
-
-@pytest.mark.system
-def test_serialize_gives_the_same_bytes_in_every_process():
-    # Left alone, protobuf orders the features by an address, which differs between processes.
-    processes = [
-        subprocess.Popen([sys.executable, "-c", SERIALIZE], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    outputs = [process.communicate()[0] for process in processes]
-    lines = "".join(outputs).split()
-    assert len(lines) == 4 and len(set(lines)) == 1
-    names = [bytes.fromhex(lines[0]).index(name) for name in (b"codes", b"key", b"label")]
-    assert names == sorted(names)
 
 
 def test_write_shard(tmp_path):

@@ -2,8 +2,6 @@ import pathlib
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 
 import matplotlib
 import numpy as np
@@ -338,15 +336,3 @@ def test_codes_of_several_levels(prepared_run, tiny_config):
     grid = np.zeros((1, *opened.encode(pixels["train"][:1]).shape[1:]), int)
     grid[..., 0] = 1
     np.testing.assert_array_equal(decoded(most.uri)[..., :1], opened.decode(grid)[0])
-
-
-@pytest.mark.system
-def test_the_package_holds_the_template(tmp_path):
-    built = subprocess.run(
-        [sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path, "build", "-b", tmp_path],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert built.returncode == 0, built.stderr
-    assert (tmp_path / "lib" / "vqbeam" / "pipelines" / "report" / "page.html").exists()

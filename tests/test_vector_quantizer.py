@@ -57,6 +57,7 @@ def in_numpy(layer, z):
     return codes, codebook[codes], losses, error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

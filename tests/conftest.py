@@ -174,9 +174,23 @@ def tiny_config():
 @pytest.fixture(scope="session")
 def prepared_run(tmp_path_factory):
     """Makes a run folder with a finished prepare stage; returns it with its pixels by split."""
+    import shutil
+
+    from vqbeam.vqvae.storage.run_folder import RunFolder
+
+    made = {}
 
     def make(config, **changes):
-        return _prepared_run(tmp_path_factory.mktemp("runs") / "run", config, **changes)
+        key = repr((config.data, sorted(changes.items())))
+        if key not in made:
+            path = tmp_path_factory.mktemp("prepared") / "run"
+            made[key] = _prepared_run(path, config, **changes)
+        first, pixels = made[key]
+        # A copy, which a test may damage.
+        run = RunFolder(tmp_path_factory.mktemp("runs") / "run")
+        run.start(config)
+        shutil.copytree(first.folder("prepare"), run.folder("prepare"))
+        return run, {split: images.copy() for split, images in pixels.items()}
 
     return make
 

@@ -1,6 +1,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import signal
 import sys
 
@@ -24,7 +25,23 @@ import pytest
 from vqbeam.configs import Config, DataConfig, override
 
 # The files that take longest, which start first, so that both workers end at about the same time.
-LONGEST = ("test_training", "test_transformer", "test_sampler", "test_pipeline_cli", "test_faults")
+LONGEST = (
+    *("test_training", "test_prior_training", "test_serving", "test_init_from", "test_sampler"),
+    *("test_replicas", "test_pipeline_cli", "test_faults", "test_benchmarks"),
+)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leaves out files of which `-m` asks for no test, since to import them all takes long."""
+    asked = config.getoption("markexpr")
+    if not asked or collection_path.suffix != ".py":
+        return None
+    text = collection_path.read_text(encoding="utf-8")
+    of_all = re.search(r"^pytestmark = pytest\.mark\.(\w+)$", text, re.MULTILINE)
+    if of_all and of_all[1] in re.findall(r"not (\w+)", asked):
+        return True
+    wanted = asked.partition(" ")[0]
+    return (wanted in ("backend", "system") and f"mark.{wanted}" not in text) or None
 
 
 def pytest_collection_modifyitems(items):
@@ -157,9 +174,23 @@ def tiny_config():
 @pytest.fixture(scope="session")
 def prepared_run(tmp_path_factory):
     """Makes a run folder with a finished prepare stage; returns it with its pixels by split."""
+    import shutil
+
+    from vqbeam.vqvae.storage.run_folder import RunFolder
+
+    made = {}
 
     def make(config, **changes):
-        return _prepared_run(tmp_path_factory.mktemp("runs") / "run", config, **changes)
+        key = repr((config.data, sorted(changes.items())))
+        if key not in made:
+            path = tmp_path_factory.mktemp("prepared") / "run"
+            made[key] = _prepared_run(path, config, **changes)
+        first, pixels = made[key]
+        # A copy, which a test may damage.
+        run = RunFolder(tmp_path_factory.mktemp("runs") / "run")
+        run.start(config)
+        shutil.copytree(first.folder("prepare"), run.folder("prepare"))
+        return run, {split: images.copy() for split, images in pixels.items()}
 
     return make
 

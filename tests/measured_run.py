@@ -14,16 +14,18 @@ from vqbeam.vqvae.training import MODEL_FILE
 from vqbeam.vqvae.training import STAGE as TRAIN_VQVAE
 
 
-def add_models(run, pixels, labels=("a", "b"), dtype="float32"):
+def add_models(run, pixels, labels=("a", "b"), dtype="float32", kind="classes"):
     """Gives a prepared run a VQ-VAE and a prior, which use more than one code."""
     config = run.load_config()
     vqvae = build_model(config, data_variance=1.0)
     vqvae.initialize_codebook(scale_images(pixels["train"]), "data", seed=0)
     keras.utils.set_random_seed(2)
-    prior = CodePrior(code_layout(config), len(labels), layers=1, width=16, heads=2, dtype=dtype)
+    sizes = {"layers": 1, "width": 16, "heads": 2}
+    prior = CodePrior(code_layout(config), len(labels), conditioning=kind, dtype=dtype, **sizes)
     for weight in prior.trainable_weights:
         weight.assign(weight + 0.5 * keras.random.normal(weight.shape))
-    facts = {"measures": {"nats_per_code": 1.5, "bits_per_dim": 0.25}, "label_names": list(labels)}
+    facts = {"measures": {"nats_per_code": 1.5, "bits_per_dim": 0.25}}
+    facts |= {"label_names": list(labels), "label_kind": kind}
     for stage, model, more in ((TRAIN_VQVAE, vqvae, {}), (TRAIN_PRIOR, prior, facts)):
         run.begin(stage)
         save_model(model, run.folder(stage) / MODEL_FILE)

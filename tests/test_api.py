@@ -17,6 +17,7 @@ from vqbeam.pipelines.sampling.complete import complete
 from vqbeam.pipelines.sampling.sample import sample
 from vqbeam.pipelines.sampling.score import score
 from vqbeam.vqvae.figures import label_figure, picture, save_png
+from vqbeam.vqvae.storage.run_folder import RunFolder
 from vqbeam.vqvae.training import load_vqvae
 
 pytestmark = pytest.mark.slow
@@ -130,10 +131,13 @@ def test_completions_are_those_of_the_command(run, images, tmp_path):
         ({"vqvae__quantizer": "lfq"}, (16, 4)),
     ],
 )
-def test_codebooks_of_every_kind(settings, shape, prepared_run, tiny_config):
+def test_codebooks_of_every_kind(settings, shape, tmp_path, tiny_config):
     from vqbeam.vqvae.building import build_model
 
-    folder, _ = prepared_run(tiny_config(**{"vqvae__num_codes": 16} | settings))
+    folder = RunFolder(tmp_path / "run")
+    folder.start(tiny_config(**{"vqvae__num_codes": 16} | settings))
+    folder.begin("prepare")
+    folder.finish("prepare", [], label_names=["a", "b"], label_kind="classes")
     run = vqbeam.open(folder.root)
     run.vqvae = build_model(run.config, data_variance=1.0)
     assert run.codebook.shape == shape and run.labels == ("a", "b")

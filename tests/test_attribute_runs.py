@@ -1,48 +1,30 @@
-"""Tests a run with attributes instead of classes, from a folder with a table to new images."""
+"""Tests new images of a run with attributes instead of classes.
+
+Other files test how they get there: test_prepare, test_encode and test_prior_training.
+"""
 
 import json
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from event_files import events
+from measured_run import add_models
 from PIL import Image
-from pipeline_fixtures import small_config, write_images
+from pipeline_fixtures import small_config
 
 from vqbeam.pipelines.cli import main as cli
-from vqbeam.pipelines.cli.stage_commands import STAGES
-from vqbeam.pipelines.run import run_stages
-from vqbeam.vqvae.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
+NAMES = ("young", "smiling", "hat")
+
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("attributes")
-    keys = sorted(write_images(folder / "source", 24))
-    rows = [f"{key},{i % 2},{i // 2 % 2},{i // 4 % 2}" for i, key in enumerate(keys)]
-    table = "\n".join(["path,young,smiling,hat", *rows])
-    (folder / "source" / "attributes.csv").write_text(table)
-    config = small_config(
-        f"folder:{folder / 'source'}",
-        encode__augment="flip",
-        prior__pictures=4,
-        prior__weight_ema=0.5,
-        sample__guidance=2.0,
-    )
-    run_stages(config, str(folder / "run"), STAGES, ["--runner=FnApiRunner"])
-    return RunFolder(folder / "run")
-
-
-def test_manifests_say_which_kind_it_is(run, capsys):
-    for stage in ("prepare", "encode", "train-prior"):
-        manifest = run.manifest(stage)
-        assert manifest["label_kind"] == "attributes"
-        assert manifest["label_names"] == ["young", "smiling", "hat"]
-    assert sorted(events(run.folder("train-prior") / "logs" / "images")["samples"]) == [0, 1]
-    cli.main(["inspect", str(run.root)])
-    assert "  3 attributes\n" in capsys.readouterr().out
+def run(prepared_run):
+    config = small_config("glyphs", sample__guidance=2.0)
+    run, pixels = prepared_run(config, labels=NAMES, kind="attributes")
+    add_models(run, pixels, labels=NAMES, kind="attributes")
+    return run
 
 
 def test_samples_have_the_attributes_asked_for(run, tmp_path):

@@ -4,8 +4,6 @@ import tensorflow as tf
 
 from vqbeam.vqvae.augmentation import augment, random_changes
 
-pytestmark = pytest.mark.backend
-
 SHAPE = (16, 24, 3)
 
 
@@ -46,6 +44,7 @@ def test_flip_mirrors_about_half():
     assert 70 < mirrored.sum() < 130
 
 
+@pytest.mark.backend
 def test_crop_shifts_by_up_to_an_eighth():
     batch = images(300)
     seen = []
@@ -60,6 +59,7 @@ def test_crop_shifts_by_up_to_an_eighth():
     assert np.bincount(rows + 2).min() > 30
 
 
+@pytest.mark.backend
 def test_flip_crop_does_both():
     batch = images(60)
     flips = 0

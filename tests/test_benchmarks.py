@@ -7,17 +7,25 @@ import sys
 
 import pytest
 
+import vqbeam.pipelines.evaluation.features as features
+
 FILES = sorted((pathlib.Path(__file__).parent.parent / "benchmarks").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_benchmark_can_be_imported(path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path, str(path.parent)])
     partner = path.stem.rpartition("_")[2]
     if partner in ("torch", "transformers"):
         pytest.importorskip(partner, reason=f"{partner} is for benchmarks alone")
+    imported(path, monkeypatch)
+
+
+def imported(path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(path.parent)])
     spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.system
@@ -27,8 +35,7 @@ def test_every_benchmark_can_be_imported(path, monkeypatch):
         ("overhead.py", "--smoke"),
         ("checkpoint_cost.py", "--smoke"),
         ("stage1_vqbeam.py", "quantizer", "64", "16", "4"),
-        ("stage2_vqbeam.py", "sampling", "64", "1"),
-        ("gpu.py", "--smoke", "--without-torch"),
+        ("gpu.py", "--smoke", "--without-torch", "--only", "sampling"),
         ("sources.py", "--smoke"),
     ],
     ids=lambda words: words[0],
@@ -57,10 +64,7 @@ def test_a_benchmark_runs(words):
         assert [row[0] for row in rows[6:]] == ["| 200", "| 400"]
     elif program == "gpu.py":
         rows = [line.split(" | ") for line in lines if line.startswith("| ")][2:]
-        cases = [f"{part} imagenet64" for part in ("stage1", "stage2", "encode")]
-        assert [row[0] for row in rows] == [
-            f"| {case}" for case in (*cases, "sampling imagenet64 2")
-        ]
+        assert [row[0] for row in rows] == ["| sampling imagenet64 2"]
         assert all(row[1].partition("/s (")[1] for row in rows)
         measured = [json.loads(line) for line in lines if line.startswith("{")]
         variants = {(line["work"], line["variant"]) for line in measured}
@@ -71,10 +75,14 @@ def test_a_benchmark_runs(words):
 
 
 @pytest.mark.system
-def test_the_second_judge_measures_a_run(finished_run, tmp_path):
-    words = [FILES[0].parent / "second_judge.py", finished_run.root, "--work", tmp_path]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+def test_the_second_judge_measures_a_run(finished_run, tmp_path, monkeypatch, capsys):
+    judge = imported(FILES[0].parent / "second_judge.py", monkeypatch)
+    monkeypatch.setattr(features, "_MOST_STEPS", 4)
+    monkeypatch.setattr(features, "build_classifier", None)  # it puts its own there
+    words = ["second_judge.py", str(finished_run.root), "--work", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    judge.main()
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")]
     assert [row[1] for row in rows] == ["images", "real", "reconstructions", "samples"]
     assert (tmp_path / "classifier.keras").exists()

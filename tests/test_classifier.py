@@ -4,7 +4,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import compiling
 from pipeline_fixtures import finish_again
 
 import vqbeam.pipelines.evaluation.features as classifier
@@ -24,12 +23,18 @@ def array(tensor):
     return keras.ops.convert_to_numpy(tensor)
 
 
+def trained_shortly(prepared_run, tiny_config):
+    """A run and the classifier of its images, which has learned little; and their pixels."""
+    run, pixels = prepared_run(tiny_config(), labels=("a", "b", "c"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "_MOST_STEPS", 6)
+        return run, pixels, load_classifier(run)
+
+
 @pytest.fixture(scope="module")
 def trained(prepared_run, tiny_config):
-    """A run with a classifier, for all tests that only look at it."""
-    run, pixels = prepared_run(tiny_config(), labels=("a", "b", "c"))
-    with compiling():
-        return run, pixels, load_classifier(run)
+    """One for all tests that only look at it."""
+    return trained_shortly(prepared_run, tiny_config)
 
 
 @pytest.fixture
@@ -82,10 +87,9 @@ def test_learns_what_can_be_learned(prepared_run, tiny_config, monkeypatch, caps
     assert told.splitlines()[-1].startswith("epoch 1 of 1  step 100 of 100  loss ")
 
 
-@pytest.mark.usefixtures("compiled")
 def test_the_same_images_give_the_same_weights(trained, prepared_run, tiny_config):
-    other, _ = prepared_run(tiny_config(), labels=("a", "b", "c"))
-    for one, two in zip(trained[2].weights, load_classifier(other).weights, strict=True):
+    *_, other = trained_shortly(prepared_run, tiny_config)
+    for one, two in zip(trained[2].weights, other.weights, strict=True):
         np.testing.assert_array_equal(array(one), array(two), err_msg=one.path)
 
 

@@ -5,8 +5,6 @@ from quantizer_checks import array, latents, nearest_codes
 
 from vqbeam.vqvae.quantizers.nearest import initial_codebook
 
-pytestmark = pytest.mark.backend
-
 
 def initial(vectors, num_codes, method, seed=0):
     codebook, counts = initial_codebook(
@@ -38,7 +36,9 @@ def lloyd(vectors, num_codes, seed, iterations):
     return codebook
 
 
-@pytest.mark.parametrize(("method", "iterations"), [("data", 0), ("kmeans", 10)])
+@pytest.mark.parametrize(
+    ("method", "iterations"), [("data", 0), pytest.param("kmeans", 10, marks=pytest.mark.backend)]
+)
 def test_in_numpy(method, iterations):
     vectors = latents(70, 3)
     codebook, counts = initial(vectors, 6, method, seed=3)
@@ -61,6 +61,7 @@ def test_clusters_fit_better_than_data():
     assert errors[1] < 0.8 * errors[0]
 
 
+@pytest.mark.backend
 def test_empty_clusters_begin_again_at_a_vector():
     # All but two of the vectors are one and the same: most of what is drawn ties, and stays empty.
     vectors = np.ones((40, 2), "float32")

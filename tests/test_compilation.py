@@ -6,15 +6,13 @@ from keras import ops
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.fitting.devices import compile_function, in_batches
 
-pytestmark = pytest.mark.backend
-
 
 @pytest.fixture
 def scale():
     return keras.Variable(np.array(2.0, "float32"))
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [False, pytest.param(True, marks=pytest.mark.backend)])
 def test_sees_new_values_and_traces_once(compiled, scale, jit):
     traces = []
 
@@ -30,6 +28,7 @@ def test_sees_new_values_and_traces_once(compiled, scale, jit):
     assert traces == [(3,)]
 
 
+@pytest.mark.backend
 def test_takes_and_returns_several_tensors(scale):
     compiled = compile_function(lambda x, y: (x + y, {"scaled": y * scale}), [scale], jit=True)
     total, rest = compiled(np.float32([1, 2]), np.float32([3, 4]))
@@ -37,6 +36,7 @@ def test_takes_and_returns_several_tensors(scale):
     np.testing.assert_array_equal(ops.convert_to_numpy(rest["scaled"]), [6, 8])
 
 
+@pytest.mark.backend
 def test_layers_run_in_a_compiled_loop():
     layer = keras.layers.Dense(4)
     layer.build((None, 4))

@@ -8,8 +8,6 @@ from vqbeam.vqvae.fitting import data as module
 from vqbeam.vqvae.fitting.data import training_data
 from vqbeam.vqvae.fitting.fit import set_seed
 
-pytestmark = pytest.mark.backend
-
 SIZE, BATCH = 10, 4
 ROWS = np.arange(SIZE * 3, dtype="uint8").reshape(SIZE, 3)
 
@@ -87,6 +85,7 @@ def test_the_seed_gives_the_order():
     assert orders[0] == orders[1] and len(set(map(tuple, orders))) == 3
 
 
+@pytest.mark.backend
 def test_a_batch_larger_than_the_data():
     found = first_inputs(make(batch_size=25), 2)
     assert np.bincount(joined(found, "first") // 3).tolist() == [5] * SIZE

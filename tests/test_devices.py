@@ -5,9 +5,8 @@ from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.fitting import devices as module
 from vqbeam.vqvae.fitting.devices import data_parallel, describe_devices, device_count
 
-pytestmark = pytest.mark.backend
 
-
+@pytest.mark.backend
 def test_one_device_needs_nothing():
     with data_parallel(7):
         assert keras.distribution.distribution() is None
@@ -38,9 +37,17 @@ def test_a_batch_that_devices_cannot_share_is_refused(monkeypatch):
         raise AssertionError("the block was entered")
 
 
-@pytest.mark.parametrize("devices", [["cpu:0"], ["gpu:0", "gpu:1"]])
-@pytest.mark.parametrize("hidden", [None, "", "-1", "0"])
-@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize(
+    ("devices", "hidden", "there"),
+    [
+        pytest.param(["cpu:0"], None, True, marks=pytest.mark.backend),
+        (["cpu:0"], "0", True),
+        (["cpu:0"], "", True),
+        (["cpu:0"], "-1", True),
+        (["cpu:0"], None, False),
+        (["gpu:0", "gpu:1"], None, True),
+    ],
+)
 def test_a_gpu_that_is_not_used_is_named(monkeypatch, tmp_path, devices, hidden, there):
     monkeypatch.setattr(keras.distribution, "list_devices", lambda: devices)
     monkeypatch.setattr(module, "_NVIDIA_GPUS", tmp_path if there else tmp_path / "none")
@@ -78,6 +85,7 @@ def test_peak_of_known_devices(monkeypatch, name, flops):
     assert module.peak_flops() == (flops and 2 * flops)
 
 
+@pytest.mark.backend
 def test_a_cpu_has_no_memory_of_its_own_and_no_known_peak():
     found = module.device_memory(), module.peak_memory(), module.peak_flops()
     assert found == (None, None, None)

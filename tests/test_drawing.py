@@ -8,8 +8,6 @@ from vqbeam.configs import SamplerSettings
 from vqbeam.prior.filters import sample_code, sampler_tensors
 from vqbeam.vqvae.fitting.devices import compile_function
 
-pytestmark = pytest.mark.backend
-
 
 def numpy_draw(logits, uniform, temperature, top_k, top_p, min_p):
     """The code for one row, by sorting, in double precision."""
@@ -44,13 +42,13 @@ def device(request, monkeypatch):
     monkeypatch.setattr("vqbeam.prior.filters.on_cpu", lambda: request.param == "cpu")
 
 
+@pytest.mark.backend
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [False, True])
-def test_draws_against_numpy(device, tied):
+def test_draws_against_numpy(device):
     random, draw = np.random.default_rng(0), compiled_draw()
-    for _ in range(20):
+    for turn in range(20):
         logits = random.normal(size=(32, 50), scale=3).astype("float32")
-        if tied:
+        if turn % 2:  # with ties
             logits = logits.round()
         uniform = random.random((32, 1), dtype="float32")
         settings = {
@@ -78,15 +76,27 @@ def test_a_filtered_code_is_never_drawn(device):
             np.testing.assert_array_equal(codes, extreme)
 
 
-@pytest.mark.parametrize("filtered", [False, True])
-def test_extreme_logits_draw_a_code(device, filtered):
+@pytest.mark.parametrize(
+    "settings", [dict(top_k=1), dict(top_p=1e-6), dict(min_p=0.999), dict(temperature=1e-30)]
+)
+def test_limits_of_the_settings_are_greedy(settings):
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(32, 50)).astype("float32")
+    uniform = random.random((32, 1), dtype="float32")
+    np.testing.assert_array_equal(compiled_draw()(logits, uniform, **settings), logits.argmax(-1))
+
+
+@pytest.mark.backend
+def test_extreme_logits_draw_a_code(device):
     logits = np.array([[0, 1e4, 0], [-1e30, 0, -1e30], [0, 0, 0], [-1e4, -1e4, 1]], "float32")
     uniform = np.full((4, 1), 1 - 2**-24, "float32")
-    for temperature, tied in ((1, 2), (1e-20, 2), (0, 0)):
-        codes = compiled_draw(filtered)(logits, uniform, temperature=temperature, top_k=3)
-        np.testing.assert_array_equal(codes, [1, 1, tied, 2])
+    for draw in (compiled_draw(filtered=False), compiled_draw(filtered=True)):
+        for temperature, tied in ((1, 2), (1e-20, 2), (0, 0)):
+            codes = draw(logits, uniform, temperature=temperature, top_k=3)
+            np.testing.assert_array_equal(codes, [1, 1, tied, 2])
 
 
+@pytest.mark.backend
 def test_min_p_keeps_what_is_likely_enough_at_the_temperature():
     # Shares of the likeliest at temperature 1: 1, 0.4, 0.2; at temperature 2 their square roots.
     logits = np.log([[0.4, 1, 0.2]]).astype("float32").repeat(1000, 0)

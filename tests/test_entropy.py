@@ -5,8 +5,6 @@ from keras import ops
 
 from vqbeam.vqvae.quantizers.base import entropy_loss
 
-pytestmark = pytest.mark.backend
-
 NUMBERS = np.random.default_rng(0)
 CODEBOOK = NUMBERS.normal(size=(5, 3)).astype("float32")
 VECTORS = NUMBERS.normal(size=(40, 3)).astype("float32")
@@ -29,6 +27,7 @@ def loss(vectors, codebook):
     return float(entropy_loss(vectors, chosen(vectors, codebook), codebook))
 
 
+@pytest.mark.backend
 def test_by_definition():
     np.testing.assert_allclose(loss(VECTORS, CODEBOOK), by_definition(VECTORS, CODEBOOK), rtol=1e-5)
 

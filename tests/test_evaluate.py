@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+import vqbeam.pipelines.evaluation.features as features
 import vqbeam.pipelines.evaluation.reconstructions as evaluation
 from vqbeam.pipelines.cli import main as cli
 from vqbeam.pipelines.cli.main import main
@@ -123,26 +124,28 @@ def test_a_prior_that_is_not_trained(prepared_run, tiny_config, capsys):
 
 
 @pytest.mark.slow
-def test_prints_and_writes(finished_run, capsys):
-    assert main(["evaluate", str(finished_run.root)]) == 0
+def test_prints_and_writes(own_run, capsys, monkeypatch):
+    monkeypatch.setattr(features, "_MOST_STEPS", 4)
+    run, _ = own_run
+    assert main(["evaluate", str(run.root)]) == 0
     lines, rest = capsys.readouterr().out.split("prior of ")
     lines = lines.splitlines()
-    images = finished_run.manifest("prepare")["counts"]["validation"]
-    measures = json.loads((finished_run.evaluation / "vqvae.json").read_text())
-    accuracy = json.loads((finished_run.evaluation / "classifier.json").read_text())["accuracy"]
+    images = run.manifest("prepare")["counts"]["validation"]
+    measures = json.loads((run.evaluation / "vqvae.json").read_text())
+    accuracy = json.loads((run.evaluation / "classifier.json").read_text())["accuracy"]
     rows = vqvae_rows(measures)
     rows.append(("classifier", f"names the class of {accuracy:.1%} of the originals"))
-    assert lines[0] == f"VQ-VAE of {finished_run.root}, {images} images of the validation split"
+    assert lines[0] == f"VQ-VAE of {run.root}, {images} images of the validation split"
     # All values begin in the same column, two places behind the longest name.
     column = 2 + len("Fréchet distance (classifier features)") + 2
     assert [(line[:column].strip(), line[column:]) for line in lines[1:-1]] == rows
-    assert lines[-1] == f"written to {finished_run.evaluation / 'vqvae.json'}"
-    found = json.loads((finished_run.evaluation / "prior.json").read_text())
+    assert lines[-1] == f"written to {run.evaluation / 'vqvae.json'}"
+    found = json.loads((run.evaluation / "prior.json").read_text())
     assert found["images"] == images and found["settings"]["guidance"] == 2
     expected = prior_lines(found)
-    assert rest.splitlines()[0] == f"{finished_run.root}, {expected[0]}"
+    assert rest.splitlines()[0] == f"{run.root}, {expected[0]}"
     assert rest.splitlines()[1:-1] == [f"  {line}" for line in expected[1:]]
-    assert rest.endswith(f"written to {finished_run.evaluation / 'prior.json'}\n")
+    assert rest.endswith(f"written to {run.evaluation / 'prior.json'}\n")
 
 
 @pytest.mark.slow

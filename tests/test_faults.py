@@ -117,16 +117,16 @@ def test_ended_in_each_stage_and_run_again(place, compiled, interruptible):
 @pytest.mark.system
 def test_generate_killed_and_run_again(finished_run, tmp_path):
     log = tmp_path / "log.txt"
-    words = ("generate", finished_run.root, "--num", 300, "--shard-images", 3)
+    words = ("generate", finished_run.root, "--num", 150, "--shard-images", 3)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert status_of(log, *words, "--output", whole) == 0, log.read_text()
     with started(log, *words, "--output", killed) as process:
         wait_for("*/samples.jsonl", killed, process, log)
     done = len(list(killed.glob("*/samples.jsonl")))
-    assert 0 < done < 100
+    assert 0 < done < 50
     assert status_of(log, *words, "--output", killed) == 0, log.read_text()
     pictures = [sorted(path.relative_to(f) for path in f.rglob("*.png")) for f in (whole, killed)]
-    assert pictures[0] == pictures[1] and len(pictures[0]) == 300
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 150
     for name in pictures[0]:
         assert (whole / name).read_bytes() == (killed / name).read_bytes()
 
@@ -146,28 +146,23 @@ def test_one_image_in_a_hundred_is_corrupt(tmp_path):
         file = tmp_path / "source" / key
         file.write_bytes(file.read_bytes()[:50] if content is None else content)
     config = small_config(f"folder:{tmp_path / 'source'}", data__images_per_shard=50)
-    stages = ("prepare", "train-vqvae", "encode")
-    run_stages(config, str(tmp_path / "run"), stages, ["--runner=FnApiRunner"])
+    run_stages(config, str(tmp_path / "run"), ("prepare",), ["--runner=FnApiRunner"])
     run = RunFolder(tmp_path / "run")
     letters = (run.folder("prepare") / "dead_letters.jsonl").read_text().splitlines()
     assert {json.loads(line)["key"] for line in letters} == set(damaged)
-    assert sorted(read_keys(run.folder("encode"))) == sorted(set(keys) - set(damaged))
+    assert sorted(read_keys(run.folder("prepare"))) == sorted(set(keys) - set(damaged))
 
 
 @pytest.mark.system
-def test_a_clock_that_jumps(tmp_path, monkeypatch):
-    write_images(tmp_path / "source", 24)
-    config = small_config(f"folder:{tmp_path / 'source'}")
-    clock = time.time
+def test_a_clock_that_jumps(finished_run, tmp_path, monkeypatch):
+    clock, run = time.time, RunFolder(tmp_path / "run")
     # By an hour or two, forwards and backwards, every half second.
     monkeypatch.setattr(time, "time", lambda: clock() + 3600 * (int(2 * time.monotonic()) % 3 - 1))
-    for name in ("one", "two"):
-        run_stages(config, str(tmp_path / name), tuple(STAGES), ["--runner=FnApiRunner"])
+    beam_args = ["--runner=FnApiRunner"]
+    run_stages(finished_run.load_config(), str(run.root), tuple(STAGES), beam_args)
     monkeypatch.undo()
-    one, two = (drawn_pixels(RunFolder(tmp_path / name)) for name in ("one", "two"))
-    np.testing.assert_array_equal(one, two)
-    seconds = [RunFolder(tmp_path / "one").manifest(stage)["seconds"] for stage in STAGES]
-    assert min(seconds) >= 0
+    np.testing.assert_array_equal(drawn_pixels(run), drawn_pixels(finished_run))
+    assert min(run.manifest(stage)["seconds"] for stage in STAGES) >= 0
 
 
 def test_words_that_are_not_known(failure, finished_run, tmp_path):
@@ -256,6 +251,7 @@ def test_a_damaged_record_that_another_command_reads(
 ):
     run, preset = own_run
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vqbeam.pipelines.evaluation.features._MOST_STEPS", 4)
     shard = damaged_shard(run, stage, split)
     before = times(run.folder(stage))
     message = failure(words[0], run.root, *words[1:], alone=False)
@@ -287,7 +283,7 @@ def test_a_damaged_record(failure, own_run, stage, following):
     assert run.is_done(stage)
 
 
-@pytest.mark.parametrize("stage", ["prepare", "train-vqvae", "encode", "train-prior"])
+@pytest.mark.parametrize("stage", ["train-vqvae", "encode"])
 def test_a_manifest_edited_by_hand(failure, own_run, stage):
     run, preset = own_run
     path = run.folder(stage) / "manifest.json"

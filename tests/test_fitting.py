@@ -140,7 +140,6 @@ def test_training_ends_when_it_stalls_with_the_best_weights(tmp_path):
         assert_same_state(kept(resumed), kept(unbroken))
 
 
-@pytest.mark.backend
 def test_resumed_is_unbroken_bit_for_bit(tmp_path):
     unbroken = build(**AVERAGING)
     history = train(unbroken, tmp_path / "unbroken", 4)
@@ -155,8 +154,7 @@ def test_resumed_is_unbroken_bit_for_bit(tmp_path):
     assert int(np.asarray(resumed.optimizer.iterations)) == 4 * STEPS_PER_EPOCH
 
 
-@pytest.mark.backend
-@pytest.mark.parametrize("step, together", [(1, 1), (8, 1), (8, 2)])
+@pytest.mark.parametrize("step, together", [(1, 1), pytest.param(8, 2, marks=pytest.mark.backend)])
 def test_resumed_within_an_epoch_is_unbroken_bit_for_bit(tmp_path, monkeypatch, step, together):
     monkeypatch.setattr(module, "steps_per_call", lambda steps: math.gcd(steps, together))
     unbroken = build(**AVERAGING)
@@ -174,8 +172,7 @@ def test_resumed_within_an_epoch_is_unbroken_bit_for_bit(tmp_path, monkeypatch, 
 LAST_IS_SHORTER = dict(steps=11, steps_per_epoch=4)
 
 
-@pytest.mark.backend
-@pytest.mark.parametrize("together", [1, 2, 4])
+@pytest.mark.parametrize("together", [1, pytest.param(4, marks=pytest.mark.backend)])
 def test_the_last_epoch_may_be_shorter(tmp_path, monkeypatch, together):
     monkeypatch.setattr(module, "steps_per_call", lambda steps: math.gcd(steps, together))
     model, whole = build(**AVERAGING), build(**AVERAGING)
@@ -191,8 +188,7 @@ def test_the_last_epoch_may_be_shorter(tmp_path, monkeypatch, together):
     assert [shown[index] for index in range(3)] == pytest.approx(losses, rel=1e-5)
 
 
-@pytest.mark.backend
-@pytest.mark.parametrize("step, together", [(3, 1), (9, 1), (10, 2)])
+@pytest.mark.parametrize("step, together", [(9, 1), pytest.param(10, 2, marks=pytest.mark.backend)])
 def test_resumed_with_a_shorter_last_epoch(tmp_path, monkeypatch, step, together):
     monkeypatch.setattr(module, "steps_per_call", lambda steps: math.gcd(steps, together))
     unbroken = build(**AVERAGING)
@@ -215,7 +211,6 @@ def test_early_stopping_returns_to_a_shorter_last_epoch(tmp_path):
     assert int(np.asarray(model.optimizer.iterations)) == 11
 
 
-@pytest.mark.backend
 def test_the_length_of_an_epoch_may_change_and_changes_no_weight(tmp_path):
     unbroken = build(**AVERAGING)
     train(unbroken, tmp_path / "unbroken", 4, steps_per_epoch=12)
@@ -226,6 +221,10 @@ def test_the_length_of_an_epoch_may_change_and_changes_no_weight(tmp_path):
     # Of the steps to 8 and to 12.
     assert len(train(resumed, tmp_path / "resumed", 4, steps_per_epoch=4)) == 2
     assert_same_state(kept(resumed), kept(unbroken))
+    # A longer training after an epoch that was shorter.
+    history = train(build(), tmp_path / "longer", 0, steps=4, steps_per_epoch=3)
+    longer = train(build(), tmp_path / "longer", 0, steps=9, steps_per_epoch=4)
+    assert len(longer) == 4 and longer[:2] == history
 
 
 class Sends(keras.callbacks.Callback):
@@ -240,44 +239,36 @@ class Sends(keras.callbacks.Callback):
             os.kill(os.getpid(), number)
 
 
-PROGRAM = """
-import os, sys
+KILLED = """
+import signal, sys
 sys.path.insert(0, "tests")
-import numpy as np
-from test_fitting import Checkpoints, Sends, build, state, train
-folder, number = sys.argv[1:]
-if number == "9":
-    Checkpoints.seconds, Checkpoints.largest_share = 0, float("inf")
-model = build()
-train(model, folder, 3, steps_per_epoch=9, callbacks=[Sends(5, int(number))] * (number != "0"))
-np.savez(folder + "/state.npz", *state(model))
+from test_fitting import Checkpoints, Sends, build, train
+Checkpoints.seconds, Checkpoints.largest_share = 0, float("inf")
+train(build(), sys.argv[1], 3, steps_per_epoch=9, callbacks=[Sends(5, signal.SIGKILL)])
 """
 
 
-def process_of(folder, number):
-    """A process that trains 9 steps in one epoch and sends itself a signal; 0 for none."""
-    root = pathlib.Path(__file__).parent.parent
-    command = [sys.executable, "-c", PROGRAM, str(folder), str(int(number))]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-
-
 @pytest.mark.system
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_process_that_was_killed_is_resumed_bit_for_bit(tmp_path, number):
+def test_a_process_that_was_killed_is_resumed_bit_for_bit(tmp_path, capsys):
     unbroken = build()
     train(unbroken, tmp_path / "unbroken", 3, steps_per_epoch=9)
-    killed = process_of(tmp_path / "resumed", number)
-    assert killed.returncode == -number, killed.stderr
-    # It was killed with step 4 on disk, and ended by itself once it had saved step 5.
-    step = 4 if number == signal.SIGKILL else 5
-    assert checkpoints(tmp_path / "resumed")[-1:] == names(step)
-    told = "\nended by SIGTERM; step 5 is saved: run the same command to go on\n"
-    assert killed.stderr.endswith(told) == (number == signal.SIGTERM)
-    resumed = process_of(tmp_path / "resumed", 0)
-    assert resumed.returncode == 0 and "step " + str(step) + " to 9" in resumed.stderr
-    with np.load(tmp_path / "resumed" / "state.npz") as values:
-        assert_same_state(state(unbroken), list(values.values()))
+    root = pathlib.Path(__file__).parent.parent
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "resumed")],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    # In the middle of its only epoch, with step 4 on disk. Other signals: test_faults.py.
+    assert checkpoints(tmp_path / "resumed")[-1:] == names(4)
+    resumed = build(seed=5)
+    keras.utils.set_random_seed(1)
+    capsys.readouterr()
+    train(resumed, tmp_path / "resumed", 3, steps_per_epoch=9)
+    assert "step 4 to 9" in capsys.readouterr().err
+    assert_same_state(state(resumed), state(unbroken))
 
 
 def handlers():
@@ -365,7 +356,6 @@ def test_the_clock_decides_when_to_save(tmp_path, monkeypatch):
     assert saved == names(5, 13, 21, 29, 30)
 
 
-@pytest.mark.backend
 def test_checkpoints_of_earlier_versions_are_read(tmp_path):
     """They were saved after an epoch alone, without random states and beside a history."""
     model = build(**AVERAGING)
@@ -396,20 +386,20 @@ def test_random_layers_begin_with_numbers_of_their_own():
     assert found[0] == found[2] and len({*found[0], *found[1]}) == 4
 
 
-@pytest.mark.backend
 def test_dropout_differs_between_seeds(tmp_path):
     states = []
     for seed in (0, 1):
         model = build()
-        train(model, tmp_path / str(seed), 2, seed=seed)
+        train(model, tmp_path / str(seed), 1, seed=seed)
         states.append(state(model)[0])
     assert np.abs(states[0] - states[1]).max() > 0
 
 
-def test_speed_is_told_and_returned(compiled, tmp_path, monkeypatch, capsys):
+def test_speed_is_told_returned_and_written(compiled, tmp_path, monkeypatch, capsys, tiny_config):
     monkeypatch.setattr(module, "peak_flops", lambda: 1e9)
     monkeypatch.setattr(module, "peak_memory", lambda: 3 * 2**30)
-    speed = train(build(), tmp_path, 2, whole=True).speed
+    config = override(tiny_config(), {"log": "csv"})
+    speed = train(build(), tmp_path, 2, whole=True, config=config).speed
     assert set(speed) == {"images_per_second", "flops_per_step", "share_of_peak", "device_bytes"}
     steps_per_second = speed["images_per_second"] / 8
     assert speed["share_of_peak"] == pytest.approx(steps_per_second * speed["flops_per_step"] / 1e9)
@@ -419,8 +409,13 @@ def test_speed_is_told_and_returned(compiled, tmp_path, monkeypatch, capsys):
         "device memory",
         told,
     )
+    assert len(rows(tmp_path)) == 2
+    for row in rows(tmp_path):
+        assert row["device_bytes"] == str(3 * 2**30)
+        work = float(row["images_per_second"]) / 8 * float(row["flops_per_step"])
+        assert float(row["share_of_peak"]) == pytest.approx(work / 1e9)
     # There is nothing left to do, and so nothing to tell.
-    assert train(build(), tmp_path, 2, whole=True).speed == {}
+    assert train(build(), tmp_path, 2, whole=True, config=config).speed == {}
 
 
 def test_speed_leaves_out_compilation_and_validation(monkeypatch):
@@ -442,9 +437,10 @@ def test_speed_leaves_out_compilation_and_validation(monkeypatch):
 
 
 def test_a_finished_run_trains_no_further(tmp_path):
-    model = build()
+    # With averages, which the result is: not what the last checkpoint has as weights.
+    model = build(**AVERAGING)
     history = train(model, tmp_path, 2)
-    after = build(seed=5)
+    after = build(seed=5, **AVERAGING)
 
     def no_batches(first_step, steps):
         raise AssertionError("batches were asked for")
@@ -491,12 +487,6 @@ def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
     assert not any(path.name.startswith(".") for path in folder.iterdir())
 
 
-def test_keeps_the_last_two_checkpoints(tmp_path):
-    train(build(), tmp_path, 4)
-    assert checkpoints(tmp_path) == names(9, 12)
-    assert len(list((tmp_path / "checkpoints" / "f").iterdir())) == 2
-
-
 def test_the_history_can_be_read_meanwhile(tmp_path):
     assert stored_history(epath.Path(tmp_path), STEPS_PER_EPOCH) == []
     history = train(build(), tmp_path, 2)
@@ -536,15 +526,15 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
         train(build(), tmp_path, 2)
 
 
-@pytest.mark.parametrize("text", ["7", "[7]", "{", '[{"loss": "low"}]', "[[1.0]]", "[" * 100_000])
-def test_a_history_that_is_none_counts_as_damage(tmp_path, text):
+def test_a_history_that_is_none_counts_as_damage(tmp_path):
     train(build(), tmp_path, 1)
-    with h5py.File(tmp_path / "checkpoints" / "f" / names(3)[0], "a") as parts:
-        del parts["vqbeam/history"]
-        parts["vqbeam/history"] = text
-    assert stored_history(epath.Path(tmp_path), STEPS_PER_EPOCH) == []
-    with pytest.raises(VqbeamError, match="step-00000003.* does not match this run's model"):
-        train(build(), tmp_path, 2)
+    for text in ("7", "[7]", "{", '[{"loss": "low"}]', "[[1.0]]", "[" * 100_000):
+        with h5py.File(tmp_path / "checkpoints" / "f" / names(3)[0], "a") as parts:
+            del parts["vqbeam/history"]
+            parts["vqbeam/history"] = text
+        assert stored_history(epath.Path(tmp_path), STEPS_PER_EPOCH) == [], text
+        with pytest.raises(VqbeamError, match="step-00000003.* does not match this run's model"):
+            train(build(), tmp_path, 2)
 
 
 def test_stray_files_among_checkpoints_are_left_alone(tmp_path):
@@ -564,7 +554,7 @@ def test_stray_files_among_checkpoints_are_left_alone(tmp_path):
     assert len(list(own.iterdir())) == 6 + 2 and (own.parent / ".DS_Store").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x89HDF and no more", None])
+@pytest.mark.parametrize("content", [b"", None])
 def test_goes_back_where_the_last_checkpoint_is_damaged(tmp_path, capsys, content):
     unbroken = build()
     expected = train(unbroken, tmp_path / "unbroken", 3)
@@ -584,14 +574,13 @@ def test_goes_back_where_the_last_checkpoint_is_damaged(tmp_path, capsys, conten
 
 
 @pytest.mark.backend
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_ends_training(tmp_path, bad):
+def test_a_loss_that_is_no_number_ends_training(tmp_path):
     train(build(), tmp_path, 1)
     spoilt = NUMBERS.copy()
-    spoilt[10] = bad
+    spoilt[10] = math.nan
     batches = pairs(tf.data.Dataset.from_tensor_slices(spoilt).batch(8, True).repeat())
     data = TrainingData(batches=lambda first_step, steps: batches.batch(steps))
-    with pytest.raises(VqbeamError, match="loss became (nan|inf) at step 2 .*lower learning rate"):
+    with pytest.raises(VqbeamError, match="loss became nan at step 2 .*lower learning rate"):
         train(build(), tmp_path, 3, data=data)
     # The last good state is there, and no other.
     assert checkpoints(tmp_path) == names(3)
@@ -629,15 +618,6 @@ def test_validation_measures_the_average_and_leaves_the_weights(tmp_path):
     assert kept[0].evaluate(data, verbose=0) != pytest.approx(measured, rel=1e-5)
 
 
-def test_a_run_broken_off_after_its_last_epoch_ends_with_the_average(tmp_path):
-    model = build(**AVERAGING)
-    train(model, tmp_path, 2)
-    again = build(seed=5, **AVERAGING)
-    train(again, tmp_path, 2)
-    for one, other in zip(model.weights, again.weights, strict=True):
-        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
-
-
 @pytest.mark.backend
 def test_half_precision_keeps_an_average_too(tmp_path):
     model = build(**AVERAGING)
@@ -648,7 +628,6 @@ def test_half_precision_keeps_an_average_too(tmp_path):
     assert history[-1]["val_loss"] == pytest.approx(model.evaluate(data, verbose=0), rel=1e-5)
 
 
-@pytest.mark.backend
 def test_metrics_are_written_once_an_epoch_whatever_was_killed(tmp_path, tiny_config, monkeypatch):
     config = override(tiny_config(), {"log": "csv"})
     train(build(), tmp_path / "unbroken", 3, config=config)
@@ -690,26 +669,9 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
-def test_the_speed_of_each_epoch_is_written(compiled, tmp_path, monkeypatch, tiny_config):
-    monkeypatch.setattr(module, "peak_flops", lambda: 1e9)
-    monkeypatch.setattr(module, "peak_memory", lambda: 3 * 2**30)
-    train(build(), tmp_path, 3, config=override(tiny_config(), {"log": "csv"}))
-    for row in rows(tmp_path):
-        assert row["device_bytes"] == str(3 * 2**30)
-        work = float(row["images_per_second"]) / 8 * float(row["flops_per_step"])
-        assert float(row["share_of_peak"]) == pytest.approx(work / 1e9)
-
-
 def test_without_being_asked_only_tensorboard_is_written(tmp_path, tiny_config):
     train(build(), tmp_path, 1, config=tiny_config())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "logs"]
-
-
-def test_further_callbacks_are_called(tmp_path):
-    epochs = []
-    callback = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: epochs.append(epoch))
-    train(build(), tmp_path, 2, callbacks=[callback])
-    assert epochs == [0, 1]
 
 
 def test_save_and_load(tmp_path):
@@ -724,7 +686,6 @@ def test_save_and_load(tmp_path):
     )
 
 
-@pytest.mark.backend
 def test_a_stored_model_has_its_weights_and_nothing_of_the_optimizer(tmp_path):
     model, path = build(), epath.Path(tmp_path) / "model.keras"
     train(model, tmp_path, 1)

@@ -14,7 +14,7 @@ def quiet():
 @pytest.mark.slow
 @pytest.mark.parametrize("target", fuzz.TARGETS)
 def test_what_others_give(target):
-    for seed in range(300 if target == "images" else 25):
+    for seed in range(200 if target == "images" else 20):
         fuzz.run_case(target, seed)
 
 

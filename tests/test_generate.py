@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from etils import epath
+from measured_run import add_models
 from PIL import Image
 
 from vqbeam.configs import VqbeamError
@@ -14,7 +15,6 @@ from vqbeam.pipelines.sampling.api import Run
 from vqbeam.pipelines.sampling.sample import sample
 from vqbeam.pipelines.stages import generate as generate_module
 from vqbeam.pipelines.stages.generate import generate
-from vqbeam.vqvae.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -40,10 +40,23 @@ def expected(finished_run, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pngs(finished_run, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("generated") / "new" / "pngs"
-    generate(str(finished_run.root), output=str(folder), **ORDER)
-    return folder
+def generated(finished_run, tmp_path_factory):
+    """Returns the folder of a whole order of a format, which is not to be changed."""
+    made = {}
+
+    def folder_of(form):
+        if form not in made:
+            made[form] = tmp_path_factory.mktemp("generated") / "new" / form
+            order = ORDER | {"form": form, "output": str(made[form])}
+            generate(str(finished_run.root), **order)
+        return made[form]
+
+    return folder_of
+
+
+@pytest.fixture
+def pngs(generated):
+    return generated("png")
 
 
 def contents(folder):
@@ -109,9 +122,11 @@ def test_the_workers_do_not_matter(finished_run, pngs, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["png", "npz", "tfrecord"])
-def test_goes_on_with_the_shards_that_are_missing(finished_run, tmp_path, monkeypatch, form):
+def test_goes_on_with_the_shards_that_are_missing(
+    finished_run, generated, tmp_path, monkeypatch, form
+):
     order = ORDER | {"form": form, "output": str(tmp_path / "new")}
-    drawn, fails = [], True
+    whole, drawn, fails = generated(form), [], True
     sample_rows = Run.sample_rows
 
     def failing(run, labels, seed, settings, first, on_batch):
@@ -131,8 +146,6 @@ def test_goes_on_with_the_shards_that_are_missing(finished_run, tmp_path, monkey
     generate(str(finished_run.root), **order)
     # The runner may give up before or after the third shard; what it had drawn is not done again.
     assert sorted(drawn) == [0, 3, 6] and len(before) < 3
-    whole = tmp_path / "whole"
-    generate(str(finished_run.root), **order | {"output": str(whole)})
     assert contents(tmp_path / "new") == contents(whole)
 
 
@@ -160,10 +173,10 @@ DAMAGE = [
 
 @pytest.mark.parametrize(("form", "damage", "again"), DAMAGE)
 def test_a_lost_shard_is_sampled_again_and_no_other(
-    finished_run, tmp_path, monkeypatch, form, damage, again
+    finished_run, generated, tmp_path, monkeypatch, form, damage, again
 ):
     order = ORDER | {"form": form, "output": str(tmp_path / "new")}
-    generate(str(finished_run.root), **order)
+    shutil.copytree(generated(form), tmp_path / "new")
     before = contents(tmp_path / "new")
     damage(tmp_path / "new")
     sample_rows, sampled = Run.sample_rows, []
@@ -227,16 +240,9 @@ def test_a_run_that_was_trained_anew_meanwhile(finished_run, tmp_path, monkeypat
         generate(str(finished_run.root), output=str(tmp_path / "new"), **ORDER)
 
 
-def test_a_run_without_classes(tmp_path):
-    from pipeline_fixtures import small_config, write_images
-
-    from vqbeam.pipelines.cli.stage_commands import STAGES
-    from vqbeam.pipelines.run import run_stages
-
-    write_images(tmp_path / "source", 12, classes=())
-    config = small_config(f"folder:{tmp_path / 'source'}")
-    run = RunFolder(tmp_path / "run")
-    run_stages(config, str(run.root), STAGES, ["--runner=FnApiRunner"])
+def test_a_run_without_classes(prepared_run, tiny_config, tmp_path):
+    run, pixels = prepared_run(tiny_config(sample__batch_size=3), labels=())
+    add_models(run, pixels, labels=())
     order = ORDER | {"labels": None, "form": "tfrecord", "output": str(tmp_path / "new")}
     generate(str(run.root), **order)
     builder = tfds.builder_from_directory(str(tmp_path / "new"))

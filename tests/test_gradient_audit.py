@@ -195,8 +195,14 @@ def test_families_without_a_codebook(make, quantizer):
         set_estimator(model, "none")
 
 
-@pytest.mark.backend
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("ema", marks=pytest.mark.backend),
+        "residual",
+        pytest.param("hierarchical", marks=pytest.mark.backend),
+    ],
+)
 def test_the_model_stays_as_it_was(make, name):
     model = make(**VARIANTS[name], restart_below=0.5)
     before = [array(variable) for variable in model.variables]
@@ -244,12 +250,12 @@ def test_training_with_and_without(tiny_config):
     model.initialize_codebook(batches[0], "data", config.seed)
     first = array(losses_of(model, model(batches[0]), batches[0])["reconstruction"])
     model.compile(build_optimizer(config.vqvae))
-    for batch in batches[:30]:
+    for batch in batches[:5]:
         model.train_on_batch(batch)
-    last = array(losses_of(model, model(batches[30]), batches[30])["reconstruction"])
+    sixth = array(losses_of(model, model(batches[5]), batches[5])["reconstruction"])
     for found in errors.values():
         assert len(found) == 31
         # The estimator changes no value, only the gradient.
         np.testing.assert_allclose(found[0], first, rtol=1e-5)
-    np.testing.assert_allclose(errors["straight_through"][-1], last, rtol=1e-3)
+    np.testing.assert_allclose(errors["straight_through"][5], sixth, rtol=1e-3)
     assert sum(errors["straight_through"][-5:]) < sum(errors["none"][-5:])

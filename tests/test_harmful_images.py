@@ -94,9 +94,13 @@ print(said, (peak() - before) // 1024, time.process_time() - start, sep="|")
 """
 
 
+# To crop and to pad differ for what is large, or long in one direction.
+CASES = [(name, "crop") for name in (*REFUSED, *TAKEN) if name != "other.png"]
+CASES += [(name, "pad") for name in ("wide.png", "tall.png", "largest.png")]
+
+
 @pytest.mark.system
-@pytest.mark.parametrize("fit", ["crop", "pad"])
-@pytest.mark.parametrize("name", [*REFUSED, *TAKEN])
+@pytest.mark.parametrize(("name", "fit"), CASES)
 def test_memory_and_time_are_bounded(folder, name, fit):
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(folder / name), fit],

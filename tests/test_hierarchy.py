@@ -14,7 +14,7 @@ from vqbeam.vqvae.model import scale_images
 from vqbeam.vqvae.quantizers.residual import ResidualQuantizer
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
-pytestmark = [pytest.mark.backend, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 VARIANCE = 0.3
 
@@ -39,6 +39,7 @@ def make(tiny_config):
     return build
 
 
+@pytest.mark.backend
 def test_in_numpy(make):
     model, images = make(commitment=0.6, codebook_update="gradient"), scaled(5)
     assert model.layout == CodeLayout(12, ((1, 2), (2, 4)))
@@ -90,6 +91,7 @@ def test_encode_and_decode_agree_with_call(make):
         assert (array(model.decode(other)) != decoded).any()
 
 
+@pytest.mark.backend
 def test_fit_moves_every_part_and_counts_both_codebooks(make):
     model = make(restart_below=0.0)
     before = {path.path: array(path) for path in model.weights}

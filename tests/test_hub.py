@@ -118,12 +118,16 @@ def commands(tmp_path):
     return run
 
 
+@pytest.fixture
+def published(finished_run, tmp_path):
+    """The files of a repository, which `push` has written into a folder."""
+    push(str(finished_run.root), str(tmp_path / "published"))
+    return files_in(tmp_path / "published")
+
+
 @pytest.mark.system
-def test_published_in_one_commit_and_used_by_name(finished_run, tmp_path, commands):
-    with hub(NAME, {}, "models") as repository:
-        said = commands(repository, "push", finished_run.root, f"hf://{NAME}")
-        assert said.splitlines()[-1] == f"published: {repository.endpoint}/{NAME}"
-        assert set(repository.files) == PUBLISHED and repository.commits == 1
+def test_used_by_name(finished_run, published, tmp_path, commands):
+    with hub(NAME, published, "models") as repository:
         drawn = tmp_path / "drawn.npz"
         words = ("--num", 4, "--seed", 1, "--output", drawn)
         commands(repository, "sample", f"hf://{NAME}@main", *words)
@@ -136,11 +140,10 @@ def test_published_in_one_commit_and_used_by_name(finished_run, tmp_path, comman
 
 
 @pytest.mark.system
-def test_trained_on_and_encoded_with_by_name(finished_run, tmp_path, commands):
+def test_trained_on_and_encoded_with_by_name(finished_run, published, tmp_path, commands):
     preset = write_preset(tmp_path / "preset.py", finished_run.load_config())
     source = finished_run.load_config().data.source
-    with hub(NAME, {}, "models") as repository:
-        commands(repository, "push", finished_run.root, f"hf://{NAME}")
+    with hub(NAME, published, "models") as repository:
         words = ("--model", f"hf://{NAME}", "--data.source", source, "--data.max-failed", 0.1)
         said = commands(repository, "encode", *words, "--output", tmp_path / "codes")
         model = finished_run.result_hash("train-vqvae")[:16]
@@ -152,7 +155,7 @@ def test_trained_on_and_encoded_with_by_name(finished_run, tmp_path, commands):
 
 
 @pytest.mark.system
-def test_killed_while_files_are_sent_and_run_again(finished_run, tmp_path, commands):
+def test_published_in_one_commit_even_when_killed(finished_run, tmp_path, commands):
     log = tmp_path / "killed.txt"
     with hub(NAME, {}, "models") as repository:
 
@@ -165,8 +168,9 @@ def test_killed_while_files_are_sent_and_run_again(finished_run, tmp_path, comma
 
         killed("push", finished_run.root, f"hf://{NAME}")
         assert not repository.files and not repository.commits
-        commands(repository, "push", finished_run.root, f"hf://{NAME}")
-        assert set(repository.files) == PUBLISHED
+        said = commands(repository, "push", finished_run.root, f"hf://{NAME}")
+        assert said.splitlines()[-1] == f"published: {repository.endpoint}/{NAME}"
+        assert set(repository.files) == PUBLISHED and repository.commits == 1
         killed("inspect", f"hf://{NAME}")
         assert "bits per dimension" in commands(repository, "inspect", f"hf://{NAME}")
         # What was damaged on the way, or on this disk, is not used.

@@ -1,6 +1,7 @@
 """Checks that the table of faults fits the code: it names code, files and tests that exist."""
 
 import ast
+import functools
 import pathlib
 
 import pytest
@@ -10,6 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 MUTANTS = [mutant for faults in FAULTS.values() for mutant in faults]
 
 
+@functools.cache
 def without_docstrings(source):
     """The code of a file, in which no comment and no docstring is left."""
     tree = ast.parse(source)

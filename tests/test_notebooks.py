@@ -18,7 +18,7 @@ def test_there_are_notebooks():
     assert [path.stem for path in NOTEBOOKS] == ["images-to-new-ones", "inside-a-vqvae"]
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("VQBEAM_SMOKE", "1")

@@ -1,3 +1,4 @@
+import json
 import os
 import pathlib
 import shutil
@@ -6,6 +7,9 @@ import sys
 import zipfile
 
 import pytest
+from pipeline_fixtures import write_tfds
+
+from vqbeam.pipelines.sources.glyphs import LETTERS, SIZE
 
 pytestmark = pytest.mark.system
 
@@ -69,10 +73,15 @@ def test_an_installed_wheel_works_without_the_checkout(built, tmp_path):
     elsewhere.mkdir()
     install = ("install", "-q", "--no-deps", "--target", target, wheel)
     run(sys.executable, "-m", "pip", *install, cwd=elsewhere)
+    # Noise in place of all the letters, which take a minute to draw.
+    counts = {"train": 70, "test": 20}
+    write_tfds(tmp_path / "tfds", "glyphs", "1.0.0", (SIZE, SIZE, 3), counts, LETTERS)
     place = {"PYTHONPATH": str(target), "TFDS_DATA_DIR": str(tmp_path / "tfds")}
     words = ("run", "glyphs", "--smoke", "--run-dir", "runs/glyphs")
     said = run(sys.executable, target / "bin" / "vqbeam", *words, cwd=elsewhere, **place)
     assert "new images: runs/glyphs/samples/samples.png" in said
+    manifest = json.loads((elsewhere / "runs/glyphs/images/manifest.json").read_text())
+    assert manifest["label_names"] == list(LETTERS) and manifest["counts"]["train"] == 64
     assert (elsewhere / "runs/glyphs/report.html").stat().st_size > 10_000
     # The first example in Python of the README.
     example = """

@@ -8,8 +8,6 @@ from vqbeam.vqvae.fitting import program as module
 from vqbeam.vqvae.fitting.data import TrainingData, training_data
 from vqbeam.vqvae.fitting.program import steps_per_call, training_program
 
-pytestmark = pytest.mark.backend
-
 NUMBERS = np.random.default_rng(0).normal(size=(20, 5)).astype("float32")
 STEPS = 12
 
@@ -67,7 +65,7 @@ def one_by_one():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("together", [2, 6, 12])
+@pytest.mark.parametrize("together", [pytest.param(6, marks=pytest.mark.backend), 12])
 def test_steps_together_train_as_one_by_one(one_by_one, together):
     expected, _, losses = one_by_one
     model, logs, found = trained(held_data(), together)
@@ -78,6 +76,7 @@ def test_steps_together_train_as_one_by_one(one_by_one, together):
     assert int(np.asarray(model.optimizer.iterations)) == 2 * STEPS
 
 
+@pytest.mark.backend
 @pytest.mark.slow
 def test_training_is_that_of_keras(one_by_one):
     expected, logs, _ = one_by_one
@@ -97,6 +96,7 @@ def test_nothing_of_the_data_stays_with_the_model(one_by_one):
     model.fit(NUMBERS[:, :4], NUMBERS[:, 4:], verbose=0)
 
 
+@pytest.mark.backend
 @pytest.mark.slow
 def test_the_program_is_compiled_once(compiled):
     traces = []
@@ -136,6 +136,7 @@ class Watch(keras.callbacks.Callback):
             self.compiled.append(event)
 
 
+@pytest.mark.backend
 @pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX counts what it compiles")
 def test_a_call_sends_row_numbers_and_compiles_nothing(monkeypatch):
@@ -159,7 +160,7 @@ def test_a_call_sends_row_numbers_and_compiles_nothing(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("together", [1, 4])
+@pytest.mark.parametrize("together", [1, pytest.param(4, marks=pytest.mark.backend)])
 def test_operations_of_a_step(compiled, together):
     model = build()
     with training_program(model, held_data(), together) as program:
@@ -170,6 +171,7 @@ def test_operations_of_a_step(compiled, together):
     assert products < program.flops < 3 * products
 
 
+@pytest.mark.backend
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="TensorFlow does not tell")
 def test_too_little_memory_is_told_before_training(monkeypatch):
     monkeypatch.setattr(module, "device_memory", lambda: 500)

@@ -4,8 +4,6 @@ import pytest
 
 import vqbeam
 
-pytestmark = pytest.mark.backend
-
 
 def blobs(count=64):
     """Images [N, 8, 8, 1] of one soft spot each."""
@@ -29,7 +27,10 @@ def autoencoder(**settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"update": "gradient"}, {"restart_below": 0.1}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"update": "gradient"}, pytest.param({"restart_below": 0.1}, marks=pytest.mark.backend)],
+)
 def test_an_autoencoder_of_ones_own(settings, tmp_path):
     images, model = blobs(), autoencoder(**settings)
     layer = model.get_layer("codes")
@@ -46,6 +47,7 @@ def test_an_autoencoder_of_ones_own(settings, tmp_path):
     )
 
 
+@pytest.mark.backend
 def test_tensor_in_tensor_out_and_the_losses_added():
     layer = vqbeam.VectorQuantizer(16, 4, update="gradient", commitment=0.5)
     z = np.random.default_rng(0).normal(size=(2, 3, 4)).astype("float32")

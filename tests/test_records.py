@@ -1,6 +1,4 @@
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -77,8 +75,7 @@ def codes(tmp_path):
     return (*write_dataset(tmp_path / "codes", features, examples), examples)
 
 
-@pytest.mark.parametrize("names", [(), ("hut", "schuhe")])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("names", "channels"), [((), 1), (("hut", "schuhe"), 3)])
 def test_images_round_trip(tmp_path, names, channels):
     shape = (6, 5, channels)
     images = np.random.default_rng(0).integers(0, 256, (9, *shape), np.uint8)
@@ -126,9 +123,13 @@ def test_the_label_of_an_example():
     assert attributes.dtype == tf.int32 and attributes.numpy().tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("names", [(), ("a", "b", "c")])
 @pytest.mark.parametrize(
-    ("num_codes", "dtype"), [(500, "uint16"), (2**16, "uint16"), (2**16 + 1, "uint32")]
+    ("names", "num_codes", "dtype"),
+    [
+        ((), 500, "uint16"),
+        (("a", "b", "c"), 2**16, "uint16"),
+        (("a", "b", "c"), 2**16 + 1, "uint32"),
+    ],
 )
 def test_codes_round_trip(tmp_path, names, num_codes, dtype):
     examples = code_examples(6, num_codes=num_codes, label=bool(names))
@@ -201,9 +202,9 @@ def test_every_core_decodes_a_batch_within_bounds(monkeypatch, megabytes, cores,
     assert batches_at_once(megabytes * 2**20) == expected
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("labels", [Labels(), ABC, Labels(("a", "b"), "attributes")])
+@pytest.mark.parametrize(
+    ("labels", "channels"), [(Labels(), 1), (ABC, 3), (Labels(("a", "b"), "attributes"), 1)]
+)
 def test_image_batches_are_what_tfds_reads(tmp_path, labels, channels):
     shape = (6, 5, channels)
     numbers = np.random.default_rng(0)
@@ -228,16 +229,6 @@ def test_image_batches_are_what_tfds_reads(tmp_path, labels, channels):
                 np.testing.assert_array_equal(ours[name].numpy(), value)
 
 
-SERIALIZE = """
-import numpy as np
-from vqbeam.vqvae.storage.records import serialize
-codes = np.arange(4, dtype="uint16").reshape(2, 2)
-for order in [("codes", "key", "label"), ("label", "key", "codes")]:
-    values = {"codes": codes, "key": "k", "label": 1}
-    print(serialize({name: values[name] for name in order}).hex())
-"""
-
-
 @pytest.mark.parametrize("kind", ["classes", "attributes"])
 @pytest.mark.parametrize("content", ["image", "codes", "levels"])
 def test_serialize_writes_what_tfds_writes(content, kind):
@@ -257,20 +248,6 @@ def test_serialize_writes_what_tfds_writes(content, kind):
     theirs = features.serialize_example(features.encode_example(own | label))
     found = tf.train.Example.FromString(serialize(own | label))
     assert found == tf.train.Example.FromString(theirs) and len(found.features.feature) == 3
-
-
-@pytest.mark.system
-def test_serialize_gives_the_same_bytes_in_every_process():
-    # Left alone, protobuf orders the features by an address, which differs between processes.
-    processes = [
-        subprocess.Popen([sys.executable, "-c", SERIALIZE], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    outputs = [process.communicate()[0] for process in processes]
-    lines = "".join(outputs).split()
-    assert len(lines) == 4 and len(set(lines)) == 1
-    names = [bytes.fromhex(lines[0]).index(name) for name in (b"codes", b"key", b"label")]
-    assert names == sorted(names)
 
 
 def test_write_shard(tmp_path):
@@ -335,10 +312,10 @@ def test_each_pass_holds_each_example_once_in_another_order(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [4, 5, 10, 13])
+@pytest.mark.parametrize("batch_size", [4, 10, 13])
 def test_begins_at_any_step(seed, batch_size):
     unbroken = stream(12, batch_size=batch_size, seed=seed)
-    for first_step in range(12):
+    for first_step in (1, 2, 5, 7, 11):
         rest = stream(12 - first_step, batch_size=batch_size, first_step=first_step, seed=seed)
         assert rest == unbroken[first_step:]
 

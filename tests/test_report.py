@@ -2,8 +2,6 @@ import pathlib
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 
 import matplotlib
 import numpy as np
@@ -45,6 +43,12 @@ def run(finished_run, tmp_path):
     """A copy of a finished run, to be changed."""
     without = shutil.ignore_patterns("evaluation")  # other tests may have evaluated it
     return RunFolder(shutil.copytree(finished_run.root, tmp_path / "run", ignore=without))
+
+
+@pytest.fixture(scope="module")
+def page(finished_run, tmp_path_factory):
+    """The page about a finished run, for all tests that only look at it."""
+    return page_of(finished_run, output=tmp_path_factory.mktemp("page") / "page.html")
 
 
 def page_of(*runs, output):
@@ -124,10 +128,10 @@ def test_a_finished_run(run, capsys):
 
 
 @pytest.mark.slow
-def test_pictures_are_those_of_the_run(run, tmp_path):
-    page = page_of(run, output=tmp_path / "page.html")
-    originals = np.stack([e["image"] for e in read_records(run.folder("prepare"))["validation"]])
-    copies = vqbeam.open(run.root).reconstruct(originals)
+def test_pictures_are_those_of_the_run(finished_run, page):
+    records = read_records(finished_run.folder("prepare"))["validation"]
+    originals = np.stack([example["image"] for example in records])
+    copies = vqbeam.open(finished_run.root).reconstruct(originals)
     colours = matplotlib.colormaps["inferno"]
     assert len(page.all("div", class_="tile")) == min(len(originals), 16) > 0
     for number, (original, copy) in enumerate(zip(originals, copies, strict=True), 1):
@@ -141,8 +145,8 @@ def test_pictures_are_those_of_the_run(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_codes_are_counted_and_shown(run, tmp_path):
-    page = page_of(run, output=tmp_path / "page.html")
+def test_codes_are_counted_and_shown(finished_run, page):
+    run = finished_run
     codes = np.stack([example["codes"] for example in read_records(run.folder("encode"))["train"]])
     shares = np.bincount(codes.ravel(), minlength=12) / codes.size
     order = np.argsort(-shares, kind="stable")
@@ -332,15 +336,3 @@ def test_codes_of_several_levels(prepared_run, tiny_config):
     grid = np.zeros((1, *opened.encode(pixels["train"][:1]).shape[1:]), int)
     grid[..., 0] = 1
     np.testing.assert_array_equal(decoded(most.uri)[..., :1], opened.decode(grid)[0])
-
-
-@pytest.mark.system
-def test_the_package_holds_the_template(tmp_path):
-    built = subprocess.run(
-        [sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path, "build", "-b", tmp_path],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert built.returncode == 0, built.stderr
-    assert (tmp_path / "lib" / "vqbeam" / "pipelines" / "report" / "page.html").exists()

@@ -14,7 +14,7 @@ playwright = pytest.importorskip(
     "playwright.sync_api", reason="needs pip install -e .[test-browser]"
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ from keras import layers
 
 from vqbeam.vqvae.resnet import NormalizedBlock, build_decoder, build_encoder
 
-pytestmark = pytest.mark.backend
-
 
 def array(tensor):
     return np.asarray(tensor).copy()
@@ -18,8 +16,9 @@ def settings(**changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("downsampling", [2, 4, 8, 16])
-@pytest.mark.parametrize("image_shape", [(32, 32, 3), (16, 48, 1)])
+@pytest.mark.parametrize(
+    ("downsampling", "image_shape"), [(2, (16, 48, 1)), (16, (32, 32, 3))], ids=["least", "most"]
+)
 def test_shapes(downsampling, image_shape):
     arguments = settings(downsampling=downsampling)
     encoder = build_encoder(image_shape, **arguments)
@@ -74,7 +73,8 @@ def conv3x3(conv, x):
     return sum(shifted) + array(conv.bias)
 
 
-@pytest.mark.parametrize("width", [4, 8])  # with and without a change of the channels
+# With and without a change of the channels.
+@pytest.mark.parametrize("width", [4, pytest.param(8, marks=pytest.mark.backend)])
 def test_block_in_numpy(width):
     keras.utils.set_random_seed(0)
     block = NormalizedBlock(width, groups=2)
@@ -104,11 +104,10 @@ def test_block_round_trip():
 
 @pytest.mark.slow
 def test_groups_divide_all_channels():
-    for width, groups in {8: 8, 12: 4, 48: 16, 64: 32, 5: 1}.items():
-        for build in (build_encoder, build_decoder):
-            model = build((8, 8, 3), **settings(width=width, residual_layers=0))
-            found = [layer for layer in model.layers if isinstance(layer, NormalizedBlock)]
-            assert {block.groups for block in found} == {groups}
+    for width, groups in {12: 4, 64: 32, 5: 1}.items():
+        model = build_encoder((8, 8, 3), **settings(width=width, residual_layers=0))
+        found = [layer for layer in model.layers if isinstance(layer, NormalizedBlock)]
+        assert {block.groups for block in found} == {groups}
 
 
 def test_a_mixed_policy_reaches_every_layer():

@@ -40,12 +40,15 @@ def sampler():
     return Sampler(build(), batch_size=8)
 
 
-SEVERAL_LEVELS = [pytest.param(layout, marks=pytest.mark.slow) for layout in (DEEP, PYRAMID)]
+SEVERAL_LEVELS = [
+    pytest.param(DEEP, marks=pytest.mark.slow),
+    pytest.param(PYRAMID, marks=[pytest.mark.slow, pytest.mark.backend]),
+]
 
 
 @pytest.fixture(scope="module", params=[FLAT, *SEVERAL_LEVELS], ids=CodeLayout.describe)
 def any_sampler(request):
-    """One sampler for each kind of layout."""
+    """One sampler for each kind of layout, of which JAX takes one."""
     return Sampler(build(layout=request.param), batch_size=8)
 
 
@@ -67,29 +70,24 @@ def clamps(layout):
 LABEL_ROWS = np.arange(8) % (LABELS + 1)
 
 
-def test_shape_range_and_seed(any_sampler):
-    codes = any_sampler(LABEL_ROWS, seed=1)
-    assert codes.shape == (8, *any_sampler.model.layout.shape) and codes.dtype == np.int32
-    assert codes.min() >= 0 and codes.max() < K
-    np.testing.assert_array_equal(any_sampler(LABEL_ROWS, seed=1), codes)
-    assert np.any(any_sampler(LABEL_ROWS, seed=2) != codes)
+def test_range_and_seed(sampler):
+    codes = sampler(LABEL_ROWS, seed=1)
+    assert codes.min() >= 0 and codes.max() < K and codes.dtype == np.int32
+    np.testing.assert_array_equal(sampler(LABEL_ROWS, seed=1), codes)
+    assert np.any(sampler(LABEL_ROWS, seed=2) != codes)
 
 
 @pytest.mark.backend
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_images_do_not_depend_on_the_batch(any_sampler, batch_size):
-    inputs, later = {}, {}
-    if batch_size == 3:
-        filters = dict(temperature=0.9, top_k=9, top_p=0.95, min_p=0.02)
-        settings = SamplerSettings(guidance=1.5, guidance_schedule="linear", **filters)
-        known, keep = clamps(any_sampler.model.layout)
-        inputs = {"settings": settings, "known": (known, keep)}
-        later = {"settings": settings, "known": (known[5:], keep)}
-    expected = any_sampler(LABEL_ROWS, seed=1, **inputs)
-    other = Sampler(any_sampler.model, batch_size)
-    np.testing.assert_array_equal(other(LABEL_ROWS, seed=1, **inputs), expected)
-    last = other(LABEL_ROWS[5:], seed=1, indices=np.arange(5, 8), **later)
+def test_images_do_not_depend_on_the_batch(sampler):
+    filters = dict(temperature=0.9, top_k=9, top_p=0.95, min_p=0.02)
+    settings = SamplerSettings(guidance=1.5, guidance_schedule="linear", **filters)
+    known, keep = clamps(FLAT)
+    expected = sampler(LABEL_ROWS, 1, settings, known=(known, keep))
+    other = Sampler(sampler.model, batch_size=3)
+    np.testing.assert_array_equal(other(LABEL_ROWS, 1, settings, known=(known, keep)), expected)
+    later = dict(indices=np.arange(5, 8), known=(known[5:], keep))
+    last = other(LABEL_ROWS[5:], 1, settings, **later)
     np.testing.assert_array_equal(last, expected[5:])
 
 
@@ -119,26 +117,10 @@ def test_on_batch_counts_images(sampler):
 
 
 @pytest.mark.backend
-def test_greedy_is_the_argmax_of_the_whole_sequence(any_sampler):
-    codes = any_sampler(LABEL_ROWS, 1, SamplerSettings(temperature=0))
-    best = whole_logits(any_sampler.model, codes, LABEL_ROWS).argmax(-1)
+def test_greedy_is_the_argmax_of_the_whole_sequence(sampler):
+    codes = sampler(LABEL_ROWS, 1, SamplerSettings(temperature=0))
+    best = whole_logits(sampler.model, codes, LABEL_ROWS).argmax(-1)
     np.testing.assert_array_equal(codes.reshape(8, -1), best)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(top_k=1),
-        dict(top_p=1e-6),
-        dict(min_p=0.999),
-        dict(temperature=1e-5),
-        dict(temperature=1e-30),
-    ],
-)
-def test_limits_of_the_settings_are_greedy(sampler, settings):
-    greedy = sampler(LABEL_ROWS, 1, SamplerSettings(temperature=0))
-    np.testing.assert_array_equal(sampler(LABEL_ROWS, 2, SamplerSettings(**settings)), greedy)
 
 
 def test_filters_that_keep_all_change_nothing(sampler):
@@ -147,14 +129,12 @@ def test_filters_that_keep_all_change_nothing(sampler):
         np.testing.assert_array_equal(sampler(LABEL_ROWS, 1, SamplerSettings(**settings)), expected)
 
 
-@pytest.mark.backend
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "interval"])
-def test_codes_follow_their_uniform_numbers(any_sampler, schedule):
+def test_codes_follow_their_uniform_numbers(any_sampler):
     layout = any_sampler.model.layout
-    inside = dict(guidance_start=0.3, guidance_end=0.8)
-    settings = SamplerSettings(temperature=0.7, guidance=1.5, guidance_schedule=schedule, **inside)
+    settings = SamplerSettings(temperature=0.7, guidance=1.5, guidance_schedule="linear")
     guidance = guidance_scales(settings, layout.length)
     codes = any_sampler(LABEL_ROWS, 1, settings)
+    assert codes.shape == (8, *layout.shape)
     with_class, without = (
         whole_logits(any_sampler.model, codes, labels).astype("float64")
         for labels in (LABEL_ROWS, np.full(8, LABELS))
@@ -189,7 +169,6 @@ def drawn_from(logits):
     return (cdf <= uniforms(1, np.arange(8), cdf.shape[1])[..., None]).sum(-1)
 
 
-@pytest.mark.backend
 def test_kept_codes_stay_and_the_others_follow_those_before_them(any_sampler):
     layout = any_sampler.model.layout
     known, keep = clamps(layout)
@@ -220,21 +199,20 @@ def test_nothing_and_everything_kept(sampler):
     np.testing.assert_array_equal(kept, known)
 
 
-@pytest.mark.backend
 @pytest.mark.slow
-@pytest.mark.parametrize("guidance", [1.0, 1.5])
-def test_between_two_classes(any_sampler, guidance):
+@pytest.mark.parametrize("guidance", [1.0, pytest.param(1.5, marks=pytest.mark.backend)])
+def test_between_two_classes(sampler, guidance):
     settings = SamplerSettings(guidance=guidance)
     others, blend = (LABEL_ROWS + 2) % LABELS, np.linspace(0, 1, 8)
-    codes = any_sampler(LABEL_ROWS, 1, settings, towards=(others, blend))
+    codes = sampler(LABEL_ROWS, 1, settings, towards=(others, blend))
     first, second, without = (
-        whole_logits(any_sampler.model, codes, labels).astype("float64")
+        whole_logits(sampler.model, codes, labels).astype("float64")
         for labels in (LABEL_ROWS, others, np.full(8, LABELS))
     )
     blend = blend[:, None, None]
     logits = without + guidance * ((1 - blend) * first + blend * second - without)
     np.testing.assert_array_equal(codes.reshape(8, -1), drawn_from(logits))
-    ends = any_sampler(LABEL_ROWS, 1, settings)[0]
+    ends = sampler(LABEL_ROWS, 1, settings)[0]
     np.testing.assert_array_equal(codes[0], ends)
 
 
@@ -255,18 +233,6 @@ def test_indices_choose_the_random_numbers(sampler):
     np.testing.assert_array_equal(codes[[1, 2]], sampler(np.zeros(5), seed=1)[[4, 0]])
 
 
-@pytest.mark.slow
-def test_frequencies_for_one_code():
-    model = build(layout=CodeLayout(K, ((1, 1),)))
-    codes = Sampler(model, 2000)(np.full(20_000, 2), 0, SamplerSettings(temperature=1.5)).ravel()
-    scores = whole_logits(model, np.zeros((1, 1, 1), "int32"), np.array([2])).ravel() / 1.5
-    expected = 20_000 * np.exp(scores) / np.exp(scores).sum()
-    counts = np.bincount(codes, minlength=K)
-    likely = expected > 5
-    chi_square = np.sum((counts - expected)[likely] ** 2 / expected[likely])
-    assert likely.sum() > 8 and chi_square < 35  # 30 is the 0.1% point for 10 degrees
-
-
 def test_guidance_zero_is_the_null_class(sampler):
     null = sampler(np.full(8, LABELS), seed=1)
     np.testing.assert_array_equal(sampler(LABEL_ROWS, 1, SamplerSettings(guidance=0)), null)
@@ -283,9 +249,7 @@ def test_guidance_one_is_the_class(sampler):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "layout", [CodeLayout(K, ((1, 1),)), CodeLayout(K, ((1, 7),)), DEEP, PYRAMID]
-)
+@pytest.mark.parametrize("layout", [CodeLayout(K, ((1, 1),)), CodeLayout(K, ((1, 7),))])
 def test_a_growing_cache_gives_the_same_codes(layout):
     model, length = build(layout=layout), layout.length
     images = {"labels": np.arange(4, dtype="int32"), "uniforms": uniforms(0, np.arange(4), length)}
@@ -378,7 +342,7 @@ def test_fast_is_bfloat16_but_for_the_logits():
 
 @pytest.mark.backend
 @pytest.mark.slow
-def test_fast_samples_by_the_exact_chances_within_rounding(any_sampler, compiled, monkeypatch):
+def test_fast_samples_by_the_exact_chances_within_rounding(sampler, compiled, monkeypatch):
     dtypes, step = set(), CodePrior.step
 
     def seen(model, x, caches, position):
@@ -386,9 +350,9 @@ def test_fast_samples_by_the_exact_chances_within_rounding(any_sampler, compiled
         return step(model, x, caches, position)
 
     monkeypatch.setattr(CodePrior, "step", seen)
-    codes = any_sampler(LABEL_ROWS, 1, SamplerSettings(precision="fast"))
+    codes = sampler(LABEL_ROWS, 1, SamplerSettings(precision="fast"))
     assert dtypes == {"bfloat16"}
-    model = any_sampler.model
+    model = sampler.model
     logits = whole_logits(model, codes, LABEL_ROWS).astype("float64")
     flat, length = codes.reshape(8, -1, 1), model.layout.length
     chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)

@@ -6,8 +6,6 @@ from vqbeam.prior.sampler import code_scorer
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.layout import CodeLayout
 
-pytestmark = pytest.mark.backend
-
 
 def build(layout):
     keras.utils.set_random_seed(3)
@@ -18,11 +16,9 @@ def build(layout):
     return prior
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [CodeLayout(11, ((2, 3),)), CodeLayout(11, ((2, 2),), 2), CodeLayout(11, ((1, 2), (2, 4)))],
-)
-def test_in_numpy_from_the_logits(layout):
+@pytest.mark.backend
+def test_in_numpy_from_the_logits():
+    layout = CodeLayout(11, ((2, 2),), 2)
     prior = build(layout)
     codes = np.random.default_rng(0).integers(11, size=(5, *layout.shape), dtype="int32")
     labels = np.array([0, 1, 2, -1, 1], "int32")

@@ -89,14 +89,6 @@ def test_draws_with_other_settings(served, top_k):
     np.testing.assert_array_equal(found["codes"], expected)
 
 
-def test_filters_of_the_run(signatures_of):
-    settings = SampleConfig(top_k=3, top_p=0.9, min_p=0.1, temperature=2.0)
-    _, prior, functions = signatures_of(settings)
-    found = call(functions["sample"], labels=LABELS, seed=1)
-    expected = Sampler(prior, 5)(LABELS, 1, settings)
-    np.testing.assert_array_equal(found["codes"], expected)
-
-
 def test_encodes_and_decodes(served):
     _, vqvae, _, functions = served
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
@@ -106,35 +98,41 @@ def test_encodes_and_decodes(served):
     assert np.abs(decoded - keras.ops.convert_to_numpy(vqvae.decode(codes))).max() <= 1
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"vqvae__quantizer": "residual", "vqvae__depth": 2},
-        {"vqvae__quantizer": "predictive"},
-        {"vqvae__quantizer": "fsq", "vqvae__fsq_levels": "4,3", "vqvae__grids": 2},
-    ],
+# The last two kinds of labels, and quantizers that decode in another way.
+NONE = dict(num_labels=0, vqvae__quantizer="predictive")
+ATTRIBUTES = dict(
+    conditioning="attributes",
+    vqvae__quantizer="fsq",
+    vqvae__fsq_levels="4,3",
+    vqvae__grids=2,
 )
-def test_no_operation_needs_xla(signatures_of, changes):
-    settings = SampleConfig(top_p=0.9)
-    vqvae, prior, functions = signatures_of(settings, **changes)
-    for function in functions.values():
-        found = operations(function)
-        assert "Placeholder" in found and not [name for name in found if name.startswith("Xla")]
-    found = call(functions["sample"], labels=LABELS, seed=3)
-    expected = Sampler(prior, 5)(LABELS, 3, settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "labels"),
+    [(NONE, [-1] * 4), (ATTRIBUTES, [[1, 0, 1], [0, 0, 0], [-1, -1, -1]])],
+    ids=["no labels", "attributes"],
+)
+def test_labels_and_models_of_other_kinds(signatures_of, changes, labels):
+    settings = SampleConfig(top_k=3, top_p=0.9, min_p=0.1, temperature=2.0)
+    _, prior, functions = signatures_of(settings, **changes)
+    given = "guidance" in str(functions["sample_with_settings"].structured_input_signature)
+    assert given == (prior.num_labels > 0)
+    assert_needs_no_xla(functions)
+    labels = np.array(labels, "int32")
+    found = call(functions["sample"], labels=labels, seed=3)
+    expected = Sampler(prior, len(labels))(labels, 3, settings)
     np.testing.assert_array_equal(found["codes"], expected)
 
 
-def test_labels_of_every_kind(signatures_of):
-    _, prior, functions = signatures_of(SampleConfig(), num_labels=0)
-    assert "guidance" not in str(functions["sample_with_settings"].structured_input_signature)
-    none = np.full(4, -1, "int32")
-    found = call(functions["sample"], labels=none, seed=3)["codes"]
-    np.testing.assert_array_equal(found, Sampler(prior, 4)(none, 3))
-    _, prior, functions = signatures_of(SampleConfig(), conditioning="attributes")
-    rows = np.array([[1, 0, 1], [0, 0, 0], [-1, -1, -1]], "int32")
-    found = call(functions["sample"], labels=rows, seed=3)["codes"]
-    np.testing.assert_array_equal(found, Sampler(prior, 3)(rows, 3))
+def assert_needs_no_xla(functions):
+    for function in functions.values():
+        found = operations(function)
+        assert "Placeholder" in found and not [name for name in found if name.startswith("Xla")]
+
+
+def test_no_operation_needs_xla(served):
+    assert_needs_no_xla(served[-1])
 
 
 def test_keras_is_left_as_it_was(served):

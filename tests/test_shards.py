@@ -168,11 +168,12 @@ def test_reports_are_json(run):
 
 ARENAS = """
 import ctypes, re, sys, tempfile, threading
-from etils import epath
-from vqbeam.pipelines.stages.shards import ShardWriter
-from vqbeam.vqvae.storage.records import Shard
 
 if sys.argv[2] == "write":
+    from etils import epath
+    from vqbeam.pipelines.stages.shards import ShardWriter
+    from vqbeam.vqvae.storage.records import Shard
+
     folder = epath.Path(sys.argv[1])
     with ShardWriter(folder, "f", Shard("images", "train", 0, 1)) as writer:
         writer.write(b"one")

@@ -152,7 +152,6 @@ def test_glyphs_are_prepared_once_and_read_whole(few_glyphs, capsys):
     assert [split for split, *_ in images] == ["train"] * 30 + ["validation"] * 8
     assert len({key for _, key, _, _ in images}) == 38
     assert all(re.fullmatch(r"glyphs-\w+\.tfrecord-\d+-of-\d+__\d+", i[1]) for i in images)
-    assert read_all(few_glyphs) == images
     # TFDS puts them in an order of its own: compare by content.
     drawn = [draw_glyph(0, index) for index in range(38)]
     found = [
@@ -281,12 +280,9 @@ def test_lists_of_classes_of_one_length():
         assert _labels_of(values, labels) == [(1, 0, 1), (0, 1, 0)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("unit", ["", "%"])
-def test_parts_of_one_split(prepared, tmp_path, unit):
+def test_parts_of_one_split(prepared, tmp_path):
     # Of a dataset that has no other.
-    border = {"": "9", "%": "70%"}[unit]
-    splits = {"train_split": f"train[:{border}]", "validation_split": f"train[{border}:]"}
+    splits = {"train_split": "train[:70%]", "validation_split": "train[70%:]"}
     settings = data("tfds:own_set", data_dir=str(tmp_path), images_per_shard=4, **splits)
     keys = [(split, int(key.rpartition("_")[2])) for split, key, *_ in read_all(settings)]
     assert keys == [("train", i) for i in range(9)] + [("validation", i) for i in range(9, 13)]

@@ -19,7 +19,7 @@ gradio_client = pytest.importorskip("gradio_client", reason="needs pip install -
 
 studio = pytest.importorskip("vqbeam.pipelines.studio")
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 
 WAIT = 60_000  # milliseconds, on a busy machine
 

@@ -39,8 +39,6 @@ def test_the_prior_is_measured(run):
     for kind in ("real", "reconstructions", "samples"):
         assert set(measures[kind]) == {"frechet", "precision", "recall", "agreement"}
         assert measures[kind]["frechet"] > 0
-    assert measure_prior(run, "classifier", 100, 3) == measures
-    assert measure_prior(run, "classifier", 100, 4)["samples"] != measures["samples"]
     check_nearest(run, measures)
     lines = prior_lines(measures)
     assert lines[0] == "sets of 10 images by as many of the validation split"
@@ -91,19 +89,26 @@ def test_a_sweep_goes_on_where_it_was_killed(run, capsys, monkeypatch):
         patch.setattr(SampleEvaluator, "samples", samples)
         assert main(words) == 130
         path = run.evaluation / "sweep.json"
-        assert len(json.loads(path.read_text())["results"]) == 2
-        measured[:] = [None]  # so that one more is measured
-        assert main(words) == 130
-        assert measured == [None, (1.0, 1.0)]
+        first = json.loads(path.read_text())["results"]
+        assert len(first) == 2
     capsys.readouterr()
-    assert main(words) == 0
+
+    def watched(self, settings, title):
+        measured.append((settings.temperature, settings.guidance))
+        return whole(self, settings, title)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleEvaluator, "samples", watched)
+        assert main(words) == 0
     said = capsys.readouterr()
+    assert measured == [(0.0, 1.0), (0.0, 3.0), (1.0, 1.0), (1.0, 3.0)]
     lines = said.out.splitlines()
     # The bar has the name of the one that was not measured yet.
     assert "temperature 1.0, guidance 3.0 100%" in said.err
     found = json.loads(path.read_text())
     assert found["images"] == 8 and found["features"] == "classifier"
     results = found["results"]
+    assert results[:2] == first
     swept = [(r["settings"]["temperature"], r["settings"]["guidance"]) for r in results]
     assert swept == [(0.0, 1.0), (0.0, 3.0), (1.0, 1.0), (1.0, 3.0)]
     best = min(range(4), key=lambda index: results[index]["frechet"])
@@ -115,11 +120,10 @@ def test_a_sweep_goes_on_where_it_was_killed(run, capsys, monkeypatch):
     stored = Run(run.root).default_settings()
     assert (stored.temperature, stored.guidance) == swept[best]
     assert stored.batch_size == 4
-    # Measured with another seed, nothing is known.
+    # Measured with another seed, nothing is known: the first is to be measured again.
     monkeypatch.setattr(SampleEvaluator, "samples", samples)
-    measured.clear()
+    measured[:] = [None, None]
     assert main([*words, "--seed", "5"]) == 130
-    assert len(measured) == 2
 
 
 def test_without_a_distance_there_is_no_best(prepared_run, tiny_config):

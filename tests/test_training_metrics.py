@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 def test_a_runner_hears_of_images_steps_and_loss(tmp_path):
     write_images(tmp_path / "source", 24)
     run = RunFolder(tmp_path / "run")
-    run.start(small_config(f"folder:{tmp_path / 'source'}"))
+    run.start(small_config(f"folder:{tmp_path / 'source'}", vqvae__steps=2, prior__steps=3))
     pipeline = beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner"]))
     runs = pipeline | beam.Create([str(run.root)])
     for stage in ("prepare", "train-vqvae", "encode", "train-prior"):
@@ -26,8 +26,8 @@ def test_a_runner_hears_of_images_steps_and_loss(tmp_path):
         "images_prepared": sum(run.manifest("prepare")["counts"].values()),
         "images_failed": 0,
         "images_encoded": sum(run.manifest("encode")["counts"].values()),
-        "train_vqvae_steps": 4,
-        "train_prior_steps": 4,
+        "train_vqvae_steps": 2,
+        "train_prior_steps": 3,
     }
     gauges = {gauge.key.metric.name: gauge.committed.value for gauge in found["gauges"]}
     for stage in ("train-vqvae", "train-prior"):

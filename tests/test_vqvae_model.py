@@ -13,8 +13,6 @@ from vqbeam.vqvae.metrics import perplexity
 from vqbeam.vqvae.model import VQVAE, scale_images
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
-pytestmark = pytest.mark.backend
-
 SHAPE = (8, 8, 1)
 VARIANCE = 0.3
 
@@ -56,8 +54,8 @@ def assert_same(model, other):
         np.testing.assert_array_equal(array(one), array(two), err_msg=one.path)
 
 
-@pytest.mark.parametrize("downsampling", [2, 4, 8, 16])
-def test_shapes(downsampling):
+def test_shapes():
+    downsampling = 8
     model = VQVAE(
         image_shape=(16, 32, 3),
         quantizer=VectorQuantizer(10, 3),
@@ -73,7 +71,7 @@ def test_shapes(downsampling):
     assert model.quantizer.codebook.shape == (10, 3)
 
 
-@pytest.mark.parametrize("update", ["ema", "gradient"])
+@pytest.mark.parametrize("update", ["ema", pytest.param("gradient", marks=pytest.mark.backend)])
 def test_loss_in_numpy(make, update):
     model = make(codebook_update=update, commitment=0.4)
     images = scaled(5)
@@ -103,10 +101,9 @@ def test_loss_in_numpy(make, update):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("update", ["ema", "gradient"])
 @pytest.mark.usefixtures("compiled")
-def test_fit_lowers_the_loss(make, update):
-    model = make(codebook_update=update)
+def test_fit_lowers_the_loss(make):
+    model = make(codebook_update="ema")
     model.compile(keras.optimizers.Adam(3e-3))
     images = scaled(8) * 0.2 + np.linspace(-0.5, 0.5, 8, dtype="float32")[:, None, None, None]
     data = tf.data.Dataset.from_tensors(images).repeat()
@@ -116,6 +113,7 @@ def test_fit_lowers_the_loss(make, update):
     assert history["loss"][-1] < history["loss"][0]
 
 
+@pytest.mark.backend
 def test_epoch_measures_weigh_a_short_last_batch(make):
     model = make(codebook_update="gradient", restart_below=0.0)
     model.compile(keras.optimizers.SGD(0.0))
@@ -136,7 +134,7 @@ def test_perplexity_is_counted_over_the_epoch_and_anew_in_each(make):
     model = make(codebook_update="gradient", restart_below=0.0)
     model.compile(keras.optimizers.SGD(0.0))
     first, second = pixels(12), pixels(4, seed=1)
-    for images in (first, second, first):
+    for images in (first, second):
         codes = array(model.encode(images))
         expected = np.bincount(codes.ravel(), minlength=model.quantizer.num_codes)
         data = batches((images / 127.5 - 1).astype("float32"), 4)
@@ -158,7 +156,9 @@ def test_validation_moves_no_weight(make):
         np.testing.assert_array_equal(old, array(new))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("float32", marks=pytest.mark.backend), "mixed_bfloat16"]
+)
 def test_encode_and_decode_agree_with_call(make, dtype):
     model = make(dtype=dtype)
     images = pixels(6)
@@ -186,14 +186,11 @@ def test_decode_is_the_inverse_of_scale_images_and_clips(make, monkeypatch):
         np.testing.assert_array_equal(result.ravel(), expected)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "compute"), [("mixed_bfloat16", "bfloat16"), ("mixed_float16", "float16")]
-)
-def test_mixed_policies(make, dtype, compute):
-    model = make(dtype=dtype)
+def test_a_mixed_policy(make):
+    model = make(dtype="mixed_float16")
     for network in (model.encoder, model.decoder):
         found = [x for x in network._flatten_layers() if "conv" in x.name]
-        assert found and {layer.compute_dtype for layer in found} == {compute}
+        assert found and {layer.compute_dtype for layer in found} == {"float16"}
     assert model.quantizer.compute_dtype == "float32"
     assert {weight.dtype for weight in model.trainable_variables} == {"float32"}
     assert model.quantizer.codebook.dtype == "float32"
@@ -205,6 +202,7 @@ def test_mixed_policies(make, dtype, compute):
         assert keras.backend.standardize_dtype(tensor.dtype) == "float32"
 
 
+@pytest.mark.backend
 @pytest.mark.slow
 def test_mixed_policy_trains(make):
     model = make(dtype="mixed_bfloat16")
@@ -230,8 +228,7 @@ def test_initialize_codebook_takes_latents(make):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
-@pytest.mark.parametrize("update", ["ema", "gradient"])
+@pytest.mark.parametrize(("update", "dtype"), [("ema", "float32"), ("gradient", "mixed_bfloat16")])
 def test_save_and_load(make, tmp_path, update, dtype):
     from etils import epath
 

@@ -131,7 +131,9 @@ def check_a_whole_stage(folder):
             assert "a batch of 7 cannot be divided among 2 devices" in str(error)
         else:
             raise AssertionError("a batch of 7 was shared by 2 devices")
-    assert set(measure(_config(), STAGES, 0, fewest=1)) == {"train vqvae", "train prior"}
+    small = {"layers": 1, "width": 16, "heads": 2, "batch_size": 8}
+    even = override(_config(), {f"prior.{name}": value for name, value in small.items()})
+    assert set(measure(even, STAGES, 0, fewest=1)) == {"train vqvae", "train prior"}
 
 
 def trained_prior(parts, scope):
@@ -234,9 +236,8 @@ if __name__ == "__main__":
     check_restarts_are_the_same_on_both_devices()
     print("stage", flush=True)
     check_a_whole_stage(pathlib.Path(sys.argv[1]))
-    for parts in (1, 2):
-        print("prior", parts, flush=True)
-        check_the_prior_of_two_devices_is_as_good_as_that_of_one(parts)
+    print("prior", flush=True)
+    check_the_prior_of_two_devices_is_as_good_as_that_of_one(parts=2)
     print("batches", flush=True)
     check_every_batch_is_trained_on_once()
     print("stage of the prior", flush=True)

@@ -2,7 +2,7 @@
 
 TFDS downloads the dataset (30 MB). Test results: reconstruction PSNR 23.27 dB, all codes used,
 perplexity 177, and 2.230 nats per code for the prior (0.2010 bits per dimension). Fréchet distance
-0.32 of the reconstructions and 0.49 of the samples.
+0.32 of the reconstructions and 0.29 of the samples. A full run takes half an hour.
 """
 
 from vqbeam.configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig

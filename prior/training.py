@@ -99,6 +99,7 @@ def build_prior(config: Config, labels: Labels) -> CodePrior:
         qk_norm=config.prior.qk_norm == "rms",
         zero_init=config.prior.branch_init == "zeros",
         dtype=config.prior.dtype,
+        name="prior",
     )
     model.parts = config.prior.grad_accumulation
     for block in model.blocks:

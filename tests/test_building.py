@@ -1,12 +1,19 @@
 import dataclasses
+import json
+import zipfile
 
 import keras
 import numpy as np
 import pytest
+from etils import epath
 from quantizer_checks import array
 
 from vqbeam.configs import VQVAEConfig
+from vqbeam.prior.training import build_optimizer as prior_optimizer
+from vqbeam.prior.training import build_prior
 from vqbeam.vqvae.building import build_model, build_quantizer
+from vqbeam.vqvae.fitting.fit import save_model
+from vqbeam.vqvae.fitting.optimizers import build_optimizer
 from vqbeam.vqvae.hierarchy import HierarchicalVQVAE
 from vqbeam.vqvae.layout import code_layout
 from vqbeam.vqvae.model import VQVAE
@@ -15,6 +22,7 @@ from vqbeam.vqvae.quantizers.lfq import LookupFreeQuantizer
 from vqbeam.vqvae.quantizers.residual import ResidualQuantizer
 from vqbeam.vqvae.quantizers.simvq import SimVQ
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
+from vqbeam.vqvae.storage.labels import Labels
 
 COMMON = {"commitment": 0.7, "entropy": 0.1}
 LOOKUP = {"estimator": "rotation"}
@@ -101,3 +109,21 @@ def test_weights_depend_on_the_seed_alone(tiny_config):
     codebooks = [array(model.quantizer.codebook) for model in (one, other)]
     assert np.abs(codebooks[0] - codebooks[1]).max() > 0.01
     assert keras.config.dtype_policy().name == "float32"
+
+
+def test_a_file_does_not_depend_on_models_that_were_built_before(tiny_config, tmp_path):
+    config = tiny_config(vqvae__optimizer="muon", vqvae__learning_rate=1e-3)
+
+    def stored(name):
+        vqvae, prior = build_model(config, data_variance=1.0), build_prior(config, Labels(("a",)))
+        vqvae.compile(build_optimizer(config.vqvae))
+        prior.compile(prior_optimizer(config.prior))
+        layout = code_layout(config)
+        prior({"codes": np.zeros((1, *layout.shape), "int32"), "labels": np.zeros(1, "int32")})
+        for kind, model in {"vqvae": vqvae, "prior": prior}.items():
+            path = tmp_path / f"{name}-{kind}.keras"
+            save_model(model, epath.Path(path))
+            with zipfile.ZipFile(path) as file:
+                yield json.loads(file.read("config.json"))
+
+    assert list(stored("first")) == list(stored("second"))

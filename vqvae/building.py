@@ -12,6 +12,10 @@ from vqbeam.vqvae.quantizers.residual import ResidualQuantizer
 from vqbeam.vqvae.quantizers.simvq import SimVQ
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
+# Keras would number the layers of a process, and the file of a model would depend on what else was
+# built before, such as the model of a trial.
+_NAME = "quantizer"
+
 
 def build_model(config: Config, *, data_variance: float) -> VQVAE:
     """Returns an untrained, built VQ-VAE; sets the global random seeds.
@@ -33,12 +37,13 @@ def build_model(config: Config, *, data_variance: float) -> VQVAE:
         residual_width=settings.residual_width,
         data_variance=data_variance,
         dtype=settings.dtype,
+        name="vqvae",
     )
 
 
 def build_quantizer(settings: VQVAEConfig) -> Quantizer:
     """Returns the quantizer for the settings."""
-    losses = {"commitment": settings.commitment, "entropy": settings.entropy}
+    rest = {"commitment": settings.commitment, "entropy": settings.entropy, "name": _NAME}
     lookup = {"lookup": settings.lookup, "estimator": settings.estimator}
     codebook = {
         "update": settings.codebook_update,
@@ -49,15 +54,15 @@ def build_quantizer(settings: VQVAEConfig) -> Quantizer:
     size = (settings.num_codes, settings.code_dim)
     match settings.quantizer:
         case "vector":
-            return VectorQuantizer(*size, **lookup, **codebook, **losses)
+            return VectorQuantizer(*size, **lookup, **codebook, **rest)
         case "predictive":
-            return PredictiveQuantizer(*size, **lookup, **codebook, **losses)
+            return PredictiveQuantizer(*size, **lookup, **codebook, **rest)
         case "residual":
-            return ResidualQuantizer(settings.depth, *size, **lookup, **codebook, **losses)
+            return ResidualQuantizer(settings.depth, *size, **lookup, **codebook, **rest)
         case "simvq":
-            return SimVQ(*size, **lookup, **losses)
+            return SimVQ(*size, **lookup, **rest)
         case "fsq":
-            return FiniteScalarQuantizer(settings.fsq_sizes)
+            return FiniteScalarQuantizer(settings.fsq_sizes, name=_NAME)
         case "lfq":
-            return LookupFreeQuantizer(settings.num_codes.bit_length() - 1, **losses)
+            return LookupFreeQuantizer(settings.num_codes.bit_length() - 1, **rest)
     raise ValueError(settings.quantizer)

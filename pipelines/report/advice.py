@@ -266,8 +266,8 @@ def _measured(name: str) -> Callable[[Facts], bool]:
 
 def _has_classes(facts: Facts) -> bool:
     prepared = facts.manifests.get("prepare")
-    labels = Labels.of(prepared) if prepared else Labels()
-    return bool(labels.names) and labels.kind == "classes"
+    counts = prepared and prepared.get("statistics", {}).get("images_per_label")
+    return bool(counts) and Labels.of(prepared).kind == "classes"
 
 
 RULES = (

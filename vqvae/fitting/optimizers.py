@@ -28,6 +28,7 @@ def optimizer_options(settings: VQVAEConfig | PriorConfig) -> dict[str, Any]:
         kind=settings.schedule,
     )
     return {
+        "name": settings.optimizer,
         "learning_rate": schedule,
         "global_clipnorm": settings.clip_norm or None,
         "use_ema": settings.weight_ema > 0,

@@ -14,6 +14,7 @@ are loaded already, and its plan foretells no times, so that the moments fall in
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -170,13 +171,13 @@ def kill_often(kills: int, steps: int, images: int) -> Iterator[Kill | bool]:
         completed(command(whole))
         unbroken, expected = time.monotonic() - begun, result(whole)
         print(f"unbroken: {unbroken:.1f} seconds", file=sys.stderr)
-        index, run = 0, RunFolder(folder / "run")
-        while True:
+        killed, run = 0, RunFolder(folder / "run")
+        for index in itertools.count(1):
             done.write_text("0")
             begun, process = time.time(), command(run)
-            process.join(unbroken * ((index + 1) * GOLDEN % 1) if index < kills else None)
+            process.join(unbroken * (index * GOLDEN % 1) if killed < kills else None)
             if process.is_alive():
-                number = SIGNALS[index % len(SIGNALS)]
+                number = SIGNALS[killed % len(SIGNALS)]
                 os.kill(process.pid, number)
                 ended = time.time()
                 process.join()
@@ -184,12 +185,12 @@ def kill_often(kills: int, steps: int, images: int) -> Iterator[Kill | bool]:
                 saved = run.trained_steps(stage) if stage in MODELS else 0
                 lost = max(0, int(done.read_text()) - saved) if stage in MODELS else 0
                 yield Kill(stage, number.name, lost, max(0.0, ended - (last_kept(run) or begun)))
-                index += 1
+                killed += 1
                 continue
             completed(process)
             yield result(run) == expected
             shutil.rmtree(run.root)
-            if index == kills:
+            if killed == kills:
                 return
 
 

@@ -358,8 +358,8 @@ class VQVAEConfig(Section):
         for name, weight in weights.items():
             if weight and not self.finetune_steps:
                 raise VqbeamError(
-                    f"vqvae.{name} is {weight:g}, but vqvae.finetune_steps is 0; set it, for "
-                    "example to 1000"
+                    f"vqvae.{name} is {weight:g}, but vqvae.finetune_steps is 0; set that to 1000, "
+                    f"for example, or vqvae.{name} to 0"
                 )
 
     def _check_quantizer(self):

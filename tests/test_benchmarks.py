@@ -84,5 +84,5 @@ def test_the_second_judge_measures_a_run(finished_run, tmp_path, monkeypatch, ca
     judge.main()
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split(" | ") for line in lines if line.startswith("| ")]
-    assert [row[1] for row in rows] == ["images", "real", "reconstructions", "samples"]
+    assert [row[1] for row in rows] == ["images", "---", "real", "reconstructions", "samples"]
     assert (tmp_path / "classifier.keras").exists()

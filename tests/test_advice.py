@@ -101,6 +101,12 @@ def test_what_is_wrong_is_not_among_what_is_good():
     assert left_out == []
 
 
+def test_images_without_classes():
+    known = facts(images=(1, 199))
+    known.manifests["prepare"] |= {"label_names": [], "label_kind": "classes"}
+    assert findings(known)[::2] == ([], ["no class is rare"])
+
+
 def test_attributes_may_be_rare():
     known = facts(images=(1, 199))
     known.manifests["prepare"]["label_kind"] = "attributes"

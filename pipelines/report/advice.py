@@ -266,8 +266,9 @@ def _measured(name: str) -> Callable[[Facts], bool]:
 
 def _has_classes(facts: Facts) -> bool:
     prepared = facts.manifests.get("prepare")
-    counts = prepared and prepared.get("statistics", {}).get("images_per_label")
-    return bool(counts) and Labels.of(prepared).kind == "classes"
+    labels = Labels.of(prepared) if prepared else Labels()
+    counted = labels.names and prepared.get("statistics", {}).get("images_per_label")
+    return bool(counted) and labels.kind == "classes"
 
 
 RULES = (

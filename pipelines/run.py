@@ -222,7 +222,7 @@ def _closing_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:
         if images.get("label_names"):
             lines.append(_labels_line(images))
         if left_out := images.get("left_out"):
-            named = ", ".join(f"{count:,} {what}" for what, count in sorted(left_out.items()))
+            named = ", ".join(f"{what} ({count:,})" for what, count in sorted(left_out.items()))
             lines.append(f"left out: {named}")
         letters = run.folder("prepare") / "dead_letters.jsonl"
         wrong = {

@@ -140,7 +140,7 @@ def test_all_stages_in_their_order(ran, tmp_path, source, capsys):
 def test_what_was_left_out_is_told(ran, tmp_path, source, capsys, monkeypatch):
     monkeypatch.setitem(DONE, "left_out", {"files that end in .psd": 1200, "linked folders": 1})
     go(tmp_path / "run", source, ("prepare",))
-    told = "left out: 1,200 files that end in .psd, 1 linked folders\n"
+    told = "left out: files that end in .psd (1,200), linked folders (1)\n"
     assert told in capsys.readouterr().out
 
 

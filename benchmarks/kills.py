@@ -58,7 +58,13 @@ class Kill(NamedTuple):
 
 
 def run_traced(log: pathlib.Path, steps: pathlib.Path, words: list[str]) -> None:
-    """Runs a command line of vqbeam, which writes each training step that is done to a file."""
+    """Runs a command line of vqbeam, which writes each training step that is done to a file.
+
+    Args:
+        log: File for all that it says.
+        steps: Folder of the files, which are named as the folders of the stages.
+        words: The words after `vqbeam`.
+    """
     from vqbeam.pipelines import plan
     from vqbeam.pipelines.cli import main as cli
     from vqbeam.vqvae.fitting.checkpoints import Checkpoints
@@ -66,9 +72,9 @@ def run_traced(log: pathlib.Path, steps: pathlib.Path, words: list[str]) -> None
     begin = Checkpoints.on_train_batch_begin
 
     def write_and_begin(self, batch, logs=None):
-        new = steps.with_suffix(".new")
+        new = steps / "new"
         new.write_text(str(self._begin + batch))
-        new.replace(steps)  # or a kill could leave an empty file
+        new.replace(steps / self.folders[0].parts[-3])  # or a kill could leave an empty file
         begin(self, batch, logs)
 
     Checkpoints.on_train_batch_begin = write_and_begin
@@ -141,6 +147,16 @@ def last_kept(run) -> float | None:
     return max((path.stat().st_mtime for path in paths), default=None)
 
 
+def lost_steps(run, stage: str, steps: pathlib.Path) -> int:
+    """Returns the steps of the training at work that are in no checkpoint; see `run_traced`."""
+    from vqbeam.vqvae.storage.run_folder import MODELS
+
+    path = steps / run.folder(stage).name if stage in MODELS else None
+    if path is None or not path.exists():
+        return 0
+    return max(0, int(path.read_text()) - run.trained_steps(stage))
+
+
 def write_run(folder: pathlib.Path, steps: int, images: int) -> pathlib.Path:
     """Writes the images and the preset of the run; returns the path of the preset."""
     from pipeline_fixtures import small_config, write_images, write_preset
@@ -154,13 +170,15 @@ def write_run(folder: pathlib.Path, steps: int, images: int) -> pathlib.Path:
 
 def kill_often(kills: int, steps: int, images: int) -> Iterator[Kill | bool]:
     """Yields each kill, and for each run that was completed, whether its result was the same."""
-    from vqbeam.vqvae.storage.run_folder import MODELS, RunFolder
+    from vqbeam.vqvae.storage.run_folder import RunFolder
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
-        preset, done, log = write_run(folder, steps, images), folder / "steps.txt", folder / "log"
+        preset, done, log = write_run(folder, steps, images), folder / "steps", folder / "log"
 
         def command(run):
+            shutil.rmtree(done, ignore_errors=True)
+            done.mkdir()
             return forked(run_traced, log, done, ["run", str(preset), "--run-dir", str(run.root)])
 
         def completed(process):
@@ -173,7 +191,6 @@ def kill_often(kills: int, steps: int, images: int) -> Iterator[Kill | bool]:
         print(f"unbroken: {unbroken:.1f} seconds", file=sys.stderr)
         killed, run = 0, RunFolder(folder / "run")
         for index in itertools.count(1):
-            done.write_text("0")
             begun, process = time.time(), command(run)
             process.join(unbroken * (index * GOLDEN % 1) if killed < kills else None)
             if process.is_alive():
@@ -182,9 +199,8 @@ def kill_often(kills: int, steps: int, images: int) -> Iterator[Kill | bool]:
                 ended = time.time()
                 process.join()
                 stage = stage_at_work(run)
-                saved = run.trained_steps(stage) if stage in MODELS else 0
-                lost = max(0, int(done.read_text()) - saved) if stage in MODELS else 0
-                yield Kill(stage, number.name, lost, max(0.0, ended - (last_kept(run) or begun)))
+                since = max(0.0, ended - (last_kept(run) or begun))
+                yield Kill(stage, number.name, lost_steps(run, stage, done), since)
                 killed += 1
                 continue
             completed(process)

@@ -19,8 +19,9 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from vqbeam.configs import SamplerSettings
 from vqbeam.pipelines.sources.images import encode_png
-from vqbeam.prior.filters import sample_code
+from vqbeam.prior.filters import sample_code, sampler_tensors
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.layout import CodeLayout
 
@@ -76,7 +77,7 @@ def attention() -> None:
 def filters() -> None:
     """Bisection against sorting, for top-k and top-p."""
     logits, uniform = tf.random.normal((64, 512)), tf.random.uniform((64, 1))
-    values = {"temperature": 1.0, "top_k": 50.0, "top_p": 0.9, "min_p": 0.0}
+    values, _ = sampler_tensors(SamplerSettings(top_k=50, top_p=0.9), length=1)
     settings = {name: tf.constant(value) for name, value in values.items()}
 
     @tf.function(jit_compile=True)

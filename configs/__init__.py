@@ -16,6 +16,7 @@ from vqbeam.configs.loading import (
 from vqbeam.configs.schema import (
     LESS_MEMORY,
     SECTIONS,
+    WITHOUT_CODEBOOK,
     Config,
     DataConfig,
     EncodeConfig,
@@ -28,6 +29,7 @@ from vqbeam.configs.schema import (
 __all__ = [
     "LESS_MEMORY",
     "SECTIONS",
+    "WITHOUT_CODEBOOK",
     "Config",
     "DataConfig",
     "EncodeConfig",

@@ -118,6 +118,8 @@ class SampleConfig(SamplerSettings):
         return dataclasses.replace(self, batch_size=min(self.batch_size, count))
 
 
+# Quantizers whose codes follow from rounding the latent.
+WITHOUT_CODEBOOK = ("fsq", "lfq")
 # Advice for error messages when a device runs out of memory.
 LESS_MEMORY = (
     "lower batch_size, or for the prior raise prior.grad_accumulation or set prior.remat to blocks"

@@ -4,7 +4,7 @@ import datetime
 
 from etils import epath
 
-from vqbeam.configs import VqbeamError, VQVAEConfig
+from vqbeam.configs import WITHOUT_CODEBOOK, VqbeamError, VQVAEConfig
 from vqbeam.vqvae.layout import CodeLayout, code_layout
 from vqbeam.vqvae.storage.files import matching, modified, size
 from vqbeam.vqvae.storage.labels import Labels
@@ -43,7 +43,7 @@ def describe(run_dir: str) -> str:
 def _quantizer(settings: VQVAEConfig) -> str:
     """Returns a text with the quantizer and the settings that it uses."""
     parts = [f"{settings.quantizer} quantizer"]
-    if settings.quantizer not in ("fsq", "lfq"):
+    if settings.quantizer not in WITHOUT_CODEBOOK:
         parts.append(f"D = {settings.code_dim}")
     if settings.quantizer in ("vector", "predictive", "residual"):
         parts.append(f"codebook by {settings.codebook_update}")

@@ -73,9 +73,10 @@ def sample_code(logits, uniform, settings, *, filtered: bool):
 def top_k(weights, logits, k):
     """Keeps the k most likely codes, or all of them if k is 0.
 
-    Like every filter, it takes unnormalized probabilities [B, K], the largest of which is 1; the
-    logits [B, K], the largest of which is 0; and its setting, a float32 scalar. It returns the
-    probabilities, with 0 for the codes that it removes.
+    Like every filter, it takes unnormalized probabilities [B, K], the largest of which is 1 and
+    those of removed codes 0; the logits [B, K] before the temperature, of all codes, the largest of
+    which is 0; and its setting, a float32 scalar. It returns the probabilities, with 0 for codes
+    that it removes.
     """
     count = ops.where(k > 0, k, float(logits.shape[-1]))
     return _keep_largest(weights, logits, ops.ones_like(logits), count)
@@ -107,7 +108,7 @@ FILTERS = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
 
 
 def _keep_largest(weights, scores, shares, target):
-    """Keeps the weights of the fewest largest scores whose shares add up to the target.
+    """Keeps the weights of the fewest largest scores, finite, whose shares add up to the target.
 
     Ties go to the first code, as with `argmax`.
     """

@@ -12,7 +12,7 @@ from collections import Counter
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ORDER = ("configs", "vqvae", "prior", "pipelines", "vqbeam")  # each imports only from its left
 LIMITS = {
-    "product files": 107,
+    "product files": 110,
     "files in a folder": 12,
     "lines of code in a function": 45,
     "parameters of a function": 7,

@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 from quantizer_checks import array
 
-from vqbeam.configs import VQVAEConfig
+from vqbeam.configs import WITHOUT_CODEBOOK, VQVAEConfig
 from vqbeam.prior.training import build_optimizer as prior_optimizer
 from vqbeam.prior.training import build_prior
 from vqbeam.vqvae.building import build_model, build_quantizer
@@ -28,17 +28,17 @@ COMMON = {"commitment": 0.7, "entropy": 0.1}
 LOOKUP = {"estimator": "rotation"}
 CODEBOOK = {"decay": 0.9, "restart_below": 0.2}
 FROM_CONFIG = {"decay": "ema_decay", "update": "codebook_update"}
+# The class, the arguments that it takes from settings, and settings of its size.
 KINDS = {
-    "vector": (VectorQuantizer, {"lookup": "cosine", **COMMON, **LOOKUP, **CODEBOOK}),
-    "residual": (ResidualQuantizer, {"update": "gradient", **COMMON, **LOOKUP, **CODEBOOK}),
-    "simvq": (SimVQ, {"lookup": "cosine", **COMMON, **LOOKUP}),
-    "fsq": (FiniteScalarQuantizer, {}),
-    "lfq": (LookupFreeQuantizer, COMMON),
-}
-SIZES = {
-    "residual": {"depth": 3},
-    "fsq": {"fsq_levels": "4,3"},
-    "lfq": {"num_codes": 16},
+    "vector": (VectorQuantizer, {"lookup": "cosine", **COMMON, **LOOKUP, **CODEBOOK}, {}),
+    "residual": (
+        ResidualQuantizer,
+        {"update": "gradient", **COMMON, **LOOKUP, **CODEBOOK},
+        {"depth": 3},
+    ),
+    "simvq": (SimVQ, {"lookup": "cosine", **COMMON, **LOOKUP}, {}),
+    "fsq": (FiniteScalarQuantizer, {}, {"fsq_levels": "4,3"}),
+    "lfq": (LookupFreeQuantizer, COMMON, {"num_codes": 16}),
 }
 
 
@@ -50,19 +50,19 @@ def test_every_quantizer_is_tested_here():
 
 @pytest.mark.parametrize("name", sorted(KINDS))
 def test_quantizers_take_all_from_the_config(tiny_config, name):
-    kind, settings = KINDS[name]
+    kind, settings, size = KINDS[name]
     changes = {FROM_CONFIG.get(key, key): value for key, value in settings.items()}
-    changes |= {"quantizer": name, **SIZES.get(name, {})}
+    changes |= {"quantizer": name, **size}
     config = tiny_config(**{f"vqvae__{key}": value for key, value in changes.items()}).vqvae
     layer = build_quantizer(config)
     assert type(layer) is kind and not layer.built
     assert layer.num_codes == config.num_codes and layer.levels == config.depth
     found = layer.get_config()
     assert {key: found[key] for key in settings} == settings
+    if name not in WITHOUT_CODEBOOK:
+        assert layer.dim == config.code_dim
     if name == "fsq":
         assert layer.levels_per_channel == (4, 3)
-    else:
-        assert layer.dim == (4 if name == "lfq" else config.code_dim)
 
 
 @pytest.mark.slow
@@ -71,7 +71,7 @@ def test_quantizers_take_all_from_the_config(tiny_config, name):
 def test_models_of_every_kind_have_the_layout_of_their_config(tiny_config, name, grids):
     if name == "residual" and grids == 2:
         pytest.skip("the config refuses it")
-    changes = {"quantizer": name, "grids": grids, **SIZES.get(name, {})}
+    changes = {"quantizer": name, "grids": grids, **KINDS[name][2]}
     config = tiny_config(**{f"vqvae__{key}": value for key, value in changes.items()})
     model = build_model(config, data_variance=0.2)
     assert type(model) is (VQVAE if grids == 1 else HierarchicalVQVAE)

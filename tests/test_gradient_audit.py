@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from vqbeam.configs import VqbeamError
+from vqbeam.configs import WITHOUT_CODEBOOK, VqbeamError
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.fitting.optimizers import build_optimizer
 from vqbeam.vqvae.gradients import (
@@ -181,7 +181,7 @@ def test_paths_of_each_family(make, name):
         np.testing.assert_allclose(closed["reconstruction"]["decoder"], decoder, rtol=1e-4)
 
 
-@pytest.mark.parametrize("quantizer", ["fsq", "lfq"])
+@pytest.mark.parametrize("quantizer", WITHOUT_CODEBOOK)
 def test_families_without_a_codebook(make, quantizer):
     model = make(quantizer=quantizer, num_codes=16, entropy=0.1, fsq_levels="4,4")
     kernel = model.encoder.trainable_variables[-2]

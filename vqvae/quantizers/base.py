@@ -18,7 +18,7 @@ class Quantized(NamedTuple):
         losses: Weighted scalar losses by name: `codebook`, which trains only the codebook, and
             `commitment` and others, which train the encoder.
         statistics: Scalar metrics by name, without gradient: `quantization_error`, the mean of
-            (z − e)² over all elements.
+            (z − e)² over all elements, with z as it is compared with the codes.
     """
 
     quantized: Any

@@ -153,8 +153,7 @@ def stage2(name):
     labels = torch.arange(len(codes), device=DEVICE) % work.LABELS
 
     def batch():
-        size = settings.batch_size // settings.grad_accumulation
-        chosen = torch.randint(len(codes), (size,), device=DEVICE)
+        chosen = torch.randint(len(codes), (settings.part_size,), device=DEVICE)
         return codes[chosen], labels[chosen]
 
     def make():

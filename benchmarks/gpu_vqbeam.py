@@ -42,7 +42,6 @@ def stage2(name):
     """Reports the seconds per step of `fit`, with codes on the device."""
     config = work.preset(name)
     model = untrained_prior(config)
-    model.parts = config.prior.grad_accumulation
     model.compile(build_prior_optimizer(config.prior))
     codes = work.codes(config)
     held = {"codes": codes, "labels": np.arange(len(codes), dtype="int32") % work.LABELS}

@@ -218,6 +218,11 @@ class PriorConfig(Section):
                 f"({self.grad_accumulation}) does not divide"
             )
 
+    @property
+    def part_size(self) -> int:
+        """The number of images of a batch that are in memory at once."""
+        return self.batch_size // self.grad_accumulation
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VQVAEConfig(Section):

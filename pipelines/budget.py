@@ -303,8 +303,7 @@ def _devices(title: str, config: Config) -> contextlib.AbstractContextManager[No
         case "train vqvae":
             return data_parallel(config.vqvae.batch_size, config.vqvae.dtype)
         case "train prior":
-            at_once = config.prior.batch_size // config.prior.grad_accumulation
-            return data_parallel(at_once, config.prior.dtype)
+            return data_parallel(config.prior.part_size, config.prior.dtype)
         case _:
             return contextlib.nullcontext()  # the first one alone
 

@@ -76,28 +76,12 @@ def run_stages(
         # The config is written only while holding the lock.
         with locked(run.root, "--run-dir"):
             run.start(config, extend)
-            _remove_models(run, stages, retrain)
             with if_removed(run.exists, run.root):
+                _require_inputs(run, stages)
+                _remove_models(run, stages, retrain)
                 _do(run, config, stages, beam_args, trials)
     for line in _closing_lines(run, stages):
         print(line)
-
-
-def _remove_models(run: RunFolder, stages: Sequence[str], retrain: Sequence[str]) -> None:
-    """Deletes the models to train again, once it is certain that their stages can run.
-
-    Raises:
-        VqbeamError: An input of the stages is missing, or a finished prior would be left over.
-    """
-    _require_inputs(run, stages)
-    kept = "train-prior" in stages and "train-prior" not in retrain and run.is_done("train-prior")
-    if "train-vqvae" in retrain and kept:
-        raise VqbeamError(
-            f"{run.folder('train-prior')} holds a prior of the model that --retrain train-vqvae "
-            "replaces; add --retrain train-prior, or give another --run-dir to keep both"
-        )
-    for stage in retrain:
-        run.folder(stage).rmtree(missing_ok=True)
 
 
 def _require_inputs(run: RunFolder, stages: Sequence[str]) -> None:
@@ -106,6 +90,22 @@ def _require_inputs(run: RunFolder, stages: Sequence[str]) -> None:
         for source in STAGES[stage][1]:
             if source not in stages:
                 run.require(source)
+
+
+def _remove_models(run: RunFolder, stages: Sequence[str], retrain: Sequence[str]) -> None:
+    """Deletes the models to train again; their stages must be able to run.
+
+    Raises:
+        VqbeamError: A finished prior would be left over.
+    """
+    alone = {*retrain} == {"train-vqvae"} and "train-prior" in stages
+    if alone and run.is_done("train-prior"):
+        raise VqbeamError(
+            f"{run.folder('train-prior')} holds a prior of the model that --retrain train-vqvae "
+            "replaces; add --retrain train-prior, or give another --run-dir to keep both"
+        )
+    for stage in retrain:
+        run.folder(stage).rmtree(missing_ok=True)
 
 
 def _with_parents(config: Config, run: RunFolder, elsewhere: bool) -> Config:
@@ -187,7 +187,6 @@ def _tell_what_is_done(run: RunFolder, stages: Sequence[str]) -> None:
 
 def _pending(run: RunFolder, stages: Sequence[str]) -> list[str]:
     """Returns the stages to run: those not done, and those that read what these write."""
-    _require_inputs(run, stages)
     done = run.done(stages)
     pending: list[str] = []
     for stage in stages:

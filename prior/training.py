@@ -158,7 +158,7 @@ def _fit(run: RunFolder, config: Config, codes: dict, callbacks: Sequence) -> Fi
     callbacks = [_BitsPerDimension(config), *callbacks]
     if settings.pictures and run.manifest("train-vqvae"):  # the run may have only codes
         callbacks.append(_pictures(run, config, Labels.of(codes)))
-    with data_parallel(settings.batch_size // settings.grad_accumulation, settings.dtype):
+    with data_parallel(settings.part_size, settings.dtype):
         model = build_prior(config, Labels.of(codes))
         _start_from_parent(model, run, Labels.of(codes))
         model.compile(build_optimizer(settings))

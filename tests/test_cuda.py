@@ -91,7 +91,6 @@ def test_training_of_stage_1(config):
 
 def test_training_of_stage_2(config):
     model = build_prior(config, LABELS)
-    model.parts = config.prior.grad_accumulation
     model.compile(build_prior_optimizer(config.prior))
     held = {
         "codes": np.zeros((20, *model.layout.shape), np.int32),

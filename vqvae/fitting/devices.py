@@ -86,8 +86,9 @@ def peak_flops() -> float | None:
     """Returns the peak operations per second of all devices in bfloat16, or None if unknown."""
     # As whole words: an RTX A1000 is no A100, and the laptop's RTX 4090 is another one.
     words = f" {_device_name().replace('-', ' ')} "
+    if " Laptop " in words:
+        return None
     known = [flops for model, flops in _PEAK_FLOPS.items() if f" {model} " in words]
-    known = [] if " Laptop " in words else known
     return known[0] * device_count() if known else None
 
 

@@ -68,7 +68,10 @@ def test_models_to_train_again(parse_run, preset):
     with pytest.raises(UsageError, match="--retrain: .*'encode'"):
         parse_run("--retrain", "encode")
     # Not by a stage that would delete the model and not train it.
-    for verb, message in (("prepare", "unknown flag --retrain"), ("train-prior", "'train-vqvae'")):
+    for verb, message in (
+        ("prepare", "unknown flag --retrain; it belongs to vqbeam run and to the stage"),
+        ("train-prior", "'train-vqvae'"),
+    ):
         with pytest.raises(UsageError, match=message):
             parse([verb, preset, "--run-dir", "runs/x", "--retrain", "train-vqvae"])
 

@@ -167,6 +167,7 @@ ELSEWHERE = {
     "num-workers workers jobs j": "--direct_num_workers",
     "resume continue": "the same command goes on where it stopped",
     "force overwrite restart": "--retrain",
+    "retrain extend": "it belongs to vqbeam run and to the stage that trains the model",
     "gpu gpus device cuda": "a GPU is used where the backend finds one",
 }
 

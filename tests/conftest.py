@@ -44,9 +44,16 @@ def pytest_ignore_collect(collection_path, config):
     return (wanted in ("backend", "system") and f"mark.{wanted}" not in text) or None
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Runs the longest files first; with xdist, this needs `--no-loadscope-reorder`."""
+    """Runs the longest files first, and marks what needs a whole run as slow.
+
+    With xdist, the order needs `--no-loadscope-reorder`.
+    """
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+    for item in items:
+        if "finished_run" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish():

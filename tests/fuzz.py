@@ -206,7 +206,7 @@ def locks(numbers: np.random.Generator, folder: pathlib.Path) -> None:
     """The lock of a folder."""
     from vqbeam.pipelines import lock
 
-    lock._SECONDS_TO_BE_DEAD = 0.01
+    lock._SECONDS_TO_BE_DEAD = lock._SECONDS_BETWEEN_LOOKS = 0.01
     lease = {"host": "h", "pid": 7, "kernel": "k", "token": "t", "signs": 4}
     (folder / lock.LOCK_FILE).write_bytes(json_bytes(lease, numbers))
     with one_line(), contextlib.redirect_stderr(io.StringIO()):

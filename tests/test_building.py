@@ -111,6 +111,7 @@ def test_weights_depend_on_the_seed_alone(tiny_config):
     assert keras.config.dtype_policy().name == "float32"
 
 
+@pytest.mark.slow
 def test_a_file_does_not_depend_on_models_that_were_built_before(tiny_config, tmp_path):
     config = tiny_config(vqvae__optimizer="muon", vqvae__learning_rate=1e-3)
 

@@ -31,7 +31,6 @@ def figure_tiles(path):
     return [[shown[y : y + 64 : 8, x : x + 64 : 8] for x in columns] for y in rows], facts
 
 
-@pytest.mark.slow
 def test_images_side_by_side(finished_run, photos, tmp_path, capsys):
     folder, pixels = photos
     path = tmp_path / "c.png"
@@ -51,7 +50,6 @@ def test_images_side_by_side(finished_run, photos, tmp_path, capsys):
     assert any((row[2] != row[3]).any() for row in tiles)
 
 
-@pytest.mark.slow
 def test_a_folder_of_completions_under_a_mask(finished_run, photos, tmp_path):
     folder, _ = photos
     mask = np.zeros((SIDE, SIDE), np.uint8)

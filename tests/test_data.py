@@ -85,6 +85,7 @@ def test_the_seed_gives_the_order():
     assert orders[0] == orders[1] and len(set(map(tuple, orders))) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_a_batch_larger_than_the_data():
     found = first_inputs(make(batch_size=25), 2)

@@ -123,7 +123,6 @@ def test_a_prior_that_is_not_trained(prepared_run, tiny_config, capsys):
     assert "has no finished train-prior stage; run vqbeam train-prior" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_prints_and_writes(own_run, capsys, monkeypatch):
     monkeypatch.setattr(features, "_MOST_STEPS", 4)
     run, _ = own_run
@@ -148,7 +147,6 @@ def test_prints_and_writes(own_run, capsys, monkeypatch):
     assert rest.endswith(f"written to {run.evaluation / 'prior.json'}\n")
 
 
-@pytest.mark.slow
 def test_the_features_are_those_asked_for(finished_run, capsys, monkeypatch):
     asked = []
 

@@ -124,6 +124,7 @@ def test_where_there_is_no_frechet_distance(run_with_model, changes, features, w
     assert found["features"] == features and found["mse"] > 0
 
 
+@pytest.mark.slow
 def test_inception_needs_no_classes(run_with_model):
     run, _, _ = run_with_model(labels=())
     found = evaluate_vqvae(run, "inception")
@@ -150,6 +151,7 @@ def test_needs_a_trained_model_and_images(prepared_run, run_with_model, tiny_con
     assert not run.evaluation.exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_record_is_named(run_with_model):
     run, _, _ = run_with_model()
     shard = next(run.folder("prepare").glob("images-validation.tfrecord-*"))

@@ -96,6 +96,7 @@ def test_full_size_is_balanced():
     assert all(count % 26 == 0 for count in glyphs.Glyphs.COUNTS.values())
 
 
+@pytest.mark.slow
 def test_records_hold_what_draw_glyph_draws(builder):
     starts = {"train": 0, "test": 52}
     for split, count in FewGlyphs.COUNTS.items():

@@ -25,7 +25,6 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.slow
 def test_a_folder_holds_what_sampling_needs_and_no_more(finished_run, tmp_path):
     target = tmp_path / "published"
     assert push(str(finished_run.root), str(target)) == f"published: {target}"

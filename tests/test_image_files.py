@@ -344,6 +344,7 @@ def test_goes_on_after_a_kill(kind, images, tmp_path):
     assert shard_contents(run.folder(STAGE)) == shard_contents(whole.folder(STAGE))
 
 
+@pytest.mark.slow
 def test_labels_that_were_mended_are_written_anew(images, tmp_path):
     kind = "tfrecord"
     path = write_file(kind, tmp_path / f"some{ENDINGS[kind]}", images, names_of(COUNT))

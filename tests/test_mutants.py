@@ -22,6 +22,7 @@ def without_docstrings(source):
     return ast.unparse(tree)
 
 
+@functools.cache
 def functions(path):
     """The names of the functions of a file."""
     return {n.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)}

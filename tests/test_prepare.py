@@ -284,6 +284,7 @@ def test_classes_that_came_meanwhile(tmp_path):
     assert sorted(read_keys(run.folder(STAGE))) == sorted([*pixels, "zebra/new.png"])
 
 
+@pytest.mark.slow
 def test_an_engine_that_begins_again_leaves_a_finished_stage_alone(tmp_path):
     write_images(tmp_path / "source", 20)
     run = start(tmp_path / "run", f"folder:{tmp_path / 'source'}")
@@ -397,6 +398,7 @@ def test_a_file_in_the_way(tmp_path):
         run_transform(PrepareImages(), run)
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_part_of_the_result_but_not_of_its_hash(tmp_path):
     def prepared(name):
         run = RunFolder(tmp_path / name)

@@ -89,6 +89,7 @@ def test_training_is_that_of_keras(one_by_one):
         np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_nothing_of_the_data_stays_with_the_model(one_by_one):
     model, _, _ = one_by_one
     assert model.train_function is None and model.steps_per_execution == 1

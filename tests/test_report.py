@@ -92,7 +92,6 @@ def test_no_run(tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-@pytest.mark.slow
 def test_a_finished_run(run, capsys):
     assert main(["report", str(run.root)]) == 0
     path = run.root / "report.html"
@@ -127,7 +126,6 @@ def test_a_finished_run(run, capsys):
             assert row in page.text
 
 
-@pytest.mark.slow
 def test_pictures_are_those_of_the_run(finished_run, page):
     records = read_records(finished_run.folder("prepare"))["validation"]
     originals = np.stack([example["image"] for example in records])
@@ -144,7 +142,6 @@ def test_pictures_are_those_of_the_run(finished_run, page):
         assert np.abs(page.picture(alt) - expected).max() <= 1
 
 
-@pytest.mark.slow
 def test_codes_are_counted_and_shown(finished_run, page):
     run = finished_run
     codes = np.stack([example["codes"] for example in read_records(run.folder("encode"))["train"]])
@@ -162,7 +159,6 @@ def test_codes_are_counted_and_shown(finished_run, page):
     assert ("Never used" in page.text) == (0 in shares)
 
 
-@pytest.mark.slow
 def test_a_run_without_its_data_and_models(run, tmp_path):
     for stage in STAGES:
         for path in run.folder(stage).iterdir():
@@ -182,7 +178,6 @@ def test_a_run_without_its_data_and_models(run, tmp_path):
     assert f"{run.manifest('train-prior')['measures']['nats_per_code']:.2f} nats" in page.text
 
 
-@pytest.mark.slow
 def test_a_run_in_training(run, tmp_path):
     history = run.manifest("train-prior")["history"]
     (run.folder("train-prior") / MANIFEST).unlink()
@@ -220,6 +215,7 @@ def test_metrics_and_advice(tmp_path):
     assert "Not all is measured yet" in page.text
 
 
+@pytest.mark.slow
 def test_texts_of_other_people_are_escaped(tmp_path):
     evil = "\"'><img src=x onerror=alert(1)><b>"
     config = override(small_config(f"folder:/{evil}"), {})

@@ -110,6 +110,7 @@ def test_groups_divide_all_channels():
         assert {block.groups for block in found} == {groups}
 
 
+@pytest.mark.slow
 def test_a_mixed_policy_reaches_every_layer():
     encoder, decoder = (
         build((8, 8, 3), **settings(dtype="mixed_bfloat16"))

@@ -155,6 +155,7 @@ def test_a_finished_run_is_left_alone(ran, tmp_path, source, capsys):
     assert lines[-1].startswith("next: vqbeam sample")
 
 
+@pytest.mark.slow
 def test_a_finished_run_may_be_in_use(ran, tmp_path, source, capsys):
     go(tmp_path / "run", source)
     run = RunFolder(tmp_path / "run")
@@ -367,6 +368,7 @@ def test_failed_images_are_named_at_the_end(ran, tmp_path, source, capsys, monke
     assert f"could not be decoded: 3 images, listed in {letters}\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_dataflow_is_asked_for_a_gpu(ran, tmp_path, source, monkeypatch):
     asked, checked = [], []
 
@@ -407,6 +409,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 def test_done_again_ends_at_once(ran, tmp_path, source):
     go(tmp_path / "run", source)
     preset = write_preset(tmp_path / "preset.py", small_config(source))

@@ -187,6 +187,7 @@ def test_without_flock_the_signs_count(run, no_flock, signs):
     refused(run, "in use by process 1 on 'elsewhere'")
 
 
+@pytest.mark.slow
 def test_without_flock_and_signs(run, no_flock, capsys):
     hold(run, kernel=run_lock._kernel())
     with locked(run.root):

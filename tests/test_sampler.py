@@ -123,6 +123,7 @@ def test_greedy_is_the_argmax_of_the_whole_sequence(sampler):
     np.testing.assert_array_equal(codes.reshape(8, -1), best)
 
 
+@pytest.mark.slow
 def test_filters_that_keep_all_change_nothing(sampler):
     expected = sampler(LABEL_ROWS, seed=1)
     for settings in (dict(top_k=K), dict(top_p=1.0), dict(top_k=K, top_p=1 - 1e-7)):
@@ -233,6 +234,7 @@ def test_indices_choose_the_random_numbers(sampler):
     np.testing.assert_array_equal(codes[[1, 2]], sampler(np.zeros(5), seed=1)[[4, 0]])
 
 
+@pytest.mark.slow
 def test_guidance_zero_is_the_null_class(sampler):
     null = sampler(np.full(8, LABELS), seed=1)
     np.testing.assert_array_equal(sampler(LABEL_ROWS, 1, SamplerSettings(guidance=0)), null)
@@ -305,6 +307,7 @@ def test_a_gpu_waits_for_no_host(sampler):
     assert text.count(" while(") == text.count("known_trip_count") > 1
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_new_weights_are_seen():
     model = build()

@@ -280,6 +280,7 @@ def test_lists_of_classes_of_one_length():
         assert _labels_of(values, labels) == [(1, 0, 1), (0, 1, 0)]
 
 
+@pytest.mark.slow
 def test_parts_of_one_split(prepared, tmp_path):
     # Of a dataset that has no other.
     splits = {"train_split": "train[:70%]", "validation_split": "train[70%:]"}
@@ -297,6 +298,7 @@ def test_an_image_is_not_held_out_and_trained_on(prepared, tmp_path, part):
         plan(settings)
 
 
+@pytest.mark.slow
 def test_keys_are_known_without_reading(prepared_run, tiny_config, tmp_path):
     # A dataset of TFDS in two files, of 12 and of 8 images.
     run, _ = prepared_run(tiny_config())

@@ -61,11 +61,13 @@ def run_stages(
             check_shared(source_paths(config.data))
     if config.vqvae.init_from or config.prior.init_from:
         config = _with_parents(config, run, is_dataflow(beam_args))
-    if "prepare" in stages and not run.exists():
-        # First, so that a mistyped dataset does not create a folder.
-        from vqbeam.pipelines.sources import open_source
+    if not run.exists():
+        # First, so that a mistyped dataset or folder does not create a run.
+        _require_inputs(run, stages)
+        if "prepare" in stages:
+            from vqbeam.pipelines.sources import open_source
 
-        open_source(config.data).check()
+            open_source(config.data).check()
     trials = None
     if minutes:
         config, trials = _fitted(config, minutes, run)

@@ -130,6 +130,8 @@ def smoke(config: Config) -> Config:
     return override(
         config,
         {
+            "data.height": min(config.data.height, max(64, config.vqvae.downsampling)),
+            "data.width": min(config.data.width, max(64, config.vqvae.downsampling)),
             "data.max_images": min(config.data.max_images or 64, 64),
             "data.images_per_shard": 48,
             "data.max_failed": max(config.data.max_failed, 0.2),  # 1% of 64 images allows none

@@ -94,6 +94,13 @@ def test_smoke_grows_nothing(config):
     assert smoke(small).data.max_images == 10 and smoke(small).vqvae.num_codes == 8
 
 
+def test_smoke_shrinks_large_images_to_what_the_grid_divides(config):
+    large = override(config, {"data.height": 512, "data.width": 32, "vqvae.downsampling": 8})
+    assert (smoke(large).data.height, smoke(large).data.width) == (64, 32)
+    coarse = override(config, {"data.height": 256, "vqvae.downsampling": 128})
+    assert smoke(coarse).data.height == 128
+
+
 def test_smoke_takes_what_the_whole_run_would(config):
     wide = override(config, {"sample.top_k": 100})
     assert smoke(wide).sample.top_k == 32

@@ -1,7 +1,7 @@
 """CIFAR-10 with the original VQ-VAE size and a larger prior; for one GPU and about five minutes.
 
-TFDS downloads the dataset (160 MB). Stage 1 has 4.5 million parameters and takes 1.5 GFLOP per
-image and step, 7.6 PFLOP in all; stage 2 has 39 million, 15 GFLOP and 39 PFLOP. An H100 at 15% and
+TFDS downloads the dataset (160 MB). Stage 1 has 4.5 million parameters and takes 1.7 GFLOP per
+image and step, 8.8 PFLOP in all; stage 2 has 39 million, 15 GFLOP and 39 PFLOP. An H100 at 15% and
 35% of its peak in bfloat16 would take one and two minutes; preparing, compiling and encoding take
 about another two. This is calculated: nothing has been measured on a GPU yet.
 """

@@ -30,6 +30,10 @@ OPTIONS = {
     "gradient instead of EMA": "--vqvae.codebook-update gradient",
     "+ k-means": "--vqvae.codebook-init kmeans",
     "+ restart": "--vqvae.restart-below 0.03",
+    "+ restart, K = 4096": "--vqvae.restart-below 0.03 --vqvae.num-codes 4096",
+    "+ restart, 8 dimensions": "--vqvae.restart-below 0.03 --vqvae.code-dim 8",
+    "+ restart, 8 dimensions, cosine lookup": "--vqvae.restart-below 0.03 --vqvae.code-dim 8 "
+    "--vqvae.lookup cosine",
     "+ balance": "--vqvae.balance 0.25",
     "+ cosine lookup": "--vqvae.lookup cosine",
     "+ rotation": "--vqvae.estimator rotation",

@@ -1215,11 +1215,18 @@ FAULTS: dict[str, list[Mutant]] = {
             "test_manifolds.py::test_radii_on_a_line",
         ),
         Mutant(
-            "precision and recall are swapped",
+            "precision is recall",
             "pipelines/evaluation/distances.py",
-            "float(looks_real.mean()), float(covered.mean())",
-            "float(covered.mean()), float(looks_real.mean())",
+            "precision=float(looks_real.mean())",
+            "precision=float(covered.mean())",
             "test_manifolds.py::test_few_but_true_and_many_but_false",
+        ),
+        Mutant(
+            "coverage counts the balls of the set",
+            "pipelines/evaluation/distances.py",
+            "reached |= in_real.any(axis=0)",
+            "reached |= (distances <= other.radii[rows, None]).any(axis=0)",
+            "test_manifolds.py::test_in_numpy_whatever_the_blocks",
         ),
         Mutant(
             "the balls are those of the other set",

@@ -8,7 +8,7 @@ from vqbeam.pipelines.evaluation.distances import (
     Manifold,
     Moments,
     frechet_distance,
-    precision_recall,
+    overlap,
 )
 from vqbeam.pipelines.evaluation.reference import ReferenceSet
 
@@ -35,12 +35,10 @@ def test_every_figure_in_numpy(prepared_run, tiny_config):
         moments = Moments()
         moments.add(rows)
         gaussians.append(moments.gaussian())
-    precision, recall = precision_recall(*map(Manifold, features))
     logits = keras.ops.convert_to_numpy(stub_classifier(run)(others, training=False))
     assert found == {
         "frechet": pytest.approx(frechet_distance(*gaussians), rel=1e-4),
-        "precision": precision,
-        "recall": recall,
+        **overlap(*map(Manifold, features))._asdict(),
         "agreement": (logits.argmax(axis=1) == labels).mean(),
     }
 
@@ -61,9 +59,9 @@ def test_real_images_are_drawn_without_replacement(prepared_run, tiny_config):
 @pytest.mark.parametrize(
     ("changes", "features", "missing", "why"),
     [
-        ({"labels": ()}, "classifier", 4, "no classes for the classifier to learn; --features inc"),
+        ({"labels": ()}, "classifier", 6, "no classes for the classifier to learn; --features inc"),
         ({"labels": ()}, "inception", 1, "no classes for the classifier to learn"),
-        ({"validation": 3}, "classifier", 3, "3 images have no 3 neighbours each; hold out more"),
+        ({"validation": 3}, "classifier", 5, "3 images have no 3 neighbours each; hold out more"),
     ],
 )
 def test_what_cannot_be_measured_says_why(

@@ -80,8 +80,9 @@ def test_what_is_not_trained(prepared_run, tiny_config, capsys):
 
 
 def test_a_table_of_what_is_left():
-    figures = {"frechet": None, "precision": None, "recall": None, "agreement": 0.25}
-    reasons = dict.fromkeys(("frechet", "precision", "recall"), "no features")
+    names = ("frechet", "precision", "recall", "density", "coverage")
+    figures = dict.fromkeys(names) | {"agreement": 0.25}
+    reasons = dict.fromkeys(names, "no features")
     measures = {
         "images": 2000,
         **dict.fromkeys(("real", "reconstructions", "samples"), figures),
@@ -100,7 +101,7 @@ def test_a_table_of_what_is_left():
         "label agreement  25.0%            25.0%    25.0%",
         "nearest training image: samples are 0.75 times as far from it as held-out images "
         "(medians); the closest pairs: nearest.png",
-        "left out: Fréchet distance, precision, recall (no features)",
+        "left out: Fréchet distance, precision, recall, density, coverage (no features)",
         "real: training images, but for the label agreement the held-out ones",
         "samples: temperature 0.9, top_k 5, seed 7; labels as in the training split",
         "features: classifier, 3 neighbours",
@@ -109,7 +110,7 @@ def test_a_table_of_what_is_left():
     nothing = prior_lines(measures | {"left_out": reasons | {"agreement": "no classes"}})
     assert nothing == [
         "by the codes of its validation split",
-        "left out: Fréchet distance, precision, recall (no features)",
+        "left out: Fréchet distance, precision, recall, density, coverage (no features)",
         "left out: label agreement (no classes)",
         "held-out codes: 2.146 nats per code, 0.1935 bits per dimension",
     ]

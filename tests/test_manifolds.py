@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 import vqbeam.pipelines.evaluation.distances as manifolds
-from vqbeam.pipelines.evaluation.distances import Manifold, nearest, precision_recall
+from vqbeam.pipelines.evaluation.distances import Manifold, nearest, overlap
 
 
 def line(*places):
@@ -18,14 +18,16 @@ def test_radii_on_a_line():
     assert one.radii.dtype == np.float32
 
 
-def test_precision_and_recall_on_a_line():
+def test_overlap_on_a_line():
     # Balls of 1 around 0 and 1, of 9 around 10.
     real = Manifold(line(0, 1, 10), 1)
     # Balls of 0.2 around 0.4 and 0.6, of 29.4 around 30.
     other = Manifold(line(0.4, 0.6, 30), 1)
     # 0.4 and 0.6 look real, 30 does not; 30's ball alone reaches 1 and 10, and none reaches 0.
-    assert precision_recall(real, other) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
-    assert precision_recall(other, real) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
+    # The balls around 0 and 1 hold two each, that around 10 none.
+    assert overlap(real, other) == pytest.approx((2 / 3, 2 / 3, 4 / 3, 2 / 3))
+    # 1 and 10 are in the ball of 30, and 0 in none.
+    assert overlap(other, real) == pytest.approx((2 / 3, 2 / 3, 2 / 3, 1 / 3))
 
 
 def test_few_but_true_and_many_but_false():
@@ -34,10 +36,13 @@ def test_few_but_true_and_many_but_false():
     narrow = Manifold(numbers.normal(size=(300, 4)) * 0.1)
     wide = Manifold(numbers.normal(size=(300, 4)) * 20)
     real = Manifold(real)
-    precision, recall = precision_recall(real, narrow)
-    assert precision > 0.95 and recall < 0.2
-    precision, recall = precision_recall(real, wide)
-    assert precision < 0.2 and recall > 0.9
+    found = overlap(real, narrow)
+    assert found.precision > 0.95 and found.density > 1
+    assert found.recall < 0.2 and found.coverage < 0.7
+    found = overlap(real, wide)
+    assert found.precision < 0.2 and found.recall > 0.9
+    # Balls that are large for being far from all others count for recall, and not for coverage.
+    assert found.coverage < 0.2 and found.density < 0.2
 
 
 @pytest.mark.parametrize("block", [1, 700, 10**6])
@@ -51,15 +56,23 @@ def test_in_numpy_whatever_the_blocks(monkeypatch, block):
 
     radii = [np.sort(distances(x, x), axis=1)[:, 3] for x in (first, second)]
     across = distances(second, first)
-    expected = (across <= radii[0]).any(axis=1).mean(), (across.T <= radii[1]).any(axis=1).mean()
-    assert 0 < expected[0] < 1 and 0 < expected[1] < 1
-    found = precision_recall(Manifold(first), Manifold(second))
-    assert found == pytest.approx(expected)
+    in_first, in_second = across <= radii[0], across.T <= radii[1]
+    expected = dict(
+        precision=in_first.any(axis=1).mean(),
+        recall=in_second.any(axis=1).mean(),
+        density=in_first.sum() / (3 * 50),
+        coverage=in_first.any(axis=0).mean(),
+    )
+    assert all(0 < value < 1 for value in expected.values())
+    found = overlap(Manifold(first), Manifold(second))
+    assert found._asdict() == pytest.approx(expected)
 
 
 def test_a_set_and_itself():
     points = Manifold(np.random.default_rng(2).normal(size=(30, 3)))
-    assert precision_recall(points, points) == (1, 1)
+    found = overlap(points, points)
+    # Each ball holds its centre and three neighbours, of which rounding may leave out the farthest.
+    assert found == pytest.approx((1, 1, 4 / 3, 1), abs=0.1)
 
 
 def test_too_few_for_neighbours():

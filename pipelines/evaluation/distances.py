@@ -1,4 +1,4 @@
-"""Fréchet distance, precision and recall between two sets of images, from their features."""
+"""Fréchet distance and overlap of two sets of images, from their features."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -87,6 +87,7 @@ class Manifold:
 
     Attributes:
         features: The features in float32.
+        neighbours: As given.
         radii: The square of each ball's radius, float32 [N].
 
     Raises:
@@ -96,7 +97,7 @@ class Manifold:
     def __init__(self, features: np.ndarray, neighbours: int = NEIGHBOURS):
         if len(features) <= neighbours:
             raise ValueError(f"{len(features)} features have no {neighbours} neighbours each")
-        self.features = np.asarray(features, np.float32)
+        self.features, self.neighbours = np.asarray(features, np.float32), neighbours
         self.radii = np.empty(len(features), np.float32)
         for rows, distances in _blocks(self.features, self.features):
             own = np.arange(rows.start, rows.stop)
@@ -105,27 +106,48 @@ class Manifold:
             self.radii[rows] = nearest[:, neighbours - 1]
 
 
-def precision_recall(real: Manifold, other: Manifold) -> tuple[float, float]:
-    """Returns the fraction of each set that lies within the manifold of the other.
+class Overlap(NamedTuple):
+    """How far a set of images and the real ones lie within each other's manifolds.
 
-    From "Improved Precision and Recall Metric for Assessing Generative Models", Kynkäänniemi et
-    al. 2019 (https://arxiv.org/abs/1904.06991), equations 1 and 2. Both grow with the number of
-    features, so only values from sets of the same size are comparable.
+    Attributes:
+        precision: Fraction of the set that lies in a ball around a real image.
+        recall: Fraction of the real images that lie in a ball around an image of the set.
+        density: Mean number of balls around real images that hold an image of the set, divided by
+            k; more than 1 if the set crowds where real images are close to each other.
+        coverage: Fraction of the real images whose ball holds an image of the set.
+    """
 
-    Args:
-        real: The manifold of real images.
-        other: The manifold of the images to measure.
+    precision: float
+    recall: float
+    density: float
+    coverage: float
 
-    Returns:
-        Precision, the fraction of `other` that looks real; and recall, the fraction of `real` that
-        `other` covers.
+
+def overlap(real: Manifold, other: Manifold) -> Overlap:
+    """Returns the overlap of the manifolds of real images and of those to measure.
+
+    Precision and recall are from "Improved Precision and Recall Metric for Assessing Generative
+    Models", Kynkäänniemi et al. 2019 (https://arxiv.org/abs/1904.06991), equations 1 and 2; density
+    and coverage from "Reliable Fidelity and Diversity Metrics for Generative Models", Naeem et al.
+    2020 (https://arxiv.org/abs/2002.09797), equations 4 and 5, which a few images far from all
+    others change less. All depend on the number of features, so only values from sets of the same
+    size are comparable.
     """
     looks_real = np.empty(len(other.features), bool)
-    covered = np.zeros(len(real.features), bool)
+    covered, reached = np.zeros((2, len(real.features)), bool)
+    held = 0
     for rows, distances in _blocks(other.features, real.features):
-        looks_real[rows] = (distances <= real.radii).any(axis=1)
+        in_real = distances <= real.radii
+        looks_real[rows] = in_real.any(axis=1)
+        reached |= in_real.any(axis=0)
+        held += int(in_real.sum())
         covered |= (distances <= other.radii[rows, None]).any(axis=0)
-    return float(looks_real.mean()), float(covered.mean())
+    return Overlap(
+        precision=float(looks_real.mean()),
+        recall=float(covered.mean()),
+        density=held / (real.neighbours * len(other.features)),
+        coverage=float(reached.mean()),
+    )
 
 
 def nearest(ones: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Metrics of a set of images: Fréchet distance, precision, recall and label agreement."""
+"""Metrics of a set of images: Fréchet distance, overlap and label agreement."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +16,7 @@ from vqbeam.pipelines.evaluation.distances import (
     Moments,
     frechet_distance,
     nearest,
-    precision_recall,
+    overlap,
 )
 from vqbeam.pipelines.evaluation.features import (
     compiled,
@@ -48,7 +48,7 @@ class FeatureStats:
 
     Attributes:
         gaussian: Mean and covariance of the features; None without features.
-        manifold: The features, for precision and recall; None without features.
+        manifold: The features, for the overlap; None without features.
         agreement: Fraction of the labelled images that the classifier assigns to their class; None
             without a classifier.
     """
@@ -154,23 +154,17 @@ class ReferenceSet:
         """Returns the metrics of a set of `num` images, compared with the held-out ones.
 
         Returns:
-            `frechet`, `precision`, `recall` and `agreement`; None for those in `left_out`.
+            The values by the names of `FIGURES`; None for those in `left_out`.
         """
         return self.compare(self.observe(batches))
 
     def compare(self, other: FeatureStats) -> dict[str, float | None]:
         """Returns the metrics of a set of `num` images from its statistics; see `measure`."""
-        if not self._extract:
-            return dict.fromkeys(("frechet", "precision", "recall")) | {
-                "agreement": other.agreement
-            }
-        precision, recall = precision_recall(self.held_out.manifold, other.manifold)
-        return {
-            "frechet": frechet_distance(self.held_out.gaussian, other.gaussian),
-            "precision": precision,
-            "recall": recall,
-            "agreement": other.agreement,
-        }
+        found = dict.fromkeys(FIGURES) | {"agreement": other.agreement}
+        if self._extract:
+            found["frechet"] = frechet_distance(self.held_out.gaussian, other.gaussian)
+            found |= overlap(self.held_out.manifold, other.manifold)._asdict()
+        return found
 
 
 def set_size(prepared: dict, num: int) -> int:
@@ -187,7 +181,8 @@ def _left_out(prepared: dict, features: str, num: int) -> dict[str, str]:
         reason = f"{num} images have no {NEIGHBOURS} neighbours each; hold out more"
     elif without_labels and features == "classifier":
         reason = f"{without_labels}; --features inception needs none"
-    return reasons | (dict.fromkeys(("frechet", "precision", "recall"), reason) if reason else {})
+    of_features = [name for name in FIGURES if name != "agreement"]
+    return reasons | (dict.fromkeys(of_features, reason) if reason else {})
 
 
 # Title and format of each metric.
@@ -195,6 +190,8 @@ FIGURES = {
     "frechet": ("Fréchet distance", "{:.3f}"),
     "precision": ("precision", "{:.3f}"),
     "recall": ("recall", "{:.3f}"),
+    "density": ("density", "{:.3f}"),
+    "coverage": ("coverage", "{:.3f}"),
     "agreement": ("label agreement", "{:.1%}"),
 }
 

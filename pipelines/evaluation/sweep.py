@@ -80,7 +80,8 @@ def sweep(
 
 def sweep_lines(names: Sequence[str], results: Sequence[dict], best: int) -> list[str]:
     """Returns a table of settings and metrics, in which a star marks the best row."""
-    figures = {name: form for name, form in FIGURES.items() if results[0][name] is not None}
+    told = {name: FIGURES[name] for name in ("frechet", "precision", "recall", "agreement")}
+    figures = {name: form for name, form in told.items() if results[0][name] is not None}
     rows = [[*names, *(title for title, _ in figures.values())]]
     for result in results:
         settings = [str(result["settings"][name]) for name in names]
@@ -115,6 +116,7 @@ def _measured(
         "images": num,
         "features": features,
         "neighbours": NEIGHBOURS,
+        "metrics": [*FIGURES],
         "seed": seed,
         "models": [run.result_hash(TRAIN_VQVAE), run.result_hash(TRAIN_PRIOR)],
         "data": run.result_hash("prepare"),

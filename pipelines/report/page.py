@@ -75,7 +75,9 @@ _STAGE_1 = {
 _STAGE_2 = {
     "frechet": "how far the set is from held-out images, in a network's features; lower is better",
     "precision": "share that looks like a held-out image",
-    "recall": "share of the held-out images that the set covers: how varied it is",
+    "recall": "share of the held-out images that look like one of the set: how varied it is",
+    "density": "how many held-out images one of the set looks like on average, divided by 3",
+    "coverage": "share of the held-out images that one of the set looks like",
     "agreement": "share in which a classifier sees the requested class",
 }
 

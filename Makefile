@@ -2,9 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Each file of tests runs in one of the workers, the longest first.
-WORKERS := 2
-PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Each file of tests runs in one of two processes, the longest first.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 # Without its compiled files, each start of Python would compile TensorFlow's sources again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -22,9 +21,7 @@ test: $(VENV)/.test-installed lint
 test-fast: $(VENV)/.test-installed
 	$(PYTEST) -m "not slow and not system and not engines and not cloud"
 
-# Whole programs: killed and started again, on a full disk, on two devices, with every preset. A
-# worker often waits for its programs to start or to end, so there is one more of them.
-test-system: WORKERS := 3
+# Whole programs: killed and started again, on a full disk, on two devices, with every preset.
 test-system: $(VENV)/.test-installed
 	$(PYTEST) -m system
 

@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import importlib
 import re
 
@@ -55,12 +56,13 @@ def sizes_of(model, batch):
 
     from vqbeam.vqvae.fitting.program import _graph_flops
 
+    gc.collect()  # the models before this one, which hold each other
     model.compile("sgd")
     step = tf.function(model.train_step, autograph=False).get_concrete_function(batch)
     return model.count_params(), _graph_flops(step.graph)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("name", FOR_A_GPU)
 def test_what_a_preset_says_of_its_size(name, compiled):
     import numpy as np

@@ -127,11 +127,12 @@ def smoke(config: Config) -> Config:
     num_codes, fsq_levels = min(config.vqvae.num_codes, 32), config.vqvae.fsq_levels
     if config.vqvae.quantizer == "fsq" and num_codes < config.vqvae.num_codes:
         fsq_levels = "8,4"
+    longest = max(64, config.vqvae.downsampling)
     return override(
         config,
         {
-            "data.height": min(config.data.height, max(64, config.vqvae.downsampling)),
-            "data.width": min(config.data.width, max(64, config.vqvae.downsampling)),
+            "data.height": min(config.data.height, longest),
+            "data.width": min(config.data.width, longest),
             "data.max_images": min(config.data.max_images or 64, 64),
             "data.images_per_shard": 48,
             "data.max_failed": max(config.data.max_failed, 0.2),  # 1% of 64 images allows none

@@ -1,5 +1,4 @@
 import dataclasses
-import gc
 import importlib
 import re
 
@@ -44,7 +43,7 @@ def test_none_of_that_name():
 # What the docstring of a preset for a GPU says of a stage: its parameters, in millions, and its
 # operations for an image in a step and for all of training.
 SIZE = re.compile(
-    r"tage . has ([\d.]+) million(?: parameters and takes|,) ([\d.]+) ([GT])FLOP"
+    r"[Ss]tage \d has ([\d.]+) million(?: parameters and takes|,) ([\d.]+) ([GT])FLOP"
     r"(?: per image and step,| and) ([\d.,]+) PFLOP"
 )
 FOR_A_GPU = [name for name in configs.preset_names() if "GPU" in configs.preset_summary(name)]
@@ -56,7 +55,6 @@ def sizes_of(model, batch):
 
     from vqbeam.vqvae.fitting.program import _graph_flops
 
-    gc.collect()  # the models before this one, which hold each other
     model.compile("sgd")
     step = tf.function(model.train_step, autograph=False).get_concrete_function(batch)
     return model.count_params(), _graph_flops(step.graph)

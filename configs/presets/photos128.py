@@ -17,7 +17,7 @@ CONFIG = Config(
         restart_below=0.03,  # with K = 4096, nearly all codes stay in use (docs/results.md)
         downsampling=8,  # a 16×16 grid: 256 codes
         network="resnet",
-        width=64,  # half of VQGAN (Esser et al. 2021), a quarter of its work
+        width=64,  # half of VQGAN (Esser et al. 2021)
         residual_layers=2,
         batch_size=64,
         steps=50_000,

@@ -6,45 +6,16 @@ takes about three hours, with the last steps of the decoder; `--minutes` chooses
 calculated: nothing has been measured on a GPU yet.
 """
 
-from vqbeam.configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig
+from vqbeam.configs import override
+from vqbeam.configs.presets import photos128
 
-CONFIG = Config(
-    name="photos256",
-    data=DataConfig(source="folder:photos", height=256, width=256, channels=3),
-    vqvae=VQVAEConfig(
-        num_codes=4096,
-        code_dim=64,
-        restart_below=0.03,  # with K = 4096, nearly all codes stay in use (docs/results.md)
-        downsampling=16,  # a 16×16 grid: 256 codes
-        network="resnet",
-        width=64,  # half of VQGAN (Esser et al. 2021), a quarter of its work
-        residual_layers=2,
-        batch_size=32,
-        steps=50_000,
-        steps_per_epoch=1000,
-        learning_rate=3e-4,
-        warmup_steps=500,
-        augment="flip",
-        finetune_steps=20_000,
-        perceptual=1.0,
-        adversarial=0.05,
-        dtype="mixed_bfloat16",
-    ),
-    encode=EncodeConfig(batch_size=256, augment="flip"),
-    prior=PriorConfig(
-        layers=12,
-        width=768,  # the depth and width of LlamaGen-B (Sun et al. 2024), table 1
-        heads=12,
-        dropout=0.1,
-        batch_size=256,
-        steps=40_000,
-        steps_per_epoch=1000,
-        early_stopping=5,
-        learning_rate=3e-4,
-        warmup_steps=1000,
-        qk_norm="rms",
-        branch_init="zeros",
-        dtype="mixed_bfloat16",
-    ),
-    sample=SampleConfig(num=80, guidance=3.0, guidance_schedule="cosine", batch_size=256),
+CONFIG = override(
+    photos128.CONFIG,
+    {
+        "name": "photos256",
+        "data.height": 256,
+        "data.width": 256,
+        "vqvae.downsampling": 16,  # the same 16×16 grid
+        "vqvae.batch_size": 32,
+    },
 )

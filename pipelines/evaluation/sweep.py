@@ -80,6 +80,7 @@ def sweep(
 
 def sweep_lines(names: Sequence[str], results: Sequence[dict], best: int) -> list[str]:
     """Returns a table of settings and metrics, in which a star marks the best row."""
+    # The others are in sweep.json; with them, the table would be wider than a terminal.
     told = {name: FIGURES[name] for name in ("frechet", "precision", "recall", "agreement")}
     figures = {name: form for name, form in told.items() if results[0][name] is not None}
     rows = [[*names, *(title for title, _ in figures.values())]]

@@ -1480,15 +1480,22 @@ FAULTS: dict[str, list[Mutant]] = {
         Mutant(
             "the adversarial loss trains the discriminator",
             "vqvae/finetuning/decoder.py",
-            "[ops.stop_gradient(variable) for variable in self.trainable_variables]",
-            "[variable.value for variable in self.trainable_variables]",
+            "[ops.stop_gradient(weight) for weight in weights]",
+            "weights",
             "test_finetuning.py::test_each_loss_moves_one_part",
+        ),
+        Mutant(
+            "the adversarial loss may use weights after their update",
+            "vqvae/finetuning/decoder.py",
+            "[ops.stop_gradient(weight) for weight in weights]",
+            "[ops.stop_gradient(weight) for weight in self.trainable_variables]",
+            "test_finetuning.py::test_weights_are_read_before_their_update",
         ),
         Mutant(
             "the discriminator's loss trains the decoder",
             "vqvae/finetuning/decoder.py",
-            "self(ops.stop_gradient(reconstruction))",
-            "self(reconstruction)",
+            "logits(weights, ops.stop_gradient(reconstruction))",
+            "logits(weights, reconstruction)",
             "test_finetuning.py::test_each_loss_moves_one_part",
         ),
         Mutant(

@@ -1,7 +1,11 @@
+import collections
+
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from quantizer_checks import array, gradient
+from tensorflow.python.eager import context
 
 from vqbeam.vqvae.building import build_model
 from vqbeam.vqvae.finetuning.decoder import DecoderTraining, finetune_decoder
@@ -91,6 +95,44 @@ def moved_by(trainer, name):
 )
 def test_each_loss_moves_one_part(trainer, name):
     assert moved_by(trainer, name) == {"discriminator" if name == "discriminator" else "decoder"}
+
+
+def unordered_accesses(graph):
+    """The reads of variables in a graph, each with a write that it may come before or after."""
+    nodes, users = {node.name: node for node in graph.node}, collections.defaultdict(list)
+    for node in graph.node:
+        for source in node.input:
+            users[source.lstrip("^").partition(":")[0]].append(node.name)
+
+    def after(name):
+        found, left = set(), [name]
+        while left:
+            new = set(users[left.pop()]) - found
+            found |= new
+            left.extend(new)
+        return found
+
+    for read in (node for node in graph.node if node.op == "ReadVariableOp"):
+        for name in users[read.input[0]]:
+            if nodes[name].op.startswith("Assign"):
+                if name not in after(read.name) and read.name not in after(name):
+                    yield read.name, name
+
+
+@pytest.mark.slow
+def test_weights_are_read_before_their_update(trainer, compiled):
+    """With several threads, a step would otherwise use some new weights and some old ones."""
+    trainer.compile(keras.optimizers.Adam())
+    trainer.optimizer.build(trainer.trainable_variables)
+    step = tf.function(lambda batch: trainer.train_step((batch,)), autograph=False)
+    here = context.context()
+    here.enable_graph_collection()
+    step(tf.constant(images(4)))
+    graphs = [found.post_optimization_graph for found in here.export_run_metadata().function_graphs]
+    here.disable_graph_collection()
+    largest = max(graphs, key=lambda graph: len(graph.node))
+    assert {"ReadVariableOp", "AssignSubVariableOp"} <= {node.op for node in largest.node}
+    assert list(unordered_accesses(largest)) == []
 
 
 @pytest.mark.backend

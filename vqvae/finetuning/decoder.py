@@ -176,12 +176,18 @@ class PatchDiscriminator(layers.Layer):
             images: [B, H, W, C].
             reconstruction: [B, H, W, C].
         """
-        hinge = ops.mean(ops.relu(1.0 - self(images))) + ops.mean(
-            ops.relu(1.0 + self(ops.stop_gradient(reconstruction)))
-        )
-        frozen = [ops.stop_gradient(variable) for variable in self.trainable_variables]
-        logits, _ = self.stateless_call(frozen, self.non_trainable_variables, reconstruction)
-        return {"discriminator": hinge, "adversarial": -ops.mean(logits)}
+
+        def logits(weights, images):
+            return self.stateless_call(weights, self.non_trainable_variables, images)[0]
+
+        # Each weight is read once. TensorFlow's graph optimizer may drop the order of a second read
+        # and the update of the weight, if only the reconstruction's gradient depends on that read.
+        weights = [ops.copy(variable) for variable in self.trainable_variables]
+        frozen = [ops.stop_gradient(weight) for weight in weights]
+        originals = ops.mean(ops.relu(1.0 - logits(weights, images)))
+        copies = ops.mean(ops.relu(1.0 + logits(weights, ops.stop_gradient(reconstruction))))
+        adversarial = -ops.mean(logits(frozen, reconstruction))
+        return {"discriminator": originals + copies, "adversarial": adversarial}
 
     def get_config(self):
         """Returns the constructor's arguments."""

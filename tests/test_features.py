@@ -1,40 +1,55 @@
 import socket
+import tarfile
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import vqbeam.pipelines.evaluation.features as features
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.evaluation.features import build_classifier, feature_extractor, feature_model
 
 
+def write_graph(folder):
+    """Writes an archive with a graph whose operations are as old as those of Inception's.
+
+    Its features are the mean, the largest and the smallest value of each scaled channel, normalized
+    with a mean of 0.5, a variance of 4, a scale of 2 and an offset of 1.
+    """
+    with tf.Graph().as_default() as graph:
+        images = tf.compat.v1.placeholder(tf.float32, (None, None, None, 3), name="ExpandDims")
+        large = tf.compat.v1.image.resize_bilinear(images, (299, 299))
+        scaled = (large - 128) * 0.0078125
+        reductions = (tf.reduce_mean, tf.reduce_max, tf.reduce_min)
+        parts = [reduce(scaled, axis=(1, 2), keepdims=True) for reduce in reductions]
+        tf.concat(parts, axis=-1, name="parts")
+        for name, value in {"center": 0.5, "variance": 4.0, "offset": 1.0, "scale": 2.0}.items():
+            tf.constant([value] * 9, name=name)
+    graph_def = graph.as_graph_def()
+    graph_def.versions.producer = 8
+    old = graph_def.node.add(name="pool_3", op="BatchNormWithGlobalNormalization")
+    old.input.extend(["parts", "center", "variance", "offset", "scale"])
+    old.attr["T"].type = tf.float32.as_datatype_enum
+    old.attr["variance_epsilon"].f = 0.001
+    old.attr["scale_after_normalization"].b = True
+    (folder / "classify_image_graph_def.pb").write_bytes(graph_def.SerializeToString())
+    with tarfile.open(folder / "inception.tgz", "w:gz") as archive:
+        archive.add(folder / "classify_image_graph_def.pb", "classify_image_graph_def.pb")
+    return folder / "inception.tgz"
+
+
 @pytest.fixture
-def inception(monkeypatch):
-    """Puts a network without weights in Inception's place; returns the shapes that it is given."""
-    shapes = []
+def downloads(monkeypatch, tmp_path):
+    """The addresses that are asked for; an archive of `write_graph` is what they give."""
+    asked = []
 
-    def build(*, include_top, pooling, weights):
-        assert (include_top, pooling, weights) == (False, "avg", "imagenet")
-        images = keras.Input((None, None, 3))
-        # The mean of each channel, and its largest and smallest value.
-        numbers = [
-            keras.layers.GlobalAveragePooling2D()(images),
-            keras.layers.GlobalMaxPooling2D()(images),
-            -keras.layers.GlobalMaxPooling2D()(-images),
-        ]
-        model = keras.Model(images, keras.layers.Concatenate()(numbers))
-        call = model.call
+    def get_file(*, origin, cache_subdir):
+        asked.append((origin, cache_subdir))
+        return write_graph(tmp_path)
 
-        def record(inputs, **options):
-            shapes.append(tuple(inputs.shape))
-            return call(inputs, **options)
-
-        model.call = record
-        return model
-
-    monkeypatch.setattr(keras.applications, "InceptionV3", build)
-    return shapes
+    monkeypatch.setattr(keras.utils, "get_file", get_file)
+    return asked
 
 
 def test_classifier_features(monkeypatch):
@@ -49,40 +64,40 @@ def test_classifier_features(monkeypatch):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def larger(images):
+    """Images as TensorFlow scaled them in 2015: pixel i of 299 lies at 8 i / 299 of 8."""
+    positions = np.arange(299) * 8 / 299
+    low = np.floor(positions).astype(int)
+    high, share = np.minimum(low + 1, 7), (positions - low)[:, None]
+    rows = images[:, low] * (1 - share[:, None]) + images[:, high] * share[:, None]
+    return rows[:, :, low] * (1 - share) + rows[:, :, high] * share
+
+
 @pytest.mark.parametrize("channels", [1, 3])
-def test_inception_sees_large_colour_images_in_its_range(
-    prepared_run, tiny_config, inception, channels
-):
-    run, _ = prepared_run(tiny_config(data__channels=channels), labels=())
-    numbers = np.random.default_rng(0)
-    images = numbers.integers(0, 256, (40, 8, 8, channels), np.uint8)
-    found = feature_extractor(run, "inception")(images)
+def test_the_inception_of_published_distances(downloads, channels):
+    # More than a batch, and the last one has fewer.
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, channels), np.uint8)
+    found = feature_extractor("a run", "inception")(images)
     assert found.shape == (40, 9) and found.dtype == np.float32
-    assert {shape[1:] for shape in inception} == {(299, 299, 3)}
-    scaled = np.broadcast_to(images / 127.5 - 1, (40, 8, 8, 3))
-    np.testing.assert_allclose(found[:, :3], scaled.mean(axis=(1, 2)), atol=0.02)
-    np.testing.assert_allclose(found[:, 3:6], scaled.max(axis=(1, 2)), atol=0.1)
-    np.testing.assert_allclose(found[:, 6:], scaled.min(axis=(1, 2)), atol=0.1)
+    scaled = (larger(np.broadcast_to(images, (40, 8, 8, 3))) - 128) / 128
+    parts = [scaled.mean((1, 2)), scaled.max((1, 2)), scaled.min((1, 2))]
+    expected = (np.concatenate(parts, axis=-1) - 0.5) / np.sqrt(4.001) * 2 + 1
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    [(address, folder)] = downloads
+    assert address.endswith("/inception-2015-12-05.tgz") and folder == "models"
 
 
-def test_inception_takes_few_images_at_once(prepared_run, tiny_config, inception):
-    run, _ = prepared_run(tiny_config(), labels=())
-    feature_extractor(run, "inception")(np.zeros((70, 8, 8, 1), np.uint8))
-    assert {shape[0] for shape in inception} - {None} == {32, 6}
-
-
-def test_inception_without_a_network(prepared_run, tiny_config, monkeypatch):
+def test_inception_without_a_network(monkeypatch):
     timeouts = []
 
     def fail(**_):
         timeouts.append(socket.getdefaulttimeout())
         raise Exception("URL fetch failure on FILE: None -- timed out\nand more")
 
-    monkeypatch.setattr(keras.applications, "InceptionV3", fail)
-    run, _ = prepared_run(tiny_config())
+    monkeypatch.setattr(keras.utils, "get_file", fail)
     before = socket.getdefaulttimeout()
     with pytest.raises(VqbeamError) as caught:
-        feature_extractor(run, "inception")
+        feature_extractor("a run", "inception")
     assert str(caught.value) == (
         "Inception's weights do not load (URL fetch failure on FILE: None -- timed out); use "
         "--features classifier, or put that file into ~/.keras/models"

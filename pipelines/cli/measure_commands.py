@@ -32,7 +32,7 @@ def parse_evaluate(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
         "--features",
         str,
         "what the Fréchet distance compares: features of a classifier trained on the run's "
-        "images (default), or of Keras's InceptionV3, whose weights are downloaded",
+        "images (default), or of the InceptionV3 of published distances, which is downloaded",
         choices=("classifier", "inception"),
         metavar="NAME",
         default="classifier",

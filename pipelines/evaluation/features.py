@@ -4,6 +4,7 @@ import contextlib
 import math
 import socket
 import sys
+import tarfile
 from collections.abc import Callable
 
 import keras
@@ -21,7 +22,7 @@ from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
 from vqbeam.vqvae.storage.records import damaged_records, open_dataset, read_split, training_batches
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
-_INCEPTION_SIDE = 299
+_INCEPTION = "https://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz"
 _INCEPTION_BATCH = 32
 # If the network drops packets, connecting would take minutes for each address of the host.
 _SECONDS_TO_CONNECT = 10
@@ -37,9 +38,8 @@ def feature_extractor(run: RunFolder, name: str) -> Extract:
     Args:
         run: A run with prepared images.
         name: The network. "classifier" is a classifier that vqbeam trains on the run's own images,
-            so the features show how well classes can be recognized. "inception" is Keras's
-            InceptionV3, trained on ImageNet. Published distances use other weights for it and
-            differ slightly.
+            so the features show how well classes can be recognized. "inception" is the InceptionV3
+            of published distances.
 
     Raises:
         VqbeamError: The run has no classes for the classifier, or Inception's weights cannot be
@@ -47,7 +47,7 @@ def feature_extractor(run: RunFolder, name: str) -> Extract:
     """
     if name == "classifier":
         return compiled(feature_model(load_classifier(run)))
-    return _in_small_batches(compiled(_inception(run)))
+    return _inception()
 
 
 def compiled(model: keras.Model) -> Extract:
@@ -58,34 +58,41 @@ def compiled(model: keras.Model) -> Extract:
     return lambda images: keras.ops.convert_to_numpy(extract(images))
 
 
-def _in_small_batches(extract: Extract) -> Extract:
-    def in_small_batches(images: np.ndarray) -> np.ndarray:
-        firsts = range(0, len(images), _INCEPTION_BATCH)
-        return np.concatenate([extract(images[i : i + _INCEPTION_BATCH]) for i in firsts])
+def _inception() -> Extract:
+    """Returns the pooled features, 2,048 numbers, of the InceptionV3 of published distances.
 
-    return in_small_batches
+    It is TensorFlow's graph of 2015, with which Heusel et al. 2017 (https://arxiv.org/abs/1706.08500)
+    compute the distance, and which scales images itself.
+    """
+    with tf.Graph().as_default() as graph:
+        images = tf.compat.v1.placeholder(tf.uint8, (None, None, None, 3))
+        [pooled] = tf.graph_util.import_graph_def(
+            _inception_graph(), {"ExpandDims:0": tf.cast(images, tf.float32)}, ["pool_3:0"]
+        )
+    # Not a tf.function, which does not run operations as old as those of this graph.
+    options = tf.compat.v1.ConfigProto(gpu_options={"allow_growth": True})
+    session = tf.compat.v1.Session(graph=graph, config=options)
+
+    def extract(batch: np.ndarray) -> np.ndarray:
+        in_colour = np.broadcast_to(batch, (*batch.shape[:-1], 3))
+        firsts = range(0, len(batch), _INCEPTION_BATCH)
+        parts = (in_colour[first : first + _INCEPTION_BATCH] for first in firsts)
+        return np.concatenate([session.run(pooled, {images: part})[:, 0, 0] for part in parts])
+
+    return extract
 
 
-def _inception(run: RunFolder) -> keras.Model:
-    """Returns InceptionV3 from uint8 images of the run's shape to pooled features [B, 2048]."""
-    images = keras.Input(run.load_config().image_shape, dtype="uint8")
-    x = keras.layers.Rescaling(1 / 127.5, offset=-1.0)(images)
-    x = keras.layers.Resizing(_INCEPTION_SIDE, _INCEPTION_SIDE)(x)
-    if images.shape[-1] == 1:
-        x = keras.layers.Concatenate()([x, x, x])
-    return keras.Model(images, _imagenet_weights()(x))
-
-
-def _imagenet_weights() -> keras.Model:
+def _inception_graph() -> tf.compat.v1.GraphDef:
     try:
         with _impatient():
-            return keras.applications.InceptionV3(
-                include_top=False, pooling="avg", weights="imagenet"
-            )
+            path = keras.utils.get_file(origin=_INCEPTION, cache_subdir="models")
+        with tarfile.open(path) as archive:
+            data = archive.extractfile("classify_image_graph_def.pb").read()
+        return tf.compat.v1.GraphDef.FromString(data)
     except Exception as error:  # Keras raises nothing narrower if a download fails
         raise VqbeamError(
-            f"Inception's weights do not load ({first_line(error)}); use --features "
-            "classifier, or put that file into ~/.keras/models"
+            f"Inception's weights do not load ({first_line(error)}); use --features classifier, or "
+            "put that file into ~/.keras/models"
         ) from error
 
 

@@ -346,6 +346,11 @@ class VQVAEConfig(Section):
         """`fsq_levels` as a tuple of integers."""
         return tuple(int(size) for size in self.fsq_levels.split(","))
 
+    @property
+    def feature_steps(self) -> int:
+        """Training steps of the network of the feature loss: half as many as of the decoder."""
+        return math.ceil(self.finetune_steps / 2) if self.perceptual else 0
+
     def __post_init__(self):
         super().__post_init__()
         if self.downsampling & (self.downsampling - 1):

@@ -97,10 +97,7 @@ class Part:
 # The trainings by the titles of their bars, with their stage and their number of steps.
 TRAININGS: dict[str, tuple[str, Callable[[Config], int]]] = {
     "train vqvae": ("train-vqvae", lambda config: config.vqvae.steps),
-    "features": (
-        "train-vqvae",
-        lambda config: config.vqvae.finetune_steps if config.vqvae.perceptual else 0,
-    ),
+    "features": ("train-vqvae", lambda config: config.vqvae.feature_steps),
     "decoder": ("train-vqvae", lambda config: config.vqvae.finetune_steps),
     "train prior": ("train-prior", lambda config: config.prior.steps),
 }
@@ -379,7 +376,7 @@ def _vqvae(config: Config):
 
 def _features(config: Config):
     features = build_features(config.image_shape, len(_LABELS.names), config.vqvae.dtype)
-    model = build_classification(features, config.vqvae.finetune_steps)
+    model = build_classification(features, config.vqvae.feature_steps)
     return model, _images(config, FEATURES_BATCH, answers=True), config.vqvae
 
 

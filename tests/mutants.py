@@ -1284,8 +1284,8 @@ FAULTS: dict[str, list[Mutant]] = {
         Mutant(
             "the network of the feature loss takes no time",
             "pipelines/budget.py",
-            "config.vqvae.finetune_steps if config.vqvae.perceptual else 0",
-            "0",
+            "lambda config: config.vqvae.feature_steps",
+            "lambda config: 0",
             "test_budget.py::test_each_part_counts_what_it_does",
         ),
     ],

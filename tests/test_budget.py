@@ -96,7 +96,7 @@ def test_each_part_counts_what_it_does():
     parts = {part.title: part for part in parts_of(preset(), TRIALS, COUNTS, prepare=1e-3)}
     assert list(parts) == ["prepare", *list(TRIALS)[:3], "encode", "train prior", "sample"]
     assert parts["prepare"].bar == pytest.approx(60)
-    assert parts["features"].seconds == pytest.approx(4 + 1000 * 0.05)
+    assert parts["features"].seconds == pytest.approx(4 + 500 * 0.05)
     config = preset()
     # A forward pass is a third of a step: of 2,048 held-out images after each of 12 epochs.
     validation = 12 * 2048 / config.vqvae.batch_size * 0.2 / 3

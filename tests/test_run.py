@@ -1,3 +1,4 @@
+import math
 import os
 import shutil
 import subprocess
@@ -194,7 +195,7 @@ def test_a_time_becomes_steps_which_the_same_command_keeps(
     assert len(measured) == 1
     for count, name in (
         (config.vqvae.steps, "train vqvae"),
-        (config.vqvae.finetune_steps, "features"),
+        (math.ceil(config.vqvae.finetune_steps / 2), "features"),
         (config.vqvae.finetune_steps, "decoder"),
         (config.prior.steps, "train prior"),
     ):

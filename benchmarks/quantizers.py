@@ -42,8 +42,6 @@ OPTIONS = {
     "+ Muon, cosine schedule from 3e-3": "--vqvae.optimizer muon --vqvae.schedule cosine "
     "--vqvae.learning-rate 3e-3",
     "+ predictive": "--vqvae.quantizer predictive --vqvae.residual-width 28",
-    "+ restart, resnet of width 48": "--vqvae.restart-below 0.03 --vqvae.network resnet "
-    "--vqvae.width 48 --vqvae.residual-layers 1",
     "FSQ 8,8,8": "--vqvae.quantizer fsq",
     "residual, 2 levels": "--vqvae.quantizer residual --vqvae.depth 2",
 }

@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 import threading
 import time
 
@@ -60,7 +61,13 @@ def test_size(folder):
     assert sizes([folder / "other", folder / "file"] * 40) == [None, 5] * 40
 
 
-def test_a_file_that_is_waited_for_is_named(folder, monkeypatch, capsys):
+def test_a_file_that_is_waited_for_is_named(folder, monkeypatch):
+    said = []
+
+    def say(text, file, **_):
+        said.append((threading.get_ident(), text, file))
+
+    monkeypatch.setattr(files, "print", say, raising=False)
     monkeypatch.setattr(files, "_SECONDS_TO_BE_SLOW", 0.3)
     files._watch.cache_clear()  # the thread of another test sleeps for longer
     # A pipe that takes the place of a file once that is checked: reading it waits, as for a
@@ -72,17 +79,17 @@ def test_a_file_that_is_waited_for_is_named(folder, monkeypatch, capsys):
     reader = threading.Thread(target=lambda: read.append(read_regular(pipe)))
     reader.start()
     assert read_regular(folder / "fast.png") == b"fast"
-    said, end = "", time.monotonic() + 60
+    end = time.monotonic() + 60
     while not said and time.monotonic() < end:
-        said += capsys.readouterr().err
+        time.sleep(0.01)
     pipe.write_bytes(b"slow")
     reader.join()
     assert read == [b"slow"] and not files._being_read
-    said += capsys.readouterr().err
-    # A thread of another test may wake up as well, and name it once more.
-    assert {line.partition(" after ")[0] for line in said.splitlines()} == {
-        f"{str(pipe)!a} is still being read"
-    }
+    threads, lines, places = zip(*said, strict=True)
+    assert all(line.startswith(f"{str(pipe)!a} is still being read after ") for line in lines)
+    assert not any("\n" in line for line in lines) and set(places) == {sys.stderr}
+    # Once, but that the thread of another test may wake up in time.
+    assert len(set(threads)) == len(threads)
 
 
 def test_files_of_a_user_whom_nobody_knows(folder):

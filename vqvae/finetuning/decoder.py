@@ -12,7 +12,7 @@ from vqbeam.vqvae.fitting.optimizers import Adam, learning_rate
 from vqbeam.vqvae.model import VQVAE
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
-# On CIFAR-10, half of it or twice of it is worse: a Fréchet distance of 1.29 or 1.15, not 1.06.
+# After 1,220 steps on CIFAR-10, the Fréchet distance is 1.06; at twice this rate it is 1.15.
 _LEARNING_RATE = 1.2e-3
 
 

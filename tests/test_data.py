@@ -54,6 +54,10 @@ def test_each_pass_has_every_example_once_in_an_order_of_its_own(data):
     assert passes[0] != passes[1] and passes[0] != list(range(SIZE))
 
 
+def test_no_training_waits_for_tuning_when_it_ends(data):
+    assert data.batches(0, 1).options().autotune.enabled is False
+
+
 @pytest.mark.slow
 def test_begins_at_any_step(data):
     whole = first_inputs(data, 9)

@@ -229,6 +229,16 @@ def test_image_batches_are_what_tfds_reads(tmp_path, labels, channels):
                 np.testing.assert_array_equal(ours[name].numpy(), value)
 
 
+def test_no_iterator_waits_for_tuning_when_it_is_deleted(codes, tmp_path):
+    features = image_features((6, 5, 1), Labels())
+    content = [{"image": encoded(np.zeros((6, 5, 1), np.uint8)), "key": "a"}]
+    images, _ = write_dataset(tmp_path / "images", features, {"train": content}, per_shard=1)
+    examples = read_split(open_dataset(codes[0]), "train")
+    batches = training_batches(examples, size=10, batch_size=2, first_step=0, seed=0)
+    for dataset in (examples, batches, image_batches(open_dataset(images), "train", 0, 1)):
+        assert dataset.options().autotune.enabled is False
+
+
 @pytest.mark.parametrize("kind", ["classes", "attributes"])
 @pytest.mark.parametrize("content", ["image", "codes", "levels"])
 def test_serialize_writes_what_tfds_writes(content, kind):

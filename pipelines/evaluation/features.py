@@ -226,7 +226,7 @@ def _accuracy(run: RunFolder, model: keras.Model) -> float:
 def _examples(run: RunFolder, split: str):
     """Returns the labelled images of a split and their classes."""
     examples = read_split(open_dataset(run.folder("prepare")), split).map(
-        lambda example: (example["image"], example["label"]), num_parallel_calls=tf.data.AUTOTUNE
+        lambda example: (example["image"], example["label"])
     )
     return examples.filter(lambda _, label: label != NO_CLASS)
 

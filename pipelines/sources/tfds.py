@@ -19,7 +19,7 @@ from vqbeam.configs import DataConfig, VqbeamError, first_line
 from vqbeam.pipelines.errors import INTERRUPTED, is_interrupt, user_message
 from vqbeam.pipelines.sources.source import RawImage, Source, Unit
 from vqbeam.vqvae.storage.labels import Labels
-from vqbeam.vqvae.storage.records import damaged_records
+from vqbeam.vqvae.storage.records import UNTUNED, damaged_records
 
 _SPLITS = ("train", "validation")
 _READ_AT_ONCE = 16  # more is no faster, and photographs may be large
@@ -138,7 +138,8 @@ class TfdsSource(Source):
         with damaged_records(builder.data_path):
             # In batches: reading one by one would take as long as decoding and encoding.
             number = itertools.count(bounds[0])
-            for batch in examples.ragged_batch(_READ_AT_ONCE).prefetch(2):
+            batches = examples.ragged_batch(_READ_AT_ONCE).prefetch(2).with_options(UNTUNED)
+            for batch in batches:
                 keys, images = batch["tfds_id"].numpy(), batch[data.image_key].numpy()
                 labels = (
                     _labels_of(batch[data.label_key], unit.labels) if unit.labels.names else None

@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras import ops, tree
 
 from vqbeam.vqvae.fitting.devices import device_memory
-from vqbeam.vqvae.storage.records import training_batches
+from vqbeam.vqvae.storage.records import UNTUNED, training_batches
 
 # Random numbers are drawn for this many steps at once. Each block of steps has its own seed.
 _BLOCK = 100
@@ -100,7 +100,7 @@ def training_data(
                 examples, size=size, batch_size=batch_size, first_step=first_step, seed=seed
             )
             found = tf.data.Dataset.zip(read, found).map(lambda one, other: {**one, **other})
-        return found.batch(steps, drop_remainder=True).prefetch(2)
+        return found.batch(steps, drop_remainder=True).prefetch(2).with_options(UNTUNED)
 
     return TrainingData(batches=batches, held=held, prepare=prepare)
 

@@ -40,6 +40,12 @@ if keras.backend.backend() == "jax":
 # encode stage and needs all cores.
 _DECODED = 2**29
 
+# The options of every tf.data pipeline here. The thread with which TensorFlow tunes a pipeline can
+# miss that its iterator is deleted; the deletion, and with it the end of a training, would then
+# wait for the next time that the thread wakes, up to a minute.
+UNTUNED = tf.data.Options()
+UNTUNED.autotune.enabled = False
+
 IMAGES_VERSION = "1.0.0"
 CODES_VERSION = "1.0.0"
 
@@ -197,7 +203,7 @@ def open_dataset(folder: epath.Path) -> Any:
 def keys_in(shards: Sequence[epath.Path]) -> set[str]:
     """Returns the keys of all records in the given shards of images or codes."""
     spec = {"key": tf.io.FixedLenFeature((), tf.string)}
-    records = tf.data.TFRecordDataset([os.fspath(path) for path in shards])
+    records = tf.data.TFRecordDataset([os.fspath(path) for path in shards]).with_options(UNTUNED)
     parsed = records.batch(4096).map(lambda batch: tf.io.parse_example(batch, spec)["key"])
     return {key.decode() for batch in parsed.as_numpy_iterator() for key in batch}
 
@@ -238,7 +244,8 @@ def read_split(builder: Any, split: str, *, first: int = 0, last: int | None = N
     config = tfds.ReadConfig(
         interleave_cycle_length=1, try_autocache=False, enable_ordering_guard=True
     )
-    return builder.as_dataset(split=instruction, shuffle_files=False, read_config=config)
+    examples = builder.as_dataset(split=instruction, shuffle_files=False, read_config=config)
+    return examples.with_options(UNTUNED)
 
 
 def image_batches(builder: Any, split: str, shard: int, batch_size: int):
@@ -275,7 +282,8 @@ def image_batches(builder: Any, split: str, shard: int, batch_size: int):
 
     records = tf.data.TFRecordDataset(os.fspath(builder.info.splits[split].filepaths[shard]))
     calls = batches_at_once(batch_size * math.prod(shape))
-    return records.batch(batch_size).map(decode, num_parallel_calls=calls).prefetch(2)
+    batches = records.batch(batch_size).map(decode, num_parallel_calls=calls).prefetch(2)
+    return batches.with_options(UNTUNED)
 
 
 def batches_at_once(size: int) -> int:
@@ -313,7 +321,7 @@ def training_batches(dataset, *, size: int, batch_size: int, first_step: int, se
 
     passes = tf.data.Dataset.range(first_pass, np.iinfo(np.int64).max)
     examples = passes.flat_map(shuffled).skip(offset)
-    return examples.batch(batch_size, drop_remainder=True)
+    return examples.batch(batch_size, drop_remainder=True).with_options(UNTUNED)
 
 
 @contextlib.contextmanager

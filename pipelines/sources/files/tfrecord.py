@@ -9,6 +9,7 @@ from google.protobuf.message import DecodeError
 
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sources.files.base import FilesSource
+from vqbeam.vqvae.storage.records import UNTUNED
 
 
 class TfrecordSource(FilesSource):
@@ -70,4 +71,4 @@ class TfrecordSource(FilesSource):
 
 def _records(path: epath.Path, first: int = 0, count: int = -1) -> Iterator[bytes]:
     dataset = tf.data.TFRecordDataset(os.fspath(path)).skip(first).take(count)
-    return dataset.as_numpy_iterator()
+    return dataset.with_options(UNTUNED).as_numpy_iterator()

@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Each file of tests runs in one of two processes, the longest first.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+# Each file of tests runs in one of two processes, the longest first. With an arena for each of
+# TensorFlow's and JAX's threads, malloc would keep twice as much memory.
+PYTEST := MALLOC_ARENA_MAX=2 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 # Without its compiled files, each start of Python would compile TensorFlow's sources again.
 unexport PYTHONDONTWRITEBYTECODE
 

@@ -82,6 +82,14 @@ def compiled():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Frees what JAX compiled for a file: with the programs of all files, it would need 4 GB."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+
+
 @pytest.fixture
 def interruptible():
     """Lets Ctrl-C end this process and those that it starts; background jobs ignore it."""

@@ -8,6 +8,7 @@ from vqbeam.prior.training import build_optimizer
 from vqbeam.prior.transformer import CodePrior
 from vqbeam.vqvae.fitting.fit import AveragedWeights
 from vqbeam.vqvae.layout import CodeLayout
+from vqbeam.vqvae.storage.records import UNTUNED
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +38,7 @@ def trained(parts, dtype="float32", dropout=0.0):
     }
     # Unlike halves and quarters, so that a part of a batch is not as good as the whole.
     inputs["codes"][::4] = 1
-    batches = tf.data.Dataset.from_tensor_slices(inputs).batch(BATCH)
+    batches = tf.data.Dataset.from_tensor_slices(inputs).batch(BATCH).with_options(UNTUNED)
     history = model.fit(batches, shuffle=False, verbose=0, callbacks=[AveragedWeights()])
     return model, history.history
 

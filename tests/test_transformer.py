@@ -9,6 +9,7 @@ from keras import ops
 from vqbeam.prior.block import BASE, Block, rotary_tables, rotate
 from vqbeam.prior.transformer import CodePrior, LevelHead
 from vqbeam.vqvae.layout import CodeLayout
+from vqbeam.vqvae.storage.records import UNTUNED
 
 # A grid of one code has nothing to attend to but itself.
 pytestmark = pytest.mark.filterwarnings("ignore:You are using a softmax over axis")
@@ -50,7 +51,7 @@ def batches(size=32, batch_size=16, layout=FLAT):
     import tensorflow as tf
 
     inputs = examples(size, layout=layout)
-    return tf.data.Dataset.from_tensor_slices(inputs).batch(batch_size)
+    return tf.data.Dataset.from_tensor_slices(inputs).batch(batch_size).with_options(UNTUNED)
 
 
 def test_an_untrained_model_gives_all_codes_the_logit_zero():

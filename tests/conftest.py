@@ -24,8 +24,10 @@ import pytest
 
 from vqbeam.configs import Config, DataConfig, override
 
-# The files that take longest, which start first, so that both workers end at about the same time.
-LONGEST = (
+# The files that take longest, which start first, so that both workers end at about the same time;
+# and one that needs half a gigabyte, while the workers are still small.
+FIRST = (
+    "test_harmful_images",
     *("test_training", "test_prior_training", "test_serving", "test_init_from", "test_sampler"),
     *("test_replicas", "test_pipeline_cli", "test_faults", "test_benchmarks"),
 )
@@ -46,11 +48,11 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Runs the longest files first, and marks what needs a whole run as slow.
+    """Runs the files of `FIRST` before the others, and marks what needs a whole run as slow.
 
     With xdist, the order needs `--no-loadscope-reorder`.
     """
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    items.sort(key=lambda item: item.path.stem not in FIRST)
     for item in items:
         if "finished_run" in item.fixturenames:
             item.add_marker(pytest.mark.slow)

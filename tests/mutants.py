@@ -854,6 +854,13 @@ FAULTS: dict[str, list[Mutant]] = {
             "seed=seed",
             "test_records.py::test_each_pass_holds_each_example_once_in_another_order",
         ),
+        Mutant(
+            "TensorFlow tunes the pipeline of a training, and may hold up its end",
+            "vqvae/fitting/data.py",
+            ".prefetch(2).with_options(UNTUNED)",
+            ".prefetch(2)",
+            "test_data.py::test_no_training_waits_for_tuning_when_it_ends",
+        ),
     ],
     "The result is the average of the weights": [
         Mutant(

@@ -854,8 +854,10 @@ FAULTS: dict[str, list[Mutant]] = {
             "seed=seed",
             "test_records.py::test_each_pass_holds_each_example_once_in_another_order",
         ),
+    ],
+    "A training ends with its last step": [
         Mutant(
-            "TensorFlow tunes the pipeline of a training, and may hold up its end",
+            "TensorFlow tunes its input pipeline, which may take a minute to free",
             "vqvae/fitting/data.py",
             ".prefetch(2).with_options(UNTUNED)",
             ".prefetch(2)",

@@ -1,4 +1,5 @@
 import contextlib
+import ctypes
 import os
 import pathlib
 import re
@@ -84,12 +85,14 @@ def compiled():
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _forget_programs():
-    """Frees what JAX compiled for a file: with the programs of all files, it would need 4 GB."""
+    """Frees what JAX compiled for a test: with the programs of all tests, it would need 4 GB."""
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
+        if sys.platform == "linux":  # whose C library otherwise keeps most of what is freed
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture

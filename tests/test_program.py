@@ -118,22 +118,24 @@ class Watch(keras.callbacks.Callback):
 
     def __init__(self):
         super().__init__()
-        self.calls, self.compiled = 0, []
+        self.calls, self.watching, self.compiled = 0, False, []
 
     def on_train_batch_begin(self, batch, logs=None):
         import jax
 
         self.calls += 1
-        if self.calls > 1:
+        self.watching = self.calls > 1
+        if self.watching:
             jax.config.update("jax_transfer_guard_host_to_device", "disallow")
 
     def on_train_batch_end(self, batch, logs=None):
         import jax
 
         jax.config.update("jax_transfer_guard_host_to_device", "allow")
+        self.watching = False
 
     def count(self, event, seconds, **_):
-        if self.calls > 1 and "backend_compile" in event:
+        if self.watching and "backend_compile" in event:
             self.compiled.append(event)
 
 

@@ -305,6 +305,17 @@ sys.stderr.write("ours\\n")
     assert done.stderr == "ours\n"
 
 
+def test_does_not_search_for_garbage_at_exit():
+    code = """
+import atexit, gc
+atexit.register(lambda: print("spared:", gc.get_freeze_count() > 1000))
+from vqbeam.pipelines.cli import main as cli
+cli.main(["presets"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("spared: True\n"), done.stderr
+
+
 def test_only_log_lines_are_dropped_from_stderr(capfd):
     with pytest.raises(ImportError):
         with cli._without_start_up_noise():

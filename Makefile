@@ -83,7 +83,7 @@ docs: $(VENV)/.docs-installed
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info samples.png site jupyter_execute
 
-# One recipe installs both sets, so that the versions are those of constraints.txt either way.
+# Every recipe installs with constraints.txt, so that versions do not depend on their order.
 $(BIN)/vqbeam: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e .

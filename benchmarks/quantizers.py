@@ -34,6 +34,7 @@ OPTIONS = {
     "+ restart, 8 dimensions": "--vqvae.restart-below 0.03 --vqvae.code-dim 8",
     "+ restart, 8 dimensions, cosine lookup": "--vqvae.restart-below 0.03 --vqvae.code-dim 8 "
     "--vqvae.lookup cosine",
+    "+ restart, resnet": "--vqvae.restart-below 0.03 --vqvae.network resnet --vqvae.width 48",
     "+ balance": "--vqvae.balance 0.25",
     "+ cosine lookup": "--vqvae.lookup cosine",
     "+ rotation": "--vqvae.estimator rotation",

@@ -80,7 +80,7 @@ def check_type(name: str, value: Any, kind: Any) -> None:
     kinds = typing.get_args(kind) or (kind,)
     fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
     if not fits or isinstance(value, bool):
-        wanted = {int: "an integer", float: "a number", str: "a text", type(None): "None"}
+        wanted = {int: "an integer", float: "a number", str: "a string", type(None): "None"}
         raise VqbeamError(f"{name} is {value!r}; give {' or '.join(wanted[k] for k in kinds)}")
 
 
@@ -90,7 +90,7 @@ def check(name: str, value: Any, limits: Any) -> None:
         return
     choices, minimum, maximum = limits["choices"], limits["minimum"], limits["maximum"]
     if isinstance(value, float) and not math.isfinite(value):
-        raise VqbeamError(f"{name} is {value}; it must be a number")
+        raise VqbeamError(f"{name} is {value}; it must be finite")
     if choices is not None and value not in choices:
         raise VqbeamError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
     if minimum is not None and value < minimum:

@@ -36,7 +36,7 @@ def load_preset(name: str) -> Config:
     module = _preset_module(name)
     config = getattr(module, "CONFIG", None)
     if not isinstance(config, Config):
-        raise VqbeamError(f"preset {name!r} does not set CONFIG to a configs.Config")
+        raise VqbeamError(f"preset {name!r} does not set CONFIG to a vqbeam.configs.Config")
     return config
 
 
@@ -63,14 +63,11 @@ def _preset_module(name: str) -> types.ModuleType:
     except VqbeamError:
         raise
     except Exception as error:
-        raise VqbeamError(f"preset file {name!r} does not load: {_one_line(error)}") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise VqbeamError(f"preset file {name!r} does not load: {reason}") from error
     finally:
         sys.path.pop(0)
     return module
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def field_types() -> Iterator[tuple[str, dataclasses.Field, Any]]:
@@ -127,7 +124,7 @@ def smoke(config: Config) -> Config:
     num_codes, fsq_levels = min(config.vqvae.num_codes, 32), config.vqvae.fsq_levels
     if config.vqvae.quantizer == "fsq" and num_codes < config.vqvae.num_codes:
         fsq_levels = "8,4"
-    longest = max(64, config.vqvae.downsampling)
+    longest = max(64, config.vqvae.downsampling * config.vqvae.grids)
     return override(
         config,
         {

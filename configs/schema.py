@@ -210,12 +210,12 @@ class PriorConfig(Section):
         if self.kv_heads and self.heads % self.kv_heads:
             raise VqbeamError(
                 f"prior.heads is {self.heads}, which prior.kv_heads ({self.kv_heads}) does not "
-                "divide; 0 takes as many"
+                "divide; give a divisor of it, or 0 for as many as prior.heads"
             )
         if self.batch_size % self.grad_accumulation:
             raise VqbeamError(
                 f"prior.batch_size is {self.batch_size}, which prior.grad_accumulation "
-                f"({self.grad_accumulation}) does not divide"
+                f"({self.grad_accumulation}) does not divide; make it a multiple"
             )
 
     @property
@@ -294,8 +294,8 @@ class VQVAEConfig(Section):
     )
     ema_decay: float = field("decay of the moving averages", 0.99, minimum=0, maximum=0.99999)
     restart_below: float = field(
-        "restart codes used less than this fraction of the mean at encoder outputs; 0 for never "
-        "(vector, predictive, residual)",
+        "codes used less often than this fraction of the mean are moved to encoder outputs; 0 for "
+        "never (vector, predictive, residual)",
         0.03,
         minimum=0,
         maximum=0.9,
@@ -427,14 +427,14 @@ class DataConfig(Section):
     data_dir: str | None = field("folder in which TFDS keeps prepared datasets", None)
     manual_dir: str | None = field("folder with files that TFDS wants downloaded by hand", None)
     train_split: str = field(
-        "split to train on: of TFDS, or a part such as train[:90%]; of files, the name they begin "
-        "with; none if the names of folders and files tell no splits",
+        "split to train on: for TFDS its name, or a part such as train[:90%]; for files, what "
+        "their names begin with; the word none to ignore names",
         "train",
     )
     validation_split: str = field("split that is held out, named in the same ways", "test")
     validation_share: float = field(
         "share of the images held out, by hash of their key, from a folder or from files whose "
-        "names tell no splits",
+        "names indicate no splits",
         0.1,
         minimum=0,
         maximum=0.9,
@@ -468,6 +468,11 @@ class DataConfig(Section):
         kind, _, rest = self.source.partition(":")
         return rest if kind in PATH_SOURCES else None
 
+    @property
+    def form(self) -> dict[str, int | str]:
+        """The fields that say what images are made into, by name."""
+        return {name: getattr(self, name) for name in ("height", "width", "channels", "fit")}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodeConfig(Section):
@@ -491,7 +496,7 @@ class Config:
     name: str
     seed: int = field("seed of all random numbers", 0, minimum=0, maximum=2**31)
     log: str | None = field(
-        "where training writes its metrics beside TensorBoard: csv, wandb:PROJECT, or "
+        "where training writes its metrics besides TensorBoard: csv, wandb:PROJECT, or "
         "csv,wandb:PROJECT",
         None,
     )
@@ -513,7 +518,7 @@ class Config:
             if pixels % self.vqvae.downsampling:
                 raise VqbeamError(
                     f"data.{side} is {pixels}, which vqvae.downsampling "
-                    f"({self.vqvae.downsampling}) does not divide"
+                    f"({self.vqvae.downsampling}) does not divide; make it a multiple"
                 )
             if self.vqvae.grids == 2 and pixels // self.vqvae.downsampling % 2:
                 raise VqbeamError(
@@ -541,8 +546,8 @@ class Config:
     def _check_sampling(self):
         if self.sample.top_k > self.vqvae.num_codes:
             raise VqbeamError(
-                f"sample.top_k is {self.sample.top_k}, more than the codes there are, "
-                f"vqvae.num_codes ({self.vqvae.num_codes}); 0 is for all"
+                f"sample.top_k is {self.sample.top_k}, more than vqvae.num_codes "
+                f"({self.vqvae.num_codes}); 0 keeps all codes"
             )
         # Assume labels: whether there are any is known only once the data is prepared.
         self.sample.check_guidance(has_labels=True, label_dropout=self.prior.label_dropout)

@@ -376,7 +376,7 @@ def _vqvae(config: Config):
 
 def _features(config: Config):
     features = build_features(config.image_shape, len(_LABELS.names), config.vqvae.dtype)
-    model = build_classification(features, config.vqvae.feature_steps)
+    model = build_classification(features, config.vqvae.feature_steps, config.vqvae.dtype)
     return model, _images(config, FEATURES_BATCH, answers=True), config.vqvae
 
 

@@ -64,10 +64,8 @@ class EncodeImages(beam.PTransform):
 
 def _decoded(pair: tuple[Any, bytes | np.ndarray], config: Config) -> tuple[Any, np.ndarray]:
     key, image = pair
-    height, width, channels = config.image_shape
-    shape = {"height": height, "width": width, "channels": channels}
     try:
-        return key, decode_image(image, **shape, fit=config.data.fit)
+        return key, decode_image(image, **config.data.form)
     except ImageError as error:
         raise VqbeamError(f"image {key!r} cannot be encoded: {error}; leave it out") from error
 
@@ -91,8 +89,8 @@ class SampleImages(beam.PTransform):
     """From `(number, label)` to `(number, image)`, with both models of a run.
 
     Image i of a seed and label is the one of `vqbeam sample`, whatever the other elements and the
-    workers. A label is one as for `Run.sample`: the name or number of a class, or None for any. An
-    image is uint8 [H, W, C].
+    workers. Each element needs a number of its own. A label is one as for `Run.sample`: the name or
+    number of a class, or None for any. An image is uint8 [H, W, C].
 
     Images are sampled in batches of the run's batch size, and image i belongs to batch
     i // batch size. So consecutive numbers from 0 make full batches, whereas numbers far apart take
@@ -141,7 +139,13 @@ class _Sample(beam.DoFn):
     def process(self, batch):
         _, elements = batch
         labels = self.run.prior_labels
-        wanted = {number: parse_label(label, labels) for number, label in elements}
+        wanted = {}
+        for number, label in elements:
+            if number in wanted:
+                raise VqbeamError(
+                    f"two elements have the number {number}; give each a number of its own"
+                )
+            wanted[number] = parse_label(label, labels)
         first, last = min(wanted), max(wanted)
         # The numbers in between that were not requested are sampled too, with any label.
         rows = labels_for([wanted[first]], labels, last + 1 - first)

@@ -51,10 +51,12 @@ _KNOWN = {
         "the backend that KERAS_BACKEND names is not installed; unset it, or for jax: pip install "
         "-c constraints.txt jax"
     ),
-    r"No module named 'gradio'": 'the studio needs Gradio: pip install "vqbeam[studio]"',
-    r"No module named 'wandb'": '--log wandb needs the package wandb: pip install "vqbeam[wandb]"',
-    r"No module named 'shtab'": (
-        'completion needs the package shtab: pip install "vqbeam[completion]"'
+    r"No module named 'gradio'": "the studio needs the package gradio: pip install gradio",
+    r"No module named 'wandb'": "--log wandb needs the package wandb: pip install wandb",
+    r"No module named 'shtab'": "completion needs the package shtab: pip install shtab",
+    r"No usable temporary directory found": (
+        "no folder for temporary files can be written to; free some space, or set TMPDIR to "
+        "another folder"
     ),
     r"OOM when allocating|RESOURCE_EXHAUSTED: Out of memory": (
         f"the device has not enough memory; {LESS_MEMORY}"

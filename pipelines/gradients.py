@@ -67,8 +67,8 @@ def gradients(
         steps: Training steps of each of these two models.
 
     Raises:
-        VqbeamError: `output` does not end in .png, the run lacks a stage, the source cannot be
-            read, or there is no estimator to leave out.
+        VqbeamError: The run lacks a stage, the source cannot be read, or there is no estimator to
+            leave out.
     """
     path = epath.Path(output).expanduser()
     with _readable(run_dir):

@@ -56,7 +56,7 @@ def _published(run: RunFolder) -> dict[str, bytes]:
     settings, picture = run.root / "sample.json", run.folder("sample") / "samples.png"
     if settings.exists():
         files["sample.json"] = settings.read_bytes()
-    if picture.exists() and len(needed) == len(MODELS):
+    if picture.exists() and len(needed) == len(MODELS) and not run.is_stale("sample"):
         files["samples.png"] = picture.read_bytes()
     return files
 
@@ -155,7 +155,10 @@ def _check_files(path: str, folder: pathlib.Path) -> None:
         if file.suffix not in (".json", ".keras"):
             continue
         if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
-            raise VqbeamError(f"{file} is damaged; delete {folder} and run the same command again")
+            # The files of a snapshot are links: if only these are deleted, the damage stays.
+            raise VqbeamError(
+                f"{file} is damaged; delete {folder.parent.parent} and run the same command again"
+            )
 
 
 _CARD = """\
@@ -224,9 +227,8 @@ def _facts(run: RunFolder, config: Config, prior: dict | None) -> list[tuple[str
             ("parameters of the prior", f"{prior['parameters']:,}"),
             ("held-out nats per code", f"{prior['measures']['nats_per_code']:.3f}"),
         ]
-    evaluation = run.evaluation / "prior.json"
-    if prior and evaluation.exists() and not run.is_stale("train-prior"):
-        samples = read_json(evaluation)["samples"]
+    if prior and (evaluated := run.measures("prior")) and not run.is_stale("train-prior"):
+        samples = evaluated["samples"]
         names = {"frechet": "Fréchet distance", "precision": "precision", "recall": "recall"}
         rows += [
             (f"{text} of samples, by `vqbeam evaluate`", f"{samples[name]:.3f}")

@@ -109,20 +109,21 @@ def with_absolute_paths(data: DataConfig) -> DataConfig:
 
 def is_dataflow(beam_args: Sequence[str]) -> bool:
     """Returns whether Beam's arguments choose Dataflow, whose workers are other machines."""
-    runners = [word for word in beam_args if word.startswith("--runner=")]
-    return bool(runners) and "dataflow" in runners[-1].lower()
+    return "dataflow" in _runner(beam_args)
 
 
 def runs_here(beam_args: Sequence[str]) -> bool:
     """Returns whether Beam's arguments choose a runner in this process or on this machine."""
-    runners = [word.removeprefix("--runner=") for word in beam_args if word.startswith("--runner=")]
-    # Beam accepts names in any case, and without "Runner".
-    last = runners[-1].lower().removesuffix("runner") if runners else "direct"
-    return last in ("direct", "fnapi", "bundlebaseddirect")
+    return _runner(beam_args) in ("", "direct", "fnapi", "bundlebaseddirect")
 
 
 def with_runner(beam_args: Sequence[str]) -> list[str]:
     """Returns Beam's arguments, with a runner added if there is none: Beam may download its own."""
-    if any(word.startswith("--runner=") for word in beam_args):
-        return list(beam_args)
-    return ["--runner=FnApiRunner", *beam_args]
+    return list(beam_args) if _runner(beam_args) else ["--runner=FnApiRunner", *beam_args]
+
+
+def _runner(beam_args: Sequence[str]) -> str:
+    """Returns the runner that Beam's arguments choose, such as "direct"; "" if there is none."""
+    chosen = [word.removeprefix("--runner=") for word in beam_args if word.startswith("--runner=")]
+    # Beam accepts names in any case, and without "Runner".
+    return chosen[-1].lower().removesuffix("runner") if chosen else ""

@@ -17,11 +17,13 @@ from vqbeam.pipelines.paths import (
     source_paths,
     with_absolute_paths,
 )
+from vqbeam.vqvae.storage.files import read_json, write_json
 from vqbeam.vqvae.storage.labels import Labels
 from vqbeam.vqvae.storage.run_folder import HASH_DIGITS, MODELS, STAGES, RunFolder
 
 # Maximum number of classes in the closing lines.
 _NAMES_SHOWN = 10
+_RETRAINED = ".retrained.json"
 
 
 def run_stages(
@@ -63,6 +65,7 @@ def run_stages(
         config = _with_parents(config, run, is_dataflow(beam_args))
     if not run.exists():
         # First, so that a mistyped dataset or folder does not create a run.
+        run.check_free()
         _require_inputs(run, stages)
         if "prepare" in stages:
             from vqbeam.pipelines.sources import open_source
@@ -82,6 +85,8 @@ def run_stages(
                 _require_inputs(run, stages)
                 _remove_models(run, stages, retrain)
                 _do(run, config, stages, beam_args, trials)
+                if all(map(run.is_done, _retrained(run))):
+                    (run.root / _RETRAINED).unlink(missing_ok=True)
     for line in _closing_lines(run, stages):
         print(line)
 
@@ -97,6 +102,8 @@ def _require_inputs(run: RunFolder, stages: Sequence[str]) -> None:
 def _remove_models(run: RunFolder, stages: Sequence[str], retrain: Sequence[str]) -> None:
     """Deletes the models to train again; their stages must be able to run.
 
+    If this command has been interrupted before, it deletes nothing a second time.
+
     Raises:
         VqbeamError: A finished prior would be left over.
     """
@@ -106,8 +113,17 @@ def _remove_models(run: RunFolder, stages: Sequence[str], retrain: Sequence[str]
             f"{run.folder('train-prior')} holds a prior of the model that --retrain train-vqvae "
             "replaces; add --retrain train-prior, or give another --run-dir to keep both"
         )
-    for stage in retrain:
-        run.folder(stage).rmtree(missing_ok=True)
+    wanted = sorted({*retrain})
+    if wanted and wanted != _retrained(run):
+        for stage in wanted:
+            run.folder(stage).rmtree(missing_ok=True)
+        write_json(run.root / _RETRAINED, wanted)
+
+
+def _retrained(run: RunFolder) -> list[str]:
+    """Returns the stages whose models are being trained again."""
+    path = run.root / _RETRAINED
+    return read_json(path, list) if path.exists() else []
 
 
 def _with_parents(config: Config, run: RunFolder, elsewhere: bool) -> Config:
@@ -117,11 +133,12 @@ def _with_parents(config: Config, run: RunFolder, elsewhere: bool) -> Config:
     """
     from vqbeam.pipelines.hub import local_run
 
-    before = run.load_config() if run.exists() else config
+    before = run.load_config() if run.exists() else None
     found, missing = {}, {}
     for stage, section in {"train-vqvae": "vqvae", "train-prior": "prior"}.items():
-        given, stored = (getattr(of, section).init_from for of in (config, before))
-        if given is None:
+        given = getattr(config, section).init_from
+        stored = before and getattr(before, section).init_from
+        if given is None or given == stored:  # as in the command that a report shows
             continue
         path = absolute(local_run(given))
         if elsewhere:

@@ -169,6 +169,7 @@ def _fit(run: RunFolder, config: Config, codes: dict, callbacks: Sequence) -> Fi
             batch_size=settings.batch_size,
             seed=config.seed,
             config=config,
+            advice="a lower prior.learning_rate, or with prior.dtype float32",
             patience=settings.early_stopping,
             figures=lambda logs: [f"{logs['val_bits_per_dim']:.4f} bits per dimension"],
         )

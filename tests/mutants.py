@@ -786,8 +786,8 @@ FAULTS: dict[str, list[Mutant]] = {
         Mutant(
             "the last epoch is as long as the others",
             "vqvae/fitting/fit.py",
-            "min(self.steps, (step // self.epoch + 1) * self.epoch)",
-            "(step // self.epoch + 1) * self.epoch",
+            "min(self.steps, (step // self.epoch_steps + 1) * self.epoch_steps)",
+            "(step // self.epoch_steps + 1) * self.epoch_steps",
             "test_fitting.py::test_the_last_epoch_may_be_shorter",
         ),
         Mutant(

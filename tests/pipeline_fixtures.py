@@ -44,7 +44,7 @@ def small_config(source, **changes):
 
 def write_preset(path, config):
     """Writes a preset file that sets CONFIG to `config`."""
-    path.write_text(f"from configs import *\n\nCONFIG = {config!r}\n")
+    path.write_text(f"from vqbeam.configs import *\n\nCONFIG = {config!r}\n")
     return path
 
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 
 import pytest
 from commands import started, status_of
@@ -19,6 +20,7 @@ from pipeline_fixtures import (
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines import lock
 from vqbeam.pipelines.run import run_stages
+from vqbeam.pipelines.sources.folder import image_keys
 from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
 
 pytestmark = pytest.mark.cloud
@@ -102,10 +104,16 @@ def test_a_storage_that_is_out_of_order_for_a_while(bucket, config, expected, tm
 
 
 @pytest.fixture
-def lock_path(bucket, monkeypatch):
-    """The path of a lock in the bucket, for this process."""
+def bucket_here(bucket, monkeypatch):
+    """The storage, which this process finds too."""
     for name, value in bucket.environment.items():
         monkeypatch.setenv(name, value)
+    return bucket
+
+
+@pytest.fixture
+def lock_path(bucket_here, monkeypatch):
+    """The path of a lock in the bucket."""
     monkeypatch.setattr(lock, "_SECONDS_TO_BE_DEAD", 1)
     return epath.Path("gs://bucket/locked/.lock.json")
 
@@ -151,18 +159,28 @@ def test_two_that_take_a_lock_of_a_bucket_at_the_same_moment(lock_path):
     assert len(inside) == len(files) and sum(inside) == 1
 
 
+def test_a_run_in_the_folder_that_it_reads_is_skipped(bucket_here, tmp_path):
+    for name in ("a/1.png", "run/config.json", "run/images/2.png", "run/vqvae/3.png"):
+        (tmp_path / "mixed" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mixed" / name).write_bytes(b"content")
+    bucket_here.upload(tmp_path / "mixed")
+    left_out = Counter()
+    found = image_keys(epath.Path("gs://bucket/mixed"), left_out)
+    assert found == ["a/1.png"] and left_out == {"folders of runs": 1}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_of_many_images_in_a_bucket(kind, bucket, said, tmp_path):
+def test_files_of_many_images_in_a_bucket(kind, bucket_here, tmp_path):
     folder = tmp_path / f"{kind}-files"
     for split in ("train", "test"):
         path = folder / split / f"some{ENDINGS[kind]}"
         write_file(kind, path, encoded_images(20), names_of(20))
-    bucket.upload(folder)
-    preset = write_preset(tmp_path / "preset.py", small_config("glyphs"))
+    bucket_here.upload(folder)
     places = (folder, f"gs://bucket/{folder.name}", f"gs://bucket/{folder.name}/t*/some*")
     found = []
     for number, place in enumerate(places):
         run = tmp_path / f"run-{number}"
-        said("prepare", preset, "--run-dir", run, "--data.source", f"{kind}:{place}")
+        config = small_config(f"{kind}:{place}")
+        run_stages(config, str(run), ("prepare",), ["--runner=FnApiRunner"])
         found.append(shard_contents(run / "images"))
     assert found[0] == found[1] == found[2] and len(found[0]) == 8

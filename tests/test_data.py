@@ -54,6 +54,21 @@ def test_each_pass_has_every_example_once_in_an_order_of_its_own(data):
     assert passes[0] != passes[1] and passes[0] != list(range(SIZE))
 
 
+def test_streamed_without_random_numbers(monkeypatch):
+    monkeypatch.setattr(module, "_fits_in_memory", lambda size: False)
+    data = training_data(
+        tf.data.Dataset.from_tensor_slices({"row": ROWS}),
+        size=SIZE,
+        batch_size=BATCH,
+        seed=0,
+        numbers=lambda seed, count: {},
+        prepare=lambda batch: {"first": batch["row"][:, 0]},
+    )
+    with_numbers = joined(first_inputs(make(), 5), "first")
+    np.testing.assert_array_equal(joined(first_inputs(data, 5), "first"), with_numbers)
+    np.testing.assert_array_equal(joined(first_inputs(data, 2, 3), "first"), with_numbers[12:])
+
+
 def test_no_training_waits_for_tuning_when_it_ends(data):
     assert data.batches(0, 1).options().autotune.enabled is False
 

@@ -32,7 +32,7 @@ def test_float16_on_several_devices_is_refused(monkeypatch):
 
 def test_a_batch_that_devices_cannot_share_is_refused(monkeypatch):
     monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["gpu:0", "gpu:1", "gpu:2"])
-    message = "a batch of 64 cannot be divided among 3 devices; make it a multiple, or choose"
+    message = "a batch of 64 cannot be divided evenly among 3 devices; make batch_size"
     with pytest.raises(VqbeamError, match=message), data_parallel(64):
         raise AssertionError("the block was entered")
 

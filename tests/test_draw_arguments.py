@@ -25,7 +25,7 @@ def test_sample_unset_is_none():
         "seed": None,
         "like": None,
         "batch_size": None,
-        "output": None,
+        "output": "samples.png",
     }
 
 

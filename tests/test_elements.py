@@ -111,6 +111,8 @@ def test_refusals(finished_run, prepared_run, tiny_config):
     with pytest.raises(VqbeamError, match="temperature is -1"):
         vqbeam.SampleImages(finished_run.root, temperature=-1)
     assert "has no label 'pear'" in refusal([(0, "pear")], vqbeam.SampleImages(finished_run.root))
+    said = refusal([(0, "apple"), (0, "cherry")], vqbeam.SampleImages(finished_run.root))
+    assert "two elements have the number 0; give each a number of its own" in said
     run, _ = prepared_run(tiny_config())
     with pytest.raises(VqbeamError, match="has no finished train-vqvae stage"):
         vqbeam.EncodeImages(run.root)

@@ -74,9 +74,10 @@ def test_every_figure_in_numpy(run_with_model):
         "compression_ratio": 64 * 8 / (4 * np.log2(12)),
         "seed": 5,
     }
-    words = {name: found.pop(name) for name in ("features", "frechet_left_out")}
+    words = {name: found.pop(name) for name in ("features", "frechet_left_out", "models")}
     assert found == pytest.approx(expected, rel=1e-4)
-    assert words == {"features": "classifier", "frechet_left_out": None}
+    models = {"train-vqvae": run.result_hash("train-vqvae")}
+    assert words == {"features": "classifier", "frechet_left_out": None, "models": models}
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def test_files_are_written_whole_or_not_at_all(folder, monkeypatch):
 def test_json_that_is_none(folder):
     (folder / "file.json").write_text("{")
     with pytest.raises(
-        VqbeamError, match="file.json is not valid JSON .* by hand, or is damaged; put it back"
+        VqbeamError, match="file.json is not valid JSON .* by hand, or is damaged; restore it"
     ):
         read_json(folder / "file.json")
 

@@ -8,8 +8,13 @@ from quantizer_checks import array, gradient
 from tensorflow.python.eager import context
 
 from vqbeam.vqvae.building import build_model
-from vqbeam.vqvae.finetuning.decoder import DecoderTraining, finetune_decoder
-from vqbeam.vqvae.finetuning.features import build_features, feature_distance, turned
+from vqbeam.vqvae.finetuning.decoder import DecoderTraining, build_trainer, finetune_decoder
+from vqbeam.vqvae.finetuning.features import (
+    build_classification,
+    build_features,
+    feature_distance,
+    turned,
+)
 from vqbeam.vqvae.training import training_images
 
 SHAPE = (8, 8, 1)
@@ -179,3 +184,25 @@ def test_codes_stay_and_pictures_change(prepared_run, tiny_config):
     np.testing.assert_array_equal(array(model.encode(pixels["validation"])), codes)
     assert (array(model.decode(codes)) != before).any()
     assert [weight.path for weight in model.trainable_variables] == trainable
+
+
+@pytest.mark.backend
+def test_float16_scales_the_loss(tiny_config):
+    dtype = "mixed_float16"
+    features = build_features(SHAPE, 3, dtype)
+    config = tiny_config(vqvae__dtype=dtype, vqvae__finetune_steps=20, vqvae__perceptual=0.5)
+    model = build_model(config, data_variance=0.25)
+    trainers = (
+        build_trainer(model, features, config.vqvae),
+        build_classification(features, 9, dtype),
+    )
+    for trainer in trainers:
+        assert isinstance(trainer.optimizer, keras.optimizers.LossScaleOptimizer)
+    before = [array(weight).copy() for weight in model.decoder.weights]
+    for _ in range(9):  # the first steps find the scale
+        logs = trainers[0].train_on_batch(images(4), return_dict=True)
+    assert np.isfinite(list(logs.values())).all()
+    moved = [np.abs(array(w) - b).max() for w, b in zip(model.decoder.weights, before, strict=True)]
+    assert min(moved) > 0
+    exact = build_classification(build_features(SHAPE, 3, "float32"), 9, "float32")
+    assert not isinstance(exact.optimizer, keras.optimizers.LossScaleOptimizer)

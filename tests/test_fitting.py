@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from vqbeam.vqvae.fitting import progress
 from vqbeam.vqvae.fitting.checkpoints import Checkpoints, random_states, stored_history
 from vqbeam.vqvae.fitting.data import TrainingData
 from vqbeam.vqvae.fitting.fit import Schedule, fit, load_model, save_model, seed_layers
+from vqbeam.vqvae.storage import files
 from vqbeam.vqvae.storage.records import UNTUNED, training_batches
 
 pytestmark = pytest.mark.slow
@@ -57,6 +59,9 @@ def pairs(dataset):
 def one_at_a_time(dataset):
     """Training data of which each call takes one batch."""
     return TrainingData(batches=lambda first_step, steps: dataset.skip(first_step).batch(steps))
+
+
+FINGERPRINTS = "0123456789abcdef", "fedcba9876543210"
 
 
 def train(model, folder, epochs, *, fingerprint="f", data=None, whole=False, **changes):
@@ -498,14 +503,16 @@ def test_the_history_can_be_read_meanwhile(tmp_path):
 
 
 def test_checkpoints_of_other_inputs_are_removed(tmp_path, capsys):
-    train(build(), tmp_path, 2, fingerprint="old")
+    old, new = FINGERPRINTS
+    train(build(), tmp_path, 2, fingerprint=old)
+    shutil.copytree(tmp_path / "checkpoints" / old, tmp_path / "checkpoints" / "my backup")
     model, fresh = build(), build()
-    train(model, tmp_path, 1, fingerprint="new")
-    told = f"{tmp_path}/checkpoints/old is of other settings or inputs: removed\n"
+    train(model, tmp_path, 1, fingerprint=new)
+    told = f"{tmp_path}/checkpoints/{old} belongs to other settings or inputs: removed\n"
     assert told in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["new"]
-    assert checkpoints(tmp_path, "new") == names(3)
-    train(fresh, tmp_path / "fresh", 1, fingerprint="new")
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {new, "my backup"}
+    assert checkpoints(tmp_path, new) == names(3)
+    train(fresh, tmp_path / "fresh", 1, fingerprint=new)
     assert_same_state(state(model), state(fresh))
 
 
@@ -555,6 +562,14 @@ def test_stray_files_among_checkpoints_are_left_alone(tmp_path):
     assert len(list(own.iterdir())) == 6 + 2 and (own.parent / ".DS_Store").exists()
 
 
+def test_a_checkpoint_may_be_larger_than_other_files(tmp_path, monkeypatch):
+    history = train(build(), tmp_path, 1)
+    monkeypatch.setattr(files, "MOST_BYTES", 10)
+    resumed = build(seed=5)
+    assert train(resumed, tmp_path, 1) == history
+    assert stored_history(epath.Path(tmp_path), STEPS_PER_EPOCH) == history
+
+
 @pytest.mark.parametrize("content", [b"", None])
 def test_goes_back_where_the_last_checkpoint_is_damaged(tmp_path, capsys, content):
     unbroken = build()
@@ -581,7 +596,10 @@ def test_a_loss_that_is_no_number_ends_training(tmp_path):
     spoilt[10] = math.nan
     batches = pairs(tf.data.Dataset.from_tensor_slices(spoilt).batch(8, True).repeat())
     data = TrainingData(batches=lambda first_step, steps: batches.batch(steps))
-    with pytest.raises(VqbeamError, match="loss became nan at step 2 .*lower learning rate"):
+    with pytest.raises(
+        VqbeamError,
+        match="^test: the loss became nan at step 2 .*; start a new .* a lower learning rate",
+    ):
         train(build(), tmp_path, 3, data=data)
     # The last good state is there, and no other.
     assert checkpoints(tmp_path) == names(3)
@@ -711,7 +729,7 @@ def test_a_damaged_model_is_named(tmp_path, part):
     else:
         data = data[: int(part * len(data))]
     path.write_bytes(bytes(data))
-    with pytest.raises(VqbeamError, match="model.keras cannot be read .*; delete .* train again"):
+    with pytest.raises(VqbeamError, match="model.keras cannot be read .* damaged, delete"):
         load_model(path)
 
 

@@ -49,7 +49,7 @@ def test_every_code_stands_for_a_point_of_its_own_that_is_quantized_to_it(sizes)
     np.testing.assert_allclose(array(layer(z).quantized), points, atol=1e-6)
 
 
-@pytest.mark.parametrize("sizes", [(2, 2), (3, 5), (255, 256)])
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 5), (255, 256), (1023, 1024)])
 def test_the_outermost_values_are_reached_and_not_passed(sizes):
     layer = FiniteScalarQuantizer(sizes)
     for far, codes in [(-1e4, 0), (1e4, layer.num_codes - 1)]:

@@ -1,11 +1,13 @@
 import json
+import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from commands import started, status_of
 from hub_server import files_in, hub
-from pipeline_fixtures import write_preset
+from pipeline_fixtures import finish_again, write_preset
 
 import vqbeam
 from vqbeam.configs import VqbeamError, from_dict, to_dict
@@ -78,6 +80,21 @@ def test_a_vqvae_alone(own_run, tmp_path):
     assert set(files_in(tmp_path / "tokenizer")) == expected
     code = (tmp_path / "tokenizer" / "README.md").read_text()
     assert "codes = run.encode(images)" in code
+
+
+def test_what_is_of_another_model_is_left_out(own_run, tmp_path):
+    run, _ = own_run
+    run.write_measures("prior", {"samples": {"frechet": 1.25}})
+    push(str(run.root), str(tmp_path / "one"))
+    assert "Fréchet distance of samples, by `vqbeam evaluate` | 1.250 |" in card(tmp_path / "one")
+    finish_again(run, "train-prior", measures={"nats_per_code": 1.0})
+    push(str(run.root), str(tmp_path / "other"))
+    assert "Fréchet" not in card(tmp_path / "other")
+    assert {*files_in(tmp_path / "one")} - {*files_in(tmp_path / "other")} == {"samples.png"}
+
+
+def card(folder):
+    return (folder / "README.md").read_text()
 
 
 def test_an_existing_folder_is_kept(finished_run, tmp_path, failure):
@@ -177,6 +194,8 @@ def test_published_in_one_commit_even_when_killed(finished_run, tmp_path, comman
         model.write_bytes(model.read_bytes()[:-1])
         told = commands(repository, "inspect", f"hf://{NAME}", status=1)
         assert told.startswith(f"vqbeam: {model} is damaged; delete ") and told.count("\n") == 1
+        shutil.rmtree(re.search("delete (.*) and run the same command again", told)[1])
+        assert "bits per dimension" in commands(repository, "inspect", f"hf://{NAME}")
 
 
 @pytest.mark.system

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -196,7 +197,7 @@ def test_splits_by_name(kind, images, tmp_path):
 
 
 def split(files, **changes):
-    return split_by_name(files, data("parquet:x", **changes))
+    return split_by_name(files, data("parquet:x", **changes), Counter())
 
 
 def test_names_of_splits():
@@ -216,6 +217,17 @@ def test_names_of_splits():
     assert split(["train.x", "other.x"]) == {"all": ["train.x"]}
     assert split(["train.x", "val.x"], train_split="none") == {"all": ["train.x", "val.x"]}
     assert split(["test.x", "other.x"]) == {"train": ["other.x"], "validation": ["test.x"]}
+
+
+@pytest.mark.parametrize("names", [("train-0", "data-1", "data-2"), ("train", "val", "test", "x")])
+def test_files_that_are_left_out_are_counted(names, tmp_path):
+    for name in names:
+        write_file("parquet", tmp_path / f"{name}.parquet", encoded_images(4))
+    (tmp_path / "notes.md").write_text("")
+    source = open_source(data(f"parquet:{tmp_path}"))
+    source.check()
+    assert sum(len(unit.images) for unit in source.plan()) == 4 * (len(names) - 2)
+    assert +source.left_out == {"files of other splits": 2, "files that end in .md": 1}
 
 
 def test_splits_of_other_names():

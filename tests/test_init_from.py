@@ -96,7 +96,7 @@ def test_goes_on_exactly_without_the_parent(parent, prepared_run, tiny_config, t
 def test_a_parent_that_was_trained_again(parent, prepared_run, tiny_config):
     wrong = f"{parent.root}@{'0' * 16}"
     child = child_of(parent, prepared_run, tiny_config, vqvae__init_from=wrong)
-    with pytest.raises(VqbeamError, match=r"another model than when .*not 0{16}\); start a new"):
+    with pytest.raises(VqbeamError, match=r"no longer holds the model .*not 0{16}\); start a new"):
         train_vqvae(str(child.root))
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -32,6 +33,10 @@ def test_no_image(folder, tmp_path):
         image_files(path / "empty")
     with pytest.raises(VqbeamError, match="there is no file or folder .*gone; check --input"):
         image_files(path / "gone")
+    odd = epath.Path(os.fsdecode(os.fsencode(path) + b"/\xff.png"))
+    odd.write_bytes(b"")
+    with pytest.raises(VqbeamError, match="the file name .* is not valid UTF-8; rename it"):
+        image_files(odd)
 
 
 def test_read_as_the_run_prepares(folder, tiny_config):

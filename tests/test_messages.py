@@ -148,6 +148,10 @@ def test_file_errors_of_tensorflow(text, message):
             "gs://bucket/run: Couldn't resolve host name; check the path, your login and its",
         ),
         (
+            "FileNotFoundError: [Errno 2] No usable temporary directory found in ['/tmp', '/']",
+            "no folder for temporary files can be written to; free some space, or set TMPDIR to",
+        ),
+        (
             "google.api_core.exceptions.Forbidden: 403 GET b/bucket: no access\nmore",
             "Google's storage says: 403 GET b/bucket: no access",
         ),
@@ -188,9 +192,9 @@ def test_a_worker_that_died(said):
 
 def test_what_is_not_installed():
     error = ModuleNotFoundError("No module named 'gradio'")
-    assert user_message(error) == 'the studio needs Gradio: pip install "vqbeam[studio]"'
+    assert user_message(error) == "the studio needs the package gradio: pip install gradio"
     error = ModuleNotFoundError("No module named 'shtab'")
-    told = 'completion needs the package shtab: pip install "vqbeam[completion]"'
+    told = "completion needs the package shtab: pip install shtab"
     assert user_message(error) == told
 
 

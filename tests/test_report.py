@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
-from pipeline_fixtures import CLASSES, read_records, small_config
+from pipeline_fixtures import CLASSES, finish_again, read_records, small_config
 from report_pages import Page, check_self_contained, decoded
 
 import vqbeam
@@ -216,6 +216,17 @@ def test_metrics_and_advice(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_what_is_of_another_model_is_not_shown(own_run, tmp_path):
+    run, _ = own_run
+    run.write_measures("prior", PRIOR)
+    assert "sets of 10,000 images" in page_of(run, output=tmp_path / "page.html").text
+    finish_again(run, "train-prior", history=[])
+    text = page_of(run, output=tmp_path / "page.html").text
+    assert "The models have changed since the samples were made: vqbeam run" in text
+    assert "sets of 10,000 images" not in text
+
+
 def test_texts_of_other_people_are_escaped(tmp_path):
     evil = "\"'><img src=x onerror=alert(1)><b>"
     config = override(small_config(f"folder:/{evil}"), {})
@@ -276,9 +287,10 @@ def test_large_pictures_stay_below_the_limit(tmp_path):
     run.folder("sample").mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (2400, 2400, 3), np.uint8)
     Image.fromarray(noise).save(run.folder("sample") / "samples.png")
-    run.evaluation.mkdir()
+    run.write_measures("prior", PRIOR)
     Image.fromarray(noise).save(run.evaluation / "nearest.png")
     page = page_of(run, output=tmp_path / "page.html")
+    assert len(page.all("img")) == 2
     assert 5e5 < len(page.source) < 5e6
     assert {found["width"] for found in page.all("img")} == {"2400"}
 
@@ -294,13 +306,14 @@ def test_damaged_pictures_do_not_hide_the_rest(run, tmp_path):
     path = run.folder("sample") / "samples.png"
     whole = path.read_bytes()
     path.write_bytes(b"no picture")
-    run.evaluation.mkdir(exist_ok=True)
+    run.write_measures("prior", PRIOR)
     (run.evaluation / "nearest.png").write_bytes(whole[:99])
     try:
         report([str(run.root)], str(tmp_path / "page.html"))
     finally:
         path.write_bytes(whole)
         (run.evaluation / "nearest.png").unlink()
+        (run.evaluation / "prior.json").unlink()
     page = Page((tmp_path / "page.html").read_text())
     assert f"{path} cannot be read" in page.text and "Held-out image 1" in str(page.all("img"))
 

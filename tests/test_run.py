@@ -97,10 +97,11 @@ def test_a_run_that_training_starts_from(ran, tmp_path, source, capsys):
     # The same command later, whatever has become of the parent.
     go(parent.root, source, ALL[:2], retrain=["train-vqvae"])
     go(child.root, source, **given)
+    go(child.root, source, vqvae__init_from=config.vqvae.init_from)
     parent.root.rmtree()
     go(child.root, source, **given)
     assert child.load_config() == config
-    assert capsys.readouterr().out.count("train-prior: done already") == 2
+    assert capsys.readouterr().out.count("train-prior: done already") == 3
     with pytest.raises(VqbeamError, match=r"vqvae.init_from: .*@.{16} → None.*; choose another"):
         go(child.root, source)
 
@@ -117,6 +118,13 @@ def test_more_steps(ran, tmp_path, source):
     (place / "step-00000004.weights.h5").write_text("")
     go(tmp_path / "run", source, vqvae__steps=8, extend=True)
     assert ran.names() == ["train-vqvae", "encode", "train-prior", "sample"]
+    # A prior of the codes of before is not replaced unasked, nor are its checkpoints.
+    place = run.folder("train-prior") / "checkpoints" / run.fingerprint("train-prior")
+    place.mkdir(parents=True)
+    (place / "step-00000004.weights.h5").write_text("")
+    with pytest.raises(VqbeamError, match="both vqvae.steps and prior.steps are higher.*--retrain"):
+        go(tmp_path / "run", source, vqvae__steps=12, prior__steps=8, extend=True)
+    assert run.is_done("train-prior") and run.load_config().vqvae.steps == 8
 
 
 def test_all_stages_in_their_order(ran, tmp_path, source, capsys):
@@ -239,6 +247,41 @@ def test_a_finished_model_is_replaced_only_when_asked(ran, tmp_path, source):
 
 
 @pytest.mark.slow
+def test_an_interrupted_retraining_goes_on(ran, tmp_path, source, monkeypatch):
+    go(tmp_path / "run", source)
+    run, models = RunFolder(tmp_path / "run"), ["train-vqvae", "train-prior"]
+
+    def interrupted(*_):
+        run.begin("train-vqvae")
+        run.finish("train-vqvae", [], **DONE, attempt="new")
+        (run.folder("train-prior") / "checkpoint").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "_run_pipeline", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            go(run.root, source, retrain=models)
+    ran.clear()
+    go(run.root, source, retrain=models)
+    assert run.manifest("train-vqvae")["attempt"] == "new"
+    assert (run.folder("train-prior") / "checkpoint").exists()
+    assert ran.names() == list(ALL[2:])
+    # Once it has finished, the same command trains them once more.
+    ran.clear()
+    go(run.root, source, retrain=models)
+    assert ran.names() == list(ALL[1:])
+
+
+@pytest.mark.parametrize("folder", ["images", "codes"])
+def test_other_files_in_the_folder_of_a_stage_are_not_deleted(ran, tmp_path, folder):
+    write_images(tmp_path / folder)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(VqbeamError, match=f"{folder} has files in it that this run would delete"):
+        go(tmp_path, f"folder:{tmp_path / folder}")
+    assert sorted(tmp_path.rglob("*")) == before and ran.names() == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lost", "again"),
     [
@@ -295,7 +338,7 @@ def test_a_damaged_result_is_named(ran, tmp_path, source):
     run.begin("train-vqvae")
     run.finish("train-vqvae", [model], **DONE)
     model.write_text("hal")
-    with pytest.raises(VqbeamError, match="model has 3 bytes instead of 5; delete .*vqvae and ru"):
+    with pytest.raises(VqbeamError, match="model has 3 bytes instead of 5; delete .*/manifest.js"):
         go(tmp_path / "run", source)
     assert ran.names() == list(both)
 

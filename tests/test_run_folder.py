@@ -191,7 +191,7 @@ def test_a_config_of_another_kind(run, text):
     with pytest.raises(VqbeamError, match="config.json"):
         run.load_config()
     path.write_text(json.dumps(values | {"name": 7}))
-    with pytest.raises(VqbeamError, match="config.json: name is 7; give a text"):
+    with pytest.raises(VqbeamError, match="config.json: name is 7; give a string"):
         run.load_config()
 
 
@@ -238,6 +238,20 @@ def test_what_read_an_older_result_is_not_done(run, stage, stale):
     assert all(run.is_done(name) for name in STAGES)
 
 
+def test_measures_are_of_the_present_models(run):
+    finish_all(run)
+    assert run.measures("prior") is None
+    written = run.write_measures("prior", {"images": 9}), run.write_measures("vqvae", {"psnr": 1.0})
+    assert (run.measures("prior"), run.measures("vqvae")) == written
+    finish(run, "train-prior", text="another model")
+    assert run.measures("prior") is None and run.measures("vqvae") == written[1]
+    finish(run, "train-vqvae", text="another model")
+    assert run.measures("vqvae") is None
+    # Earlier versions did not store the hashes.
+    (run.evaluation / "vqvae.json").write_text('{"psnr": 2.0}')
+    assert run.measures("vqvae") == {"psnr": 2.0}
+
+
 def test_what_read_a_lost_result_is_not_done(run):
     finish_all(run)
     (run.folder("encode") / MANIFEST).unlink()
@@ -255,10 +269,13 @@ def test_a_damaged_output_is_named(run, damage):
         output.write_text("conte")
         state = "has 5 bytes instead of 7"
     again = "run vqbeam train-vqvae PRESET --run-dir .*run again"
-    message = f"vqvae/output.txt {state}; delete .*vqvae and {again}"
+    message = f"vqvae/output.txt {state}; delete .*vqvae/manifest.json and {again}"
     for check in (run.is_done, run.require):
-        with pytest.raises(VqbeamError, match=message):
+        with pytest.raises(VqbeamError, match=f"{message}$"):
             check("train-vqvae")
+    write_checkpoint(run, "train-vqvae", "step-00000004")
+    with pytest.raises(VqbeamError, match=f"{message}, which restores it from its last checkpoint"):
+        run.require("train-vqvae")
     assert run.is_done("prepare")
 
 
@@ -271,7 +288,7 @@ def test_a_dataset_that_lacks_a_file_is_not_done(run):
     assert run.is_done("prepare")
     outputs[0].write_text("cont")
     assert not run.is_done("prepare")
-    told = "images/a has 4 bytes instead of 7; run vqbeam prepare .* again, which writes no others"
+    told = "images/a has 4 bytes instead of 7; run vqbeam prepare .* again, which writes only what"
     with pytest.raises(VqbeamError, match=told):
         run.require("prepare")
     # A run that was handed over without its images is not prepared again unasked.

@@ -161,8 +161,9 @@ def test_a_picture_again_by_a_run_that_cannot_be_guided(finished_run, written, m
     config = override(finished_run.load_config(), settings)
     monkeypatch.setattr(RunFolder, "load_config", lambda run: config)
     message = "guidance is 3, .* prior.label_dropout 0,.* set guidance to 1"
+    like = str(written[0] / "00004.png")
     with pytest.raises(VqbeamError, match=message):
-        sample(str(finished_run.root), like=str(written[0] / "00004.png"), guidance=3.0)
+        sample(str(finished_run.root), like=like, guidance=3.0, output="x.png")
 
 
 def test_but_for_what_is_given(finished_run, written, draw, tmp_path):
@@ -281,9 +282,11 @@ def test_what_is_stored_for_a_run_goes_before_its_config(finished_run, tmp_path)
 
 def test_samples_png_by_default(finished_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    sample(str(finished_run.root), num=2)
-    assert (tmp_path / "samples.png").exists()
-    assert capsys.readouterr().out == "2 new images: samples.png\n"
+    for told in ("", "samples.png exists: it will be replaced\n"):
+        assert main(["sample", str(finished_run.root), "--num", "2"]) == 0
+        assert (tmp_path / "samples.png").exists()
+        found = capsys.readouterr()
+        assert found.out == "2 new images: samples.png\n" and found.err.startswith(told)
 
 
 def test_the_stage_is_done_once(finished_run, monkeypatch):
@@ -299,9 +302,9 @@ def test_a_run_without_a_prior(finished_run, tmp_path):
     run = RunFolder(tmp_path / "run")
     run.start(finished_run.load_config())
     with pytest.raises(VqbeamError, match="has no finished train-prior stage; run vqbeam train-p"):
-        sample(str(run.root))
+        sample(str(run.root), output="x.png")
     with pytest.raises(VqbeamError, match="is not a run folder"):
-        sample(str(tmp_path))
+        sample(str(tmp_path), output="x.png")
 
 
 def test_manifests_are_read_once_and_only_those_of_the_models(finished_run, tmp_path, monkeypatch):

@@ -136,6 +136,13 @@ def test_without_a_distance_there_is_no_best(prepared_run, tiny_config):
         evaluate(str(run.root), sweep={"temperature": [1.0]})
 
 
+def test_settings_without_effect_are_refused(run):
+    from vqbeam.pipelines.evaluation.evaluate import evaluate
+
+    with pytest.raises(VqbeamError, match="guidance_power is 2.0, .* set it to cosine"):
+        evaluate(str(run.root), sweep={"guidance_power": [2.0, 3.0]})
+
+
 def test_a_run_that_cannot_be_guided(prepared_run, tiny_config, capsys):
     from vqbeam.pipelines.evaluation.evaluate import evaluate
 

@@ -122,14 +122,14 @@ def _band(columns: Sequence[tuple[str, list[np.ndarray]]]) -> Image.Image:
 def _grid(rows: Sequence[np.ndarray], headings: Sequence[str] | None) -> Image.Image:
     height, width = rows[0].shape[1:3]
     scale = max(1, math.ceil(_SMALLEST_TILE / width))
+    tile_size = width * scale, height * scale
     step_x, step_y = width * scale + _MARGIN, height * scale + _MARGIN
     top = _MARGIN + (16 if headings else 0)
     size = (step_x * max(map(len, rows)) + _MARGIN, top + step_y * len(rows))
     figure = Image.new("RGB", size, "white")
     for row, images in enumerate(rows):
         for column, image in enumerate(images):
-            size = width * scale, height * scale
-            tile = picture(image).resize(size, Image.Resampling.NEAREST)
+            tile = picture(image).resize(tile_size, Image.Resampling.NEAREST)
             figure.paste(tile, (_MARGIN + column * step_x, top + row * step_y))
     if headings:
         _write_headings(figure, headings, step_x)

@@ -96,11 +96,11 @@ def training_errors(
     set_estimator(model, estimator)
     model.compile(build_optimizer(config.vqvae))
     errors = []
-    for batch, images in zip(range(steps + 1), batches, strict=False):
-        if batch == 0:
+    for step, images in zip(range(steps + 1), batches, strict=False):
+        if step == 0:
             model.initialize_codebook(images, config.vqvae.codebook_init, config.seed)
         model.reset_metrics()
-        work = model.train_on_batch if batch < steps else model.test_on_batch
+        work = model.train_on_batch if step < steps else model.test_on_batch
         errors.append(float(work(images, return_dict=True)["reconstruction"]))
         on_step()
     return errors

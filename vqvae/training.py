@@ -111,7 +111,7 @@ def load_parent(run: RunFolder, stage: str) -> keras.Model | None:
     found = parent.result_hash(stage)
     if not found.startswith(model):
         raise VqbeamError(
-            f"{parent.folder(stage)} holds another model than when this run was set up "
+            f"{parent.folder(stage)} no longer holds the model of when this run was set up "
             f"({found[: len(model)]}, not {model}); start a new run from it"
         )
     return load_model(parent.folder(stage) / MODEL_FILE)
@@ -258,6 +258,7 @@ def _fit(
             batch_size=settings.batch_size,
             seed=config.seed,
             config=config,
+            advice="a lower vqvae.learning_rate, or with vqvae.dtype float32",
             figures=lambda logs: epoch_figures(logs, model),
         )
         fitted = fit(

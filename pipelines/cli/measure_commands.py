@@ -42,7 +42,12 @@ def parse_evaluate(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     parser.add("--stage", str, stages, choices=choices, metavar="STAGE")
     number = "number of samples (default: 10,000, or 2,000 in a sweep)"
     parser.add("--num", count, number, metavar="N")
-    parser.add("--seed", natural, "seed of the samples (default: the run's)", metavar="N")
+    parser.add(
+        "--seed",
+        natural,
+        "seed of the samples and of the choice of real images (default: the run's)",
+        metavar="N",
+    )
     parser.add(
         "--sweep",
         nonempty,

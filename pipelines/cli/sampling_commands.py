@@ -38,7 +38,7 @@ def parse_sample(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
     parser.describe("DIR [options]")
     parser.add("DIR", run_location, RUN)
     forms = "a .png (labelled grid), .npz (arrays) or folder (default: samples.png)"
-    parser.add("--output", location, forms, metavar="PATH")
+    parser.add("--output", location, forms, metavar="PATH", default="samples.png")
     _add_labels(parser)
     _add_seed(parser)
     again = (
@@ -52,7 +52,7 @@ def parse_sample(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
         "labels": given.get("--label"),
         "seed": given.get("--seed"),
         "like": given.get("--like"),
-        "output": given.get("--output"),
+        "output": given["--output"],
     }
 
 

@@ -14,7 +14,6 @@ from vqbeam.pipelines.evaluation.sweep import sweep as sweep_settings
 from vqbeam.pipelines.sampling.api import Run
 from vqbeam.prior.training import STAGE as TRAIN_PRIOR
 from vqbeam.vqvae.figures import reconstruction_figure, save_png
-from vqbeam.vqvae.storage.files import write_json
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
 _NEAREST = "nearest.png"
@@ -85,7 +84,7 @@ def measure_prior(run: RunFolder, features: str, num: int, seed: int) -> dict:
         of `ReferenceSet.measure`; `left_out`, the reason for each metric that is None; `nearest`,
         the result of `ReferenceSet.nearest_training` for the samples; the prior's `nats_per_code`
         and `bits_per_dim` on the complete validation split; and the settings of the measurement:
-        `features`, `neighbours`, `seed` and the sampler's `settings`.
+        `features`, `neighbours`, `seed`, the sampler's `settings`, and the hashes of `models`.
     """
     likelihood = run.require(TRAIN_PRIOR)["measures"]
     settings = Run(run.root).default_settings()
@@ -105,14 +104,13 @@ def measure_prior(run: RunFolder, features: str, num: int, seed: int) -> dict:
         "seed": seed,
         "settings": dataclasses.asdict(settings.sampler),
     }
-    run.evaluation.mkdir(parents=True, exist_ok=True)
     if drawn.manifold:
         rows, indices = zip(*measures["nearest"]["pairs"], strict=True)
         training = np.stack([reference.training_image(index) for index in indices])
         figure = reconstruction_figure(meter.sample_again(settings, rows), training)
+        run.evaluation.mkdir(parents=True, exist_ok=True)
         save_png(figure, run.evaluation / _NEAREST)
-    write_json(run.evaluation / "prior.json", measures)
-    return measures
+    return run.write_measures("prior", measures)
 
 
 def prior_lines(measures: dict) -> list[str]:

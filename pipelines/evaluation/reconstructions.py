@@ -23,7 +23,6 @@ from vqbeam.vqvae.metrics import (
     ssim,
 )
 from vqbeam.vqvae.model import VQVAE
-from vqbeam.vqvae.storage.files import write_json
 from vqbeam.vqvae.storage.records import damaged_records, open_dataset, read_split
 from vqbeam.vqvae.storage.run_folder import RunFolder
 from vqbeam.vqvae.training import load_vqvae
@@ -45,7 +44,7 @@ def evaluate_vqvae(run: RunFolder, features: str = "classifier") -> dict:
         images; `frechet` and its `feature_dim`, or None with the reason in `frechet_left_out`;
         `perplexity` and `codes_used` over the split, lists if there are several levels, and
         `num_codes`; `bits_per_image` of the codes; `compression_ratio`, relative to 8 bits per
-        number; and the `features` and the run's `seed`.
+        number; the `features` and the run's `seed`; and the hash of the model in `models`.
 
     Raises:
         VqbeamError: The run lacks a stage, or the features are not available.
@@ -71,9 +70,7 @@ def evaluate_vqvae(run: RunFolder, features: str = "classifier") -> dict:
         "features": features,
         "seed": config.seed,
     }
-    run.evaluation.mkdir(parents=True, exist_ok=True)
-    write_json(run.evaluation / "vqvae.json", measures)
-    return measures
+    return run.write_measures("vqvae", measures)
 
 
 def _frechet_obstacle(prepared: dict, features: str) -> str | None:
@@ -152,7 +149,7 @@ def reconstruct(run_dir: str, output: str, num: int = 16) -> None:
     """Writes a figure of the first `num` validation images above their reconstructions.
 
     Raises:
-        VqbeamError: The run has no trained VQ-VAE, or `output` does not end in .png.
+        VqbeamError: The run has no trained VQ-VAE.
     """
     path = epath.Path(output).expanduser()
     run = RunFolder(run_dir)

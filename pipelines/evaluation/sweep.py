@@ -58,10 +58,9 @@ def sweep(
     run.require(TRAIN_PRIOR)
     num = set_size(run.require("prepare"), num)
     trained = Run(run.root)
-    defaults = trained.default_settings()
     combinations = itertools.product(*values.values())
     changes = [dict(zip(values, combination, strict=True)) for combination in combinations]
-    grid = [trained.checked(dataclasses.replace(defaults, **change)) for change in changes]
+    grid = [trained.settings(**change) for change in changes]
     results = _measured(run, grid, list(values), features=features, num=num, seed=seed)
     best = min(range(len(grid)), key=lambda index: results[index]["frechet"])
     print(f"{num:,} images at each setting (--num), seed {seed}, {features} features")

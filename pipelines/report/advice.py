@@ -204,7 +204,8 @@ def _ended_early(stage: str, title: str, flag: str) -> Callable[[Facts], Finding
         else:
             return None
         longer = max(2 * steps, 2 * _FEWEST_STEPS)
-        return Finding(title, evidence, "Train for longer, in a new folder.", f"{flag} {longer}")
+        action = "Train for longer, in a new folder or with --extend."
+        return Finding(title, evidence, action, f"{flag} {longer}")
 
     return rule
 

@@ -14,7 +14,6 @@ from vqbeam import configs
 from vqbeam.configs import Config, VqbeamError
 from vqbeam.pipelines.inspect import duration
 from vqbeam.vqvae.fitting.checkpoints import stored_history
-from vqbeam.vqvae.storage.files import read_json
 from vqbeam.vqvae.storage.run_folder import STAGES, RunFolder
 
 
@@ -27,7 +26,7 @@ class Facts:
         config: The run's config.
         manifests: The manifests of finished stages, by stage.
         histories: The metrics of each epoch so far, by stage.
-        vqvae: The result of `vqbeam evaluate` for stage 1, or None.
+        vqvae: The result of `vqbeam evaluate` for the model of stage 1, or None.
         prior: The same for stage 2.
     """
 
@@ -57,10 +56,7 @@ def read_facts(run: RunFolder) -> Facts:
                 lambda s=stage, n=settings.steps_per_epoch: stored_history(run.folder(s), n)
             )
             histories[stage] = found or []
-    measured = {}
-    for name in ("vqvae", "prior"):
-        path = run.evaluation / f"{name}.json"
-        measured[name] = or_reason(lambda p=path: read_json(p))[0] if path.exists() else None
+    measured = {n: or_reason(lambda n=n: run.measures(n))[0] for n in ("vqvae", "prior")}
     return Facts(str(run.root), config, manifests, histories, **measured)
 
 

@@ -271,7 +271,7 @@ def _view(
         "missing": {"samples": no_samples, **slow["missing"]},
         "stage_1": _stage_1(facts),
         "stage_2": _stage_2(facts),
-        "nearest": _nearest(run, budget // 8),
+        "nearest": _nearest(run, budget // 8) if facts.prior else None,
         "stages": _stages(run, facts),
         "settings": _settings_table(facts.config),
         "provenance": _provenance(run, facts),
@@ -299,9 +299,11 @@ def _sentence(facts: Facts) -> str:
 def _samples(run: RunFolder, facts: Facts, most_bytes: int) -> Picture:
     path = run.folder("sample") / "samples.png"
     trained = facts.manifests.get("train-prior")
+    (*_, (_, resume)) = _commands(facts)
+    if run.is_stale("sample"):
+        raise VqbeamError(f"The models have changed since the samples were made: {resume}")
     if not path.exists():
         sample = shlex.join(["vqbeam", "sample", str(run.root), "--output", str(path)])
-        (*_, (_, resume)) = _commands(facts)
         raise VqbeamError(
             f"No samples yet: {sample}" if trained else f"The prior is not trained yet: {resume}"
         )

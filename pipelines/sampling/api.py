@@ -143,7 +143,7 @@ class Run:
             ("sample", "samples.png", "New images"),
         ):
             path = self.folder.folder(stage) / name
-            if path.exists():
+            if path.exists() and not self.folder.is_stale(stage):
                 pictures += f"<p>{text}</p>{_picture(path.read_bytes(), text)}"
         return f"<b>{html.escape(title)}</b><table>{rows}</table>{pictures}"
 

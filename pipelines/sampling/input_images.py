@@ -10,6 +10,7 @@ from PIL import Image
 from vqbeam.configs import Config, VqbeamError
 from vqbeam.pipelines.sources.folder import image_keys
 from vqbeam.pipelines.sources.images import ImageError, decode_image
+from vqbeam.pipelines.sources.listing import check_text
 from vqbeam.vqvae.figures import PROVENANCE
 from vqbeam.vqvae.layout import CodeLayout
 from vqbeam.vqvae.storage.files import read_regular
@@ -19,7 +20,7 @@ def image_files(path: epath.Path) -> dict[str, epath.Path]:
     """Returns the paths of images by name: all in a folder, at any depth, or a single one.
 
     Raises:
-        VqbeamError: There is no such file or folder, or no image in it.
+        VqbeamError: There is no such file or folder, or no image in it, or a name is not UTF-8.
     """
     if path.is_dir():
         files = {key: path / key for key in sorted(image_keys(path))}
@@ -28,7 +29,7 @@ def image_files(path: epath.Path) -> dict[str, epath.Path]:
         return files
     if not path.exists():
         raise VqbeamError(f"there is no file or folder {path}; check --input")
-    return {path.name: path}
+    return {check_text(path.name): path}
 
 
 def read_image(path: epath.Path, config: Config) -> np.ndarray:
@@ -37,11 +38,9 @@ def read_image(path: epath.Path, config: Config) -> np.ndarray:
     Raises:
         VqbeamError: The image cannot be decoded, or is a grid of samples.
     """
-    height, width, channels = config.image_shape
-    shape = {"height": height, "width": width, "channels": channels}
     data = read_regular(path)
     try:
-        image = decode_image(data, **shape, fit=config.data.fit)
+        image = decode_image(data, **config.data.form)
     except ImageError as error:
         raise VqbeamError(f"{path} cannot be used ({error}); give another image") from error
     if _is_grid(data):
@@ -89,9 +88,9 @@ def region_mask(region: str, config: Config) -> np.ndarray:
     if not path.exists():
         raise VqbeamError(f"keep is {region!r}; give {', '.join(HALVES)} or an image file")
     try:
-        shape = {"height": height, "width": width, "channels": 1}
+        form = config.data.form | {"channels": 1}
         # Transparent pixels become black, so they are not kept.
-        mask = decode_image(read_regular(path), **shape, fit=config.data.fit, background="black")
+        mask = decode_image(read_regular(path), **form, background="black")
     except ImageError as error:
         raise VqbeamError(f"the mask {path} cannot be read ({error}); give another") from error
     return mask[..., 0].astype(np.float32) / 255

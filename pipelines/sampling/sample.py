@@ -15,7 +15,7 @@ from vqbeam.configs import SampleConfig, VqbeamError
 from vqbeam.pipelines.sampling.api import Run, Samples
 from vqbeam.vqvae.figures import PROVENANCE, label_figure, picture, save_png
 from vqbeam.vqvae.storage.files import check_regular, read_regular, sizes, write_bytes
-from vqbeam.vqvae.storage.labels import Label, labels_for, parse_label
+from vqbeam.vqvae.storage.labels import labels_for, parse_label
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
 STAGE = "sample"
@@ -30,7 +30,7 @@ def sample(
     labels: Sequence[str] | None = None,
     seed: int | None = None,
     like: str | None = None,
-    output: str | None = None,
+    output: str,
     **settings: Any,
 ) -> None:
     """Samples new images from a run and writes them.
@@ -44,8 +44,7 @@ def sample(
         like: A .png or .npz written by this command, whose images are sampled again with the
             changes that the other arguments make.
         output: A .png (a labelled grid, or a single picture if `like` is one), a .npz (images,
-            codes, labels), or a folder (a PNG for each image and samples.jsonl). By default
-            samples.png.
+            codes, labels), or a folder (a PNG for each image and samples.jsonl).
         **settings: Fields of SampleConfig; by default the run's own. The default of `num` gives
             each label as many images as it has among the run's own number.
 
@@ -54,7 +53,7 @@ def sample(
             from another checkpoint or not written by this command.
     """
     run = Run(run_dir)
-    path = epath.Path(output or "samples.png").expanduser()
+    path = epath.Path(output).expanduser()
     bare = False
     if like is None:
         num = settings.pop("num", None) or _usual_number(run, labels)
@@ -105,7 +104,7 @@ def _sample_again(
     listed = facts.get("images", [facts])
     num = changes.get("num", len(listed))
     run.check_count(num)
-    rows = [parse_label(image.get("label", _unlabelled(run)), run.prior_labels) for image in listed]
+    rows = [parse_label(image.get("label"), run.prior_labels) for image in listed]
     rows = np.asarray(rows, np.int32)
     if labels is not None:
         rows = labels_for(labels, run.prior_labels, num)
@@ -116,10 +115,6 @@ def _sample_again(
     chosen = run.checked(SampleConfig(**stored | changes))
     seed = facts["seed"] if seed is None else seed
     return run.sample_rows(rows, seed, chosen, listed[0]["index"])
-
-
-def _unlabelled(run: Run) -> Label:
-    return parse_label(None, run.prior_labels)
 
 
 def write_samples(samples: Samples, path: epath.Path, *, bare: bool = False) -> None:

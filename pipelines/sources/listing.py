@@ -37,7 +37,7 @@ def list_files(
         VqbeamError: A folder cannot be read, or a file name is not UTF-8.
     """
     found, left_out = [], Counter() if left_out is None else left_out
-    inside = _in_folder(folder, left_out) if is_local(folder) else _in_bucket(folder)
+    inside = _in_folder(folder, left_out) if is_local(folder) else _in_bucket(folder, left_out)
     with named_if_slow(folder):
         inside = list(inside)
     for place, names in inside:
@@ -46,7 +46,7 @@ def list_files(
             if any(part.startswith(".") for part in path.split("/")):
                 continue
             if is_wanted(path):
-                found.append(_check_text(path))
+                found.append(check_text(path))
             else:
                 ending = os.path.splitext(name)[1].lower()[:10]
                 left_out[f"files that end in {ending}" if ending else "files without ending"] += 1
@@ -66,18 +66,24 @@ def _in_folder(folder: epath.Path, left_out: Counter) -> Iterator[tuple[str, lis
         yield "" if place == "." else f"{place}/", names
 
 
-def _in_bucket(folder: epath.Path, place: str = "") -> Iterator[tuple[str, list[str]]]:
+def _in_bucket(
+    folder: epath.Path, left_out: Counter, place: str = ""
+) -> Iterator[tuple[str, list[str]]]:
     """Yields the same for a bucket, where epath would make one request per file."""
     import tensorflow as tf
 
     names = tf.io.gfile.listdir(f"{folder}/{place}")
+    if place and _RUN <= {name.rstrip("/") for name in names}:
+        left_out["folders of runs"] += 1
+        return
     yield place, [name for name in names if not name.endswith("/")]
     for name in names:
         if name.endswith("/"):
-            yield from _in_bucket(folder, f"{place}{name}")
+            yield from _in_bucket(folder, left_out, f"{place}{name}")
 
 
-def _check_text(path: str) -> str:
+def check_text(path: str) -> str:
+    """Returns a path; raises a VqbeamError if it is not valid UTF-8."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -90,7 +96,9 @@ def _refuse(error: OSError) -> None:
     raise VqbeamError(f"a folder of images cannot be read ({error}); fix its permissions")
 
 
-def split_by_name(files: Sequence[str], data: DataConfig) -> dict[str, list[str]]:
+def split_by_name(
+    files: Sequence[str], data: DataConfig, left_out: Counter
+) -> dict[str, list[str]]:
     """Returns the files of "train" and "validation", or all under "all" if names show no splits.
 
     A file belongs to a split if its name, or else the name of one of its folders (nearest first),
@@ -101,6 +109,7 @@ def split_by_name(files: Sequence[str], data: DataConfig) -> dict[str, list[str]
         data: The section with `train_split`, which is "none" to ignore names, and
             `validation_split`: both "validation" and "test" mean the first of these two that has
             files.
+        left_out: Counter to which the files left out are added.
 
     Raises:
         VqbeamError: A split of any other name has no files.
@@ -122,8 +131,11 @@ def split_by_name(files: Sequence[str], data: DataConfig) -> dict[str, list[str]
     choice = ("validation", "test") if asked in usual else (asked,)
     held_out = next((named[s] for s in choice if s != data.train_split and named[s]), None)
     if train and held_out:
-        return {"train": train, "validation": held_out}
-    return {"all": named[data.train_split] or list(files)}
+        splits = {"train": train, "validation": held_out}
+    else:
+        splits = {"all": named[data.train_split] or list(files)}
+    left_out["files of other splits"] += len(files) - sum(map(len, splits.values()))
+    return splits
 
 
 def _split_of(file: str, splits: Sequence[str]) -> str | None:
@@ -169,19 +181,22 @@ def check_splits(data: DataConfig, splits: Mapping[str, Sequence[Any]]) -> None:
         raise VqbeamError(f"{data.source} has no image to hold out; it takes two images or more")
 
 
-def files_at(path: str, is_wanted: Callable[[str], bool]) -> tuple[epath.Path, list[str]]:
+def files_at(
+    path: str, is_wanted: Callable[[str], bool], left_out: Counter
+) -> tuple[epath.Path, list[str]]:
     """Returns a folder and the sorted paths of files relative to it.
 
     Args:
         path: A folder, of which the wanted files are returned; or a file; or a glob pattern.
         is_wanted: See `list_files`.
+        left_out: See `list_files`.
 
     Raises:
         VqbeamError: There is no such file, or see `list_files`.
     """
     root = root_of(path)
     if root == epath.Path(path).expanduser():
-        return root, sorted(list_files(root, is_wanted))
+        return root, sorted(list_files(root, is_wanted, left_out))
     place = os.fspath(epath.Path(path).expanduser())
     if epath.Path(place).exists():
         return root, [epath.Path(place).name]

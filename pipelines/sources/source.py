@@ -141,5 +141,4 @@ class Source:
 
         if isinstance(raw.data, OSError):
             raise ImageError(f"the file cannot be read: {raw.data.strerror or raw.data}")
-        shape = {name: getattr(self.data, name) for name in ("height", "width", "channels", "fit")}
-        return decode_image(raw.data, **shape, notes=notes)
+        return decode_image(raw.data, **self.data.form, notes=notes)

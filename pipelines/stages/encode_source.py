@@ -6,7 +6,7 @@
 
 Each call adds shards for the images whose keys are not in the dataset yet. Its shards become part
 of the dataset in the last step, which lists them in the manifest and in TFDS's metadata. So a
-killed call has changed nothing, and the same call resumes it.
+killed call has added nothing, and the same call resumes it.
 """
 
 import dataclasses
@@ -158,8 +158,7 @@ def encode_source(run_dir: str, *, output: str, data: DataConfig, beam_args: Seq
     run = RunFolder(run_dir, remember=True)
     run.require("train-vqvae", among=MODELS)
     config = run.load_config()
-    shape = {name: getattr(config.data, name) for name in ("height", "width", "channels", "fit")}
-    data = with_absolute_paths(dataclasses.replace(data, **shape))
+    data = with_absolute_paths(dataclasses.replace(data, **config.data.form))
     if is_dataflow(beam_args):
         check_shared({"--model": run_dir, "--output": output} | source_paths(data))
     source = open_source(data)
@@ -383,7 +382,11 @@ def _empty_lost(job: EncodeJob, manifest: dict[str, Any]) -> None:
         for index, (records, _) in enumerate(of_split):
             path = job.folder / Shard(DATASET, split, index, None).filename
             if path in lost:
-                print(f"{path} is missing: its {records} images are encoded again", file=sys.stderr)
+                print(
+                    f"{path} is missing: its {records} images count as new, and are encoded when "
+                    "their source is given",
+                    file=sys.stderr,
+                )
                 with open_shard(path):
                     of_split[index] = [0, 0]
     _write_metadata(job, manifest)

@@ -8,7 +8,7 @@ from vqbeam.vqvae.finetuning.features import feature_distance, train_features
 from vqbeam.vqvae.fitting.data import TrainingData
 from vqbeam.vqvae.fitting.devices import share_of_replica
 from vqbeam.vqvae.fitting.fit import Fitted, Schedule, fit, set_seed
-from vqbeam.vqvae.fitting.optimizers import Adam, learning_rate
+from vqbeam.vqvae.fitting.optimizers import Adam, learning_rate, with_scaled_loss
 from vqbeam.vqvae.model import VQVAE
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
@@ -37,6 +37,7 @@ def finetune_decoder(run: RunFolder, model: VQVAE, data: TrainingData) -> Fitted
         batch_size=settings.batch_size,
         seed=config.seed,
         config=config,
+        advice="a lower vqvae.perceptual or vqvae.adversarial, or with vqvae.dtype float32",
     )
     try:
         return fit(trainer, schedule, data, None, folder, run.fingerprints("train-vqvae"))
@@ -52,14 +53,13 @@ def build_trainer(
         model, features, perceptual=settings.perceptual, adversarial=settings.adversarial
     )
     steps = settings.finetune_steps
-    trainer.compile(
-        Adam(
-            learning_rate(_LEARNING_RATE, steps=steps, warmup_steps=steps // 20),
-            beta_1=0.5,
-            use_ema=True,
-            ema_momentum=0.999,
-        )
+    optimizer = Adam(
+        learning_rate(_LEARNING_RATE, steps=steps, warmup_steps=steps // 20),
+        beta_1=0.5,
+        use_ema=True,
+        ema_momentum=0.999,
     )
+    trainer.compile(with_scaled_loss(optimizer, settings.dtype))
     return trainer
 
 
@@ -80,7 +80,7 @@ class DecoderTraining(keras.Model):
         adversarial: Weight of the adversarial loss; 0 for no discriminator.
     """
 
-    def __init__(self, vqvae: VQVAE, features: keras.Model, *, perceptual, adversarial):
+    def __init__(self, vqvae: VQVAE, features: keras.Model | None, *, perceptual, adversarial):
         super().__init__(dtype="float32")  # images are compared in full precision
         self.vqvae, self.features = vqvae, features
         self.perceptual, self.adversarial = perceptual, adversarial

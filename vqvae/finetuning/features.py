@@ -5,9 +5,9 @@ import tensorflow as tf
 from keras import layers, ops
 
 from vqbeam.vqvae.fitting.data import TrainingData, training_data
-from vqbeam.vqvae.fitting.devices import share_of_replica
+from vqbeam.vqvae.fitting.devices import evenly_shared, share_of_replica
 from vqbeam.vqvae.fitting.fit import Schedule, fit, set_seed
-from vqbeam.vqvae.fitting.optimizers import AdamW, learning_rate
+from vqbeam.vqvae.fitting.optimizers import AdamW, learning_rate, with_scaled_loss
 from vqbeam.vqvae.model import scale_images
 from vqbeam.vqvae.storage.records import label_of, labels_of, open_dataset, read_split
 from vqbeam.vqvae.storage.run_folder import RunFolder
@@ -85,28 +85,30 @@ def train_features(run: RunFolder, steps: int) -> keras.Model:
         run: A run with prepared images.
         steps: Number of training steps. Training resumes if it was interrupted.
     """
-    config = run.load_config()
-    data, outputs = _training(run, config.seed + 1)
+    config, batch_size = run.load_config(), evenly_shared(FEATURES_BATCH)
+    data, outputs = _training(run, batch_size, config.seed + 1)
     set_seed(config.seed + 1)
     features = build_features(config.image_shape, outputs, config.vqvae.dtype)
-    model = build_classification(features, steps)
+    model = build_classification(features, steps, config.vqvae.dtype)
     schedule = Schedule(
         title="features",
         steps=steps,
         steps_per_epoch=steps,
-        batch_size=FEATURES_BATCH,
+        batch_size=batch_size,
         seed=config.seed,
         config=config,
+        advice="vqvae.dtype float32",
     )
     folder = run.folder("train-vqvae") / "features"
     fit(model, schedule, data, None, folder, run.fingerprints("train-vqvae"))
     return features
 
 
-def build_classification(features: keras.Model, steps: int) -> keras.Model:
+def build_classification(features: keras.Model, steps: int, dtype: str) -> keras.Model:
     """Returns the compiled model that trains the network of `build_features` for `steps` steps."""
     model = _Classification(features.input, features.outputs[-1], name="classification")
-    model.compile(AdamW(learning_rate(2e-3, steps=steps, warmup_steps=steps // 10)))
+    optimizer = AdamW(learning_rate(2e-3, steps=steps, warmup_steps=steps // 10))
+    model.compile(with_scaled_loss(optimizer, dtype))
     return model
 
 
@@ -119,7 +121,7 @@ class _Classification(keras.Model):
         return share_of_replica(ops.mean(losses))
 
 
-def _training(run: RunFolder, seed: int) -> tuple[TrainingData, int]:
+def _training(run: RunFolder, batch_size: int, seed: int) -> tuple[TrainingData, int]:
     """Returns batches of images with their targets, and the number of possible targets."""
     builder = open_dataset(run.folder("prepare"))
     labels = labels_of(builder)
@@ -144,7 +146,7 @@ def _training(run: RunFolder, seed: int) -> tuple[TrainingData, int]:
     data = training_data(
         read_split(builder, "train").map(example),
         size=builder.info.splits["train"].num_examples,
-        batch_size=FEATURES_BATCH,
+        batch_size=batch_size,
         seed=seed,
         numbers=numbers,
         prepare=prepare,

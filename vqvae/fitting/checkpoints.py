@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import re
 import signal
 import sys
 import tempfile
@@ -60,7 +61,8 @@ class Checkpoints(keras.callbacks.Callback):
         self.history: list[dict[str, float]] = []
         self.signals = EndSignals()
         self._metrics: list[np.ndarray] = []  # to be restored when the epoch begins
-        # Steps done when this `fit` began the epoch, after the current call, when last saved.
+        # Steps done at the beginning of the epoch in this `fit`, at the end of the current call,
+        # and in the last checkpoint.
         self._begin = self._end = self._saved = 0
         self._due = 0.0
 
@@ -72,13 +74,14 @@ class Checkpoints(keras.callbacks.Callback):
         """
         self.folders[0].mkdir(parents=True, exist_ok=True)
         for stale in self.folders[0].parent.iterdir():
-            if stale not in self.folders and stale.is_dir():
-                print(f"{stale} is of other settings or inputs: removed", file=sys.stderr)
+            # Folders of other names are the user's.
+            if stale not in self.folders and re.fullmatch(r"[0-9a-f]{16}", stale.name):
+                print(f"{stale} belongs to other settings or inputs: removed", file=sys.stderr)
                 stale.rmtree()
         for unfinished in matching(self.folders[0], ".*.weights.h5.*"):  # from a killed attempt
             unfinished.unlink(missing_ok=True)
-        damaged = None
-        for step, file in reversed(self._files().items()):
+        damaged, files = None, self._files()
+        for step, file in reversed(files.items()):
             try:
                 self._load(model, file)
                 self._begin = self._saved = step
@@ -86,7 +89,8 @@ class Checkpoints(keras.callbacks.Callback):
             except (VqbeamError, OSError) as error:
                 # A power failure can leave a file with a name but no content.
                 damaged = damaged or error
-                print(f"{file} cannot be read: going back to the one before", file=sys.stderr)
+                if step != min(files):
+                    print(f"{file} cannot be read: going back to the one before", file=sys.stderr)
         if damaged:
             raise damaged
         return 0
@@ -122,7 +126,7 @@ class Checkpoints(keras.callbacks.Callback):
         model.optimizer.build(model.trainable_variables)
         with tempfile.TemporaryDirectory() as local:
             copy = pathlib.Path(local) / file.name
-            copy.write_bytes(read_regular(file))
+            copy.write_bytes(read_regular(file, any_size=True))
             try:
                 model.load_weights(copy)
                 if not weights_only:
@@ -297,7 +301,7 @@ def stored_history(folder: epath.Path, steps_per_epoch: int) -> list[dict[str, f
         return []
     file = files[max(files)]
     try:
-        data = read_regular(file)
+        data = read_regular(file, any_size=True)
         with h5py.File(io.BytesIO(data)) as content:
             if "vqbeam" in content:
                 return _stored(content["vqbeam"], len(data))

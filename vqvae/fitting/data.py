@@ -82,6 +82,7 @@ def training_data(
     bytes_each = sum(s.shape.num_elements() * s.dtype.size for s in examples.element_spec.values())
     held = _read(examples, size) if _fits_in_memory(size * bytes_each) else {}
     count = _BLOCK * batch_size
+    draws = bool(numbers(tf.zeros([2], tf.int64), 1))
 
     def block(index):
         sent = numbers(tf.stack([np.int64(seed), index]), count)
@@ -91,15 +92,24 @@ def training_data(
             lambda values: tf.reshape(values, [_BLOCK, batch_size, *values.shape[1:]]), sent
         )
 
-    def batches(first_step, steps):
+    def sent(first_step):
         first_block, before = divmod(first_step, _BLOCK)
         blocks = tf.data.Dataset.range(first_block, np.iinfo(np.int64).max).map(block).prefetch(2)
-        found = blocks.unbatch().skip(before)
-        if not held:
-            read = training_batches(
-                examples, size=size, batch_size=batch_size, first_step=first_step, seed=seed
-            )
-            found = tf.data.Dataset.zip(read, found).map(lambda one, other: {**one, **other})
+        return blocks.unbatch().skip(before)
+
+    def read(first_step):
+        return training_batches(
+            examples, size=size, batch_size=batch_size, first_step=first_step, seed=seed
+        )
+
+    def batches(first_step, steps):
+        if held:
+            found = sent(first_step)
+        elif draws:
+            found = tf.data.Dataset.zip(read(first_step), sent(first_step))
+            found = found.map(lambda one, other: {**one, **other})
+        else:
+            found = read(first_step)
         return found.batch(steps, drop_remainder=True).prefetch(2).with_options(UNTUNED)
 
     return TrainingData(batches=batches, held=held, prepare=prepare)

@@ -67,6 +67,9 @@ def _jax_memory() -> dict[str, int]:
 # Operations per second of dense matrix products in bfloat16, from NVIDIA's data sheets.
 _PEAK_FLOPS = {
     "B200": 2250e12,
+    "H200 NVL": 835e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
     "H200": 989e12,
     "H100": 989e12,
     "A100": 312e12,
@@ -127,8 +130,9 @@ def data_parallel(batch_size: int, dtype: str = "float32"):
     devices = keras.distribution.list_devices()
     if batch_size % len(devices):
         raise VqbeamError(
-            f"a batch of {batch_size} cannot be divided among {len(devices)} devices; make it "
-            "a multiple, or choose devices with CUDA_VISIBLE_DEVICES"
+            f"a batch of {batch_size} cannot be divided evenly among {len(devices)} devices; make "
+            f"batch_size (for the prior, batch_size / grad_accumulation) a multiple of "
+            f"{len(devices)}, or choose devices with CUDA_VISIBLE_DEVICES"
         )
     on_tensorflow = keras.backend.backend() == "tensorflow"
     if len(devices) > 1 and dtype == "mixed_float16" and on_tensorflow:

@@ -21,6 +21,7 @@ from vqbeam.vqvae.fitting.metric_writers import MetricWriter, metric_writers
 from vqbeam.vqvae.fitting.program import TrainingProgram, steps_per_call, training_program
 from vqbeam.vqvae.fitting.progress import FitProgress
 from vqbeam.vqvae.storage.files import write_bytes
+from vqbeam.vqvae.storage.run_folder import MANIFEST
 
 
 def set_seed(seed: int) -> None:
@@ -44,6 +45,7 @@ class Schedule:
             weights of the best epoch; 0 for all the steps and the last weights.
         figures: Function from the metrics of an epoch to texts for the line printed after it.
         config: The run's config, which says where metrics are written besides TensorBoard.
+        advice: The settings with which to start anew if the loss is no longer a number.
     """
 
     title: str
@@ -54,19 +56,20 @@ class Schedule:
     patience: int = 0
     figures: Callable[[dict[str, float]], list[str]] = lambda logs: []
     config: Config | None = None
+    advice: str = "a lower learning rate"
 
     @property
-    def epoch(self) -> int:
+    def epoch_steps(self) -> int:
         """Steps of an epoch, limited to all steps; the last epoch may have fewer."""
         return min(self.steps, self.steps_per_epoch)
 
     def epochs_after(self, step: int) -> int:
         """Returns the number of epochs that end after `step`."""
-        return math.ceil(self.steps / self.epoch) - step // self.epoch
+        return math.ceil(self.steps / self.epoch_steps) - step // self.epoch_steps
 
     def epoch_end(self, step: int) -> int:
         """Returns the last step of the epoch that `step` is part of."""
-        return min(self.steps, (step // self.epoch + 1) * self.epoch)
+        return min(self.steps, (step // self.epoch_steps + 1) * self.epoch_steps)
 
 
 def fit(
@@ -88,7 +91,7 @@ def fit(
         model: A compiled and built model.
         schedule: How long to train.
         data: The batches.
-        validation: Dataset evaluated after each epoch.
+        validation: Dataset evaluated after each epoch; None for none.
         folder: Output folder for `checkpoints/`, TensorBoard's `logs/` and `metrics.csv`.
         fingerprints: Hashes of the training inputs, see `Checkpoints`.
         callbacks: Additional callbacks. Metrics that they add to an epoch's logs are stored.
@@ -97,7 +100,7 @@ def fit(
         VqbeamError: The loss is not finite, or no existing checkpoint can be loaded.
     """
     checkpoints = Checkpoints(
-        folder, fingerprints, schedule.epoch, schedule.steps, patience=schedule.patience
+        folder, fingerprints, schedule.epoch_steps, schedule.steps, patience=schedule.patience
     )
     seed_layers(model, schedule.seed)
     step = checkpoints.restore(model)
@@ -105,9 +108,9 @@ def fit(
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     speed = {}
     if step < schedule.steps and not checkpoints.stalled:
-        done = step % schedule.epoch
+        done = step % schedule.epoch_steps
         # An interrupted epoch must also be finished in a whole number of calls.
-        together = steps_per_call(math.gcd(schedule.epoch, done))
+        together = steps_per_call(math.gcd(schedule.epoch_steps, done))
         progress = _progress(model, schedule, step, together)
         writers = metric_writers(schedule.config, schedule.title, folder, checkpoints.folders[0])
         with (
@@ -123,13 +126,13 @@ def fit(
                 program.batches(step),
                 initial_epoch=first_epoch,
                 epochs=first_epoch + schedule.epochs_after(step),
-                steps_per_epoch=schedule.epoch,
+                steps_per_epoch=schedule.epoch_steps,
                 validation_data=validation,
                 shuffle=False,  # the batches are already shuffled
                 verbose=0,
                 callbacks=[
                     EpochEnds(schedule, step),
-                    StopOnNaN(done),
+                    StopOnNaN(schedule, done),
                     *([AveragedWeights()] if optimizer.use_ema else []),
                     *callbacks,
                     WrittenMetrics(writers, schedule, progress, program),
@@ -180,7 +183,7 @@ def _progress(
         batch_size=schedule.batch_size,
         first_step=first_step,
         together=together,
-        per_epoch=schedule.epoch,
+        per_epoch=schedule.epoch_steps,
         figures=schedule.figures,
     )
 
@@ -270,14 +273,15 @@ class StopOnNaN(keras.callbacks.Callback):
     """Stops training with a one-line error message if the loss is not finite.
 
     Args:
+        schedule: The training.
         done: Steps of the first epoch done before this call of `fit`.
     """
 
     async_safe = True  # the next steps begin before the loss is read
 
-    def __init__(self, done: int):
+    def __init__(self, schedule: Schedule, done: int):
         super().__init__()
-        self.done = done
+        self.schedule, self.done = schedule, done
 
     def on_train_batch_end(self, batch, logs=None):
         """Checks the training loss."""
@@ -292,9 +296,8 @@ class StopOnNaN(keras.callbacks.Callback):
 
     def _check(self, loss, what):
         if not math.isfinite(loss):
-            raise VqbeamError(
-                f"the {what}; start a new run with a lower learning rate, or with dtype float32"
-            )
+            title, advice = self.schedule.title, self.schedule.advice
+            raise VqbeamError(f"{title}: the {what}; start a new run with {advice}")
 
 
 class EpochEnds(keras.callbacks.Callback):
@@ -360,6 +363,7 @@ def load_model(path: epath.Path) -> keras.Model:
             return keras.saving.load_model(file, compile=False, safe_mode=True)
         except (ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:
             raise VqbeamError(
-                f"{path} cannot be read by this version of vqbeam; delete "
-                f"{path.parent} and train again"
+                f"{path} cannot be read by this version of vqbeam; if it is damaged, delete "
+                f"{path.parent / MANIFEST} and run its stage again, which restores it from the "
+                "last checkpoint"
             ) from error

@@ -20,7 +20,7 @@ class MetricWriter(Protocol):
     """Writes the metrics of a training, some of which may have been written before a restart."""
 
     def start(self, epochs: int) -> None:
-        """Starts after `epochs` epochs; rows of later ones that were written before come again."""
+        """Starts after `epochs` epochs; rows of later epochs are written again."""
 
     def write(self, row: dict[str, Any]) -> None:
         """Writes the metrics of an epoch."""

@@ -121,6 +121,18 @@ def _matrix_shape(variable):
 _FLOOR = 0.01
 
 
+def with_scaled_loss(optimizer: keras.Optimizer, dtype: str) -> keras.Optimizer:
+    """Returns the optimizer of a training whose layers have the policy `dtype`.
+
+    With mixed_float16, the loss is scaled so that gradients do not underflow (Micikevicius et al.,
+    https://arxiv.org/abs/1710.03740, section 3.2). Keras does this itself only if the model that is
+    trained has this policy, and not if its parts have it.
+    """
+    if dtype == "mixed_float16":
+        return keras.optimizers.LossScaleOptimizer(optimizer)
+    return optimizer
+
+
 def learning_rate(peak: float, *, steps: int, warmup_steps: int, kind: str = "cosine"):
     """Returns a learning-rate schedule: linear warm-up, then cosine decay or a constant rate.
 

@@ -17,8 +17,8 @@ class FiniteScalarQuantizer(Quantizer):
     From "Finite Scalar Quantization: VQ-VAE Made Simple", Mentzer et al. 2023
     (https://arxiv.org/abs/2309.15505), appendix A.1: a tanh bounds channel i to the range of L_i
     values around 0, then the channel is rounded with a straight-through gradient. The output is
-    scaled to [−1, 1]. For L_i = 2, the output is the sign of the channel: with the paper's shift,
-    training would start where the slope is 0.001.
+    scaled to [−1, 1]. For L_i = 2, the channel is split at 0: with the paper's shift, training
+    would start where the slope is 0.001.
 
     Args:
         levels_per_channel: Number of values per channel, each at least 2, such as (8, 8, 8) for
@@ -28,8 +28,9 @@ class FiniteScalarQuantizer(Quantizer):
         ValueError: `levels_per_channel` is empty or has a number below 2.
     """
 
-    # Extends the range of the tanh so that it reaches the outermost values.
-    margin = 1e-3
+    # Extends the range of the tanh, relatively, so that it reaches the outermost values, and at
+    # most by so much that no value beyond them is rounded to.
+    margin, largest_margin = 1e-3, 0.25
 
     def __init__(self, levels_per_channel, **kwargs):
         super().__init__(**kwargs)
@@ -65,7 +66,8 @@ class FiniteScalarQuantizer(Quantizer):
 
     def _bounded(self, z):
         sizes = np.asarray(self.levels_per_channel, "float32")
-        reach = (sizes - 1) * (1 + self.margin) / 2
+        half_range = (sizes - 1) / 2
+        reach = half_range + np.minimum(half_range * self.margin, self.largest_margin)
         offset = np.where(sizes % 2 == 0, 0.5, 0.0)
         # No shift for L = 2, whose boundary is 0: the shift would move it to where tanh is flat.
         shift = np.arctanh(np.where(sizes == 2, 0.0, offset) / reach).astype("float32")

@@ -65,15 +65,19 @@ def check_regular(path: epath.Path) -> None:
         raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
 
 
-def read_regular(path: epath.Path) -> bytes:
+def read_regular(path: epath.Path, any_size: bool = False) -> bytes:
     """Returns the content of a file that other programs may have put there.
 
+    Args:
+        path: The file.
+        any_size: Whether it may have more than `MOST_BYTES`, as the checkpoint of a large model.
+
     Raises:
-        OSError: It cannot be read, is not a regular file, or has more than `MOST_BYTES`.
+        OSError: It cannot be read, is not a regular file, or is too large.
     """
     with named_if_slow(path):
         check_regular(path)
-        if is_local(path) and os.stat(path).st_size > MOST_BYTES:
+        if not any_size and is_local(path) and os.stat(path).st_size > MOST_BYTES:
             raise OSError(errno.EFBIG, f"larger than {MOST_BYTES / 2**20:.0f} MiB", os.fspath(path))
         return path.read_bytes()
 
@@ -134,12 +138,12 @@ def read_json(path: epath.Path, kind: type = dict) -> Any:
         found = json.loads(read_regular(path))
     except (ValueError, RecursionError) as error:
         raise VqbeamError(
-            f"{path} is not valid JSON ({error}): it was changed by hand, or is damaged; put it "
-            "back, or delete it"
+            f"{path} is not valid JSON ({error}): it was changed by hand, or is damaged; restore "
+            "it, or delete it"
         ) from error
     if not isinstance(found, kind):
         raise VqbeamError(
-            f"{path} is not as vqbeam writes it: it holds a {type(found).__name__}; put it back, "
+            f"{path} is not as vqbeam writes it: it holds a {type(found).__name__}; restore it, "
             "or delete it"
         )
     return found

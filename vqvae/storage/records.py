@@ -336,7 +336,7 @@ def damaged_records(folder: epath.Path):
         what = " and ".join(map(str, damaged)) if is_of_run else folder
         raise VqbeamError(
             f"a record in {what} is damaged ({error.message.splitlines()[0]}); delete {what} and "
-            f"run the stage that writes it again{', which writes no others' if is_of_run else ''}"
+            f"run its stage again{', which writes only what is missing' if is_of_run else ''}"
         ) from error
 
 

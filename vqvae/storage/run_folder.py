@@ -3,6 +3,7 @@
     DIR/config.json   the run's config
     DIR/sample.json   sampling settings chosen after training, if any
     DIR/.lock.json    (no stage)    the running command
+    DIR/.retrained.json             stages whose models are being trained again
     DIR/images/       prepare       TFDS dataset of uint8 images
     DIR/vqvae/        train-vqvae   model, checkpoints, logs
     DIR/codes/        encode        TFDS dataset of code grids
@@ -102,9 +103,44 @@ class RunFolder:
         """The folder with the results of `vqbeam evaluate`."""
         return self.root / "evaluation"
 
+    def measures(self, name: str) -> dict[str, Any] | None:
+        """Returns `evaluation/NAME.json`; None if there is none, or it is of models replaced since.
+
+        Args:
+            name: "vqvae" or "prior".
+        """
+        path, models = self.evaluation / f"{name}.json", self._measured(name)
+        found = read_json(path) if path.exists() else {}
+        # Earlier versions did not say which models they had measured.
+        return found if found and found.get("models", models) == models else None
+
+    def write_measures(self, name: str, measures: dict[str, Any]) -> dict[str, Any]:
+        """Writes `evaluation/NAME.json`; returns it: `measures`, and the hashes of `models`."""
+        found = measures | {"models": self._measured(name)}
+        self.evaluation.mkdir(parents=True, exist_ok=True)
+        write_json(self.evaluation / f"{name}.json", found)
+        return found
+
+    def _measured(self, name: str) -> dict[str, str | None]:
+        models = MODELS if name == "prior" else ("train-vqvae",)
+        return {stage: self.result_hash(stage) for stage in models}
+
     def exists(self) -> bool:
         """Returns whether a run has been started in the folder."""
         return (self.root / _CONFIG).exists()
+
+    def check_free(self) -> None:
+        """Checks that a new run deletes nothing: a stage leaves only its own files in its folder.
+
+        Raises:
+            VqbeamError: The folder of a stage has other files in it.
+        """
+        for stage in STAGES:
+            folder = self.folder(stage)
+            if matching(folder, "*") and not (folder / MANIFEST).exists():
+                raise VqbeamError(
+                    f"{folder} has files in it that this run would delete; choose another --run-dir"
+                )
 
     def start(self, config: Config, extend: bool = False) -> None:
         """Creates the folder and stores the config.
@@ -124,6 +160,12 @@ class RunFolder:
         if self.exists():
             changed = differences(self.load_config(), config)
             longer = self._longer(config) if extend else {}
+            if len(longer) > 1 and self.trained_steps("train-prior"):
+                raise VqbeamError(
+                    "both vqvae.steps and prior.steps are higher, but after more steps the VQ-VAE "
+                    "makes other codes, for which the prior would be trained anew; extend the "
+                    "VQ-VAE alone, then add --retrain train-prior"
+                )
             if any(self._is_bound(change) for change in changed if _name(change) not in longer):
                 raise VqbeamError(
                     f"{self.root} contains a run with a different config ({'; '.join(changed)}); "
@@ -284,7 +326,8 @@ class RunFolder:
                 f"{self.root} has no finished {stage} stage; run vqbeam {stage} PRESET "
                 f"--run-dir {self.root} first"
             )
-        self._check_outputs(stage, manifest)
+        if damage := self._damage(stage, manifest):
+            raise self._error_of(stage, damage)
         if self.is_stale(stage, among):
             raise VqbeamError(
                 f"the {stage} stage of {self.root} was made from inputs that have changed since; "
@@ -413,14 +456,12 @@ class RunFolder:
         outputs = list(self._outputs(stage, manifest)) if manifest else []
         return bool(outputs) and set(sizes(outputs)) == {None}
 
-    def _check_outputs(self, stage: str, manifest: dict[str, Any]) -> None:
-        if damage := self._damage(stage, manifest):
-            raise self._error_of(stage, damage)
-
     def _error_of(self, stage: str, damage: str) -> VqbeamError:
-        delete = "" if stage in SHARDED else f"delete {self.folder(stage)} and "
-        alone = ", which writes no others" if stage in SHARDED else ""
-        return VqbeamError(f"{damage}; {delete}{self._again(stage)}{alone}")
+        delete = "" if stage in SHARDED else f"delete {self.folder(stage) / MANIFEST} and "
+        result = ", which writes only what is missing" if stage in SHARDED else ""
+        if stage in MODELS and self.trained_steps(stage):
+            result = ", which restores it from its last checkpoint"
+        return VqbeamError(f"{damage}; {delete}{self._again(stage)}{result}")
 
     def _damage(self, stage: str, manifest: dict[str, Any]) -> str:
         """Returns which output is missing or has another size; "" if there is none."""

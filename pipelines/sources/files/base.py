@@ -133,13 +133,14 @@ class FilesSource(Source):
 
     def _files(self) -> tuple[epath.Path, dict[str, list[str]]]:
         """Returns a folder and the files of each split, or all under "all" without splits."""
-        root, files = files_at(self.path, self.is_named)
+        self.left_out.clear()
+        root, files = files_at(self.path, self.is_named, self.left_out)
         if not files:
             raise VqbeamError(
                 f"the folder {self.path!r} holds no file for {self.data.source.partition(':')[0]}; "
                 f"a file counts whose name ends in {' or '.join(self.endings)}"
             )
-        return root, split_by_name(files, self.data)
+        return root, split_by_name(files, self.data, self.left_out)
 
     def _divide(self, images: Mapping[str, list]) -> dict[str, list]:
         """Returns the images to train on and to hold out, at most `max_images` of each."""

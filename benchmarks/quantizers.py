@@ -11,6 +11,7 @@ of quantizers and shows how much of its codebook is in use. All rows of a table 
 import argparse
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -90,6 +91,7 @@ def train(arguments: argparse.Namespace, folder: pathlib.Path, flags: list[str])
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "images").exists():
         (folder / "images").symlink_to((shared / "images").resolve())
+        shutil.copy(shared / "config.json", folder)
     run("train-vqvae", arguments.preset, folder, flags)
 
 

@@ -17,8 +17,8 @@ from vqbeam.pipelines.paths import (
     source_paths,
     with_absolute_paths,
 )
-from vqbeam.vqvae.storage.files import read_json, write_json
-from vqbeam.vqvae.storage.labels import Labels
+from vqbeam.vqvae.storage.files import matching, read_json, write_json
+from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
 from vqbeam.vqvae.storage.run_folder import HASH_DIGITS, MODELS, STAGES, RunFolder
 
 # Maximum number of classes in the closing lines.
@@ -105,18 +105,22 @@ def _remove_models(run: RunFolder, stages: Sequence[str], retrain: Sequence[str]
     If this command has been interrupted before, it deletes nothing a second time.
 
     Raises:
-        VqbeamError: A finished prior would be left over.
+        VqbeamError: A finished prior would be left over, or another model would be refused.
     """
+    for stage in {*MODELS} & {*stages} - {*retrain} if retrain else ():
+        run.check_replaceable(stage)
     alone = {*retrain} == {"train-vqvae"} and "train-prior" in stages
-    if alone and run.is_done("train-prior"):
+    if alone and run.manifest("train-prior"):
         raise VqbeamError(
             f"{run.folder('train-prior')} holds a prior of the model that --retrain train-vqvae "
             "replaces; add --retrain train-prior, or give another --run-dir to keep both"
         )
     wanted = sorted({*retrain})
-    if wanted and wanted != _retrained(run):
+    goes_on = wanted == _retrained(run) and not any(map(run.is_stale, wanted))
+    if wanted and not goes_on:
         for stage in wanted:
-            run.folder(stage).rmtree(missing_ok=True)
+            for path in matching(run.folder(stage), "*"):  # the folder may be a link
+                path.rmtree() if path.is_dir() else path.unlink()
         write_json(run.root / _RETRAINED, wanted)
 
 
@@ -268,7 +272,8 @@ def _labels_line(images: dict) -> str:
     names = labels.names
     shown = [f"{name} {counts.get(str(n), 0):,}" for n, name in enumerate(names[:_NAMES_SHOWN])]
     more = ", …" if len(names) > _NAMES_SHOWN else ""
-    return f"{labels.kind}, {len(names):,}: {', '.join(shown)}{more} (training images)"
+    none = f", without any {counts[str(NO_CLASS)]:,}" if str(NO_CLASS) in counts else ""
+    return f"{labels.kind}, {len(names):,}: {', '.join(shown)}{more}{none} (training images)"
 
 
 def _quality_lines(run: RunFolder, stages: Sequence[str]) -> list[str]:

@@ -1360,8 +1360,8 @@ FAULTS: dict[str, list[Mutant]] = {
         Mutant(
             "stage 1 is trained again, and the prior of the one before is refused after it",
             "pipelines/run.py",
-            'if alone and run.is_done("train-prior"):',
-            'if alone and not run.is_done("train-prior"):',
+            'if alone and run.manifest("train-prior"):',
+            'if alone and not run.manifest("train-prior"):',
             "test_run.py::test_a_finished_model_is_replaced_only_when_asked",
         ),
     ],

@@ -1,6 +1,7 @@
 """Small datasets and configs that the tests of the pipeline share."""
 
 import io
+import json
 import struct
 import zlib
 
@@ -209,6 +210,14 @@ def finish_again(run, stage, **changes):
     run.begin(stage)
     del facts["seconds"]
     run.finish(stage, outputs, **facts | changes)
+
+
+def write_measures(run, name, **measures):
+    """Writes metrics as if `vqbeam evaluate` had measured them of the present models."""
+    measures |= {"models": run.measured_models(name)}
+    run.evaluation.mkdir(exist_ok=True)
+    (run.evaluation / f"{name}.json").write_text(json.dumps(measures))
+    return measures
 
 
 def shard_contents(folder):

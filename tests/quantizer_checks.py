@@ -112,6 +112,9 @@ def _check_evaluation_moves_nothing(layer, latents_of):
         codes = layer(latents_of(layer, seed=1), **arguments).codes
         layer.encode(latents_of(layer, seed=2))
         layer.decode_codes(codes)
+    layer.trainable = False  # as a user freezes it
+    layer(latents_of(layer, seed=3), training=True)
+    layer.trainable = True
     assert_same_state(before, state(layer))
 
 

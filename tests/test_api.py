@@ -81,6 +81,25 @@ def test_labels_by_name_or_number(run):
     assert run.sample(labels=[None, "apple", None], seed=2).names == ["", "apple", ""]
 
 
+def test_numbers_may_be_those_of_numpy(run):
+    one = run.sample(num=np.int64(2), seed=np.int64(3), temperature=np.float32(0.5))
+    np.testing.assert_array_equal(one.codes, run.sample(num=2, seed=3, temperature=0.5).codes)
+    with pytest.raises(vqbeam.VqbeamError, match="^seed is 1.5; give an integer$"):
+        run.sample(seed=1.5)
+
+
+def test_a_stage_that_finishes_after_opening(own_run):
+    folder, _ = own_run
+    manifest = folder.folder("train-prior") / "manifest.json"
+    content = manifest.read_bytes()
+    manifest.unlink()
+    run = vqbeam.open(folder.root)
+    with pytest.raises(vqbeam.VqbeamError, match="has no finished train-prior stage"):
+        run.sample(1)
+    manifest.write_bytes(content)
+    assert len(run.sample(1).images) == 1
+
+
 def test_codes_and_images(run, finished_run, images):
     model = load_vqvae(finished_run)
     codes = run.encode(images)

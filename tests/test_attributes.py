@@ -36,9 +36,10 @@ def test_tables_of_other_spreadsheets(table, separator):
     [
         ("", "has no attribute; give each a column"),
         ("path\na.png", "has no attribute"),
-        ("path,a,a\nx.png,0,1", "has an attribute 'a'; give each a name of its own"),
+        ("path,a, a\nx.png,0,1", "has an attribute 'a'; give each a name of its own"),
+        ('path,"a\nb"\nx.png,0', "has an attribute 'a.nb'; give .* without commas and line breaks"),
         ("path,a,\nx.png,0,1", "has an attribute ''; give"),
-        ('path,"a,b"\nx.png,0', "has an attribute 'a,b'; give each .* without a comma"),
+        ('path,"a,b"\nx.png,0', "has an attribute 'a,b'; give each .* without commas"),
         ("path,a,b\nx.png,0,1\ny.png,0,2", "line 3: '0,2'; give 0 or 1 for each of the 2"),
         ("path,a,b\nx.png,0", "line 2: '0'; give 0 or 1"),
         ("path,a\nx.png,-1", "line 2: '-1'; give"),

@@ -103,6 +103,17 @@ def test_the_stored_classifier_is_taken(trained, trainings):
     assert not trainings
 
 
+def test_a_damaged_one_is_trained_anew(prepared_run, tiny_config, trainings, capsys):
+    run, _ = prepared_run(tiny_config())
+    load_classifier(run)
+    path = run.evaluation / "classifier.keras"
+    path.write_bytes(path.read_bytes()[:99])
+    load_classifier(run)
+    assert f"{path} cannot be read: a classifier is trained anew" in capsys.readouterr().err
+    load_classifier(run)
+    assert len(trainings) == 2
+
+
 def test_other_images_train_it_anew(prepared_run, tiny_config, trainings):
     run, _ = prepared_run(tiny_config(seed=7), train=21)
     counts = {"train": 21, "validation": 10}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from commands import started, status_of
 from hub_server import files_in, hub
-from pipeline_fixtures import finish_again, write_preset
+from pipeline_fixtures import finish_again, write_measures, write_preset
 
 import vqbeam
 from vqbeam.configs import VqbeamError, from_dict, to_dict
@@ -84,7 +84,7 @@ def test_a_vqvae_alone(own_run, tmp_path):
 
 def test_what_is_of_another_model_is_left_out(own_run, tmp_path):
     run, _ = own_run
-    run.write_measures("prior", {"samples": {"frechet": 1.25}})
+    write_measures(run, "prior", samples={"frechet": 1.25})
     push(str(run.root), str(tmp_path / "one"))
     assert "Fréchet distance of samples, by `vqbeam evaluate` | 1.250 |" in card(tmp_path / "one")
     finish_again(run, "train-prior", measures={"nats_per_code": 1.0})

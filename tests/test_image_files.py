@@ -230,6 +230,32 @@ def test_files_that_are_left_out_are_counted(names, tmp_path):
     assert +source.left_out == {"files of other splits": 2, "files that end in .md": 1}
 
 
+def tar_of(path, members):
+    """Writes a tar file with members of these names and contents, in their order."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_members_of_a_key_that_are_apart(tmp_path):
+    one, two = encoded_images(2)
+    members = [("1.png", one), ("2.jpg", two), ("1.cls", b"0"), ("2.cls", b"1")]
+    with pytest.raises(VqbeamError, match="has members of '1' in two places; .*--sort=name does"):
+        listed(f"webdataset:{tar_of(tmp_path / 'a.tar', members)}")
+
+
+def test_members_that_macos_adds_are_left_out(tmp_path):
+    one, two = encoded_images(2)
+    members = [("./1.cls", b"5"), ("./._1.png", b"x"), ("./1.png", one), ("2.cls", b"6")]
+    path = tar_of(tmp_path / "a.tar", [*members, ("._2.jpg", b"x"), ("2.jpg", two)])
+    found, names = listed(f"webdataset:{path}", validation_share=0.0)
+    assert {key.rpartition("/")[2] for key, _ in found["train"]} == {"1", "2"}
+    assert sorted(label for _, label in found["train"]) == [5, 6]
+
+
 def test_splits_of_other_names():
     files = ["train.x", "extra-0.x", "val.x", "test.x"]
     assert split(files, train_split="extra")["train"] == ["extra-0.x"]
@@ -478,7 +504,7 @@ def test_labels_that_no_json_has(images, tmp_path):
 def test_two_images_of_one_key(images, tmp_path):
     members = [("0.png", images[0]), ("0.cls", b"1"), ("1.png", images[2]), ("0.png", images[4])]
     write_tar(tmp_path / "some.tar", members)
-    with pytest.raises(VqbeamError, match="has two images with the key '0'; rename one$"):
+    with pytest.raises(VqbeamError, match="has members of '0' in two places; rename some, or"):
         open_source(data(f"webdataset:{tmp_path}")).plan()
 
 

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
-from pipeline_fixtures import CLASSES, finish_again, read_records, small_config
+from pipeline_fixtures import CLASSES, finish_again, read_records, small_config, write_measures
 from report_pages import Page, check_self_contained, decoded
 
 import vqbeam
@@ -219,7 +219,7 @@ def test_metrics_and_advice(tmp_path):
 @pytest.mark.slow
 def test_what_is_of_another_model_is_not_shown(own_run, tmp_path):
     run, _ = own_run
-    run.write_measures("prior", PRIOR)
+    write_measures(run, "prior", **PRIOR)
     assert "sets of 10,000 images" in page_of(run, output=tmp_path / "page.html").text
     finish_again(run, "train-prior", history=[])
     text = page_of(run, output=tmp_path / "page.html").text
@@ -287,7 +287,7 @@ def test_large_pictures_stay_below_the_limit(tmp_path):
     run.folder("sample").mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (2400, 2400, 3), np.uint8)
     Image.fromarray(noise).save(run.folder("sample") / "samples.png")
-    run.write_measures("prior", PRIOR)
+    write_measures(run, "prior", **PRIOR)
     Image.fromarray(noise).save(run.evaluation / "nearest.png")
     page = page_of(run, output=tmp_path / "page.html")
     assert len(page.all("img")) == 2
@@ -306,7 +306,7 @@ def test_damaged_pictures_do_not_hide_the_rest(run, tmp_path):
     path = run.folder("sample") / "samples.png"
     whole = path.read_bytes()
     path.write_bytes(b"no picture")
-    run.write_measures("prior", PRIOR)
+    write_measures(run, "prior", **PRIOR)
     (run.evaluation / "nearest.png").write_bytes(whole[:99])
     try:
         report([str(run.root)], str(tmp_path / "page.html"))

@@ -234,6 +234,14 @@ def test_a_finished_model_is_replaced_only_when_asked(ran, tmp_path, source):
     with pytest.raises(VqbeamError, match="prior of the model that .* add --retrain train-prior"):
         go(tmp_path / "run", source, retrain=["train-vqvae"])
     assert run.is_done("train-vqvae") and ran.names() == []
+    # Nor is it deleted if only the other model is to be trained again.
+    run.begin("prepare")
+    run.finish("prepare", [], **DONE, attempt="yet other images")
+    for alone, other in (("train-vqvae", "train-prior"), ("train-prior", "train-vqvae")):
+        with pytest.raises(VqbeamError, match=f"holds a finished model.* --retrain {other}"):
+            go(tmp_path / "run", source, retrain=[alone])
+        assert run.manifest("train-vqvae") and run.manifest("train-prior")
+    go(tmp_path / "run", source, retrain=["train-vqvae", "train-prior"])
     # Nothing is deleted if what the stage reads is not there.
     (run.folder("encode") / MANIFEST).rename(tmp_path / "away")
     with pytest.raises(VqbeamError, match="has no finished encode stage"):
@@ -276,7 +284,7 @@ def test_an_interrupted_retraining_goes_on(ran, tmp_path, source, monkeypatch):
 def test_other_files_in_the_folder_of_a_stage_are_not_deleted(ran, tmp_path, folder):
     write_images(tmp_path / folder)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(VqbeamError, match=f"{folder} has files in it that this run would delete"):
+    with pytest.raises(VqbeamError, match=f"{folder} has files in it, and .* has no config.json"):
         go(tmp_path, f"folder:{tmp_path / folder}")
     assert sorted(tmp_path.rglob("*")) == before and ran.names() == []
 

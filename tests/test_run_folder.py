@@ -2,6 +2,7 @@ import hashlib
 import json
 
 import pytest
+from pipeline_fixtures import write_measures
 
 from vqbeam.configs import VqbeamError, override, to_dict
 from vqbeam.vqvae.storage import files
@@ -241,7 +242,7 @@ def test_what_read_an_older_result_is_not_done(run, stage, stale):
 def test_measures_are_of_the_present_models(run):
     finish_all(run)
     assert run.measures("prior") is None
-    written = run.write_measures("prior", {"images": 9}), run.write_measures("vqvae", {"psnr": 1.0})
+    written = write_measures(run, "prior", images=9), write_measures(run, "vqvae", psnr=1.0)
     assert (run.measures("prior"), run.measures("vqvae")) == written
     finish(run, "train-prior", text="another model")
     assert run.measures("prior") is None and run.measures("vqvae") == written[1]

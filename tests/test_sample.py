@@ -138,6 +138,13 @@ def test_fast_pictures_again_are_fast(finished_run, tmp_path):
     assert read_provenance(epath.Path(again)) == facts | {"precision": "exact"}
 
 
+def test_a_picture_of_a_large_seed_again(finished_run, tmp_path):
+    paths = [str(tmp_path / name) for name in ("one.png", "other.png")]
+    sample(str(finished_run.root), num=2, seed=10**20, output=paths[0])
+    sample(str(finished_run.root), like=paths[0], output=paths[1])
+    np.testing.assert_array_equal(pixels(paths[1]), pixels(paths[0]))
+
+
 def test_only_the_batch_of_a_picture_is_drawn(finished_run, written, tmp_path, monkeypatch):
     asked = []
 

@@ -150,13 +150,18 @@ def test_removes_what_does_not_belong(run):
     reports = reports_of(run, 3, 2)
     files, _ = metadata(run, reports)
     folder = run.folder(STAGE)
-    (folder / f".{SHARD.filename}.0123").write_text("half a shard of a killed worker")
+    (folder / f".{SHARD.filename}.{'01' * 16}").write_text("half a shard of a killed worker")
     (folder / "images-train.tfrecord-00000-of-00003").write_text("of an older division")
-    (folder / ".reports-of-before").mkdir()
-    (folder / ".reports-of-before" / "x.json").write_text("{}")
+    (folder / ".reports-0123456789abcdef").mkdir()
+    (folder / ".reports-0123456789abcdef" / "x.json").write_text("{}")
+    # What the user has put there stays.
+    own = [folder / ".git", folder / "notes.txt", folder / "cat.png"]
+    own[0].mkdir()
+    for path in own[1:]:
+        path.write_text("mine")
     remove_leftovers(folder, files, run.fingerprint(STAGE))
     reports = folder / f".reports-{run.fingerprint(STAGE)}"
-    assert sorted(folder.iterdir()) == sorted([*files, reports])
+    assert sorted(folder.iterdir()) == sorted([*files, reports, *own])
 
 
 def test_reports_are_json(run):

@@ -14,6 +14,7 @@ from vqbeam.pipelines.evaluation.sweep import sweep as sweep_settings
 from vqbeam.pipelines.sampling.api import Run
 from vqbeam.prior.training import STAGE as TRAIN_PRIOR
 from vqbeam.vqvae.figures import reconstruction_figure, save_png
+from vqbeam.vqvae.storage.files import write_json
 from vqbeam.vqvae.storage.run_folder import RunFolder
 
 _NEAREST = "nearest.png"
@@ -86,7 +87,7 @@ def measure_prior(run: RunFolder, features: str, num: int, seed: int) -> dict:
         and `bits_per_dim` on the complete validation split; and the settings of the measurement:
         `features`, `neighbours`, `seed`, the sampler's `settings`, and the hashes of `models`.
     """
-    likelihood = run.require(TRAIN_PRIOR)["measures"]
+    likelihood, models = run.require(TRAIN_PRIOR)["measures"], run.measured_models("prior")
     settings = Run(run.root).default_settings()
     reference = ReferenceSet(run, num, features, seed)
     meter = SampleEvaluator(run, reference, settings.batch_size, seed)
@@ -103,14 +104,16 @@ def measure_prior(run: RunFolder, features: str, num: int, seed: int) -> dict:
         "neighbours": NEIGHBOURS,
         "seed": seed,
         "settings": dataclasses.asdict(settings.sampler),
+        "models": models,
     }
+    run.evaluation.mkdir(parents=True, exist_ok=True)
     if drawn.manifold:
         rows, indices = zip(*measures["nearest"]["pairs"], strict=True)
         training = np.stack([reference.training_image(index) for index in indices])
         figure = reconstruction_figure(meter.sample_again(settings, rows), training)
-        run.evaluation.mkdir(parents=True, exist_ok=True)
         save_png(figure, run.evaluation / _NEAREST)
-    return run.write_measures("prior", measures)
+    write_json(run.evaluation / "prior.json", measures)
+    return measures
 
 
 def prior_lines(measures: dict) -> list[str]:

@@ -135,7 +135,10 @@ def load_classifier(run: RunFolder) -> keras.Model:
     seed = run.load_config().seed
     identity = {"images": run.result_hash("prepare"), "seed": seed}
     if path.exists() and identity.items() <= _read(facts).items():
-        return load_model(path)
+        try:
+            return load_model(path)
+        except VqbeamError:
+            print(f"{path} cannot be read: a classifier is trained anew", file=sys.stderr)
     facts.unlink(missing_ok=True)
     run.evaluation.mkdir(parents=True, exist_ok=True)
     with damaged_records(run.folder("prepare")):

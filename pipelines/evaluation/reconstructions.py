@@ -23,6 +23,7 @@ from vqbeam.vqvae.metrics import (
     ssim,
 )
 from vqbeam.vqvae.model import VQVAE
+from vqbeam.vqvae.storage.files import write_json
 from vqbeam.vqvae.storage.records import damaged_records, open_dataset, read_split
 from vqbeam.vqvae.storage.run_folder import RunFolder
 from vqbeam.vqvae.training import load_vqvae
@@ -49,7 +50,7 @@ def evaluate_vqvae(run: RunFolder, features: str = "classifier") -> dict:
     Raises:
         VqbeamError: The run lacks a stage, or the features are not available.
     """
-    config = run.load_config()
+    config, models = run.load_config(), run.measured_models("vqvae")
     model = load_vqvae(run)
     prepared = run.require("prepare")
     obstacle = _frechet_obstacle(prepared, features)
@@ -69,8 +70,11 @@ def evaluate_vqvae(run: RunFolder, features: str = "classifier") -> dict:
         "frechet_left_out": obstacle,
         "features": features,
         "seed": config.seed,
+        "models": models,
     }
-    return run.write_measures("vqvae", measures)
+    run.evaluation.mkdir(parents=True, exist_ok=True)
+    write_json(run.evaluation / "vqvae.json", measures)
+    return measures
 
 
 def _frechet_obstacle(prepared: dict, features: str) -> str | None:

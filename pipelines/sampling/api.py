@@ -13,6 +13,7 @@ import html
 import io
 import json
 import math
+import operator
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -392,8 +393,11 @@ class Run:
         return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
 
     def seed(self, seed: int | None) -> int:
-        """Returns the seed, or for None the run's own."""
-        return self.config.seed if seed is None else seed
+        """Returns the seed, or for None the run's own; raises a VqbeamError if it is no integer."""
+        try:
+            return operator.index(self.config.seed if seed is None else seed)
+        except TypeError:
+            raise VqbeamError(f"seed is {seed!r}; give an integer") from None
 
     def default_settings(self) -> SampleConfig:
         """Returns the run's settings, without guidance if the prior has no labels.
@@ -433,7 +437,11 @@ class Run:
                 nearest = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(known)}"
                 raise VqbeamError(f"there is no setting {name}; {hint}")
-        changes = {name: value for name, value in changes.items() if value is not None}
+        changes = {
+            name: value.item() if isinstance(value, np.generic) else value
+            for name, value in changes.items()
+            if value is not None
+        }
         changed = self.checked(dataclasses.replace(self.default_settings(), **changes))
         for name, schedule in _OF_SCHEDULE.items():
             if name in changes and changed.guidance_schedule != schedule:

@@ -237,16 +237,17 @@ def _is_provenance(facts: Any, pixels: int) -> bool:
     # Otherwise a small file could list millions of images to sample.
     is_list = isinstance(listed, list) and 0 < len(listed) <= max(1, pixels // _LEAST_PIXELS)
     texts = all(isinstance(facts[name], str) for name in ("preset", "checkpoint"))
-    first = is_list and _natural(facts["seed"]) and _natural(listed[0]["index"])
+    numbers = is_list and _natural(facts["seed"]) and _natural(listed[0]["index"])
     return (
         texts
-        and first
+        and numbers
+        and listed[0]["index"] < 2**62
         and all(image["index"] - i == listed[0]["index"] for i, image in enumerate(listed))
     )
 
 
 def _natural(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def check_checkpoint(facts: dict[str, Any], run: Run, path: epath.Path) -> None:

@@ -277,16 +277,17 @@ def read_attributes(file: epath.Path) -> tuple[tuple[str, ...], dict[str, tuple[
         text = read_regular(file).decode("utf-8-sig")  # spreadsheets write a byte-order mark
         heading = text.partition("\n")[0]
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=heading.count))
-        _, *names = next(rows, [""])
+        names = [name.strip() for name in next(rows, [""])[1:]]
         lines = {row[0]: _values(file, rows.line_num, row, names) for row in rows if row}
     except (UnicodeDecodeError, csv.Error) as error:
         raise VqbeamError(f"{file} is not a CSV table in UTF-8 ({error}); save it anew") from error
     if not names:
         raise VqbeamError(f"{file} has no attribute; give each a column, behind that of the path")
-    wrong = [name for name in names if not name or "," in name or names.count(name) > 1]
+    wrong = [n for n in names if [n] != n.splitlines() or "," in n or names.count(n) > 1]
     if wrong:
         raise VqbeamError(
-            f"{file} has an attribute {wrong[0]!r}; give each a name of its own without a comma"
+            f"{file} has an attribute {wrong[0]!r}; give each a name of its own, without commas "
+            "and line breaks"
         )
     return tuple(names), lines
 

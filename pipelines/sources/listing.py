@@ -49,6 +49,7 @@ def list_files(
                 found.append(check_text(path))
             else:
                 ending = os.path.splitext(name)[1].lower()[:10]
+                ending = ending.encode(errors="backslashreplace").decode()
                 left_out[f"files that end in {ending}" if ending else "files without ending"] += 1
     return found
 
@@ -199,7 +200,7 @@ def files_at(
         return root, sorted(list_files(root, is_wanted, left_out))
     place = os.fspath(epath.Path(path).expanduser())
     if epath.Path(place).exists():
-        return root, [epath.Path(place).name]
+        return root, [check_text(epath.Path(place).name)]
     if is_local(root):
         found = [name for name in glob.glob(place, recursive=True) if os.path.isfile(name)]
     else:
@@ -211,7 +212,8 @@ def files_at(
             f"there is no file or folder {path!r}, and as a pattern it matches no file; check the "
             "path in data.source"
         )
-    return root, sorted(name.removeprefix(os.fspath(root)).lstrip("/") for name in found)
+    inside = (name.removeprefix(os.fspath(root)).lstrip("/") for name in found)
+    return root, sorted(map(check_text, inside))
 
 
 def root_of(path: str) -> epath.Path:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,6 @@ from etils import epath
 from vqbeam.configs import VqbeamError
 from vqbeam.vqvae.storage.files import size, write_json
 from vqbeam.vqvae.storage.records import Shard, open_shard, write_metadata
-from vqbeam.vqvae.storage.run_folder import MANIFEST
 
 _M_ARENA_MAX = -8  # of malloc.h
 
@@ -142,8 +142,15 @@ def write_dataset_metadata(
     return files, counts
 
 
+# What attempts leave: reports, shards, files that were not renamed yet, and parts of an archive.
+_LEFT = re.compile(
+    r"\.reports-[0-9a-f]{16}|.+\.tfrecord-\d{5,}(-of-\d{5,})?|\..+\.[0-9a-f]{32}"
+    r"|\.[0-9a-f]{16}-\d{5,}-of-\d{5,}\.npy|\.left_out|\.samples\.npz"
+)
+
+
 def remove_leftovers(folder: epath.Path, keep: Sequence[epath.Path], fingerprint: str) -> None:
-    """Removes from a folder of shards everything left by earlier attempts or other inputs.
+    """Removes from a folder of shards what earlier attempts or other inputs have left there.
 
     To be called after the manifest is written: until then, a restart needs all reports. The reports
     of the current shards stay, so that a shard that is lost later can be rewritten alone.
@@ -153,9 +160,9 @@ def remove_leftovers(folder: epath.Path, keep: Sequence[epath.Path], fingerprint
         keep: Files that stay.
         fingerprint: The fingerprint of the current shards.
     """
-    kept = {path.name for path in keep} | {MANIFEST, f".reports-{fingerprint}"}
+    kept = {path.name for path in keep} | {f".reports-{fingerprint}"}
     for path in folder.iterdir():
-        if path.name not in kept:
+        if path.name not in kept and _LEFT.fullmatch(path.name):
             path.rmtree() if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -86,7 +86,7 @@ class PredictiveQuantizer(Quantizer):
 
         quantized = self._in_turns(quantize, z)
         codes = ops.concatenate([result.codes for result in results], axis=1)
-        if training:  # at the end, since all steps must use the same codebook
+        if training and self.trainable:  # at the end, since all steps must use the same codebook
             self.vector.update_statistics(ops.concatenate(inputs, axis=1), codes)
         shares = [len(turn.places) / cells.shape[1] for turn in _turns_of(z)]
         return Quantized(

@@ -56,7 +56,8 @@ class ResidualQuantizer(Quantizer):
             results.append(quantizer(residual, training=False))
             chosen = quantizer.decode_codes(results[-1].codes)
             residual = residual - ops.stop_gradient(chosen)
-        if training:  # at the end, so that all residuals come from the old codebooks
+        # At the end, so that all residuals come from the old codebooks.
+        if training and self.trainable:
             for quantizer, left, result in zip(self.quantizers, inputs, results, strict=True):
                 quantizer.update_statistics(left, result.codes)
         codes = ops.stack([result.codes for result in results], axis=-1)

@@ -143,7 +143,7 @@ class VectorQuantizer(Quantizer):
             self._loss_terms(z, quantized),
             {"quantization_error": ops.stop_gradient(ops.mean(ops.square(z - quantized)))},
         )
-        if training:
+        if training and self.trainable:
             self.update_statistics(z, codes)
         return result
 

@@ -16,7 +16,6 @@ its metrics. A stage is done if it has a manifest that matches its current input
 its folder do not matter.
 """
 
-import functools
 import hashlib
 import json
 import time
@@ -58,13 +57,12 @@ class RunFolder:
 
     Args:
         path: A local path or any other path that etils.epath supports, such as gs://BUCKET/NAME.
-        remember: Whether to read each manifest only once; for readers while no stage is running.
+        remember: Whether to read each manifest only once; for readers of finished stages.
     """
 
     def __init__(self, path: epath.PathLike, remember: bool = False):
         self.root = epath.Path(path).expanduser()
-        if remember:
-            self.manifest = functools.cache(self.manifest)
+        self._remembered: dict[str, dict[str, Any]] | None = {} if remember else None
 
     def folder(self, stage: str) -> epath.Path:
         """Returns the output folder of a stage."""
@@ -109,19 +107,13 @@ class RunFolder:
         Args:
             name: "vqvae" or "prior".
         """
-        path, models = self.evaluation / f"{name}.json", self._measured(name)
+        path, models = self.evaluation / f"{name}.json", self.measured_models(name)
         found = read_json(path) if path.exists() else {}
         # Earlier versions did not say which models they had measured.
         return found if found and found.get("models", models) == models else None
 
-    def write_measures(self, name: str, measures: dict[str, Any]) -> dict[str, Any]:
-        """Writes `evaluation/NAME.json`; returns it: `measures`, and the hashes of `models`."""
-        found = measures | {"models": self._measured(name)}
-        self.evaluation.mkdir(parents=True, exist_ok=True)
-        write_json(self.evaluation / f"{name}.json", found)
-        return found
-
-    def _measured(self, name: str) -> dict[str, str | None]:
+    def measured_models(self, name: str) -> dict[str, str | None]:
+        """Returns the hashes of the models that `evaluation/NAME.json` is about."""
         models = MODELS if name == "prior" else ("train-vqvae",)
         return {stage: self.result_hash(stage) for stage in models}
 
@@ -130,16 +122,18 @@ class RunFolder:
         return (self.root / _CONFIG).exists()
 
     def check_free(self) -> None:
-        """Checks that a new run deletes nothing: a stage leaves only its own files in its folder.
+        """Checks that the folders of a new run's stages are empty.
+
+        Files in them would be mixed with those of the run, or be results of unknown settings.
 
         Raises:
-            VqbeamError: The folder of a stage has other files in it.
+            VqbeamError: There are files in the folder of a stage.
         """
         for stage in STAGES:
-            folder = self.folder(stage)
-            if matching(folder, "*") and not (folder / MANIFEST).exists():
+            if matching(self.folder(stage), "*"):
                 raise VqbeamError(
-                    f"{folder} has files in it that this run would delete; choose another --run-dir"
+                    f"{self.folder(stage)} has files in it, and {self.root} has no {_CONFIG}: it "
+                    "is not the folder of a run; choose another --run-dir, or put the file back"
                 )
 
     def start(self, config: Config, extend: bool = False) -> None:
@@ -267,6 +261,8 @@ class RunFolder:
         Raises:
             VqbeamError: The manifest was modified or damaged.
         """
+        if self._remembered and stage in self._remembered:
+            return self._remembered[stage]
         path = self.folder(stage) / MANIFEST
         if not path.exists():
             return None
@@ -276,7 +272,10 @@ class RunFolder:
                 f"{path} is not as vqbeam writes it: it was changed by hand, is damaged, or is of "
                 f"an earlier version; restore it, or delete it and {self._again(stage)}"
             )
-        return _Manifest(path, manifest)
+        manifest = _Manifest(path, manifest)
+        if self._remembered is not None:
+            self._remembered[stage] = manifest
+        return manifest
 
     def is_done(self, stage: str) -> bool:
         """Returns whether a stage has finished with the current inputs.

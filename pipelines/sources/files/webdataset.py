@@ -10,6 +10,7 @@ from etils import epath
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sources.files.base import FilesSource
 from vqbeam.pipelines.sources.images import SUFFIXES
+from vqbeam.pipelines.sources.listing import check_text
 
 
 class WebdatasetSource(FilesSource):
@@ -31,10 +32,13 @@ class WebdatasetSource(FilesSource):
         """Yields key and label of each image; skips the images."""
         seen = set()
         for key, members in _samples(path, lambda _, ending: ending in (".json", ".cls")):
+            if key in seen:
+                raise VqbeamError(
+                    f"{path} has members of {key!r} in two places; rename some, or pack the file "
+                    "anew in the order of names, as tar --sort=name does"
+                )
+            seen.add(key)
             if _image(members) is not None:
-                if key in seen:
-                    raise VqbeamError(f"{path} has two images with the key {key!r}; rename one")
-                seen.add(key)
                 yield key, self._label(path, key, members)
 
     def images(self, path: epath.Path, rows: Sequence[str]) -> Iterator[bytes]:
@@ -99,8 +103,9 @@ def _contents(
     """Yields key, ending and content of each member."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # otherwise it would grow with the length of the file
-        if member.isfile():
-            key, ending = _parts(member.name)
+        is_hidden = any(part.startswith(".") for part in member.name.removeprefix("./").split("/"))
+        if member.isfile() and not is_hidden:  # as the files that macOS adds
+            key, ending = _parts(check_text(member.name))
             yield key, ending, tar.extractfile(member).read() if is_read(key, ending) else b""
 
 

@@ -27,7 +27,7 @@ from vqbeam.vqvae.finetuning.features import (
     build_features,
 )
 from vqbeam.vqvae.fitting.data import TrainingData, training_data
-from vqbeam.vqvae.fitting.devices import data_parallel, peak_memory
+from vqbeam.vqvae.fitting.devices import data_parallel, evenly_shared, peak_memory
 from vqbeam.vqvae.fitting.optimizers import build_optimizer
 from vqbeam.vqvae.fitting.program import steps_per_call, training_program
 from vqbeam.vqvae.layout import code_layout
@@ -296,13 +296,9 @@ def measure(
 
 def _devices(title: str, config: Config) -> contextlib.AbstractContextManager[None]:
     """Returns the context of the devices that a training will have."""
-    match title:
-        case "train vqvae":
-            return data_parallel(config.vqvae.batch_size, config.vqvae.dtype)
-        case "train prior":
-            return data_parallel(config.prior.part_size, config.prior.dtype)
-        case _:
-            return contextlib.nullcontext()  # the first one alone
+    if title == "train prior":
+        return data_parallel(config.prior.part_size, config.prior.dtype)
+    return data_parallel(config.vqvae.batch_size, config.vqvae.dtype)
 
 
 def _trial(
@@ -377,7 +373,7 @@ def _vqvae(config: Config):
 def _features(config: Config):
     features = build_features(config.image_shape, len(_LABELS.names), config.vqvae.dtype)
     model = build_classification(features, config.vqvae.feature_steps, config.vqvae.dtype)
-    return model, _images(config, FEATURES_BATCH, answers=True), config.vqvae
+    return model, _images(config, evenly_shared(FEATURES_BATCH), answers=True), config.vqvae
 
 
 def _decoder(config: Config):

@@ -457,7 +457,7 @@ FAULTS: dict[str, list[Mutant]] = {
         Mutant(
             "the matrix is transposed on decoding",
             "vqvae/quantizers/simvq.py",
-            "ops.matmul(fixed, self.projection)",
+            "self._mapped(fixed)",
             "ops.matmul(fixed, ops.transpose(self.projection))",
             "test_simvq.py::test_values_with_another_map_than_the_identity",
         ),
@@ -859,8 +859,8 @@ FAULTS: dict[str, list[Mutant]] = {
         Mutant(
             "TensorFlow tunes its input pipeline, which may take a minute to free",
             "vqvae/fitting/data.py",
-            ".prefetch(2).with_options(UNTUNED)",
-            ".prefetch(2)",
+            "found.batch(steps, drop_remainder=True).with_options(UNTUNED)",
+            "found.batch(steps, drop_remainder=True)",
             "test_data.py::test_no_training_waits_for_tuning_when_it_ends",
         ),
     ],

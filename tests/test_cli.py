@@ -280,7 +280,8 @@ def test_python_m_vqbeam():
 @pytest.mark.slow
 def test_programs_share_a_gpu_unless_told_otherwise(monkeypatch):
     names = ("XLA_PYTHON_CLIENT_PREALLOCATE", "TF_FORCE_GPU_ALLOW_GROWTH")
-    for name in (*names, "JAX_COMPILATION_CACHE_DIR"):
+    fractions = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    for name in (*names, *fractions, "JAX_COMPILATION_CACHE_DIR"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", "/home/someone")
@@ -288,6 +289,10 @@ def test_programs_share_a_gpu_unless_told_otherwise(monkeypatch):
     assert cli.main(["presets"]) == 0
     assert [os.environ[name] for name in names] == ["false", "0"]
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/home/someone/.cache/vqbeam/jax"
+    assert os.environ.pop("XLA_CLIENT_MEM_FRACTION") == "0.95"
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    assert cli.main(["presets"]) == 0
+    assert "XLA_CLIENT_MEM_FRACTION" not in os.environ  # JAX refuses both
 
 
 @pytest.mark.system

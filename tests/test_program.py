@@ -163,6 +163,35 @@ def test_a_call_sends_row_numbers_and_compiles_nothing(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.backend
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="of JAX's plugins for GPUs")
+def test_operations_of_a_step_on_a_gpu(monkeypatch):
+    from jax._src import xla_bridge
+
+    flops = []
+    for is_plugin in (False, True):
+        monkeypatch.setattr(xla_bridge, "using_pjrt_c_api", lambda *_, found=is_plugin: found)
+        model = build()
+        with training_program(model, held_data(), 2) as program:
+            model.fit(program.batches(0), steps_per_epoch=4, shuffle=False, verbose=0)
+        flops.append(program.flops)
+    assert flops[0] == flops[1] > 0
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's variables")
+def test_whole_numbers_are_held_where_a_gpu_can_read_them(monkeypatch):
+    model, made, variable = build(), [], tf.Variable
+    data = TrainingData(batches=held_data().batches, held={"codes": np.arange(12, dtype="int32")})
+    with monkeypatch.context() as patched:
+        patched.setattr(tf, "Variable", lambda *a, **k: made.append(variable(*a, **k)) or made[-1])
+        with training_program(model, data, 1):
+            pass
+    assert [held.dtype for held in made] == [tf.int64]
+    taken = data.input({"rows": np.array([3, 1])}, {"codes": made[0]})["codes"]
+    assert taken.dtype == tf.int32 and taken.numpy().tolist() == [3, 1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [1, pytest.param(4, marks=pytest.mark.backend)])
 def test_operations_of_a_step(compiled, together):
     model = build()

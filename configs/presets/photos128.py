@@ -37,6 +37,7 @@ CONFIG = Config(
         heads=12,
         dropout=0.1,
         batch_size=256,
+        grad_accumulation=4,  # a quarter of the activations, which would take some 30 GB
         steps=40_000,
         steps_per_epoch=1000,
         early_stopping=5,

@@ -17,5 +17,7 @@ CONFIG = override(
         "data.width": 256,
         "vqvae.downsampling": 16,  # the same 16×16 grid
         "vqvae.batch_size": 32,
+        "encode.batch_size": 64,  # the widest layer of 256 images would have 2³¹ numbers
+        "sample.batch_size": 64,
     },
 )

@@ -420,6 +420,9 @@ def _set_up_devices() -> None:
     """Sets how the libraries use a GPU; to be called before they are imported."""
     # Do not reserve all of a GPU's memory at the start, so that two programs can share it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its older name; JAX refuses both
+        # By default, JAX takes at most three quarters of it.
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     # Keep what JAX compiles for later commands.
     cache = os.path.expanduser("~/.cache/vqbeam/jax")

@@ -45,7 +45,10 @@ class TrainingData:
     def input(self, batch: Any, held: dict[str, Any]) -> Any:
         """Returns the model's input for a batch and the held arrays on the device."""
         if held:
-            rows = {name: ops.take(array, batch["rows"], axis=0) for name, array in held.items()}
+            rows = {
+                name: ops.cast(ops.take(array, batch["rows"], axis=0), self.held[name].dtype)
+                for name, array in held.items()
+            }
             batch = rows | {name: values for name, values in batch.items() if name != "rows"}
         return self.prepare(batch)
 
@@ -110,7 +113,7 @@ def training_data(
             found = found.map(lambda one, other: {**one, **other})
         else:
             found = read(first_step)
-        return found.batch(steps, drop_remainder=True).prefetch(2).with_options(UNTUNED)
+        return found.batch(steps, drop_remainder=True).with_options(UNTUNED)
 
     return TrainingData(batches=batches, held=held, prepare=prepare)
 

@@ -67,7 +67,9 @@ def training_program(
             the remaining ones.
     """
     before, model.steps_per_execution = model.steps_per_execution, steps
-    program = TrainingProgram(lambda first: data.batches(first, steps).map(_joined), left)
+    program = TrainingProgram(
+        lambda first: data.batches(first, steps).map(_joined).prefetch(2), left
+    )
     make = _jax_program if keras.backend.backend() == "jax" else _tensorflow_program
     model.train_function = make(model, data, steps, program)
     try:
@@ -81,8 +83,12 @@ def _tensorflow_program(
     model: keras.Model, data: TrainingData, steps: int, facts: TrainingProgram
 ) -> Callable:
     """Returns the function that Keras's `fit` calls with an iterator of batches."""
-    # Variables, so that each device has a copy.
-    held = {name: tf.Variable(array, trainable=False) for name, array in data.held.items()}
+    # Variables, so that each device has a copy; TensorFlow keeps those of int32 on the CPU, where
+    # a program of a GPU cannot read them.
+    held = {
+        name: tf.Variable(array.astype("int64") if array.dtype == "int32" else array, False)
+        for name, array in data.held.items()
+    }
 
     def one(batch):
         return model.train_step(data.input(batch, held))
@@ -148,8 +154,7 @@ def _jax_program(
             function = jax_steps(model, data, steps, count)
             program = jax.jit(function, donate_argnums=0, out_shardings=(None, places))
             lowered = program.lower(state, held, batches)
-            # XLA counts the body of a loop once, so this is one step.
-            facts.flops = lowered.cost_analysis()["flops"]
+            facts.flops = _lowered_flops(lowered)
             compiled[count] = lowered.compile()
             _check_memory(compiled[count].memory_analysis())
         return compiled[count](state, held, batches)
@@ -157,16 +162,33 @@ def _jax_program(
     return train
 
 
+def _lowered_flops(lowered) -> float | None:
+    """Returns the operations of a step: XLA counts the body of a loop once. None if unknown."""
+    if counted := lowered.cost_analysis():
+        return counted["flops"]
+    # JAX does not count those of a GPU's program, but its client of the CPU counts any.
+    with contextlib.suppress(Exception):  # not a public interface
+        import jax
+        from jax._src.lib import _jax
+
+        client = jax.local_devices(backend="cpu")[0].client
+        module = lowered.compiler_ir("hlo").as_hlo_module()
+        return _jax.hlo_module_cost_analysis(client, module)["flops"]
+    return None
+
+
 def _check_memory(needed) -> None:
     """Raises a VqbeamError if a program needs more memory than its device has.
 
     Args:
-        needed: XLA's memory analysis of the compiled program.
+        needed: XLA's memory analysis of the compiled program; None where there is none.
     """
     there = device_memory()
+    if needed is None or there is None:
+        return
     state = needed.argument_size_in_bytes
     rest = needed.temp_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
-    if there is not None and state + rest > there:
+    if state + rest > there:
         raise VqbeamError(
             f"training needs {state / 2**30:.1f} GiB for weights, optimizer and data and "
             f"{rest / 2**30:.1f} GiB for a step, and the device has {there / 2**30:.1f} GiB; "

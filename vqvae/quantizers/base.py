@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from vqbeam.vqvae.fitting.devices import mean_over_replicas
+from vqbeam.vqvae.fitting.devices import full_precision, mean_over_replicas
 
 
 class Quantized(NamedTuple):
@@ -106,9 +106,11 @@ def entropy_loss(vectors, chosen, codebook):
     codebook = ops.stop_gradient(codebook)
     error = ops.mean(ops.sum(ops.square(ops.stop_gradient(vectors - chosen)), axis=1))
     unit = ops.maximum(mean_over_replicas(error), _SMALL)
+    with full_precision():
+        products = ops.matmul(vectors, ops.transpose(codebook))
     distances = (
         ops.sum(ops.square(vectors), axis=1, keepdims=True)
-        - 2.0 * ops.matmul(vectors, ops.transpose(codebook))
+        - 2.0 * products
         + ops.sum(ops.square(codebook), axis=1)
     )
     log_p = ops.log_softmax(-distances / unit, axis=1)

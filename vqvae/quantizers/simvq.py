@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from vqbeam.vqvae.fitting.devices import full_precision
 from vqbeam.vqvae.quantizers.vector import VectorQuantizer
 
 
@@ -58,11 +59,15 @@ class SimVQ(VectorQuantizer):
     def decode_codes(self, codes):
         """Returns the float32 codebook vectors [..., D] for codes [...] in [0, num_codes)."""
         fixed = ops.take(self.codebook, codes, axis=0)
-        return self._on_sphere(ops.matmul(fixed, self.projection))
+        return self._on_sphere(self._mapped(fixed))
 
     def vectors(self):
         """Returns the vectors of all codes, float32 [K, D]."""
-        return self._on_sphere(ops.matmul(self.codebook, self.projection))
+        return self._on_sphere(self._mapped(self.codebook))
+
+    def _mapped(self, vectors):
+        with full_precision():
+            return ops.matmul(vectors, self.projection)
 
     def initialize(self, vectors, method, seed):
         """Scales the codebook to the RMS of encoder outputs, for both "data" and "kmeans"."""

@@ -304,7 +304,8 @@ def _devices(title: str, config: Config) -> contextlib.AbstractContextManager[No
 def _trial(
     model: keras.Model, data: TrainingData, epoch: int, seconds: float, begun: float
 ) -> Trial:
-    together = steps_per_call(epoch)
+    # A hundred steps of a large model, as in a training, would take most of a minute.
+    together = steps_per_call(math.gcd(epoch, 10))
     watch = _Stopwatch(together, seconds)
     with training_program(model, data, together) as program:
         model.fit(

@@ -138,10 +138,12 @@ def test_goes_on_with_the_shards_that_are_missing(
     monkeypatch.setattr(Run, "sample_rows", failing)
     with pytest.raises(Exception, match="No space left"):
         generate(str(finished_run.root), **order)
-    (tmp_path / "new" / ".samples-train.tfrecord-00001-of-00003.0123").write_text("half a shard")
+    token = "0123456789abcdef" * 2
+    half = tmp_path / "new" / f".samples-train.tfrecord-00001-of-00003.{token}"
+    half.write_text("half a shard")
     if form == "png":  # or half a picture, of the shard that a worker was killed in
         (tmp_path / "new" / SHARDS[1]).mkdir(exist_ok=True)
-        (tmp_path / "new" / SHARDS[1] / ".00004.png.0123").write_text("half a picture")
+        (tmp_path / "new" / SHARDS[1] / f".00004.png.{token}").write_text("half a picture")
     before, fails = list(drawn), False
     generate(str(finished_run.root), **order)
     # The runner may give up before or after the third shard; what it had drawn is not done again.

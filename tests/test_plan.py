@@ -5,7 +5,7 @@ import re
 import pytest
 from pipeline_fixtures import small_config, write_images
 
-from vqbeam.pipelines import plan
+from vqbeam.pipelines import budget, plan
 from vqbeam.pipelines.budget import Part, Trial, measure, parts_of, seconds_per_image, survey
 from vqbeam.pipelines.plan import announce, foretell, plan_lines
 from vqbeam.vqvae.fitting.progress import seconds_after, seconds_of_bar
@@ -122,3 +122,12 @@ def test_images_are_counted_where_that_takes_no_pass_over_them(tmp_path, source)
     assert sum(counts.values()) == 24 and set(counts) == {"train", "validation"}
     other = small_config(f"tfrecord:{tmp_path}")
     assert survey(run, other) == ({}, None)
+
+
+@pytest.mark.slow
+def test_trials_take_few_steps_at_a_time(tiny_config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(budget, "steps_per_call", lambda steps: asked.append(steps) or 1)
+    config = tiny_config(vqvae__steps=1000, vqvae__steps_per_epoch=1000)
+    measure(config, ("train-vqvae",), 0, fewest=1)
+    assert asked == [10]

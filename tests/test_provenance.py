@@ -119,7 +119,7 @@ def test_what_the_wrong_texts_are_made_of_is_right(tmp_path):
         {"checkpoint": "01"},
         *(RIGHT | {"checkpoint": one} for one in (None, 7, [], {})),
         *(RIGHT | {"preset": one} for one in (None, 7)),
-        *(RIGHT | {"seed": one} for one in (None, "1", 1.5, True, -1, 2**70)),
+        *(RIGHT | {"seed": one} for one in (None, "1", 1.5, True, -1)),
         *(RIGHT | {"images": one} for one in (None, [], {}, "ab", [7], [{}], [[]], 9)),
         *(RIGHT | {"images": [{"index": i}]} for i in (None, -1, "0", 1.0, 2**64, [0])),
         RIGHT | {"images": [{"index": 0}, {"index": 2}]},

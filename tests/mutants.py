@@ -1365,6 +1365,82 @@ FAULTS: dict[str, list[Mutant]] = {
             "test_run.py::test_a_finished_model_is_replaced_only_when_asked",
         ),
     ],
+    "Nothing of the user's is deleted": [
+        Mutant(
+            "a run begins in a folder of photos",
+            "vqvae/storage/run_folder.py",
+            'if matching(self.folder(stage), "*"):',
+            "if False:",
+            "test_run.py::test_other_files_in_the_folder_of_a_stage_are_not_deleted",
+        ),
+        Mutant(
+            "a stage leaves only its own files in its folder",
+            "pipelines/stages/shards.py",
+            "if path.name not in kept and _LEFT.fullmatch(path.name):",
+            "if path.name not in kept:",
+            "test_shards.py::test_removes_what_does_not_belong",
+        ),
+        Mutant(
+            "a backup among checkpoints is of other settings",
+            "vqvae/fitting/checkpoints.py",
+            'if stale not in self.folders and re.fullmatch(r"[0-9a-f]{16}", stale.name):',
+            "if stale not in self.folders and stale.is_dir():",
+            "test_fitting.py::test_checkpoints_of_other_inputs_are_removed",
+        ),
+        Mutant(
+            "a model is deleted before the other one is refused",
+            "pipelines/run.py",
+            "for stage in {*MODELS} & {*stages} - {*retrain} if retrain else ():",
+            "for stage in ():",
+            "test_run.py::test_a_finished_model_is_replaced_only_when_asked",
+        ),
+        Mutant(
+            "an interrupted retraining begins again",
+            "pipelines/run.py",
+            "goes_on = wanted == _retrained(run) and",
+            "goes_on = False and",
+            "test_run.py::test_an_interrupted_retraining_goes_on",
+        ),
+        Mutant(
+            "more steps of both models delete the prior",
+            "vqvae/storage/run_folder.py",
+            'if len(longer) > 1 and self.trained_steps("train-prior"):',
+            "if False:",
+            "test_run.py::test_more_steps",
+        ),
+    ],
+    "Large models and data are trained like small ones": [
+        Mutant(
+            "a checkpoint is read like a user's file, up to 1 GiB",
+            "vqvae/fitting/checkpoints.py",
+            "copy.write_bytes(read_regular(file, any_size=True))",
+            "copy.write_bytes(read_regular(file))",
+            "test_fitting.py::test_a_checkpoint_may_be_larger_than_other_files",
+        ),
+        Mutant(
+            "streamed data always come with random numbers",
+            "vqvae/fitting/data.py",
+            "elif draws:",
+            "elif True:",
+            "test_data.py::test_streamed_without_random_numbers",
+        ),
+        Mutant(
+            "codes are held as int32, which TensorFlow keeps on the CPU",
+            "vqvae/fitting/program.py",
+            'array.astype("int64") if array.dtype == "int32" else array',
+            "array",
+            "test_program.py::test_whole_numbers_are_held_where_a_gpu_can_read_them",
+        ),
+    ],
+    "Metrics are of the models that the run has": [
+        Mutant(
+            "those of a replaced model are shown",
+            "vqvae/storage/run_folder.py",
+            'return found if found and found.get("models", models) == models else None',
+            "return found or None",
+            "test_run_folder.py::test_measures_are_of_the_present_models",
+        ),
+    ],
     "A second command in a folder is refused": [
         Mutant(
             "the lock of a living process does not count",

@@ -470,7 +470,7 @@ class DataConfig(Section):
 
     @property
     def form(self) -> dict[str, int | str]:
-        """The fields that say what images are made into, by name."""
+        """Height, width, channels and fit of the prepared images, by name."""
         return {name: getattr(self, name) for name in ("height", "width", "channels", "fit")}
 
 

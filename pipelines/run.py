@@ -17,7 +17,7 @@ from vqbeam.pipelines.paths import (
     source_paths,
     with_absolute_paths,
 )
-from vqbeam.vqvae.storage.files import matching, read_json, write_json
+from vqbeam.vqvae.storage.files import matching, read_json, remove, write_json
 from vqbeam.vqvae.storage.labels import NO_CLASS, Labels
 from vqbeam.vqvae.storage.run_folder import HASH_DIGITS, MODELS, STAGES, RunFolder
 
@@ -107,8 +107,9 @@ def _remove_models(run: RunFolder, stages: Sequence[str], retrain: Sequence[str]
     Raises:
         VqbeamError: A finished prior would be left over, or another model would be refused.
     """
-    for stage in {*MODELS} & {*stages} - {*retrain} if retrain else ():
-        run.check_replaceable(stage)
+    for stage in MODELS:
+        if retrain and stage in stages and stage not in retrain:
+            run.check_replaceable(stage)
     alone = {*retrain} == {"train-vqvae"} and "train-prior" in stages
     if alone and run.manifest("train-prior"):
         raise VqbeamError(
@@ -120,7 +121,7 @@ def _remove_models(run: RunFolder, stages: Sequence[str], retrain: Sequence[str]
     if wanted and not goes_on:
         for stage in wanted:
             for path in matching(run.folder(stage), "*"):  # the folder may be a link
-                path.rmtree() if path.is_dir() else path.unlink()
+                remove(path)
         write_json(run.root / _RETRAINED, wanted)
 
 
@@ -272,7 +273,7 @@ def _labels_line(images: dict) -> str:
     names = labels.names
     shown = [f"{name} {counts.get(str(n), 0):,}" for n, name in enumerate(names[:_NAMES_SHOWN])]
     more = ", …" if len(names) > _NAMES_SHOWN else ""
-    none = f", without any {counts[str(NO_CLASS)]:,}" if str(NO_CLASS) in counts else ""
+    none = f", without a class {counts[str(NO_CLASS)]:,}" if str(NO_CLASS) in counts else ""
     return f"{labels.kind}, {len(names):,}: {', '.join(shown)}{more}{none} (training images)"
 
 

@@ -153,6 +153,15 @@ def test_what_was_left_out_is_told(ran, tmp_path, source, capsys, monkeypatch):
     assert told in capsys.readouterr().out
 
 
+def test_images_without_a_class_are_told(ran, tmp_path, source, capsys, monkeypatch):
+    counts = {"images_per_label": {"-1": 1200, "0": 3, "1": 2}}
+    monkeypatch.setitem(DONE, "label_names", ["a", "b"])
+    monkeypatch.setitem(DONE, "statistics", counts)
+    go(tmp_path / "run", source, ("prepare",))
+    told = "classes, 2: a 3, b 2, without a class 1,200 (training images)\n"
+    assert told in capsys.readouterr().out
+
+
 def test_a_finished_run_is_left_alone(ran, tmp_path, source, capsys):
     go(tmp_path / "run", source)
     ran.clear()

@@ -111,8 +111,8 @@ def load_parent(run: RunFolder, stage: str) -> keras.Model | None:
     found = parent.result_hash(stage)
     if not found.startswith(model):
         raise VqbeamError(
-            f"{parent.folder(stage)} no longer holds the model of when this run was set up "
-            f"({found[: len(model)]}, not {model}); start a new run from it"
+            f"{parent.folder(stage)} no longer holds the model that it held when this run was set "
+            f"up ({found[: len(model)]}, not {model}); start a new run from it"
         )
     return load_model(parent.folder(stage) / MODEL_FILE)
 

@@ -43,7 +43,7 @@ def list_files(
     for place, names in inside:
         for name in names:
             path = f"{place}{name}"
-            if any(part.startswith(".") for part in path.split("/")):
+            if is_hidden(path):
                 continue
             if is_wanted(path):
                 found.append(check_text(path))
@@ -81,6 +81,11 @@ def _in_bucket(
     for name in names:
         if name.endswith("/"):
             yield from _in_bucket(folder, left_out, f"{place}{name}")
+
+
+def is_hidden(path: str) -> bool:
+    """Returns whether a name in a relative path starts with "."."""
+    return any(name.startswith(".") for name in path.split("/"))
 
 
 def check_text(path: str) -> str:

@@ -28,7 +28,7 @@ from vqbeam.pipelines.stages.shards import (
     remove_leftovers,
     write_dataset_metadata,
 )
-from vqbeam.vqvae.storage.files import matching, read_json, size, write_bytes, write_json
+from vqbeam.vqvae.storage.files import matching, read_json, remove, size, write_bytes, write_json
 from vqbeam.vqvae.storage.labels import labels_for
 from vqbeam.vqvae.storage.records import IMAGES_VERSION, Shard, image_features, serialize
 
@@ -119,7 +119,7 @@ class GenerateJob:
     def begin_again(self) -> None:
         """Marks the job as unfinished and removes damaged files."""
         for path in self._damaged:
-            path.rmtree() if path.is_dir() else path.unlink(missing_ok=True)
+            remove(path)
         write_json(self._file, {"order": self.facts, "done": False})
 
     def finish(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from vqbeam.configs import VqbeamError
-from vqbeam.vqvae.storage.files import size, write_json
+from vqbeam.vqvae.storage.files import remove, size, write_json
 from vqbeam.vqvae.storage.records import Shard, open_shard, write_metadata
 
 _M_ARENA_MAX = -8  # of malloc.h
@@ -142,10 +142,11 @@ def write_dataset_metadata(
     return files, counts
 
 
-# What attempts leave: reports, shards, files that were not renamed yet, and parts of an archive.
+# What attempts leave: reports, shards, files that were not renamed yet, and the images of an
+# archive that is not written yet.
 _LEFT = re.compile(
     r"\.reports-[0-9a-f]{16}|.+\.tfrecord-\d{5,}(-of-\d{5,})?|\..+\.[0-9a-f]{32}"
-    r"|\.[0-9a-f]{16}-\d{5,}-of-\d{5,}\.npy|\.left_out|\.samples\.npz"
+    r"|\.[0-9a-f]{16}-\d{5,}-of-\d{5,}\.npy|\.left_out"
 )
 
 
@@ -163,7 +164,7 @@ def remove_leftovers(folder: epath.Path, keep: Sequence[epath.Path], fingerprint
     kept = {path.name for path in keep} | {f".reports-{fingerprint}"}
     for path in folder.iterdir():
         if path.name not in kept and _LEFT.fullmatch(path.name):
-            path.rmtree() if path.is_dir() else path.unlink(missing_ok=True)
+            remove(path)
 
 
 def _earlier(path: epath.Path) -> ShardReport | None:

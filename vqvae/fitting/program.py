@@ -166,7 +166,7 @@ def _lowered_flops(lowered) -> float | None:
     """Returns the operations of a step: XLA counts the body of a loop once. None if unknown."""
     if counted := lowered.cost_analysis():
         return counted["flops"]
-    # JAX does not count those of a GPU's program, but its client of the CPU counts any.
+    # JAX counts nothing in a program for a GPU, but its CPU client counts what is in any program.
     with contextlib.suppress(Exception):  # not a public interface
         import jax
         from jax._src.lib import _jax

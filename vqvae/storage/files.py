@@ -185,6 +185,11 @@ def matching(folder: epath.Path, pattern: str) -> list[epath.Path]:
     return sorted(path for path in folder.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
 
+def remove(path: epath.Path) -> None:
+    """Removes a file, if it is there, or a folder with all that is in it."""
+    path.rmtree() if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def is_local(path: epath.Path) -> bool:
     """Returns whether a path is local, that is, not in a bucket."""
     return "://" not in os.fspath(path)

@@ -10,7 +10,7 @@ from etils import epath
 from vqbeam.configs import VqbeamError
 from vqbeam.pipelines.sources.files.base import FilesSource
 from vqbeam.pipelines.sources.images import SUFFIXES
-from vqbeam.pipelines.sources.listing import check_text
+from vqbeam.pipelines.sources.listing import check_text, is_hidden
 
 
 class WebdatasetSource(FilesSource):
@@ -103,15 +103,15 @@ def _contents(
     """Yields key, ending and content of each member."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # otherwise it would grow with the length of the file
-        is_hidden = any(part.startswith(".") for part in member.name.removeprefix("./").split("/"))
-        if member.isfile() and not is_hidden:  # as the files that macOS adds
-            key, ending = _parts(check_text(member.name))
+        name = member.name.removeprefix("./")
+        if member.isfile() and not is_hidden(name):  # as the files that macOS adds
+            key, ending = _parts(check_text(name))
             yield key, ending, tar.extractfile(member).read() if is_read(key, ending) else b""
 
 
 def _parts(name: str) -> tuple[str, str]:
     """Returns the key and the ending of a member, split at the first dot of its file name."""
-    folder, slash, file = name.removeprefix("./").rpartition("/")
+    folder, slash, file = name.rpartition("/")
     key, dot, ending = file.partition(".")
     return folder + slash + key, (dot + ending).lower()
 

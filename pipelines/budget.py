@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import math
+import os
 import resource
 import sys
 import time
@@ -14,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from vqbeam.configs import Config, override
-from vqbeam.pipelines.sources import Unit, open_source
+from vqbeam.pipelines.sources import Unit, in_order, open_source
 from vqbeam.pipelines.sources.images import ImageError, encode_png
 from vqbeam.prior.training import build_optimizer as prior_optimizer
 from vqbeam.prior.training import build_prior
@@ -228,11 +229,15 @@ def _drawing(config: Config, trial: Trial, images: int, guided: bool) -> float:
 def seconds_per_image(config: Config, unit: Unit) -> float:
     """Returns the seconds to prepare an image, measured for about one second."""
     source = open_source(config.data)
-    begun, images = 0.0, 0
-    for raw in source.read(unit):
+
+    def convert(raw):
         with contextlib.suppress(ImageError):
             encode_png(source.decode(raw))
-        if not begun:  # the first image is not timed, since it includes opening the source
+
+    begun, images = 0.0, 0
+    for number, _ in enumerate(in_order(convert, source.read(unit))):
+        # The first images are not timed: they include opening the source, and come all at once.
+        if number < os.cpu_count():
             begun = time.perf_counter()
             continue
         images += 1

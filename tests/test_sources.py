@@ -1,6 +1,7 @@
 import dataclasses
 import re
 import shutil
+import threading
 import types
 
 import numpy as np
@@ -10,7 +11,7 @@ import tensorflow_datasets as tfds
 from pipeline_fixtures import CLASSES, SIDE, small_config, write_images, write_tfds
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.sources import open_source
+from vqbeam.pipelines.sources import in_order, open_source
 from vqbeam.pipelines.sources.glyphs import LETTERS, Glyphs, draw_glyph
 from vqbeam.pipelines.sources.images import decode_image
 from vqbeam.pipelines.sources.tfds import _labels as tfds_labels
@@ -319,3 +320,39 @@ def test_keys_are_known_without_reading(prepared_run, tiny_config, tmp_path):
     (unit,) = source.units({"train": chosen}, labels)
     assert [raw.key for raw in source.read(unit)] == source.keys("train", chosen)
     assert [raw.label for raw in source.read(unit)] == [0, 1, 0, 1]
+
+
+def test_work_in_order_is_done_by_several_threads_at_once():
+    meeting = threading.Barrier(3, timeout=60)  # three must be at work for any to go on
+
+    def work(number):
+        meeting.wait()
+        return number * number
+
+    assert list(in_order(work, range(6), threads=3)) == [0, 1, 4, 9, 16, 25]
+
+
+def test_work_in_order_takes_few_items_ahead():
+    taken = []
+
+    def items():
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    results = in_order(str, items(), threads=4)
+    assert next(results) == "0" and taken == [0, 1, 2, 3, 4]
+    assert next(results) == "1" and taken == [0, 1, 2, 3, 4, 5]
+
+
+def test_work_in_order_ends_with_the_first_error():
+    done = []
+
+    def work(number):
+        if number == 2:
+            raise KeyError(number)
+        done.append(number)
+
+    with pytest.raises(KeyError, match="2"):
+        list(in_order(work, range(1000), threads=2))
+    assert done[:2] == [0, 1] and len(done) < 6

@@ -1,7 +1,9 @@
 """The interface of all sources of images."""
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vqbeam.configs import DataConfig, VqbeamError
@@ -142,3 +144,28 @@ class Source:
         if isinstance(raw.data, OSError):
             raise ImageError(f"the file cannot be read: {raw.data.strerror or raw.data}")
         return decode_image(raw.data, **self.data.form, notes=notes)
+
+
+def in_order(
+    function: Callable[[Any], Any], items: Iterable[Any], threads: int | None = None
+) -> Iterator[Any]:
+    """Yields `function(item)` for each item, in the order of the items, computed by threads.
+
+    Args:
+        function: Must release Python's lock to gain from several threads, as Pillow and reads do.
+        items: Taken as they are needed, at most one more than there are threads ahead.
+        threads: Number of threads; None for one per core.
+    """
+    threads = threads or os.cpu_count()
+    coming: deque = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                coming.append(pool.submit(function, item))
+                if len(coming) > threads:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            for unneeded in coming:
+                unneeded.cancel()

@@ -33,7 +33,7 @@ from vqbeam.pipelines.paths import (
     source_paths,
     with_absolute_paths,
 )
-from vqbeam.pipelines.sources import RawImage, Source, Unit, open_source
+from vqbeam.pipelines.sources import RawImage, Source, Unit, in_order, open_source
 from vqbeam.pipelines.sources.images import ImageError
 from vqbeam.pipelines.stages.encode import DATASET, load_encoder, one_ahead
 from vqbeam.pipelines.stages.prepare import (
@@ -279,12 +279,19 @@ def _encoded(
 def _decoded(
     source: Source, unit: Unit, failures: list[dict]
 ) -> Iterator[tuple[RawImage, np.ndarray]]:
-    for raw in source.read(unit):
-        advance(_TITLE, 1, unit.total)
+    def decode(raw):
+        raw, data = raw._replace(data=b""), raw  # a batch of large files would fill the memory
         try:
-            yield raw, source.decode(raw)
+            return raw, source.decode(data), None
         except ImageError as error:
-            failures.append({"key": raw.key, "reason": str(error)})
+            return raw, None, str(error)
+
+    for raw, image, reason in in_order(decode, source.read(unit)):
+        advance(_TITLE, 1, unit.total)
+        if image is None:
+            failures.append({"key": raw.key, "reason": reason})
+        else:
+            yield raw, image
 
 
 def _renumbered(label: Label, own: Labels, both: Labels) -> Label:

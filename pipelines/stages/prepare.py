@@ -13,7 +13,7 @@ from etils import epath
 
 from vqbeam.configs import Config, DataConfig, VqbeamError
 from vqbeam.pipelines.beam import Gathered, ShardedStage, advance
-from vqbeam.pipelines.sources import Source, Unit, open_source
+from vqbeam.pipelines.sources import Source, Unit, in_order, open_source
 from vqbeam.pipelines.sources.images import ImageError, encode_png
 from vqbeam.pipelines.stages.shards import (
     ShardReport,
@@ -77,18 +77,24 @@ def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
 def _write_images(source: Source, unit: Unit, write: Callable[[bytes], None]) -> dict[str, Any]:
     """Writes the images of a unit; returns failures, notes, labels and statistics."""
     statistics, failures, notes = _Statistics(), [], []
-    for raw in source.read(unit):
-        advance(STAGE, 1, unit.total)
+
+    def convert(raw):
         said: list[str] = []
         try:
             image = source.decode(raw, said)
         except ImageError as error:
-            failures.append({"key": raw.key, "reason": str(error)})
+            return raw, None, None, str(error)
+        return raw, image, encode_png(image), said
+
+    for raw, image, png, said in in_order(convert, source.read(unit)):
+        advance(STAGE, 1, unit.total)
+        if image is None:
+            failures.append({"key": raw.key, "reason": said})
             continue
         notes += [{"key": raw.key, "reason": reason, "kept": True} for reason in said]
         if unit.shard.split == "train":
             statistics.add(image, raw.label)
-        example = {"image": encode_png(image), "key": raw.key}
+        example = {"image": png, "key": raw.key}
         write(serialize(example | label_fields(raw.label, unit.labels)))
     facts = {"failures": failures, "labels": unit.labels, "statistics": vars(statistics)}
     return facts | {"notes": notes}

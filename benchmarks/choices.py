@@ -130,7 +130,33 @@ def png() -> None:
     compare("PNG, 64×64: level 1, not 6", lambda: encode_png(image), usual, 50)
 
 
+def decoding() -> None:
+    """Images passed to a thread each against decoded one after the other."""
+    from vqbeam.pipelines.sources.images import decode_image
+    from vqbeam.pipelines.sources.source import in_order
+
+    def converted(data):
+        return encode_png(decode_image(data, height=side, width=side, channels=3, fit="crop"))
+
+    for large, side in ((32, 32), (64, 64), (128, 128), (256, 256), (1024, 256)):
+        files = [encode_png(photo_like(large))] * 64
+        compare(
+            f"64 PNG of {large}² and {len(files[0]):,} bytes to {side}²: threads, not one",
+            lambda files=files: list(in_order(converted, files, os.cpu_count())),
+            lambda files=files: [converted(file) for file in files],
+        )
+
+
+def photo_like(side: int) -> np.ndarray:
+    """Returns 1/f noise, uint8 [side, side, 3], which compresses about as photographs do."""
+    frequencies = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side)))
+    noise = np.fft.fft2(np.random.default_rng(0).normal(size=(3, side, side)))
+    image = np.fft.ifft2(noise / np.maximum(frequencies, 1 / side)).real
+    scaled = (image - image.min()) / (image.max() - image.min()) * 255
+    return scaled.astype(np.uint8).transpose(1, 2, 0).copy()
+
+
 if __name__ == "__main__":
     print(f"{'':<64} {'chosen':>11}  {'other':>11}")
-    for choice in (attention, filters, precision, png):
+    for choice in (attention, filters, precision, png, decoding):
         choice()

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from vqbeam.configs import Config, override
-from vqbeam.pipelines.sources import Unit, in_order, open_source
+from vqbeam.pipelines.sources import Unit, open_source
 from vqbeam.pipelines.sources.images import ImageError, encode_png
 from vqbeam.prior.training import build_optimizer as prior_optimizer
 from vqbeam.prior.training import build_prior
@@ -235,7 +235,7 @@ def seconds_per_image(config: Config, unit: Unit) -> float:
             encode_png(source.decode(raw))
 
     begun, images = 0.0, 0
-    for number, _ in enumerate(in_order(convert, source.read(unit))):
+    for number, _ in enumerate(source.convert(convert, unit)):
         # The first images are not timed: they include opening the source, and come all at once.
         if number < os.cpu_count():
             begun = time.perf_counter()

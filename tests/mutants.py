@@ -1090,6 +1090,22 @@ FAULTS: dict[str, list[Mutant]] = {
             "test_image_files.py::test_a_limit_takes_a_fair_sample",
         ),
     ],
+    "Images that are decoded side by side stay in order": [
+        Mutant(
+            "the last one begun comes first",
+            "pipelines/sources/source.py",
+            "if len(coming) > threads:\n                    yield coming.popleft().result()",
+            "if len(coming) > threads:\n                    yield coming.pop().result()",
+            "test_sources.py::test_work_in_order_is_done_by_several_threads_at_once",
+        ),
+        Mutant(
+            "all images are taken at once",
+            "pipelines/sources/source.py",
+            "if len(coming) > threads:",
+            "if len(coming) > 1000 * threads:",
+            "test_sources.py::test_work_in_order_takes_few_items_ahead",
+        ),
+    ],
     "Images that cannot be decoded are counted": [
         Mutant(
             "no failure is counted",

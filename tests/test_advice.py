@@ -272,7 +272,7 @@ def test_few_steps_are_too_few_however_flat_the_loss(stage, title):
 def test_the_gain_of_more_steps_is_that_of_the_power_law():
     finding = only(facts(vqvae=[n**-0.5 for n in range(1, 6)]))
     assert f"by {1 - 2**-0.5:.0%}" in finding.evidence
-    assert finding.command == "--vqvae.steps 7200"
+    assert finding.command == "--vqvae.steps 9000"
 
 
 def test_what_is_not_there_is_not_checked():

@@ -11,9 +11,10 @@ import tensorflow_datasets as tfds
 from pipeline_fixtures import CLASSES, SIDE, small_config, write_images, write_tfds
 
 from vqbeam.configs import VqbeamError
-from vqbeam.pipelines.sources import in_order, open_source
+from vqbeam.pipelines.sources import open_source
 from vqbeam.pipelines.sources.glyphs import LETTERS, Glyphs, draw_glyph
 from vqbeam.pipelines.sources.images import decode_image
+from vqbeam.pipelines.sources.source import in_order
 from vqbeam.pipelines.sources.tfds import _labels as tfds_labels
 from vqbeam.pipelines.sources.tfds import _labels_of
 from vqbeam.vqvae.storage.labels import Labels

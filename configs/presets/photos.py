@@ -11,7 +11,6 @@ CONFIG = Config(
     name="photos",
     data=DataConfig(source="folder:photos", height=64, width=64, channels=3),
     vqvae=VQVAEConfig(
-        quantizer="predictive",
         num_codes=1024,
         code_dim=64,
         downsampling=8,  # an 8×8 grid: 16×16 halves the error, but stage 2 takes four times as long

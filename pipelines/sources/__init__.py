@@ -1,9 +1,9 @@
 """Sources of images. A new kind takes a file with a subclass of `Source` and a case here."""
 
 from vqbeam.configs import DataConfig
-from vqbeam.pipelines.sources.source import RawImage, Source, Unit, in_order
+from vqbeam.pipelines.sources.source import RawImage, Source, Unit
 
-__all__ = ["RawImage", "Source", "Unit", "in_order", "open_source"]
+__all__ = ["RawImage", "Source", "Unit", "open_source"]
 
 
 def open_source(data: DataConfig) -> Source:

@@ -3,7 +3,7 @@
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vqbeam.configs import DataConfig, VqbeamError
@@ -106,6 +106,10 @@ class Source:
         """Yields the images of a unit, always in the same order."""
         raise NotImplementedError
 
+    def convert(self, function: Callable[[RawImage], Any], unit: Unit) -> Iterator[Any]:
+        """Yields `function(raw)` for each image of `read`, in the same order, on all cores."""
+        return in_order(function, self.read(unit), os.cpu_count(), at_once=_is_small)
+
     def keys(self, split: str, images: Sequence[Any]) -> list[str]:
         """Returns the keys of images of a split, given as in `Unit.images`."""
         raise NotImplementedError
@@ -146,22 +150,39 @@ class Source:
         return decode_image(raw.data, **self.data.form, notes=notes)
 
 
+# In bytes. Smaller images take less time than to pass them to a thread (benchmarks/choices.py).
+_SMALL = 2**13
+
+
+def _is_small(raw: RawImage) -> bool:
+    data = raw.data
+    return isinstance(data, OSError) or memoryview(data).nbytes < _SMALL
+
+
 def in_order(
-    function: Callable[[Any], Any], items: Iterable[Any], threads: int | None = None
+    function: Callable[[Any], Any],
+    items: Iterable[Any],
+    threads: int,
+    at_once: Callable[[Any], bool] = lambda item: False,
 ) -> Iterator[Any]:
     """Yields `function(item)` for each item, in the order of the items, computed by threads.
 
     Args:
         function: Must release Python's lock to gain from several threads, as Pillow and reads do.
-        items: Taken as they are needed, at most one more than there are threads ahead.
-        threads: Number of threads; None for one per core.
+        items: Taken as they are needed, at most as many ahead as there are threads.
+        threads: Number of threads.
+        at_once: Whether an item is not passed to a thread.
     """
-    threads = threads or os.cpu_count()
     coming: deque = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
-                coming.append(pool.submit(function, item))
+                if at_once(item):
+                    result = Future()
+                    result.set_result(function(item))
+                else:
+                    result = pool.submit(function, item)
+                coming.append(result)
                 if len(coming) > threads:
                     yield coming.popleft().result()
             while coming:

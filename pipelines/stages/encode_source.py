@@ -33,7 +33,7 @@ from vqbeam.pipelines.paths import (
     source_paths,
     with_absolute_paths,
 )
-from vqbeam.pipelines.sources import RawImage, Source, Unit, in_order, open_source
+from vqbeam.pipelines.sources import RawImage, Source, Unit, open_source
 from vqbeam.pipelines.sources.images import ImageError
 from vqbeam.pipelines.stages.encode import DATASET, load_encoder, one_ahead
 from vqbeam.pipelines.stages.prepare import (
@@ -286,7 +286,7 @@ def _decoded(
         except ImageError as error:
             return raw, None, str(error)
 
-    for raw, image, reason in in_order(decode, source.read(unit)):
+    for raw, image, reason in source.convert(decode, unit):
         advance(_TITLE, 1, unit.total)
         if image is None:
             failures.append({"key": raw.key, "reason": reason})

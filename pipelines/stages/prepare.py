@@ -13,7 +13,7 @@ from etils import epath
 
 from vqbeam.configs import Config, DataConfig, VqbeamError
 from vqbeam.pipelines.beam import Gathered, ShardedStage, advance
-from vqbeam.pipelines.sources import Source, Unit, in_order, open_source
+from vqbeam.pipelines.sources import Source, Unit, open_source
 from vqbeam.pipelines.sources.images import ImageError, encode_png
 from vqbeam.pipelines.stages.shards import (
     ShardReport,
@@ -86,7 +86,7 @@ def _write_images(source: Source, unit: Unit, write: Callable[[bytes], None]) ->
             return raw, None, None, str(error)
         return raw, image, encode_png(image), said
 
-    for raw, image, png, said in in_order(convert, source.read(unit)):
+    for raw, image, png, said in source.convert(convert, unit):
         advance(STAGE, 1, unit.total)
         if image is None:
             failures.append({"key": raw.key, "reason": said})

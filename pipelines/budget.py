@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import gc
 import math
-import os
 import resource
 import sys
 import time
@@ -17,6 +16,7 @@ import tensorflow as tf
 from vqbeam.configs import Config, override
 from vqbeam.pipelines.sources import Unit, open_source
 from vqbeam.pipelines.sources.images import ImageError, encode_png
+from vqbeam.pipelines.sources.source import DECODERS
 from vqbeam.prior.training import build_optimizer as prior_optimizer
 from vqbeam.prior.training import build_prior
 from vqbeam.vqvae.augmentation import variant_count
@@ -234,16 +234,15 @@ def seconds_per_image(config: Config, unit: Unit) -> float:
         with contextlib.suppress(ImageError):
             encode_png(source.decode(raw))
 
-    begun, images = 0.0, 0
-    for number, _ in enumerate(source.convert(convert, unit)):
-        # The first images are not timed: they include opening the source, and come all at once.
-        if number < os.cpu_count():
-            begun = time.perf_counter()
-            continue
-        images += 1
-        if time.perf_counter() - begun >= 1:
+    begun, measured = time.perf_counter(), []
+    for _ in source.convert(convert, unit):
+        measured.append(time.perf_counter() - begun)
+        # Results come in bursts of as many as there are threads.
+        if measured[-1] >= 1 and len(measured) % DECODERS == 0:
             break
-    return (time.perf_counter() - begun) / max(images, 1)
+    # The first burst is not timed, if there are others: it includes opening the source.
+    first = DECODERS if len(measured) >= 2 * DECODERS else 0
+    return (measured[-1] - (measured[first - 1] if first else 0)) / (len(measured) - first)
 
 
 def survey(run: RunFolder, config: Config) -> tuple[dict[str, int], Unit | None]:

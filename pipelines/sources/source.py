@@ -107,8 +107,8 @@ class Source:
         raise NotImplementedError
 
     def convert(self, function: Callable[[RawImage], Any], unit: Unit) -> Iterator[Any]:
-        """Yields `function(raw)` for each image of `read`, in the same order, on all cores."""
-        return in_order(function, self.read(unit), os.cpu_count(), at_once=_is_small)
+        """Yields `function(raw)` for each image of `read`, in order; large ones in threads."""
+        return in_order(function, self.read(unit), DECODERS, at_once=_is_small)
 
     def keys(self, split: str, images: Sequence[Any]) -> list[str]:
         """Returns the keys of images of a split, given as in `Unit.images`."""
@@ -150,7 +150,10 @@ class Source:
         return decode_image(raw.data, **self.data.form, notes=notes)
 
 
-# In bytes. Smaller images take less time than to pass them to a thread (benchmarks/choices.py).
+# Threads of a unit. An image may take hundreds of megabytes while it is decoded.
+DECODERS = min(os.cpu_count() or 1, 16)
+# In bytes. Smaller photographs take less time than to pass them to a thread
+# (benchmarks/choices.py).
 _SMALL = 2**13
 
 
@@ -171,7 +174,7 @@ def in_order(
         function: Must release Python's lock to gain from several threads, as Pillow and reads do.
         items: Taken as they are needed, at most as many ahead as there are threads.
         threads: Number of threads.
-        at_once: Whether an item is not passed to a thread.
+        at_once: Tells which items are computed by the caller's thread, as soon as they are taken.
     """
     coming: deque = deque()
     with ThreadPoolExecutor(threads) as pool:

@@ -280,11 +280,11 @@ def _decoded(
     source: Source, unit: Unit, failures: list[dict]
 ) -> Iterator[tuple[RawImage, np.ndarray]]:
     def decode(raw):
-        raw, data = raw._replace(data=b""), raw  # a batch of large files would fill the memory
+        bare = raw._replace(data=b"")  # the bytes of a batch of large files would fill the memory
         try:
-            return raw, source.decode(data), None
+            return bare, source.decode(raw), None
         except ImageError as error:
-            return raw, None, str(error)
+            return bare, None, str(error)
 
     for raw, image, reason in source.convert(decode, unit):
         advance(_TITLE, 1, unit.total)

@@ -83,19 +83,18 @@ def _write_images(source: Source, unit: Unit, write: Callable[[bytes], None]) ->
         try:
             image = source.decode(raw, said)
         except ImageError as error:
-            return raw, None, None, str(error)
-        return raw, image, encode_png(image), said
+            return raw.key, raw.label, None, None, [str(error)]
+        return raw.key, raw.label, image, encode_png(image), said
 
-    for raw, image, png, said in source.convert(convert, unit):
+    for key, label, image, png, said in source.convert(convert, unit):
         advance(STAGE, 1, unit.total)
         if image is None:
-            failures.append({"key": raw.key, "reason": said})
+            failures.append({"key": key, "reason": said[0]})
             continue
-        notes += [{"key": raw.key, "reason": reason, "kept": True} for reason in said]
+        notes += [{"key": key, "reason": reason, "kept": True} for reason in said]
         if unit.shard.split == "train":
-            statistics.add(image, raw.label)
-        example = {"image": png, "key": raw.key}
-        write(serialize(example | label_fields(raw.label, unit.labels)))
+            statistics.add(image, label)
+        write(serialize({"image": png, "key": key} | label_fields(label, unit.labels)))
     facts = {"failures": failures, "labels": unit.labels, "statistics": vars(statistics)}
     return facts | {"notes": notes}
 

@@ -47,7 +47,7 @@ RUNS = {
     "glyphs": "run glyphs --smoke --run-dir {run} --data.data-dir {datasets}",
     "pictures": "run cifar10 --smoke --run-dir {run} --data.source folder:{work}/input"
     " --data.height 16 --data.width 16 --data.validation-share 0.3 --encode.augment flip"
-    " --prior.weight-ema 0.9 --vqvae.weight-ema 0.9",
+    " --prior.weight-ema 0.9 --vqvae.weight-ema 0.9 --vqvae.quantizer predictive",
 }
 LABELS = {"glyphs": ("A", "D"), "pictures": (ROUND, SHARP)}
 # The ending of an output says how it is read.

@@ -9,7 +9,7 @@ from vqbeam.pipelines.report import advice
 from vqbeam.pipelines.report.advice import RULES, findings
 from vqbeam.pipelines.report.facts import Facts
 
-# The figures of a healthy run of the preset cifar10.
+# Figures that are healthy for the preset cifar10.
 ENCODED = {"codes_used": 512, "perplexity": 475.0}
 VQVAE = [0.0615, 0.0561, 0.0540, 0.0508, 0.0496, 0.0492]
 PRIOR = [5.60, 5.40, 5.30, 5.24, 5.20, 5.18]

@@ -243,10 +243,11 @@ def preset(tmp_path):
 
 
 @pytest.fixture
-def failure(capfd, monkeypatch):
+def failure(capfd, monkeypatch, tmp_path):
     """Runs a command line that must fail; returns what it says and checks how."""
     from vqbeam.pipelines.cli import main as cli
 
+    monkeypatch.chdir(tmp_path)  # the quickstart leaves a samples.png, which commands would mention
     monkeypatch.setattr(cli, "_be_quiet", lambda: None)
 
     def run(*words, alone=True):

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from vqbeam.configs import Config, override
 from vqbeam.pipelines.sources import Unit, open_source
-from vqbeam.pipelines.sources.images import ImageError, encode_png
+from vqbeam.pipelines.sources.images import encode_png
 from vqbeam.pipelines.sources.source import DECODERS
 from vqbeam.prior.training import build_optimizer as prior_optimizer
 from vqbeam.prior.training import build_prior
@@ -228,21 +228,16 @@ def _drawing(config: Config, trial: Trial, images: int, guided: bool) -> float:
 
 def seconds_per_image(config: Config, unit: Unit) -> float:
     """Returns the seconds to prepare an image, measured for about one second."""
-    source = open_source(config.data)
-
-    def convert(raw):
-        with contextlib.suppress(ImageError):
-            encode_png(source.decode(raw))
-
-    begun, measured = time.perf_counter(), []
-    for _ in source.convert(convert, unit):
-        measured.append(time.perf_counter() - begun)
+    times = [time.perf_counter()]
+    for _ in open_source(config.data).convert(unit, encode_png):
+        times.append(time.perf_counter())
+        images = len(times) - 1
         # Results come in bursts of as many as there are threads.
-        if measured[-1] >= 1 and len(measured) % DECODERS == 0:
+        if times[-1] - times[0] >= 1 and images % DECODERS == 0:
             break
     # The first burst is not timed, if there are others: it includes opening the source.
-    first = DECODERS if len(measured) >= 2 * DECODERS else 0
-    return (measured[-1] - (measured[first - 1] if first else 0)) / (len(measured) - first)
+    first = DECODERS if images >= 2 * DECODERS else 0
+    return (times[-1] - times[first]) / (images - first)
 
 
 def survey(run: RunFolder, config: Config) -> tuple[dict[str, int], Unit | None]:

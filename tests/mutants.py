@@ -1096,7 +1096,7 @@ FAULTS: dict[str, list[Mutant]] = {
             "pipelines/sources/source.py",
             "if len(coming) > threads:\n                    yield coming.popleft().result()",
             "if len(coming) > threads:\n                    yield coming.pop().result()",
-            "test_sources.py::test_work_in_order_is_done_by_several_threads_at_once",
+            "test_sources.py::test_work_in_order_takes_few_items_ahead",
         ),
         Mutant(
             "all images are taken at once",

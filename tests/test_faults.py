@@ -247,10 +247,9 @@ def damaged_shard(run, stage, split):
     ],
 )
 def test_a_damaged_record_that_another_command_reads(
-    failure, own_run, tmp_path, monkeypatch, stage, split, words
+    failure, own_run, monkeypatch, stage, split, words
 ):
     run, preset = own_run
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vqbeam.pipelines.evaluation.features._MOST_STEPS", 4)
     shard = damaged_shard(run, stage, split)
     before = times(run.folder(stage))

@@ -367,13 +367,12 @@ def test_large_and_small_images_of_a_unit_stay_in_order(tmp_path):
         tf.io.write_file(str(tmp_path / f"{index}.png"), tf.io.encode_png(pixels))
     settings = data(f"folder:{tmp_path}", validation_share=0.0)
     source = open_source(settings)
-    own = threading.get_ident()
-
-    def place(raw):
-        return raw.key, len(raw.data) < 8192, threading.get_ident() == own
-
     units = source.units(*source.listing())
-    found = [each for unit in units for each in source.convert(place, unit)]
-    assert [key for key, _, _ in found] == [raw.key for u in units for raw in source.read(u)]
-    assert sum(small for _, small, _ in found) == 12
-    assert all(is_here == is_small for _, is_small, is_here in found)
+    raws = [raw for unit in units for raw in source.read(unit)]
+    are_small = [len(raw.data) < 8192 for raw in raws]
+    found = [
+        each for unit in units for each in source.convert(unit, lambda _: threading.get_ident())
+    ]
+    assert [each.key for each in found] == [raw.key for raw in raws]
+    assert sum(are_small) == 12
+    assert [each.value == threading.get_ident() for each in found] == are_small

@@ -79,14 +79,14 @@ class FolderSource(Source):
         """Yields the bytes of the files; see `Source.read`."""
         root = epath.Path(self.data.path).expanduser()
 
-        def read(image):
+        def fetch(image):
             key, label = image
             return RawImage(key, _bytes_of(root / key), label)
 
         if is_local(root):
-            yield from map(read, unit.images)
+            yield from map(fetch, unit.images)
         else:  # a bucket takes tens of milliseconds to answer
-            yield from in_order(read, unit.images, threads=16)
+            yield from in_order(fetch, unit.images, threads=16)
 
 
 _SPLITS = ("train", "validation")

@@ -31,6 +31,24 @@ class RawImage(NamedTuple):
     label: int | tuple[int, ...]
 
 
+class Converted(NamedTuple):
+    """An image of a source in the shape of the run.
+
+    Attributes:
+        key: The image's name in the source.
+        label: See `RawImage`.
+        value: What was made of its pixels; None if they cannot be decoded.
+        problem: Why they cannot be decoded; None if they can.
+        notes: See `decode_image`.
+    """
+
+    key: str
+    label: int | tuple[int, ...]
+    value: Any
+    problem: str | None
+    notes: list[str]
+
+
 class Unit(NamedTuple):
     """The part of a source that becomes one shard.
 
@@ -106,9 +124,28 @@ class Source:
         """Yields the images of a unit, always in the same order."""
         raise NotImplementedError
 
-    def convert(self, function: Callable[[RawImage], Any], unit: Unit) -> Iterator[Any]:
-        """Yields `function(raw)` for each image of `read`, in order; large ones in threads."""
-        return in_order(function, self.read(unit), DECODERS, at_once=_is_small)
+    def convert(
+        self, unit: Unit, function: Callable[["np.ndarray"], Any] = lambda image: image
+    ) -> Iterator[Converted]:
+        """Yields each image of `read`, decoded and passed to a function, in the same order.
+
+        Large images are converted by several threads.
+
+        Args:
+            unit: The images.
+            function: Takes an image as `decode` returns it.
+        """
+        from vqbeam.pipelines.sources.images import ImageError
+
+        def converted(raw):
+            notes: list[str] = []
+            try:
+                value = function(self.decode(raw, notes))
+            except ImageError as error:
+                return Converted(raw.key, raw.label, None, str(error), notes)
+            return Converted(raw.key, raw.label, value, None, notes)
+
+        return in_order(converted, self.read(unit), DECODERS, at_once=_is_small)
 
     def keys(self, split: str, images: Sequence[Any]) -> list[str]:
         """Returns the keys of images of a split, given as in `Unit.images`."""

@@ -33,8 +33,8 @@ from vqbeam.pipelines.paths import (
     source_paths,
     with_absolute_paths,
 )
-from vqbeam.pipelines.sources import RawImage, Source, Unit, open_source
-from vqbeam.pipelines.sources.images import ImageError
+from vqbeam.pipelines.sources import Source, Unit, open_source
+from vqbeam.pipelines.sources.source import Converted
 from vqbeam.pipelines.stages.encode import DATASET, load_encoder, one_ahead
 from vqbeam.pipelines.stages.prepare import (
     check_failures,
@@ -254,10 +254,10 @@ def encode_addition(job: EncodeJob, addition: Addition) -> ShardReport:
     else:
         failures: list[dict] = []
         with writer:
-            for raws, codes in one_ahead(_encoded(job, source, unit, failures)):
-                for raw, of_image in zip(raws, codes, strict=True):
-                    label = _renumbered(raw.label, unit.labels, addition.labels)
-                    own = {"codes": of_image, "key": raw.key, "model": job.model[:HASH_DIGITS]}
+            for images, codes in one_ahead(_encoded(job, source, unit, failures)):
+                for image, of_image in zip(images, codes, strict=True):
+                    label = _renumbered(image.label, unit.labels, addition.labels)
+                    own = {"codes": of_image, "key": image.key, "model": job.model[:HASH_DIGITS]}
                     writer.write(serialize(own | label_fields(label, addition.labels)))
             writer.facts |= {"failures": failures, "labels": addition.labels}
     Metrics.counter("vqbeam", "images_encoded").inc(writer.report.records)
@@ -267,31 +267,22 @@ def encode_addition(job: EncodeJob, addition: Addition) -> ShardReport:
 
 def _encoded(
     job: EncodeJob, source: Source, unit: Unit, failures: list[dict]
-) -> Iterator[tuple[list[RawImage], np.ndarray]]:
+) -> Iterator[tuple[list[Converted], np.ndarray]]:
     """Yields batches of images with their codes; adds undecodable images to `failures`."""
     encode = load_encoder(RunFolder(job.run), job.model)
     decoded = _decoded(source, unit, failures)
     while batch := list(itertools.islice(decoded, job.batch_size)):
-        raws, images = zip(*batch, strict=True)
-        yield raws, in_batches(encode, np.stack(images), job.batch_size)
+        images = np.stack([image.value for image in batch])
+        yield batch, in_batches(encode, images, job.batch_size)
 
 
-def _decoded(
-    source: Source, unit: Unit, failures: list[dict]
-) -> Iterator[tuple[RawImage, np.ndarray]]:
-    def decode(raw):
-        bare = raw._replace(data=b"")  # the bytes of a batch of large files would fill the memory
-        try:
-            return bare, source.decode(raw), None
-        except ImageError as error:
-            return bare, None, str(error)
-
-    for raw, image, reason in source.convert(decode, unit):
+def _decoded(source: Source, unit: Unit, failures: list[dict]) -> Iterator[Converted]:
+    for image in source.convert(unit):
         advance(_TITLE, 1, unit.total)
-        if image is None:
-            failures.append({"key": raw.key, "reason": reason})
+        if image.problem:
+            failures.append({"key": image.key, "reason": image.problem})
         else:
-            yield raw, image
+            yield image
 
 
 def _renumbered(label: Label, own: Labels, both: Labels) -> Label:

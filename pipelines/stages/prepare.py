@@ -77,26 +77,22 @@ def prepare_shard(run_path: str, unit: Unit) -> tuple[str, ShardReport]:
 def _write_images(source: Source, unit: Unit, write: Callable[[bytes], None]) -> dict[str, Any]:
     """Writes the images of a unit; returns failures, notes, labels and statistics."""
     statistics, failures, notes = _Statistics(), [], []
-
-    def convert(raw):
-        said: list[str] = []
-        try:
-            image = source.decode(raw, said)
-        except ImageError as error:
-            return raw.key, raw.label, None, None, [str(error)]
-        return raw.key, raw.label, image, encode_png(image), said
-
-    for key, label, image, png, said in source.convert(convert, unit):
+    for key, label, value, problem, said in source.convert(unit, _with_png):
         advance(STAGE, 1, unit.total)
-        if image is None:
-            failures.append({"key": key, "reason": said[0]})
+        if problem:
+            failures.append({"key": key, "reason": problem})
             continue
         notes += [{"key": key, "reason": reason, "kept": True} for reason in said]
+        image, png = value
         if unit.shard.split == "train":
             statistics.add(image, label)
         write(serialize({"image": png, "key": key} | label_fields(label, unit.labels)))
     facts = {"failures": failures, "labels": unit.labels, "statistics": vars(statistics)}
     return facts | {"notes": notes}
+
+
+def _with_png(image: np.ndarray) -> tuple[np.ndarray, bytes]:
+    return image, encode_png(image)
 
 
 def add_facts(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
